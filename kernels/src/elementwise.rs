@@ -1,0 +1,165 @@
+//! What stands between the matrix products of a decoder block, one parallel region each.
+
+use crate::Cpu;
+use crate::activations::QuantizedRows;
+use crate::simd::{Simd, dispatch};
+use crate::threads::DisjointMut;
+
+/// Weights of a root-mean-square norm.
+#[derive(Debug, Clone, Copy)]
+pub struct RmsNorm<'a> {
+    /// `[width]`, a multiple of 8.
+    pub weight: &'a [f32],
+    pub eps: f32,
+}
+
+/// `hidden += delta` (where given), then `normed = norm(hidden)`, also as int8. All are `[rows, width]`.
+pub fn add_norm_quantize(
+    cpu: &Cpu,
+    hidden: &mut [f32],
+    delta: Option<&[f32]>,
+    norm: RmsNorm<'_>,
+    normed: &mut [f32],
+    quantized: &mut QuantizedRows,
+) {
+    let width = norm.weight.len();
+    let num_rows = hidden.len() / width;
+    let isa = cpu.isa();
+    let hidden = DisjointMut::new(hidden);
+    quantized.fill(cpu, num_rows, width, normed, &|row, normed| {
+        // SAFETY: each task takes its own row.
+        let hidden = unsafe { hidden.slice(row * width, width) };
+        let delta = delta.map(|d| &d[row * width..][..width]);
+        dispatch!(isa, add_norm(hidden: &mut [f32], delta: Option<&[f32]>, norm: RmsNorm<'_>, normed: &mut [f32]));
+    });
+}
+
+/// Root-mean-square norm of one row (Zhang and Sennrich 2019): `x / sqrt(mean(x²) + eps) · weight`.
+#[inline(always)]
+fn add_norm<S: Simd>(hidden: &mut [f32], delta: Option<&[f32]>, norm: RmsNorm<'_>, normed: &mut [f32]) {
+    if let Some(delta) = delta {
+        for (h, d) in hidden.chunks_exact_mut(8).zip(delta.chunks_exact(8)) {
+            S::load(h).add(S::load(d)).store(h);
+        }
+    }
+    let mut squares = S::splat(0.0);
+    for h in hidden.chunks_exact(8) {
+        let h = S::load(h);
+        squares = h.mul_add(h, squares);
+    }
+    let scale = S::splat(1.0 / (squares.sum() / hidden.len() as f32 + norm.eps).sqrt());
+    let rows = hidden.chunks_exact(8).zip(norm.weight.chunks_exact(8)).zip(normed.chunks_exact_mut(8));
+    for ((h, w), n) in rows {
+        S::load(h).mul(scale).mul(S::load(w)).store(n);
+    }
+}
+
+/// `activated = silu(gate) ∘ up`, also as int8. `gate` and `up` are `[rows, width]`, `width` a multiple of 8.
+pub fn swiglu_quantize(
+    cpu: &Cpu,
+    num_rows: usize,
+    gate: &[f32],
+    up: &[f32],
+    activated: &mut [f32],
+    quantized: &mut QuantizedRows,
+) {
+    let width = gate.len() / num_rows.max(1);
+    let isa = cpu.isa();
+    quantized.fill(cpu, num_rows, width, activated, &|row, activated| {
+        let (gate, up) = (&gate[row * width..][..width], &up[row * width..][..width]);
+        dispatch!(isa, swiglu(gate: &[f32], up: &[f32], activated: &mut [f32]));
+    });
+}
+
+/// `g / (1 + e^-g) · u` per element (Shazeer 2020).
+#[inline(always)]
+fn swiglu<S: Simd>(gate: &[f32], up: &[f32], activated: &mut [f32]) {
+    let one = S::splat(1.0);
+    let rows = gate.chunks_exact(8).zip(up.chunks_exact(8)).zip(activated.chunks_exact_mut(8));
+    for ((g, u), a) in rows {
+        let g = S::load(g);
+        let sigmoid = one.div(one.add(S::splat(0.0).sub(g).exp()));
+        g.mul(sigmoid).mul(S::load(u)).store(a);
+    }
+}
+
+/// Log-probabilities' normaliser: `ln Σ e^(x - max)` and the maximum of `logits`.
+pub fn log_sum_exp(cpu: &Cpu, logits: &[f32]) -> (f32, f32) {
+    let isa = cpu.isa();
+    dispatch!(isa, log_sum_exp_of(logits: &[f32]) -> (f32, f32))
+}
+
+#[inline(always)]
+fn log_sum_exp_of<S: Simd>(logits: &[f32]) -> (f32, f32) {
+    let (lanes, rest) = logits.as_chunks::<8>();
+    let mut max = S::splat(f32::NEG_INFINITY);
+    for l in lanes {
+        max = S::load(l).max(max);
+    }
+    let max = rest.iter().copied().fold(max.max_lane(), f32::max);
+    // Sums of some thousand terms in f32 before they go to f64: no term is lost against a large total.
+    let mut total = 0.0f64;
+    for chunk in lanes.chunks(256) {
+        let mut sum = S::splat(0.0);
+        for l in chunk {
+            sum = sum.add(S::load(l).sub(S::splat(max)).exp());
+        }
+        total += f64::from(sum.sum());
+    }
+    total += rest.iter().map(|l| f64::from((l - max).exp())).sum::<f64>();
+    (total.ln() as f32, max)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Isa;
+
+    fn ramp(n: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 29 % 83) as f32 - 40.0) * 0.07).collect()
+    }
+
+    #[test]
+    fn norm_follows_its_formula_on_every_path() {
+        for isa in Isa::available() {
+            let cpu = Cpu::new(isa, 2);
+            let (mut hidden, delta, weight) = (ramp(3 * 64), ramp(3 * 64), ramp(64));
+            let before = hidden.clone();
+            let (mut normed, mut quantized) = (vec![0.0; 3 * 64], QuantizedRows::default());
+            let norm = RmsNorm { weight: &weight, eps: 1e-5 };
+            add_norm_quantize(&cpu, &mut hidden, Some(&delta), norm, &mut normed, &mut quantized);
+            for row in 0..3 {
+                let x: Vec<f32> = (0..64).map(|i| before[row * 64 + i] + delta[row * 64 + i]).collect();
+                let rms = (x.iter().map(|v| v * v).sum::<f32>() / 64.0 + 1e-5).sqrt();
+                for i in 0..64 {
+                    assert_eq!(hidden[row * 64 + i], x[i]);
+                    assert!((normed[row * 64 + i] - x[i] / rms * weight[i]).abs() < 1e-5, "{isa}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn swiglu_follows_its_formula_on_every_path() {
+        for isa in Isa::available() {
+            let cpu = Cpu::new(isa, 2);
+            let (gate, up) = (ramp(2 * 64), ramp(2 * 64));
+            let (mut activated, mut quantized) = (vec![0.0; 2 * 64], QuantizedRows::default());
+            swiglu_quantize(&cpu, 2, &gate, &up, &mut activated, &mut quantized);
+            for i in 0..2 * 64 {
+                let expected = gate[i] / (1.0 + (-gate[i]).exp()) * up[i];
+                assert!((activated[i] - expected).abs() < 1e-5, "{isa}");
+            }
+        }
+    }
+
+    #[test]
+    fn log_sum_exp_matches_the_plain_sum() {
+        for isa in Isa::available() {
+            let logits = ramp(1003);
+            let (log, max) = log_sum_exp(&Cpu::new(isa, 1), &logits);
+            let expected = logits.iter().map(|l| f64::from(*l).exp()).sum::<f64>().ln();
+            assert!((f64::from(log + max) - expected).abs() < 1e-5, "{isa}");
+        }
+    }
+}

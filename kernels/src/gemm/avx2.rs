@@ -1,0 +1,248 @@
+//! AVX2: `vpmaddubsw` multiplies unsigned weights with signed activations into 16-bit sums of two.
+//!
+//! How many of these 16-bit sums fit before they must be widened depends on the largest weight:
+//! 8 for 4 bits (15·127·2·8 = 30480), 4 for 5 bits (31·127·2·4 = 31496), 2 for 6 bits (63·127·2·2 = 32004).
+//! 8-bit weights are split into sign and magnitude (127·127·2 = 32258), the sign going to the activations.
+//!
+//! From [`UNPACK_ROWS`] rows on, a tile's weights are unpacked to bytes once and read from cache for every four rows.
+
+use std::arch::x86_64::*;
+use std::cell::RefCell;
+
+use super::{BLOCK, SUM_GROUP, Tile, TileOut};
+use crate::quantized::{Layout, ROWS_PER_TILE};
+
+/// Rows of activations from which unpacking first pays.
+const UNPACK_ROWS: usize = 8;
+/// Bytes of one quad of the tile's 16 rows; the kernel works on its two halves of 8 rows.
+const VECTOR: usize = ROWS_PER_TILE * 4;
+/// Bytes of the unpacked weights of one block.
+const UNPACKED_BLOCK: usize = 8 * VECTOR;
+
+thread_local! {
+    /// The unpacked weights of the tile at hand; grows to the widest layer once.
+    static UNPACKED: RefCell<Vec<__m256i>> = const { RefCell::new(Vec::new()) };
+}
+
+pub(super) fn multiply(tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
+    // SAFETY: `Isa::Avx2` is chosen only where the features were detected.
+    match tile.weights.layout() {
+        Layout { bits: 4, groups: 1, has_min: false } => unsafe { multiply_as::<4, 1, false>(tile, first_row, out) },
+        Layout { bits: 4, groups: 1, has_min: true } => unsafe { multiply_as::<4, 1, true>(tile, first_row, out) },
+        Layout { bits: 4, groups: 2, has_min: false } => unsafe { multiply_as::<4, 2, false>(tile, first_row, out) },
+        Layout { bits: 4, groups: 2, has_min: true } => unsafe { multiply_as::<4, 2, true>(tile, first_row, out) },
+        Layout { bits: 5, has_min: false, .. } => unsafe { multiply_as::<5, 1, false>(tile, first_row, out) },
+        Layout { bits: 5, has_min: true, .. } => unsafe { multiply_as::<5, 1, true>(tile, first_row, out) },
+        Layout { bits: 6, .. } => unsafe { multiply_as::<6, 2, false>(tile, first_row, out) },
+        _ => unsafe { multiply_as::<8, 1, false>(tile, first_row, out) },
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn multiply_as<const BITS: usize, const GROUPS: usize, const MIN: bool>(
+    tile: &Tile<'_>,
+    first_row: usize,
+    out: &mut TileOut,
+) {
+    if out.len() < UNPACK_ROWS || BITS == 8 {
+        return all_rows::<BITS, GROUPS, MIN, false>(tile, &[], first_row, out);
+    }
+    UNPACKED.with_borrow_mut(|unpacked| {
+        let num_blocks = tile.records.len() / layout_of::<BITS, GROUPS, MIN>().record_bytes();
+        let needed = num_blocks * UNPACKED_BLOCK / 32;
+        if unpacked.len() < needed {
+            unpacked.resize(needed, _mm256_setzero_si256());
+        }
+        unpack_tile::<BITS, GROUPS, MIN>(tile.records, unpacked);
+        all_rows::<BITS, GROUPS, MIN, true>(tile, unpacked, first_row, out);
+    });
+}
+
+const fn layout_of<const BITS: usize, const GROUPS: usize, const MIN: bool>() -> Layout {
+    Layout { bits: BITS, groups: GROUPS, has_min: MIN }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn unpack_tile<const BITS: usize, const GROUPS: usize, const MIN: bool>(records: &[u8], unpacked: &mut [__m256i]) {
+    let record_bytes = layout_of::<BITS, GROUPS, MIN>().record_bytes();
+    for (record, unpacked) in records.chunks_exact(record_bytes).zip(unpacked.chunks_exact_mut(UNPACKED_BLOCK / 32)) {
+        for quad in 0..8 {
+            for half in 0..2 {
+                // SAFETY: the record has the vectors of its layout.
+                unpacked[quad * 2 + half] = unsafe { weights::<BITS>(record.as_ptr(), quad, half) };
+            }
+        }
+    }
+}
+
+/// The weights of one quad of 8 rows as unsigned bytes.
+///
+/// # Safety
+/// `record` must point to the weight vectors of a record with `BITS` bits.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn weights<const BITS: usize>(record: *const u8, quad: usize, half: usize) -> __m256i {
+    // SAFETY: vector 0..BITS of a record (the caller's promise), 32 bytes of its half; records are 32-byte aligned.
+    let vector = |index: usize| unsafe { _mm256_load_si256(record.add(index * VECTOR + half * 32).cast()) };
+    if BITS == 8 {
+        return vector(quad);
+    }
+    let nibbles = vector(quad % 4);
+    let low = _mm256_and_si256(if quad < 4 { nibbles } else { _mm256_srli_epi16::<4>(nibbles) }, _mm256_set1_epi8(15));
+    match BITS {
+        5 => {
+            let bits = vector(4);
+            // Bit `quad` of every byte moves to bit 4; what crosses byte borders is masked off.
+            let moved = match quad {
+                0 => _mm256_slli_epi16::<4>(bits),
+                1 => _mm256_slli_epi16::<3>(bits),
+                2 => _mm256_slli_epi16::<2>(bits),
+                3 => _mm256_slli_epi16::<1>(bits),
+                4 => bits,
+                5 => _mm256_srli_epi16::<1>(bits),
+                6 => _mm256_srli_epi16::<2>(bits),
+                _ => _mm256_srli_epi16::<3>(bits),
+            };
+            _mm256_or_si256(low, _mm256_and_si256(moved, _mm256_set1_epi8(0x10)))
+        }
+        6 => {
+            let pairs = vector(4 + quad / 4);
+            let moved = match quad % 4 {
+                0 => _mm256_slli_epi16::<4>(pairs),
+                1 => _mm256_slli_epi16::<2>(pairs),
+                2 => pairs,
+                _ => _mm256_srli_epi16::<2>(pairs),
+            };
+            _mm256_or_si256(low, _mm256_and_si256(moved, _mm256_set1_epi8(0x30)))
+        }
+        _ => low,
+    }
+}
+
+/// Runs the rows four at a time, then what is left.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn all_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPACKED: bool>(
+    tile: &Tile<'_>,
+    unpacked: &[__m256i],
+    first_row: usize,
+    out: &mut TileOut,
+) {
+    let fours = out.len() / 4 * 4;
+    let (bulk, rest) = out.split_at_mut(fours);
+    for (i, out) in bulk.chunks_exact_mut(4).enumerate() {
+        some_rows::<BITS, GROUPS, MIN, UNPACKED, 4>(tile, unpacked, first_row + i * 4, out);
+    }
+    match rest.len() {
+        1 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 1>(tile, unpacked, first_row + fours, rest),
+        2 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 2>(tile, unpacked, first_row + fours, rest),
+        3 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 3>(tile, unpacked, first_row + fours, rest),
+        _ => {}
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPACKED: bool, const ROWS: usize>(
+    tile: &Tile<'_>,
+    unpacked: &[__m256i],
+    first_row: usize,
+    out: &mut TileOut,
+) {
+    let layout = layout_of::<BITS, GROUPS, MIN>();
+    let activations = tile.activations;
+    let width = activations.width();
+    let num_blocks = width / BLOCK;
+    assert_eq!(tile.records.len(), num_blocks * layout.record_bytes());
+    assert!(!UNPACKED || unpacked.len() >= num_blocks * UNPACKED_BLOCK / 32);
+    assert!(out.len() == ROWS && activations.values.len() >= (first_row + ROWS) * width);
+    let ones = _mm256_set1_epi16(1);
+    let quads_per_group = 8 / GROUPS;
+    // 16-bit sums that fit, see the module's head.
+    let run = match BITS {
+        4 => quads_per_group,
+        5 => 4,
+        6 => 2,
+        _ => 1,
+    };
+    let mut acc = [[_mm256_setzero_ps(); 2]; ROWS];
+    for b in 0..num_blocks {
+        let record = tile.records[b * layout.record_bytes()..].as_ptr();
+        let x: [*const i8; ROWS] =
+            std::array::from_fn(|m| activations.values[(first_row + m) * width + b * BLOCK..].as_ptr());
+        for g in 0..GROUPS {
+            let mut dot = [[_mm256_setzero_si256(); 2]; ROWS];
+            for first_quad in (g * quads_per_group..(g + 1) * quads_per_group).step_by(run) {
+                let mut short = [[_mm256_setzero_si256(); 2]; ROWS];
+                for quad in first_quad..first_quad + run {
+                    let w: [__m256i; 2] = std::array::from_fn(|half| {
+                        if UNPACKED {
+                            // SAFETY: asserted above: every block has its unpacked vectors.
+                            unsafe { *unpacked.get_unchecked(b * UNPACKED_BLOCK / 32 + quad * 2 + half) }
+                        } else {
+                            // SAFETY: `record` points to a whole record of this layout (asserted above).
+                            unsafe { weights::<BITS>(record, quad, half) }
+                        }
+                    });
+                    if BITS == 8 {
+                        // Stored with an offset of 128; the sign moves to the activations.
+                        let w = w.map(|w| _mm256_xor_si256(w, _mm256_set1_epi8(-128)));
+                        let magnitude = w.map(|w| _mm256_abs_epi8(w));
+                        for m in 0..ROWS {
+                            // SAFETY: four of the block's 32 activations.
+                            let x = _mm256_set1_epi32(unsafe { x[m].add(quad * 4).cast::<i32>().read_unaligned() });
+                            for half in 0..2 {
+                                let signed = _mm256_sign_epi8(x, w[half]);
+                                short[m][half] = _mm256_maddubs_epi16(magnitude[half], signed);
+                            }
+                        }
+                    } else {
+                        for m in 0..ROWS {
+                            // SAFETY: four of the block's 32 activations.
+                            let x = _mm256_set1_epi32(unsafe { x[m].add(quad * 4).cast::<i32>().read_unaligned() });
+                            for half in 0..2 {
+                                let products = _mm256_maddubs_epi16(w[half], x);
+                                short[m][half] = _mm256_add_epi16(short[m][half], products);
+                            }
+                        }
+                    }
+                }
+                for m in 0..ROWS {
+                    for half in 0..2 {
+                        dot[m][half] = _mm256_add_epi32(dot[m][half], _mm256_madd_epi16(short[m][half], ones));
+                    }
+                }
+            }
+            // SAFETY: scales (and minima) follow the weights in the record, 32-byte aligned.
+            let parts = unsafe { record.add(layout.weight_bytes() + g * 2 * ROWS_PER_TILE) };
+            let f16_lanes =
+                |at: usize, half: usize| unsafe { _mm256_cvtph_ps(_mm_load_si128(parts.add(at + half * 16).cast())) };
+            for m in 0..ROWS {
+                let row = first_row + m;
+                let scale_x = activations.scales[row * num_blocks + b];
+                let sums = &activations.sums[row * width / SUM_GROUP + b * 2..][..2];
+                let sum_x = if GROUPS == 1 { sums[0] + sums[1] } else { sums[g] };
+                for half in 0..2 {
+                    let scale = _mm256_mul_ps(f16_lanes(0, half), _mm256_set1_ps(scale_x));
+                    // An 8-bit offset is undone by the sign split already.
+                    let dot = if MIN || BITS == 8 {
+                        dot[m][half]
+                    } else {
+                        _mm256_sub_epi32(dot[m][half], _mm256_set1_epi32(tile.weights.offset() * sum_x))
+                    };
+                    acc[m][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, acc[m][half]);
+                    if MIN {
+                        let min = f16_lanes(layout.scales_bytes(), half);
+                        acc[m][half] = _mm256_fnmadd_ps(min, _mm256_set1_ps(sum_x as f32 * scale_x), acc[m][half]);
+                    }
+                }
+            }
+        }
+    }
+    for (acc, out) in acc.iter().zip(out) {
+        for half in 0..2 {
+            // SAFETY: 8 of the row's 16 results.
+            unsafe { _mm256_storeu_ps(out[half * 8..].as_mut_ptr(), acc[half]) };
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! The reference in plain Rust: what the vector paths are tested against, and what runs on other processors.
+
+use half::f16;
+
+use super::{BLOCK, SUM_GROUP, Tile, TileOut};
+use crate::quantized::{Layout, ROWS_PER_TILE};
+
+pub(super) fn multiply(tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
+    let layout = tile.weights.layout();
+    let offset = tile.weights.offset();
+    let activations = tile.activations;
+    let width = activations.width();
+    out.fill([0.0; ROWS_PER_TILE]);
+    let mut weights = [[0u8; ROWS_PER_TILE * 4]; 8];
+    for (b, record) in tile.records.chunks_exact(layout.record_bytes()).enumerate() {
+        for (quad, weights) in weights.iter_mut().enumerate() {
+            unpack_quad(layout, record, quad, weights);
+        }
+        for (m, out) in out.iter_mut().enumerate() {
+            let row = first_row + m;
+            let x = &activations.values[row * width + b * BLOCK..][..BLOCK];
+            let scale_x = activations.scales[row * width / BLOCK + b];
+            let sums = &activations.sums[(row * width + b * BLOCK) / SUM_GROUP..][..2];
+            for g in 0..layout.groups {
+                let quads = 8 / layout.groups;
+                let sum_x: i32 = if layout.groups == 1 { sums[0] + sums[1] } else { sums[g] };
+                let mut dot = [-offset * sum_x; ROWS_PER_TILE];
+                for quad in g * quads..(g + 1) * quads {
+                    for (dot, w) in dot.iter_mut().zip(weights[quad].chunks_exact(4)) {
+                        for (w, x) in w.iter().zip(&x[quad * 4..]) {
+                            *dot += i32::from(*w) * i32::from(*x);
+                        }
+                    }
+                }
+                let parts = &record[layout.weight_bytes() + g * 2 * ROWS_PER_TILE..];
+                for (r, out) in out.iter_mut().enumerate() {
+                    *out += dot[r] as f32 * (f16_at(parts, r) * scale_x);
+                    if layout.has_min {
+                        *out -= f16_at(&parts[layout.scales_bytes()..], r) * (sum_x as f32 * scale_x);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn f16_at(values: &[u8], at: usize) -> f32 {
+    f16::from_le_bytes([values[at * 2], values[at * 2 + 1]]).to_f32()
+}
+
+/// The weights of one quad as bytes, `[16 rows][4 inputs]`.
+fn unpack_quad(layout: Layout, record: &[u8], quad: usize, weights: &mut [u8; ROWS_PER_TILE * 4]) {
+    const VECTOR: usize = ROWS_PER_TILE * 4;
+    for (at, w) in weights.iter_mut().enumerate() {
+        let low = || record[quad % 4 * VECTOR + at] >> (quad / 4 * 4) & 15;
+        *w = match layout.bits {
+            8 => record[quad * VECTOR + at],
+            5 => low() | (record[4 * VECTOR + at] >> quad & 1) << 4,
+            6 => low() | (record[(4 + quad / 4) * VECTOR + at] >> (quad % 4 * 2) & 3) << 4,
+            _ => low(),
+        };
+    }
+}

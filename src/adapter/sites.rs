@@ -1,0 +1,213 @@
+//! Which linear layers of the base a PEFT configuration names, by PEFT's own matching rules.
+//!
+//! Paths are Hugging Face module paths without PEFT's prefix, e.g. `model.layers.3.self_attn.q_proj`.
+
+use std::collections::BTreeSet;
+
+use regex::{Regex, RegexBuilder};
+
+use super::error::AdapterError;
+use crate::model::spec::{ModelSpec, Module};
+
+/// Compiled size of one pattern, bytes. Module patterns need a few kilobytes; `.{9999}{9999}` would need gigabytes.
+const MAX_PATTERN_BYTES: usize = 256 << 10;
+
+/// One adapted linear layer: decoder layer and module.
+pub type Site = (usize, Module);
+
+/// Hugging Face path of a site.
+pub fn module_path(layer: usize, module: Module) -> String {
+    format!("model.layers.{layer}.{}.{}", module.parent(), module.name())
+}
+
+/// Compiles a pattern of the configuration as Python's `re.match` would read it: anchored at the start.
+///
+/// # Errors
+/// When the pattern is invalid, too large, or uses what only a backtracking engine has; names `field`.
+pub fn match_at_start(field: &str, pattern: &str) -> Result<Regex, AdapterError> {
+    RegexBuilder::new(&format!(r"\A(?:{pattern})"))
+        .size_limit(MAX_PATTERN_BYTES)
+        .build()
+        .map_err(|e| AdapterError::field(field, format!("not a pattern this server can use: {e}")))
+}
+
+/// Modules given by name or by one pattern.
+#[derive(Debug)]
+pub enum PathMatch {
+    /// A path matches by equality or by ending in `.name`.
+    Names(Vec<String>),
+    /// Matches whole paths.
+    Pattern(Regex),
+}
+
+impl PathMatch {
+    pub fn pattern(field: &str, pattern: &str) -> Result<Self, AdapterError> {
+        Ok(Self::Pattern(match_at_start(field, &format!(r"(?:{pattern})\z"))?))
+    }
+
+    fn matches(&self, path: &str) -> bool {
+        match self {
+            Self::Pattern(pattern) => pattern.is_match(path),
+            Self::Names(names) => names
+                .iter()
+                .any(|name| path.strip_suffix(name.as_str()).is_some_and(|p| p.is_empty() || p.ends_with('.'))),
+        }
+    }
+
+    /// A module listed by its full path is adapted whatever `layers_to_transform` says.
+    fn names_exactly(&self, path: &str) -> bool {
+        match self {
+            Self::Pattern(_) => true,
+            Self::Names(names) => names.iter().any(|name| name == path),
+        }
+    }
+}
+
+/// `target_modules`, `exclude_modules`, `layers_to_transform` and `layers_pattern` of a configuration.
+#[derive(Debug)]
+pub struct SiteSelector {
+    pub targets: PathMatch,
+    pub excluded: Option<PathMatch>,
+    /// `None` is every layer.
+    pub layers: Option<BTreeSet<usize>>,
+    /// What the layer list is called in a module path; empty accepts any name. The first group is the layer's number.
+    pub layer_patterns: Vec<Regex>,
+}
+
+impl SiteSelector {
+    /// The sites of the base that the configuration names.
+    ///
+    /// # Errors
+    /// When it names none, or something the base does not have or this server does not adapt.
+    pub fn sites(&self, spec: &ModelSpec) -> Result<BTreeSet<Site>, AdapterError> {
+        for path in ["model.embed_tokens", "lm_head"] {
+            if self.selects(path) {
+                let reason = format!("{path} is named; adapters of the embedding or the head are not supported");
+                return Err(AdapterError::field("target_modules", reason));
+            }
+        }
+        if let Some(layer) = self.layers.iter().flatten().find(|&&layer| layer >= spec.num_layers) {
+            let reason = format!("layer {layer} is no site of the base, which has {} layers", spec.num_layers);
+            return Err(AdapterError::field("layers_to_transform", reason));
+        }
+        let all = (0..spec.num_layers).flat_map(|layer| Module::ALL.map(|module| (layer, module)));
+        let sites: BTreeSet<Site> = all.filter(|&(layer, module)| self.selects(&module_path(layer, module))).collect();
+        if sites.is_empty() {
+            return Err(AdapterError::Sites(
+                "adapter_config.json names no site of the base: target_modules (with exclude_modules, \
+                 layers_to_transform and layers_pattern) fits none of its linear layers; was it trained on another base?"
+                    .to_string(),
+            ));
+        }
+        Ok(sites)
+    }
+
+    fn selects(&self, path: &str) -> bool {
+        if self.excluded.as_ref().is_some_and(|excluded| excluded.matches(path)) || !self.targets.matches(path) {
+            return false;
+        }
+        match &self.layers {
+            Some(layers) if !self.targets.names_exactly(path) => {
+                self.layer_of(path).is_some_and(|layer| layers.contains(&layer))
+            }
+            _ => true,
+        }
+    }
+
+    fn layer_of(&self, path: &str) -> Option<usize> {
+        let number = if self.layer_patterns.is_empty() {
+            path.split('.').rev().find(|part| part.starts_with(|c: char| c.is_ascii_digit()))?
+        } else {
+            self.layer_patterns.iter().find_map(|pattern| pattern.captures(path))?.get(1)?.as_str()
+        };
+        number.parse().ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::spec::Architecture;
+
+    fn spec() -> ModelSpec {
+        ModelSpec {
+            architecture: Architecture::Llama,
+            hidden_size: 8,
+            intermediate_size: 16,
+            num_layers: 12,
+            num_heads: 2,
+            num_kv_heads: 1,
+            head_dim: 4,
+            vocab_size: 10,
+            rope_theta: 10_000.0,
+            rms_norm_eps: 1e-5,
+            context_length: 64,
+        }
+    }
+
+    fn names(names: &[&str]) -> PathMatch {
+        PathMatch::Names(names.iter().map(ToString::to_string).collect())
+    }
+
+    fn all_layers(targets: PathMatch) -> SiteSelector {
+        SiteSelector { targets, excluded: None, layers: None, layer_patterns: Vec::new() }
+    }
+
+    #[test]
+    fn a_name_matches_whole_path_components_only() {
+        let sites = all_layers(names(&["q_proj", "roj", "3.mlp.up_proj"])).sites(&spec()).unwrap();
+        assert_eq!(sites.len(), 13);
+        assert!(sites.contains(&(3, Module::UpProj)) && !sites.contains(&(4, Module::UpProj)));
+    }
+
+    #[test]
+    fn a_pattern_must_match_the_whole_path() {
+        let pattern = |p| all_layers(PathMatch::pattern("target_modules", p).unwrap()).sites(&spec());
+        assert_eq!(pattern(r".*\.(q|v)_proj").unwrap().len(), 24);
+        assert_eq!(pattern(r"q|model\.layers\.[01]\.mlp\.up_proj").unwrap().len(), 2);
+        assert!(pattern("q_proj").unwrap_err().to_string().contains("site"));
+    }
+
+    #[test]
+    fn a_pattern_that_cannot_be_used_is_refused_naming_its_field() {
+        for bad in ["(?!q)q_proj", "(", &"(.{999}){999}".repeat(9)] {
+            assert!(PathMatch::pattern("exclude_modules", bad).unwrap_err().to_string().contains("exclude_modules"));
+        }
+    }
+
+    #[test]
+    fn layers_and_exclusions_narrow_the_targets() {
+        let selector = SiteSelector {
+            targets: names(&["q_proj", "v_proj"]),
+            excluded: Some(names(&["layers.1.self_attn.v_proj"])),
+            layers: Some([1, 11].into()),
+            layer_patterns: Vec::new(),
+        };
+        let sites: Vec<Site> = selector.sites(&spec()).unwrap().into_iter().collect();
+        assert_eq!(sites, [(1, Module::QProj), (11, Module::QProj), (11, Module::VProj)]);
+    }
+
+    #[test]
+    fn a_layers_pattern_that_names_another_list_selects_nothing() {
+        let mut selector = all_layers(names(&["q_proj"]));
+        selector.layers = Some([1].into());
+        selector.layer_patterns = vec![match_at_start("layers_pattern", r".*\.layers\.(\d+)\.").unwrap()];
+        assert_eq!(selector.sites(&spec()).unwrap().len(), 1);
+        selector.layer_patterns = vec![match_at_start("layers_pattern", r".*\.h\.(\d+)\.").unwrap()];
+        assert!(selector.sites(&spec()).unwrap_err().to_string().contains("site"));
+    }
+
+    #[test]
+    fn a_layer_the_base_does_not_have_is_refused() {
+        let mut selector = all_layers(names(&["q_proj"]));
+        selector.layers = Some([1, 12].into());
+        assert!(selector.sites(&spec()).unwrap_err().to_string().contains("layers_to_transform"));
+    }
+
+    #[test]
+    fn embedding_and_head_are_refused_by_name() {
+        for name in ["embed_tokens", "lm_head"] {
+            assert!(all_layers(names(&["q_proj", name])).sites(&spec()).unwrap_err().to_string().contains(name));
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! The one place that wires everything: model file → decoder → engine, adapters, tokenizer → generation → HTTP.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::Instant;
+
+use kernels::attention::{BLOCK_SIZE, KvStore};
+use kernels::{Cpu, Isa};
+use tracing::{info, warn};
+
+use crate::adapter::registry::{AdapterRegistry, RegistryError};
+use crate::config::{self, Config, ConfigError};
+use crate::engine::{EngineConfig, EngineHandle};
+use crate::generation::{Base, Generation};
+use crate::http::AppState;
+use crate::metrics::Metrics;
+use crate::model::Model;
+use crate::model::catalogue::{self, CatalogueError};
+use crate::model::decoder::Decoder;
+use crate::model::gguf::{GgufError, GgufFile};
+use crate::model::pull::{self, PullError};
+use crate::model::spec::ModelSpec;
+use crate::prompt::PromptError;
+use crate::prompt::chat::ChatTemplate;
+use crate::prompt::fim::FillInMiddle;
+use crate::tokenizer::{Tokenizer, TokenizerError};
+
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Catalogue(#[from] CatalogueError),
+    #[error(transparent)]
+    Pull(#[from] PullError),
+    #[error("model {path}: {source}")]
+    Model { path: PathBuf, source: GgufError },
+    #[error("tokenizer of {path}: {source}")]
+    Tokenizer { path: PathBuf, source: TokenizerError },
+    #[error("chat template of {path}: {source}")]
+    ChatTemplate { path: PathBuf, source: PromptError },
+    #[error(transparent)]
+    Adapters(#[from] RegistryError),
+}
+
+/// Everything that runs, loaded and ready to serve.
+#[derive(Debug)]
+pub struct App {
+    pub state: AppState,
+    pub engine: EngineHandle,
+    pub adapters: Arc<AdapterRegistry>,
+    pub spec: ModelSpec,
+}
+
+impl App {
+    /// Downloads the model where it is missing, loads it and its adapters, and starts the engine. Blocks for as long as
+    /// that takes.
+    pub fn load(config: Config) -> Result<Self, AppError> {
+        let source = catalogue::resolve(&config.model.id)?;
+        let path = pull::pull(&source, &config::lorry_home()?)?;
+        let metrics = Arc::new(Metrics::new());
+
+        let started = Instant::now();
+        let decoder = load_decoder(&path, &config)?;
+        let spec = decoder.spec().clone();
+        info!(
+            "{}: {:?}, {} layers, {} MiB packed, loaded in {:.1} s",
+            source.id,
+            spec.architecture,
+            spec.num_layers,
+            decoder.resident_bytes() >> 20,
+            started.elapsed().as_secs_f64()
+        );
+        let base = load_base(&path, &source.id)?;
+        let adapters = Arc::new(load_adapters(&config, &spec, &metrics)?);
+        let engine = start_engine(decoder, &config, &metrics);
+
+        let config = Arc::new(config);
+        let generation = Generation::new(base, adapters.clone(), engine.clone(), metrics.clone(), config.clone());
+        let state = AppState::new(Arc::new(generation), metrics, config);
+        Ok(Self { state, engine, adapters, spec })
+    }
+}
+
+fn load_decoder(path: &Path, config: &Config) -> Result<Decoder, AppError> {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let num_threads = if config.engine.threads == 0 { cores } else { config.engine.threads };
+    let isa = config.engine.instruction_set.unwrap_or_else(Isa::detect);
+    let cpu = Cpu::new(isa, num_threads);
+    info!("CPU kernels: {} on {} threads", cpu.isa(), cpu.pool().num_threads());
+    let context_length = if config.engine.context_length == 0 { usize::MAX } else { config.engine.context_length };
+    Decoder::load(path, cpu, context_length).map_err(|source| AppError::Model { path: path.to_path_buf(), source })
+}
+
+fn load_base(path: &Path, id: &str) -> Result<Base, AppError> {
+    let in_file = || path.to_path_buf();
+    let gguf = GgufFile::open(path).map_err(|source| AppError::Model { path: in_file(), source })?;
+    let tokenizer = Tokenizer::from_gguf(&gguf).map_err(|source| AppError::Tokenizer { path: in_file(), source })?;
+    let chat_template = ChatTemplate::from_gguf(&gguf, &tokenizer)
+        .map_err(|source| AppError::ChatTemplate { path: in_file(), source })?;
+    let fill_in_middle = FillInMiddle::detect(&tokenizer);
+    Ok(Base { id: id.to_string(), tokenizer: Arc::new(tokenizer), chat_template, fill_in_middle })
+}
+
+fn load_adapters(config: &Config, spec: &ModelSpec, metrics: &Metrics) -> Result<AdapterRegistry, AppError> {
+    let root = config.adapters.dir();
+    if let Some(root) = root.filter(|root| *root == Path::new(config::DEFAULT_ADAPTERS_DIR) && !root.exists()) {
+        warn!("there is no folder {}: serving the base alone", root.display());
+        return Ok(AdapterRegistry::default());
+    }
+    let registry = AdapterRegistry::load_all(root, spec)?;
+    for adapter in registry.iter() {
+        metrics.adapters_resident.inc();
+        metrics.adapter_resident_bytes.add(adapter.coverage.resident_bytes.try_into().unwrap_or(i64::MAX));
+    }
+    Ok(registry)
+}
+
+fn start_engine(decoder: Decoder, config: &Config, metrics: &Arc<Metrics>) -> EngineHandle {
+    let spec = decoder.spec();
+    let block_bytes = KvStore::block_bytes(spec.num_layers, spec.num_kv_heads, spec.head_dim);
+    // More blocks than all sequences together could fill would never be touched.
+    let most = config.engine.max_sequences.saturating_mul(spec.context_length.div_ceil(BLOCK_SIZE));
+    let num_blocks = ((config.engine.kv_cache_mib << 20) / block_bytes).clamp(1, most);
+    let kv = KvStore::new(spec.num_layers, spec.num_kv_heads, spec.head_dim, num_blocks);
+    let engine_config = EngineConfig {
+        max_batch_rows: config.engine.max_batch_rows,
+        max_sequences: config.engine.max_sequences,
+        max_queued: config.engine.max_queued,
+        context_length: spec.context_length,
+    };
+    info!("KV store: {num_blocks} blocks of {BLOCK_SIZE} tokens");
+    EngineHandle::start(Box::new(decoder), kv, engine_config, metrics.clone())
+}

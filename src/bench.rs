@@ -1,0 +1,216 @@
+//! `lorry bench`: the engine measured in-process, without HTTP and tokenizer.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::future;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+use tokio::sync::mpsc;
+
+use crate::adapter::canonical::Adapter;
+use crate::engine::request::{Event, Request, SamplingParams};
+use crate::engine::{EngineHandle, EngineStopped, Overloaded};
+
+/// Prints one JSON line for each run.
+#[derive(Debug, Clone, clap::Args)]
+pub struct BenchArgs {
+    /// Model id or path of a GGUF file; the configured model when absent.
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Folder of adapters; the configured one when absent.
+    #[arg(long, value_name = "DIR")]
+    pub adapters: Option<PathBuf>,
+    /// Length of each prompt, in tokens.
+    #[arg(long, default_value_t = 512)]
+    pub prompt_tokens: usize,
+    /// Tokens to generate for each prompt.
+    #[arg(long, default_value_t = 64)]
+    pub max_tokens: usize,
+    /// Requests at once.
+    #[arg(long, default_value_t = 1)]
+    pub batch: usize,
+    /// Different adapters among the requests, in turn; 0 is the base alone.
+    #[arg(long, default_value_t = 0)]
+    pub num_adapters: usize,
+    /// Number of runs.
+    #[arg(long, default_value_t = 3)]
+    pub repeat: usize,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    #[error("--{flag} must be at least 1")]
+    Zero { flag: &'static str },
+    #[error("--num-adapters is {wanted}, but only {loaded} are loaded; name a folder with more in --adapters")]
+    TooFewAdapters { wanted: usize, loaded: usize },
+    #[error("--prompt-tokens and --max-tokens add up to {num_tokens}, the context holds {context_length}")]
+    TooLong { num_tokens: usize, context_length: usize },
+    #[error("--batch is too large: {0}")]
+    Overloaded(#[from] Overloaded),
+    #[error(transparent)]
+    Stopped(#[from] EngineStopped),
+    #[error("a request failed: {0}")]
+    Failed(String),
+}
+
+/// One run. Rates are in tokens per second, over all requests together.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    pub model: String,
+    pub prompt_tokens: usize,
+    pub max_tokens: usize,
+    pub batch: usize,
+    pub num_adapters: usize,
+    /// All prompt tokens over the time to the last request's first token.
+    pub prefill_tok_s: f64,
+    /// Tokens that came after the last request's first token, over the time they took.
+    pub decode_tok_s: f64,
+    pub ttft_ms: Ttft,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Ttft {
+    pub p50: f64,
+    pub max: f64,
+}
+
+/// Runs `args.repeat` times on an engine that does nothing else and prints each report. `vocab_size` bounds the random
+/// token ids of the prompts, which differ in every request, so that the prefix cache has nothing to give.
+pub async fn run(
+    handle: &EngineHandle,
+    adapters: &[Arc<Adapter>],
+    args: &BenchArgs,
+    model_id: &str,
+    vocab_size: usize,
+) -> Result<(), BenchError> {
+    check(handle, adapters, args)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(0);
+    for _ in 0..args.repeat {
+        let prompts: Vec<Vec<u32>> = (0..args.batch)
+            .map(|_| (0..args.prompt_tokens).map(|_| rng.random_range(0..vocab_size as u32)).collect())
+            .collect();
+        let report = run_once(handle, &adapters[..args.num_adapters], args, model_id, prompts).await?;
+        println!("{}", serde_json::json!(report));
+    }
+    Ok(())
+}
+
+fn check(handle: &EngineHandle, adapters: &[Arc<Adapter>], args: &BenchArgs) -> Result<(), BenchError> {
+    let counts = [("prompt-tokens", args.prompt_tokens), ("max-tokens", args.max_tokens), ("batch", args.batch)];
+    if let Some((flag, _)) = counts.into_iter().find(|(_, count)| *count == 0) {
+        return Err(BenchError::Zero { flag });
+    }
+    if args.num_adapters > adapters.len() {
+        return Err(BenchError::TooFewAdapters { wanted: args.num_adapters, loaded: adapters.len() });
+    }
+    let (num_tokens, context_length) = (args.prompt_tokens.saturating_add(args.max_tokens), handle.context_length());
+    if num_tokens > context_length {
+        return Err(BenchError::TooLong { num_tokens, context_length });
+    }
+    Ok(())
+}
+
+async fn run_once(
+    handle: &EngineHandle,
+    adapters: &[Arc<Adapter>],
+    args: &BenchArgs,
+    model_id: &str,
+    prompts: Vec<Vec<u32>>,
+) -> Result<Report, BenchError> {
+    let start = Instant::now();
+    let mut receivers = Vec::with_capacity(prompts.len());
+    for (index, prompt_tokens) in prompts.into_iter().enumerate() {
+        let (events, receiver) = mpsc::unbounded_channel();
+        let adapter = adapters.get(index % adapters.len().max(1)).cloned();
+        let max_tokens = args.max_tokens;
+        handle.submit(Request {
+            prompt_tokens,
+            adapter,
+            sampling: GREEDY,
+            max_tokens,
+            stop_tokens: Arc::new([]),
+            top_logprobs: None,
+            prompt_logprobs: false,
+            events,
+            permit: handle.try_permit()?,
+        })?;
+        receivers.push(receiver);
+    }
+    let arrivals = future::try_join_all(receivers.into_iter().map(|receiver| token_times(receiver, start))).await?;
+    Ok(report(args, model_id, &arrivals))
+}
+
+const GREEDY: SamplingParams = SamplingParams {
+    temperature: 0.0,
+    top_k: 0,
+    top_p: 1.0,
+    min_p: 0.0,
+    repetition_penalty: 1.0,
+    presence_penalty: 0.0,
+    frequency_penalty: 0.0,
+    logit_bias: Vec::new(),
+    seed: 0,
+};
+
+/// When each token of one request came, counted from `start`; at least one.
+async fn token_times(mut events: mpsc::UnboundedReceiver<Event>, start: Instant) -> Result<Vec<Duration>, BenchError> {
+    let mut times = Vec::new();
+    while let Some(event) = events.recv().await {
+        match event {
+            Event::Token { .. } => times.push(start.elapsed()),
+            Event::Finished(_) if !times.is_empty() => return Ok(times),
+            Event::Failed(reason) => return Err(BenchError::Failed(reason)),
+            Event::Started { .. } | Event::PromptToken(_) | Event::Finished(_) => {}
+        }
+    }
+    Err(BenchError::Failed("it ended without a token".to_owned()))
+}
+
+/// `arrivals` holds each request's token times in order, none of them empty.
+fn report(args: &BenchArgs, model_id: &str, arrivals: &[Vec<Duration>]) -> Report {
+    let mut first_tokens: Vec<Duration> = arrivals.iter().map(|times| times[0]).collect();
+    first_tokens.sort_unstable();
+    let last_first = first_tokens.last().copied().unwrap_or_default();
+    let end = arrivals.iter().flatten().copied().max().unwrap_or_default();
+    let num_decoded = arrivals.iter().flatten().filter(|&&time| time > last_first).count();
+    let rate = |num_tokens: usize, time: Duration| {
+        if time.is_zero() { 0.0 } else { num_tokens as f64 / time.as_secs_f64() }
+    };
+    let millis = |time: Duration| time.as_secs_f64() * 1e3;
+    Report {
+        model: model_id.to_owned(),
+        prompt_tokens: args.prompt_tokens,
+        max_tokens: args.max_tokens,
+        batch: args.batch,
+        num_adapters: args.num_adapters,
+        prefill_tok_s: rate(args.prompt_tokens * arrivals.len(), last_first),
+        decode_tok_s: rate(num_decoded, end - last_first),
+        ttft_ms: Ttft { p50: millis(first_tokens[first_tokens.len() / 2]), max: millis(last_first) },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_split_at_the_last_first_token() {
+        let args = BenchArgs {
+            model: None,
+            adapters: None,
+            prompt_tokens: 100,
+            max_tokens: 3,
+            batch: 2,
+            num_adapters: 0,
+            repeat: 1,
+        };
+        let times = |millis: [u64; 3]| millis.map(Duration::from_millis).to_vec();
+        let report = report(&args, "m", &[times([100, 200, 300]), times([200, 300, 400])]);
+        assert_eq!(report.prefill_tok_s, 1000.0);
+        assert_eq!(report.decode_tok_s, 15.0);
+        assert_eq!(report.ttft_ms, Ttft { p50: 200.0, max: 200.0 });
+    }
+}

@@ -1,0 +1,300 @@
+//! Configuration: compiled-in defaults < `--config FILE` < environment `LORRY__SECTION__KEY` < command line.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use config::builder::DefaultState;
+use config::{ConfigBuilder, Environment, File, FileFormat};
+use kernels::Isa;
+use serde::{Deserialize, Deserializer};
+
+/// Where adapters are looked for when nobody says otherwise; may be absent.
+pub const DEFAULT_ADAPTERS_DIR: &str = "adapters";
+
+/// Every key with its default and its meaning.
+const DEFAULTS: &str = include_str!("../config/default.toml");
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("configuration from {origin}: {reason}")]
+    Layer { origin: String, reason: String },
+    #[error("no home directory is known: set LORRY_HOME to the folder for downloaded models")]
+    NoHome,
+}
+
+/// The whole configuration; `config/default.toml` documents every key.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    pub server: ServerConfig,
+    pub model: ModelConfig,
+    pub adapters: AdaptersConfig,
+    pub engine: EngineConfig,
+    pub generation: GenerationConfig,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServerConfig {
+    pub host: String,
+    pub port: u16,
+    pub max_body_bytes: usize,
+    pub cors: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    pub id: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdaptersConfig {
+    dir: PathBuf,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EngineConfig {
+    pub threads: usize,
+    #[serde(deserialize_with = "instruction_set")]
+    pub instruction_set: Option<Isa>,
+    pub max_batch_rows: usize,
+    pub max_sequences: usize,
+    pub kv_cache_mib: usize,
+    pub max_queued: usize,
+    pub context_length: usize,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GenerationConfig {
+    pub completion_max_tokens: usize,
+    pub chat_max_tokens: usize,
+    pub fim_temperature: f32,
+}
+
+/// `auto`, or the name of an instruction set.
+fn instruction_set<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Isa>, D::Error> {
+    match String::deserialize(deserializer)?.as_str() {
+        "auto" => Ok(None),
+        name => name.parse().map(Some).map_err(serde::de::Error::custom),
+    }
+}
+
+/// What the command line says; wins over every other layer.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Overrides {
+    /// Base model: catalogue id, path of a GGUF file, or hf:owner/repo/file.gguf
+    #[arg(long, value_name = "ID|PATH")]
+    pub model: Option<String>,
+    /// Folder with one sub-folder per adapter; "" for none
+    #[arg(long, value_name = "DIR")]
+    pub adapters: Option<String>,
+    /// Address to listen on
+    #[arg(long)]
+    pub host: Option<String>,
+    /// Port to listen on; 0 takes any free one
+    #[arg(long)]
+    pub port: Option<u16>,
+}
+
+impl Config {
+    /// Reads all layers.
+    ///
+    /// # Errors
+    /// The first layer that cannot be read, has an unknown key or a value of the wrong type or range; the message
+    /// names layer and key.
+    pub fn load(file: Option<&Path>, overrides: &Overrides) -> Result<Self, ConfigError> {
+        Self::load_layers(file, None, overrides)
+    }
+
+    /// `environment` replaces the process's own, for tests.
+    fn load_layers(
+        file: Option<&Path>,
+        environment: Option<HashMap<String, String>>,
+        overrides: &Overrides,
+    ) -> Result<Self, ConfigError> {
+        // Each layer is checked on top of those before it, so that an error is the layer's own.
+        let mut builder = config::Config::builder().add_source(File::from_str(DEFAULTS, FileFormat::Toml));
+        if let Some(path) = file {
+            builder = builder.add_source(File::from(path).format(FileFormat::Toml));
+            check(&builder, &path.display().to_string())?;
+        }
+        builder = builder.add_source(Environment::with_prefix("LORRY").separator("__").source(environment));
+        check(&builder, "the environment (LORRY__SECTION__KEY)")?;
+        let origin = "the command line";
+        builder = overrides.apply(builder).map_err(|e| layer_error(origin, &e))?;
+        check(&builder, origin)
+    }
+
+    fn validate(&self) -> Result<(), String> {
+        let at_least_one = [
+            ("server.max_body_bytes", self.server.max_body_bytes),
+            ("engine.max_batch_rows", self.engine.max_batch_rows),
+            ("engine.max_sequences", self.engine.max_sequences),
+            ("engine.kv_cache_mib", self.engine.kv_cache_mib),
+            ("engine.max_queued", self.engine.max_queued),
+            ("generation.completion_max_tokens", self.generation.completion_max_tokens),
+            ("generation.chat_max_tokens", self.generation.chat_max_tokens),
+        ];
+        if let Some((key, _)) = at_least_one.into_iter().find(|(_, value)| *value == 0) {
+            return Err(format!("{key} must be at least 1"));
+        }
+        if let Some((key, _)) =
+            [("server.host", &self.server.host), ("model.id", &self.model.id)].into_iter().find(|(_, v)| v.is_empty())
+        {
+            return Err(format!("{key} must not be empty"));
+        }
+        let temperature = self.generation.fim_temperature;
+        if !(0.0..=2.0).contains(&temperature) {
+            return Err(format!("generation.fim_temperature must be between 0 and 2, not {temperature}"));
+        }
+        Ok(())
+    }
+}
+
+impl AdaptersConfig {
+    /// The folder with the adapters, unless the server is to run without any.
+    pub fn dir(&self) -> Option<&Path> {
+        (!self.dir.as_os_str().is_empty()).then_some(self.dir.as_path())
+    }
+}
+
+impl Overrides {
+    fn apply(&self, builder: ConfigBuilder<DefaultState>) -> Result<ConfigBuilder<DefaultState>, config::ConfigError> {
+        builder
+            .set_override_option("model.id", self.model.clone())?
+            .set_override_option("adapters.dir", self.adapters.clone())?
+            .set_override_option("server.host", self.host.clone())?
+            .set_override_option("server.port", self.port)
+    }
+}
+
+/// The configuration up to the layer that was added last, called `origin` in errors.
+fn check(builder: &ConfigBuilder<DefaultState>, origin: &str) -> Result<Config, ConfigError> {
+    let config: Config =
+        builder.build_cloned().and_then(config::Config::try_deserialize).map_err(|e| layer_error(origin, &e))?;
+    config.validate().map_err(|reason| ConfigError::Layer { origin: origin.to_string(), reason })?;
+    Ok(config)
+}
+
+fn layer_error(origin: &str, error: &config::ConfigError) -> ConfigError {
+    ConfigError::Layer { origin: origin.to_string(), reason: error.to_string() }
+}
+
+/// The folder for downloaded models: `$LORRY_HOME`, else `$XDG_CACHE_HOME/lorry`, else `~/.cache/lorry`.
+///
+/// # Errors
+/// None of the three is known.
+pub fn lorry_home() -> Result<PathBuf, ConfigError> {
+    lorry_home_from(|name| std::env::var_os(name).map(PathBuf::from), std::env::home_dir())
+}
+
+fn lorry_home_from(
+    variable: impl Fn(&str) -> Option<PathBuf>,
+    user_home: Option<PathBuf>,
+) -> Result<PathBuf, ConfigError> {
+    let set = |name| variable(name).filter(|path| !path.as_os_str().is_empty());
+    set("LORRY_HOME")
+        .or_else(|| set("XDG_CACHE_HOME").filter(|path| path.is_absolute()).map(|cache| cache.join("lorry")))
+        .or_else(|| user_home.map(|home| home.join(".cache/lorry")))
+        .ok_or(ConfigError::NoHome)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(file: Option<&str>, environment: &[(&str, &str)], overrides: &Overrides) -> Result<Config, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lorry.toml");
+        if let Some(text) = file {
+            std::fs::write(&path, text).unwrap();
+        }
+        let environment = environment.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        Config::load_layers(file.map(|_| path.as_path()), Some(environment), overrides).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn defaults_are_complete_and_valid() {
+        let config = load(None, &[], &Overrides::default()).unwrap();
+        assert_eq!(config.model.id, "qwen2.5-coder:0.5b");
+        assert_eq!(config.server.max_body_bytes, 16 << 20);
+        assert_eq!(config.adapters.dir(), Some(Path::new("adapters")));
+    }
+
+    #[test]
+    fn a_later_layer_wins_over_an_earlier_one() {
+        let file = "[server]\nport = 1\nhost = \"file\"\n[model]\nid = \"file\"\n[engine]\nthreads = 7";
+        let environment = [("LORRY__SERVER__PORT", "2"), ("LORRY__MODEL__ID", "1.0"), ("LORRY__ADAPTERS__DIR", "")];
+        let overrides = Overrides { port: Some(3), ..Overrides::default() };
+        let config = load(Some(file), &environment, &overrides).unwrap();
+        assert_eq!(config.server.port, 3);
+        assert_eq!(config.model.id, "1.0");
+        assert_eq!(config.server.host, "file");
+        assert_eq!(config.engine.threads, 7);
+        assert_eq!(config.engine.max_sequences, 64);
+        assert_eq!(config.adapters.dir(), None);
+    }
+
+    #[test]
+    fn every_override_reaches_its_key() {
+        let overrides =
+            Overrides { model: Some("m".into()), adapters: Some("a".into()), host: Some("h".into()), port: Some(9) };
+        let config = load(None, &[], &overrides).unwrap();
+        assert_eq!(config.model.id, "m");
+        assert_eq!(config.adapters.dir(), Some(Path::new("a")));
+        assert_eq!((config.server.host.as_str(), config.server.port), ("h", 9));
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_with_its_name_and_source() {
+        let error = load(Some("[server]\nprot = 1"), &[], &Overrides::default()).unwrap_err();
+        assert!(error.contains("`prot`") && error.contains("`server`") && error.contains("lorry.toml"), "{error}");
+        let error = load(None, &[("LORRY__ENGIN__THREADS", "1")], &Overrides::default()).unwrap_err();
+        assert!(error.contains("`engin`") && error.contains("environment"), "{error}");
+    }
+
+    #[test]
+    fn a_value_of_the_wrong_type_is_refused_with_its_key_and_source() {
+        let error = load(Some("[server]\ncors = \"maybe\""), &[], &Overrides::default()).unwrap_err();
+        assert!(error.contains("server.cors") && error.contains("lorry.toml"), "{error}");
+        let error = load(None, &[("LORRY__SERVER__PORT", "70000")], &Overrides::default()).unwrap_err();
+        assert!(error.contains("server.port") && error.contains("environment"), "{error}");
+        let error = load(None, &[("LORRY__ENGINE__THREADS", "-1")], &Overrides::default()).unwrap_err();
+        assert!(error.contains("engine.threads"), "{error}");
+    }
+
+    #[test]
+    fn a_value_out_of_range_is_refused_with_its_key_and_source() {
+        let error = load(Some("[engine]\nmax_batch_rows = 0"), &[], &Overrides::default()).unwrap_err();
+        assert!(error.contains("engine.max_batch_rows must be at least 1") && error.contains("lorry.toml"), "{error}");
+        let error = load(None, &[("LORRY__GENERATION__FIM_TEMPERATURE", "NaN")], &Overrides::default()).unwrap_err();
+        assert!(error.contains("generation.fim_temperature"), "{error}");
+        let overrides = Overrides { model: Some(String::new()), ..Overrides::default() };
+        let error = load(None, &[], &overrides).unwrap_err();
+        assert!(error.contains("model.id must not be empty") && error.contains("command line"), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_is_missing_or_not_toml_is_refused_by_name() {
+        let error = Config::load(Some(Path::new("/nowhere/lorry.toml")), &Overrides::default()).unwrap_err();
+        assert!(error.to_string().contains("/nowhere/lorry.toml"), "{error}");
+        let error = load(Some("port: 1"), &[], &Overrides::default()).unwrap_err();
+        assert!(error.contains("lorry.toml"), "{error}");
+    }
+
+    #[test]
+    fn home_is_lorry_home_then_the_cache_folder_then_the_user_home() {
+        let home = |lorry: &str, cache: &str| {
+            let variables = HashMap::from([("LORRY_HOME", lorry.to_string()), ("XDG_CACHE_HOME", cache.to_string())]);
+            lorry_home_from(|name| variables.get(name).map(PathBuf::from), Some("/u".into())).unwrap()
+        };
+        assert_eq!(home("/l", "/c"), Path::new("/l"));
+        assert_eq!(home("", "/c"), Path::new("/c/lorry"));
+        assert_eq!(home("", "relative"), Path::new("/u/.cache/lorry"));
+        assert!(matches!(lorry_home_from(|_| None, None), Err(ConfigError::NoHome)));
+    }
+}

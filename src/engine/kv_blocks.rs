@@ -1,0 +1,148 @@
+//! The pool of KV blocks: who holds which, and what is left.
+//!
+//! A block is *used* (held by one or more sequences), *idle* (cached, held by none) or *free*. Idle blocks are taken
+//! when no free one is left.
+
+use kernels::attention::{BLOCK_SIZE, BlockId};
+
+use super::prefix_cache::{ChainHash, PrefixCache};
+
+#[derive(Debug)]
+pub struct BlockPool {
+    /// `[num_blocks]`
+    ref_counts: Vec<u32>,
+    free: Vec<BlockId>,
+    cache: PrefixCache,
+}
+
+impl BlockPool {
+    /// # Panics
+    /// When `num_blocks` does not fit a [`BlockId`].
+    pub fn new(num_blocks: usize) -> Self {
+        let num_ids = u32::try_from(num_blocks).expect("a KV store has fewer than 2^32 blocks");
+        Self {
+            ref_counts: vec![0; num_blocks],
+            free: (0..num_ids).rev().map(BlockId).collect(),
+            cache: PrefixCache::new(num_blocks),
+        }
+    }
+
+    /// Blocks that hold `num_tokens` positions.
+    pub fn num_blocks_for(num_tokens: usize) -> usize {
+        num_tokens.div_ceil(BLOCK_SIZE)
+    }
+
+    pub fn blocks_used(&self) -> usize {
+        self.ref_counts.len() - self.blocks_available()
+    }
+
+    /// Blocks that [`BlockPool::allocate`] can still give.
+    pub fn blocks_available(&self) -> usize {
+        self.free.len() + self.cache.num_idle()
+    }
+
+    /// A block of its own for one sequence, or `None` when all are used.
+    pub fn allocate(&mut self) -> Option<BlockId> {
+        let block = self.free.pop().or_else(|| self.cache.evict())?;
+        self.ref_counts[block.0 as usize] = 1;
+        Some(block)
+    }
+
+    /// A share in the cached block of this identity, if there is one. Its positions must not be written again.
+    pub fn acquire_cached(&mut self, hash: &ChainHash) -> Option<BlockId> {
+        let block = self.cache.get(hash)?;
+        let ref_count = &mut self.ref_counts[block.0 as usize];
+        if *ref_count == 0 {
+            self.cache.mark_used(block);
+        }
+        *ref_count += 1;
+        Some(block)
+    }
+
+    /// Makes a block whose positions are all computed available to others.
+    pub fn register(&mut self, block: BlockId, hash: ChainHash) {
+        if !self.cache.contains(block) {
+            self.cache.insert(hash, block);
+        }
+    }
+
+    /// Takes every block away from a sequence, the last first, so that the start of a chain is evicted after its end.
+    pub fn release(&mut self, block_table: &mut Vec<BlockId>) {
+        while let Some(block) = block_table.pop() {
+            let ref_count = &mut self.ref_counts[block.0 as usize];
+            *ref_count -= 1;
+            if *ref_count > 0 {
+                continue;
+            }
+            if self.cache.contains(block) {
+                self.cache.mark_idle(block);
+            } else {
+                self.free.push(block);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hash(token: u32) -> ChainHash {
+        ChainHash::root(None).extend(&[token])
+    }
+
+    #[test]
+    fn a_shared_block_is_used_until_its_last_holder_lets_go() {
+        let mut pool = BlockPool::new(2);
+        let mut first = vec![pool.allocate().unwrap()];
+        pool.register(first[0], hash(1));
+        let mut second = vec![pool.acquire_cached(&hash(1)).unwrap()];
+        assert_eq!(first, second);
+        pool.release(&mut first);
+        assert_eq!(pool.blocks_used(), 1);
+        pool.release(&mut second);
+        assert_eq!((pool.blocks_used(), pool.blocks_available()), (0, 2));
+        assert!(pool.acquire_cached(&hash(1)).is_some(), "an idle block can be used again");
+    }
+
+    #[test]
+    fn idle_blocks_are_taken_only_when_no_free_one_is_left() {
+        let mut pool = BlockPool::new(2);
+        let mut table = vec![pool.allocate().unwrap()];
+        pool.register(table[0], hash(1));
+        pool.release(&mut table);
+        let mut fresh = vec![pool.allocate().unwrap()];
+        let cached = pool.acquire_cached(&hash(1)).unwrap();
+        assert_ne!(fresh[0], cached);
+        assert_eq!(pool.allocate(), None);
+        pool.release(&mut vec![cached]);
+        fresh.push(pool.allocate().unwrap());
+        assert_eq!(pool.acquire_cached(&hash(1)), None, "an evicted block is forgotten");
+        pool.release(&mut fresh);
+        assert_eq!(pool.blocks_used(), 0);
+    }
+
+    #[test]
+    fn the_end_of_a_chain_is_evicted_before_its_start() {
+        let mut pool = BlockPool::new(2);
+        let mut table = vec![pool.allocate().unwrap(), pool.allocate().unwrap()];
+        pool.register(table[0], hash(1));
+        pool.register(table[1], hash(2));
+        pool.release(&mut table);
+        pool.allocate().unwrap();
+        assert!(pool.acquire_cached(&hash(2)).is_none());
+        assert!(pool.acquire_cached(&hash(1)).is_some());
+    }
+
+    #[test]
+    fn equal_content_computed_twice_is_cached_once() {
+        let mut pool = BlockPool::new(2);
+        let mut table = vec![pool.allocate().unwrap(), pool.allocate().unwrap()];
+        pool.register(table[0], hash(1));
+        pool.register(table[1], hash(1));
+        assert_eq!(pool.acquire_cached(&hash(1)), Some(table[0]));
+        table.push(table[0]);
+        pool.release(&mut table);
+        assert_eq!((pool.blocks_used(), pool.blocks_available()), (0, 2));
+    }
+}

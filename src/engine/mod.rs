@@ -1,0 +1,207 @@
+//! The engine: one thread that owns model, KV store and scheduler. tokio talks to it only through [`EngineHandle`].
+
+pub mod kv_blocks;
+pub mod prefix_cache;
+pub mod request;
+pub mod sampler;
+pub mod scheduler;
+pub mod sequence;
+mod step;
+
+use std::any::Any;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use kernels::attention::{BLOCK_SIZE, KvStore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::metrics::Metrics;
+use crate::model::Model;
+use request::{Event, Request};
+use step::Engine;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Rows of one step, prefill chunks and decode rows together.
+    pub max_batch_rows: usize,
+    /// Sequences running at once; no more than `max_batch_rows` take effect.
+    pub max_sequences: usize,
+    /// Requests accepted and not ended.
+    pub max_queued: usize,
+    /// Longest sequence in tokens; no more than the KV store holds takes effect.
+    pub context_length: usize,
+}
+
+/// What the engine holds at this moment.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct EngineState {
+    pub running: usize,
+    pub waiting: usize,
+    /// Blocks held by sequences; those that only the prefix cache knows do not count.
+    pub kv_blocks_used: usize,
+}
+
+/// As many requests as `max_queued` are already accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{max_queued} requests are already waiting or running; try again later, or raise engine.max_queued")]
+pub struct Overloaded {
+    pub max_queued: usize,
+}
+
+/// The engine thread has ended: it was stopped, or a step failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the engine has stopped; restart the server")]
+pub struct EngineStopped;
+
+/// The bridge to the engine thread, which ends with its last handle.
+#[derive(Debug, Clone)]
+pub struct EngineHandle(Arc<Shared>);
+
+struct Shared {
+    commands: mpsc::Sender<Command>,
+    permits: Arc<Semaphore>,
+    max_queued: usize,
+    context_length: usize,
+    metrics: Arc<Metrics>,
+    is_alive: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+enum Command {
+    Submit(Box<Request>, Instant),
+    Stop,
+}
+
+impl EngineHandle {
+    /// Starts the engine thread, which owns `model` and `kv` from now on. `metrics` must belong to this engine alone.
+    ///
+    /// # Panics
+    /// When the system cannot start a thread.
+    pub fn start(model: Box<dyn Model>, kv: KvStore, config: EngineConfig, metrics: Arc<Metrics>) -> Self {
+        let (commands, receiver) = mpsc::channel();
+        let context_length = config.context_length.min(kv.num_blocks() * BLOCK_SIZE);
+        let is_alive = Arc::new(AtomicBool::new(true));
+        let max_queued = config.max_queued;
+        let engine = Engine::new(model, kv, &config, metrics.clone());
+        let thread = thread::Builder::new()
+            .name("lorry-engine".to_owned())
+            .spawn({
+                let is_alive = is_alive.clone();
+                move || run(engine, &receiver, &is_alive)
+            })
+            .expect("the system can start a thread");
+        Self(Arc::new(Shared {
+            commands,
+            permits: Arc::new(Semaphore::new(max_queued)),
+            max_queued,
+            context_length,
+            metrics,
+            is_alive,
+            thread: Some(thread),
+        }))
+    }
+
+    /// A place among the accepted requests, without waiting for one.
+    pub fn try_permit(&self) -> Result<OwnedSemaphorePermit, Overloaded> {
+        self.0.permits.clone().try_acquire_owned().map_err(|_| Overloaded { max_queued: self.0.max_queued })
+    }
+
+    /// Hands a request to the engine. Its events end with [`Event::Finished`] or [`Event::Failed`], except that the
+    /// channel closes without either when the engine stops at this very moment.
+    pub fn submit(&self, request: Request) -> Result<(), EngineStopped> {
+        if !self.is_alive() {
+            return Err(EngineStopped);
+        }
+        self.0.commands.send(Command::Submit(Box::new(request), Instant::now())).map_err(|_| EngineStopped)
+    }
+
+    /// Longest sequence, prompt and output together, in tokens.
+    pub fn context_length(&self) -> usize {
+        self.0.context_length
+    }
+
+    /// Fails every request after the step under way and ends the engine thread.
+    pub fn stop(&self) {
+        // No receiver means that it has already ended.
+        let _ = self.0.commands.send(Command::Stop);
+    }
+
+    /// False once the engine thread has ended or is ending.
+    pub fn is_alive(&self) -> bool {
+        self.0.is_alive.load(Ordering::Acquire)
+    }
+
+    pub fn state(&self) -> EngineState {
+        let count = |gauge: &prometheus::IntGauge| usize::try_from(gauge.get()).unwrap_or(0);
+        let metrics = &self.0.metrics;
+        EngineState {
+            running: count(&metrics.requests_running),
+            waiting: count(&metrics.requests_waiting),
+            kv_blocks_used: count(&metrics.kv_blocks_used),
+        }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let _ = self.commands.send(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            // A panic on it has been reported where it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine")
+            .field("max_queued", &self.max_queued)
+            .field("context_length", &self.context_length)
+            .field("is_alive", &self.is_alive)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The life of the engine thread: sleeps while there is nothing to do, steps while there is.
+fn run(mut engine: Engine, commands: &mpsc::Receiver<Command>, is_alive: &AtomicBool) {
+    let reason = loop {
+        match next_command(&engine, commands) {
+            Some(Command::Submit(request, accepted)) => engine.enqueue(*request, accepted),
+            Some(Command::Stop) => break "the server is shutting down".to_owned(),
+            // A panic must not leave clients waiting for ever; the engine is not used after one.
+            None => match catch_unwind(AssertUnwindSafe(|| engine.step())) {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => break report_failure(&error.to_string()),
+                Err(panic) => break report_failure(panic_message(&*panic)),
+            },
+        }
+    };
+    is_alive.store(false, Ordering::Release);
+    engine.abort(&reason);
+    for command in commands.try_iter() {
+        if let Command::Submit(request, _) = command {
+            drop(request.permit);
+            let _ = request.events.send(Event::Failed(reason.clone()));
+        }
+    }
+}
+
+/// The next command; `None` when there is none and a step to do.
+fn next_command(engine: &Engine, commands: &mpsc::Receiver<Command>) -> Option<Command> {
+    if engine.is_idle() { Some(commands.recv().unwrap_or(Command::Stop)) } else { commands.try_recv().ok() }
+}
+
+/// Logs why a step failed and says it to the clients.
+fn report_failure(cause: &str) -> String {
+    tracing::error!(cause, "the engine stops after a failed step");
+    format!("the engine stopped after an internal error: {cause}")
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
+}

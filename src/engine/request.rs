@@ -1,0 +1,84 @@
+//! What a client's generation asks of the engine, and what the engine says back.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+
+use crate::adapter::canonical::Adapter;
+
+/// One sequence to generate. Dropping the receiver of `events` cancels it: that is the only way, and it is enough.
+#[derive(Debug)]
+pub struct Request {
+    /// Not empty, and with `max_tokens` within the engine's context length.
+    pub prompt_tokens: Vec<u32>,
+    /// The adapter generation this request holds until it ends; `None` is the base.
+    pub adapter: Option<Arc<Adapter>>,
+    pub sampling: SamplingParams,
+    /// Most tokens to generate; 0 only scores the prompt.
+    pub max_tokens: usize,
+    /// Tokens that end the sequence; they are not reported as output.
+    pub stop_tokens: Arc<[u32]>,
+    /// Alternatives reported per token; `None` reports no log-probabilities at all.
+    pub top_logprobs: Option<usize>,
+    /// Also report every prompt token's log-probability.
+    pub prompt_logprobs: bool,
+    pub events: mpsc::UnboundedSender<Event>,
+    /// The place in the bounded queue, given back when the request ends in any way.
+    pub permit: OwnedSemaphorePermit,
+}
+
+/// How the next token is drawn from the logits. The order is: logit bias, penalties, temperature, top-k, top-p, min-p.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingParams {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// 0 is off.
+    pub top_k: usize,
+    /// 1.0 is off.
+    pub top_p: f32,
+    /// 0.0 is off.
+    pub min_p: f32,
+    /// 1.0 is off; as in Hugging Face, over prompt and output.
+    pub repetition_penalty: f32,
+    /// 0.0 is off; as in OpenAI, over the output.
+    pub presence_penalty: f32,
+    pub frequency_penalty: f32,
+    pub logit_bias: Vec<(u32, f32)>,
+    /// The same seed, prompt and parameters give the same output, in any batch.
+    pub seed: u64,
+}
+
+/// A token with its log-probability under the unmodified distribution of the model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprob {
+    pub logprob: f32,
+    /// The most likely tokens in falling order, as many as `top_logprobs` asked for.
+    pub top: Vec<(u32, f32)>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// The first rows of the request have been planned.
+    Started {
+        queue: Duration,
+        cached_tokens: usize,
+    },
+    /// One for each prompt token, in order, when `prompt_logprobs`; `None` for the first, which nothing predicts.
+    PromptToken(Option<TokenLogprob>),
+    Token {
+        id: u32,
+        logprob: Option<TokenLogprob>,
+    },
+    Finished(FinishReason),
+    /// The engine could not go on with this request (an internal error, named).
+    Failed(String),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token.
+    Stop,
+    /// `max_tokens`, or the end of the context.
+    Length,
+}

@@ -1,0 +1,283 @@
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use kernels::attention::BLOCK_SIZE;
+use proptest::prelude::*;
+
+use super::*;
+use crate::adapter::canonical::{Adapter, Coverage};
+use crate::adapter::manifest::AdapterManifest;
+
+fn adapter(generation: &str) -> Arc<Adapter> {
+    Arc::new(Adapter {
+        name: generation.to_owned(),
+        generation: generation.to_owned(),
+        layers: Vec::new(),
+        coverage: Coverage { num_sites: 0, num_expected_sites: 0, max_rank: 0, resident_bytes: 0 },
+        manifest: AdapterManifest::default(),
+    })
+}
+
+fn sequence(id: u64, num_prompt_tokens: usize, max_tokens: usize) -> Sequence {
+    let prompt = (0..num_prompt_tokens as u32).map(|position| position + 1000 * id as u32).collect();
+    Sequence::new(SequenceId(id), prompt, max_tokens, None, false)
+}
+
+/// Executes the plan as the engine would, every model output being token 7. Returns the sequences that ended.
+fn step(scheduler: &mut Scheduler) -> Vec<SequenceId> {
+    scheduler.schedule();
+    finish_step(scheduler)
+}
+
+fn finish_step(scheduler: &mut Scheduler) -> Vec<SequenceId> {
+    scheduler.commit();
+    let sampled: Vec<SequenceId> =
+        scheduler.plan().logits.iter().filter(|(_, use_)| *use_ == LogitsUse::Sample).map(|(id, _)| *id).collect();
+    let mut ended: Vec<SequenceId> = Vec::new();
+    for id in sampled {
+        let sequence = scheduler.get_mut(id).expect("a sampled sequence runs");
+        sequence.push(7);
+        if sequence.is_at_max_tokens() {
+            ended.push(id);
+        }
+    }
+    ended.extend(scheduler.computed_without_output().map(Sequence::id));
+    for id in &ended {
+        scheduler.remove(*id);
+    }
+    ended
+}
+
+fn shares(scheduler: &Scheduler) -> Vec<(u64, usize)> {
+    let mut shares: Vec<_> = scheduler.plan().sequences.iter().map(|p| (p.id.0, p.rows.len())).collect();
+    shares.sort_unstable();
+    shares
+}
+
+#[test]
+fn decode_rows_go_before_a_long_prefill() {
+    let mut scheduler = Scheduler::new(8, 4, 64);
+    scheduler.enqueue(sequence(0, 1, 9));
+    step(&mut scheduler);
+    scheduler.enqueue(sequence(1, 100, 1));
+    scheduler.schedule();
+    assert_eq!(shares(&scheduler), [(0, 1), (1, 7)]);
+}
+
+#[test]
+fn a_short_prompt_gets_past_a_long_one() {
+    let mut scheduler = Scheduler::new(32, 4, 64);
+    scheduler.enqueue(sequence(0, 500, 1));
+    scheduler.enqueue(sequence(1, 6, 1));
+    scheduler.schedule();
+    assert_eq!(shares(&scheduler), [(0, 26), (1, 6)], "what the short one leaves goes back to the long one");
+    assert_eq!(finish_step(&mut scheduler), [SequenceId(1)]);
+}
+
+#[test]
+fn every_prefilling_sequence_gets_rows_while_there_are_some() {
+    let mut scheduler = Scheduler::new(32, 4, 64);
+    (0..4).for_each(|id| scheduler.enqueue(sequence(id, 100, 1)));
+    scheduler.schedule();
+    assert_eq!(shares(&scheduler), [(0, 16), (1, 8), (2, 4), (3, 4)]);
+}
+
+#[test]
+fn sequences_start_first_come_first_served() {
+    let mut scheduler = Scheduler::new(64, 8, 4);
+    scheduler.enqueue(sequence(0, 2 * BLOCK_SIZE, 1));
+    scheduler.enqueue(sequence(1, 3 * BLOCK_SIZE, 1));
+    scheduler.enqueue(sequence(2, 1, 1));
+    scheduler.schedule();
+    assert_eq!(shares(&scheduler), [(0, 32)], "a small sequence does not overtake one that waits for blocks");
+    finish_step(&mut scheduler);
+    scheduler.schedule();
+    assert_eq!(shares(&scheduler)[0].0, 1);
+}
+
+#[test]
+fn a_common_prefix_is_computed_once() {
+    let prompt: Vec<u32> = (0..40).collect();
+    let mut scheduler = Scheduler::new(64, 4, 16);
+    let mut cached_tokens = |id, adapter, prompt_logprobs| {
+        scheduler.enqueue(Sequence::new(SequenceId(id), prompt.clone(), 1, adapter, prompt_logprobs));
+        scheduler.schedule();
+        let first_position = scheduler.plan().sequences[0].first_position;
+        assert_eq!(finish_step(&mut scheduler), [SequenceId(id)]);
+        first_position
+    };
+    assert_eq!(cached_tokens(0, None, false), 0);
+    assert_eq!(cached_tokens(1, None, false), 32);
+    assert_eq!(cached_tokens(2, Some(adapter("a")), false), 0, "another adapter never hits");
+    assert_eq!(cached_tokens(3, Some(adapter("b")), false), 0, "another generation never hits");
+    assert_eq!(cached_tokens(4, Some(adapter("a")), false), 32);
+    assert_eq!(cached_tokens(5, None, true), 0, "a scored prompt needs the logits of every position");
+}
+
+#[test]
+fn a_wholly_cached_prompt_still_computes_its_last_token() {
+    let mut scheduler = Scheduler::new(64, 4, 16);
+    for id in 0..2 {
+        scheduler.enqueue(Sequence::new(SequenceId(id), vec![5; 2 * BLOCK_SIZE], 1, None, false));
+        scheduler.schedule();
+        assert_eq!(scheduler.plan().sequences[0].first_position, if id == 0 { 0 } else { BLOCK_SIZE });
+        finish_step(&mut scheduler);
+    }
+}
+
+#[test]
+fn the_youngest_sequence_makes_room_and_ends_later() {
+    let mut scheduler = Scheduler::new(64, 4, 4);
+    scheduler.enqueue(sequence(0, BLOCK_SIZE, 2 * BLOCK_SIZE));
+    scheduler.enqueue(sequence(1, BLOCK_SIZE, 2 * BLOCK_SIZE));
+    let ended: Vec<SequenceId> = (0..200).flat_map(|_| step(&mut scheduler)).collect();
+    assert!(scheduler.num_preempted() > 0);
+    assert_eq!(ended, [SequenceId(0), SequenceId(1)]);
+    assert_eq!(scheduler.blocks_used(), 0);
+}
+
+#[test]
+fn a_preempted_sequence_scores_no_prompt_token_twice() {
+    let mut scheduler = Scheduler::new(64, 4, 4);
+    scheduler.enqueue(sequence(0, BLOCK_SIZE, 2 * BLOCK_SIZE));
+    scheduler.enqueue(Sequence::new(SequenceId(1), (0..16).collect(), 2 * BLOCK_SIZE, None, true));
+    let mut scored = Vec::new();
+    for _ in 0..200 {
+        scheduler.schedule();
+        scored.extend(scheduler.plan().logits.iter().filter_map(|(_, use_)| match use_ {
+            LogitsUse::Score(token) => Some(*token),
+            LogitsUse::Sample => None,
+        }));
+        finish_step(&mut scheduler);
+    }
+    assert!(scheduler.num_preempted() > 0);
+    assert_eq!(scored, (1..16).collect::<Vec<u32>>());
+}
+
+#[test]
+fn an_idle_scheduler_keeps_no_adapter_alive() {
+    let lent = adapter("a");
+    let mut scheduler = Scheduler::new(64, 4, 4);
+    scheduler.enqueue(Sequence::new(SequenceId(0), vec![1], 1, Some(lent.clone()), false));
+    step(&mut scheduler);
+    assert_eq!(Arc::strong_count(&lent), 1);
+}
+
+#[derive(Debug, Clone)]
+enum Action {
+    Arrive { num_prompt_tokens: usize, max_tokens: usize, adapter: usize, prompt_logprobs: bool },
+    Cancel(usize),
+    Step,
+}
+
+const MAX_BATCH_ROWS: usize = 24;
+const NUM_BLOCKS: usize = 8;
+
+fn actions() -> impl Strategy<Value = Vec<Action>> {
+    let arrive = (1..=100usize, 0..=28usize, 0..3usize, any::<bool>()).prop_map(
+        |(num_prompt_tokens, max_tokens, adapter, prompt_logprobs)| Action::Arrive {
+            num_prompt_tokens,
+            max_tokens,
+            adapter,
+            prompt_logprobs,
+        },
+    );
+    let action = prop_oneof![2 => arrive, 1 => (0..8usize).prop_map(Action::Cancel), 6 => Just(Action::Step)];
+    prop::collection::vec(action, 1..120)
+}
+
+/// Checks a plan against what the model and the promises need; `next_positions` are those of the steps before.
+fn check_plan(scheduler: &Scheduler, next_positions: &mut HashMap<SequenceId, usize>, was_preempted: bool) {
+    let plan = scheduler.plan();
+    assert!(plan.tokens.len() <= MAX_BATCH_ROWS);
+    let mut row = 0;
+    let mut planned_ids = HashSet::new();
+    let mut written = HashSet::new();
+    for planned in &plan.sequences {
+        assert!(planned_ids.insert(planned.id), "planned once");
+        assert_eq!(planned.rows.start, row, "rows without gaps");
+        assert!(!planned.rows.is_empty());
+        row = planned.rows.end;
+        let expected = next_positions.insert(planned.id, planned.first_position + planned.rows.len());
+        if let Some(expected) = expected.filter(|_| !was_preempted) {
+            assert_eq!(planned.first_position, expected, "positions without gaps");
+        }
+        let block_table = scheduler.block_table(planned);
+        let end = planned.first_position + planned.rows.len();
+        assert!(block_table.len() * BLOCK_SIZE >= end, "blocks cover every position");
+        for position in planned.first_position..end {
+            assert!(written.insert((block_table[position / BLOCK_SIZE], position % BLOCK_SIZE)), "written by one row");
+        }
+        assert_eq!(
+            plan.tokens[planned.rows.clone()],
+            scheduler.running[planned.index].tokens()[planned.first_position..end]
+        );
+    }
+    assert_eq!(row, plan.tokens.len());
+    for other in &scheduler.running {
+        let decodes = other.num_uncomputed_tokens() == 1;
+        assert!(!decodes || planned_ids.contains(&other.id()), "decode rows always go");
+    }
+    for planned in &plan.sequences {
+        for (index, _) in planned.rows.clone().enumerate() {
+            let block = scheduler.block_table(planned)[(planned.first_position + index) / BLOCK_SIZE];
+            let holders = scheduler.running.iter().filter(|s| s.block_table().contains(&block)).count();
+            assert_eq!(holders, 1, "a block that is written is not shared");
+        }
+    }
+    let generations: Vec<_> = plan.groups.iter().map(|group| group.adapter.generation.as_str()).collect();
+    assert!(generations.is_sorted_by(|a, b| a < b), "one group for each adapter: {generations:?}");
+    for planned in &plan.sequences {
+        let group = plan.groups.iter().find(|group| group.rows.contains(&planned.rows.start));
+        assert_eq!(group.map(|group| group.adapter.generation.as_str()), scheduler.running[planned.index].generation());
+        assert!(group.is_none_or(|group| planned.rows.end <= group.rows.end));
+    }
+    assert!(plan.logits_rows.is_sorted_by(|a, b| a < b));
+}
+
+proptest! {
+    #[test]
+    fn any_mix_of_arrivals_cancels_and_ends_keeps_plans_sound_and_returns_everything(actions in actions()) {
+        let adapters = [None, Some(adapter("a")), Some(adapter("b"))];
+        let mut scheduler = Scheduler::new(MAX_BATCH_ROWS, 6, NUM_BLOCKS);
+        let mut next_positions = HashMap::new();
+        let mut live: Vec<SequenceId> = Vec::new();
+        let mut next_id = 0;
+        let num_actions = actions.len();
+        // A tail of steps ends whatever the actions have left.
+        let tail = std::iter::repeat_n(Action::Step, 20_000);
+        for (index, action) in actions.into_iter().chain(tail).enumerate() {
+            if index >= num_actions && live.is_empty() {
+                break;
+            }
+            match action {
+                Action::Arrive { num_prompt_tokens, max_tokens, adapter, prompt_logprobs } => {
+                    let id = SequenceId(next_id);
+                    next_id += 1;
+                    live.push(id);
+                    // Few distinct prompts, so that prefixes are shared.
+                    let prompt = (0..num_prompt_tokens as u32).map(|position| position / 40 * (id.0 % 2) as u32).collect();
+                    scheduler.enqueue(Sequence::new(id, prompt, max_tokens, adapters[adapter].clone(), prompt_logprobs));
+                }
+                Action::Cancel(index) if index < live.len() => scheduler.remove(live.remove(index)),
+                Action::Cancel(_) => {}
+                Action::Step => {
+                    let num_preempted = scheduler.num_preempted();
+                    scheduler.schedule();
+                    let was_preempted = scheduler.num_preempted() > num_preempted;
+                    if was_preempted {
+                        next_positions.clear();
+                    }
+                    check_plan(&scheduler, &mut next_positions, was_preempted);
+                    prop_assert!(live.is_empty() || !scheduler.plan().sequences.is_empty(), "no deadlock");
+                    let ended = finish_step(&mut scheduler);
+                    live.retain(|id| !ended.contains(id));
+                }
+            }
+            prop_assert!(!live.is_empty() || scheduler.blocks_used() == 0, "no sequence, no block");
+        }
+        prop_assert!(live.is_empty(), "everything ends");
+        prop_assert_eq!((scheduler.num_running(), scheduler.num_waiting(), scheduler.blocks_used()), (0, 0, 0));
+        prop_assert!(adapters.iter().flatten().all(|adapter| Arc::strong_count(adapter) == 1));
+    }
+}

@@ -1,0 +1,311 @@
+//! What the engine thread does: plan, forward, sample, emit.
+
+use std::collections::HashMap;
+use std::mem;
+use std::sync::Arc;
+use std::time::Instant;
+
+use kernels::attention::{BLOCK_SIZE, KvStore};
+use prometheus::IntCounter;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+
+use super::EngineConfig;
+use super::request::{Event, FinishReason, Request, TokenLogprob};
+use super::sampler::{Sampler, SamplingError, Scratch, log_softmax};
+use super::scheduler::Scheduler;
+use super::sequence::{LogitsUse, Sequence, SequenceId};
+use crate::metrics::Metrics;
+use crate::model::{ForwardBatch, Model, SequenceRows, StepError};
+
+/// Model, KV store and scheduler, and the clients of every sequence.
+pub(super) struct Engine {
+    model: Box<dyn Model>,
+    kv: KvStore,
+    context_length: usize,
+    scheduler: Scheduler,
+    clients: HashMap<SequenceId, Client>,
+    next_id: u64,
+    metrics: Arc<Metrics>,
+    tokens: TokenCounters,
+    buffers: Buffers,
+}
+
+/// The other end of a sequence: who waits for it, and how its tokens are drawn.
+struct Client {
+    events: mpsc::UnboundedSender<Event>,
+    permit: OwnedSemaphorePermit,
+    accepted: Instant,
+    is_started: bool,
+    sampler: Sampler,
+    stop_tokens: Arc<[u32]>,
+    top_logprobs: Option<usize>,
+    prompt_logprobs: bool,
+}
+
+/// A drawn token, or why there is none.
+struct Sampled {
+    id: SequenceId,
+    token: Result<(u32, Option<TokenLogprob>), SamplingError>,
+}
+
+struct TokenCounters {
+    prompt: IntCounter,
+    cached: IntCounter,
+    output: IntCounter,
+}
+
+/// Memory reused by every step.
+#[derive(Default)]
+struct Buffers {
+    sequences: Vec<SequenceRows<'static>>,
+    sampled: Vec<Sampled>,
+    ended: Vec<SequenceId>,
+    sampling: Scratch,
+    raw_logits: Vec<f32>,
+}
+
+impl Engine {
+    pub fn new(model: Box<dyn Model>, kv: KvStore, config: &EngineConfig, metrics: Arc<Metrics>) -> Self {
+        let num_blocks = kv.num_blocks();
+        metrics.kv_blocks_capacity.set(num_blocks as i64);
+        let tokens = |kind| metrics.tokens_total.with_label_values(&[kind]);
+        Self {
+            model,
+            context_length: config.context_length.min(num_blocks * BLOCK_SIZE),
+            scheduler: Scheduler::new(config.max_batch_rows, config.max_sequences, num_blocks),
+            kv,
+            clients: HashMap::new(),
+            next_id: 0,
+            tokens: TokenCounters { prompt: tokens("prompt"), cached: tokens("cached"), output: tokens("output") },
+            metrics,
+            buffers: Buffers::default(),
+        }
+    }
+
+    pub fn is_idle(&self) -> bool {
+        self.clients.is_empty()
+    }
+
+    /// Puts a request in the queue, or fails it when the model could not run it.
+    pub fn enqueue(&mut self, request: Request, accepted: Instant) {
+        if let Err(reason) = self.check(&request) {
+            drop(request.permit);
+            // A client that has gone needs no answer, here and below.
+            let _ = request.events.send(Event::Failed(reason));
+            return;
+        }
+        let id = SequenceId(self.next_id);
+        self.next_id += 1;
+        let client = Client {
+            events: request.events,
+            permit: request.permit,
+            accepted,
+            is_started: false,
+            sampler: Sampler::new(request.sampling, &request.prompt_tokens),
+            stop_tokens: request.stop_tokens,
+            top_logprobs: request.top_logprobs,
+            prompt_logprobs: request.prompt_logprobs,
+        };
+        let max_tokens = request.max_tokens.min(self.context_length - request.prompt_tokens.len());
+        let tokens = request.prompt_tokens;
+        self.clients.insert(id, client);
+        self.scheduler.enqueue(Sequence::new(id, tokens, max_tokens, request.adapter, request.prompt_logprobs));
+    }
+
+    /// One pass of the model over the rows of this step. After an error the engine can only be aborted.
+    pub fn step(&mut self) -> Result<(), StepError> {
+        self.drop_cancelled();
+        let num_preempted = self.scheduler.num_preempted();
+        self.scheduler.schedule();
+        self.metrics.preemptions_total.inc_by((self.scheduler.num_preempted() - num_preempted) as u64);
+        self.publish();
+        if self.scheduler.plan().sequences.is_empty() {
+            return Ok(());
+        }
+        self.announce();
+        self.forward()?;
+        self.scheduler.commit();
+        self.emit();
+        self.end_scored();
+        Ok(())
+    }
+
+    /// Fails every sequence; the engine is used up. Nothing of its bookkeeping is relied on.
+    pub fn abort(self, reason: &str) {
+        let Self { clients, metrics, scheduler, .. } = self;
+        drop(scheduler);
+        for gauge in [&metrics.requests_running, &metrics.requests_waiting, &metrics.kv_blocks_used] {
+            gauge.set(0);
+        }
+        for client in clients.into_values() {
+            drop(client.permit);
+            let _ = client.events.send(Event::Failed(reason.to_owned()));
+        }
+    }
+
+    /// What cannot run is refused here, because a panic in the model would end every other sequence too.
+    fn check(&self, request: &Request) -> Result<(), String> {
+        let (num_tokens, vocab_size) = (request.prompt_tokens.len(), self.model.spec().vocab_size);
+        if num_tokens == 0 {
+            return Err("the prompt has no tokens".to_owned());
+        }
+        if num_tokens > self.context_length {
+            return Err(format!("the prompt has {num_tokens} tokens, the context holds {}", self.context_length));
+        }
+        match request.prompt_tokens.iter().find(|&&token| token as usize >= vocab_size) {
+            Some(token) => Err(format!("prompt token {token} is not in the model's vocabulary of {vocab_size}")),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends the sequences nobody listens to.
+    fn drop_cancelled(&mut self) {
+        let mut cancelled = mem::take(&mut self.buffers.ended);
+        cancelled.extend(self.clients.iter().filter(|(_, client)| client.events.is_closed()).map(|(id, _)| *id));
+        for id in cancelled.drain(..) {
+            self.scheduler.remove(id);
+            self.clients.remove(&id);
+        }
+        self.buffers.ended = cancelled;
+    }
+
+    /// Tells the clients whose first rows are in the plan.
+    fn announce(&mut self) {
+        for planned in &self.scheduler.plan().sequences {
+            let Some(client) = self.clients.get_mut(&planned.id).filter(|client| !client.is_started) else { continue };
+            client.is_started = true;
+            let queue = client.accepted.elapsed();
+            self.metrics.request_queue_seconds.observe(queue.as_secs_f64());
+            self.tokens.cached.inc_by(planned.first_position as u64);
+            self.tokens.prompt.inc_by(self.scheduler.num_prompt_tokens(planned) as u64);
+            let _ = client.events.send(Event::Started { queue, cached_tokens: planned.first_position });
+            if client.prompt_logprobs {
+                let _ = client.events.send(Event::PromptToken(None));
+            }
+        }
+    }
+
+    /// Runs the planned rows; prompt scores go out at once, drawn tokens wait in the buffers.
+    fn forward(&mut self) -> Result<(), StepError> {
+        let Self { model, kv, scheduler, clients, buffers, .. } = self;
+        let Buffers { sequences, sampled, sampling, raw_logits, .. } = buffers;
+        let plan = scheduler.plan();
+        let mut rows = recycle(mem::take(sequences));
+        rows.extend(plan.sequences.iter().map(|planned| SequenceRows {
+            rows: planned.rows.clone(),
+            first_position: planned.first_position,
+            block_table: scheduler.block_table(planned),
+        }));
+        let batch = ForwardBatch {
+            tokens: &plan.tokens,
+            sequences: &rows,
+            groups: &plan.groups,
+            logits_rows: &plan.logits_rows,
+        };
+        model.forward(&batch, kv, &mut |index, logits| {
+            let (id, logits_use) = plan.logits[index];
+            let Some(client) = clients.get_mut(&id) else { return };
+            match logits_use {
+                LogitsUse::Sample => {
+                    let token = client.sample(logits, sampling, raw_logits);
+                    sampled.push(Sampled { id, token });
+                }
+                LogitsUse::Score(token) => {
+                    match log_softmax(logits, token, client.top_logprobs.unwrap_or(0), sampling) {
+                        Ok(logprob) => drop(client.events.send(Event::PromptToken(Some(logprob)))),
+                        Err(error) => sampled.push(Sampled { id, token: Err(error) }),
+                    }
+                }
+            }
+        })?;
+        *sequences = recycle(rows);
+        Ok(())
+    }
+
+    /// Hands out the drawn tokens and ends the sequences that are complete.
+    fn emit(&mut self) {
+        let mut sampled = mem::take(&mut self.buffers.sampled);
+        for Sampled { id, token } in sampled.drain(..) {
+            let (Some(client), Some(sequence)) = (self.clients.get(&id), self.scheduler.get_mut(id)) else { continue };
+            match token {
+                Err(error) => self.end(id, Event::Failed(error.to_string())),
+                Ok((token, _)) if client.stop_tokens.contains(&token) => {
+                    self.end(id, Event::Finished(FinishReason::Stop));
+                }
+                Ok((token, logprob)) => {
+                    sequence.push(token);
+                    self.tokens.output.inc();
+                    let _ = client.events.send(Event::Token { id: token, logprob });
+                    if sequence.is_at_max_tokens() {
+                        self.end(id, Event::Finished(FinishReason::Length));
+                    }
+                }
+            }
+        }
+        self.buffers.sampled = sampled;
+    }
+
+    /// Ends the sequences that had nothing to generate and whose prompt is computed.
+    fn end_scored(&mut self) {
+        let mut scored = mem::take(&mut self.buffers.ended);
+        scored.extend(self.scheduler.computed_without_output().map(Sequence::id));
+        for id in scored.drain(..) {
+            self.end(id, Event::Finished(FinishReason::Length));
+        }
+        self.buffers.ended = scored;
+    }
+
+    /// Ends a sequence. Who sees its last event sees its resources returned.
+    fn end(&mut self, id: SequenceId, event: Event) {
+        self.scheduler.remove(id);
+        self.publish();
+        if let Some(client) = self.clients.remove(&id) {
+            drop(client.permit);
+            let _ = client.events.send(event);
+        }
+    }
+
+    fn publish(&self) {
+        self.metrics.requests_running.set(self.scheduler.num_running() as i64);
+        self.metrics.requests_waiting.set(self.scheduler.num_waiting() as i64);
+        self.metrics.kv_blocks_used.set(self.scheduler.blocks_used() as i64);
+    }
+}
+
+impl Client {
+    fn sample(
+        &mut self,
+        logits: &mut [f32],
+        scratch: &mut Scratch,
+        raw_logits: &mut Vec<f32>,
+    ) -> Result<(u32, Option<TokenLogprob>), SamplingError> {
+        let Some(num_top) = self.top_logprobs else {
+            return Ok((self.sampler.sample(logits, scratch)?, None));
+        };
+        // Sampling uses the logits up; the log-probability is that of the unmodified ones.
+        raw_logits.clear();
+        raw_logits.extend_from_slice(logits);
+        let token = self.sampler.sample(logits, scratch)?;
+        Ok((token, Some(log_softmax(raw_logits, token, num_top, scratch)?)))
+    }
+}
+
+/// The memory of a vector, for borrows of another lifetime.
+fn recycle<'to>(mut rows: Vec<SequenceRows<'_>>) -> Vec<SequenceRows<'to>> {
+    rows.clear();
+    // Collecting in place keeps the allocation.
+    rows.into_iter().map(|_| unreachable!("the vector is empty")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn recycled_memory_keeps_its_place_and_capacity() {
+        let rows: Vec<SequenceRows<'_>> = Vec::with_capacity(7);
+        let before = (rows.as_ptr() as usize, rows.capacity());
+        let rows = recycle(rows);
+        assert_eq!((rows.as_ptr() as usize, rows.capacity()), before);
+    }
+}

@@ -1,0 +1,28 @@
+//! Why a generation was refused or could not end.
+
+use thiserror::Error;
+
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum GenerationError {
+    /// No base and no adapter of this name; `hint` says what to do.
+    #[error("the model `{model}` does not exist: {hint}")]
+    UnknownModel { model: String, hint: String },
+    #[error("{message}")]
+    InvalidParameter { param: &'static str, message: String },
+    /// The prompt leaves no room for even one token.
+    #[error(
+        "the prompt has {num_prompt_tokens} tokens and the context ends at {context_length}: shorten `{param}`, or ask \
+         for fewer tokens"
+    )]
+    ContextLengthExceeded { param: &'static str, num_prompt_tokens: usize, context_length: usize },
+    /// Every place in the queue is taken: worth trying again.
+    #[error("the server is overloaded: every place in its queue is taken, try again shortly")]
+    Overloaded,
+    #[error("the server is shutting down")]
+    ShuttingDown,
+    /// The engine ended while, or before, the request ran.
+    #[error("the engine has stopped; the server must be restarted")]
+    EngineStopped,
+    #[error("generation failed: {0}")]
+    Failed(String),
+}

@@ -1,0 +1,98 @@
+//! The clock of one sequence: what it reports to the metrics, also when nobody waits for its end.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use prometheus::Histogram;
+
+use crate::metrics::Metrics;
+
+/// Counts the sequence when dropped; one that nothing has finished by then was cancelled by its client.
+#[derive(Debug)]
+pub struct Recorder {
+    metrics: Arc<Metrics>,
+    adapter: String,
+    inter_token_latency: Histogram,
+    accepted: Instant,
+    first_token: Option<Instant>,
+    last_token: Instant,
+    num_output_tokens: u32,
+    finish_reason: &'static str,
+}
+
+impl Recorder {
+    /// `adapter` is a registered name or `base`; `accepted` is when HTTP had read the request.
+    pub fn new(metrics: Arc<Metrics>, adapter: &str, accepted: Instant) -> Self {
+        Self {
+            inter_token_latency: metrics.inter_token_latency_seconds.with_label_values(&[adapter]),
+            metrics,
+            adapter: adapter.to_owned(),
+            accepted,
+            first_token: None,
+            last_token: accepted,
+            num_output_tokens: 0,
+            finish_reason: "cancelled",
+        }
+    }
+
+    pub fn token(&mut self) {
+        let now = Instant::now();
+        if self.first_token.is_none() {
+            self.first_token = Some(now);
+            let ttft = self.metrics.time_to_first_token_seconds.with_label_values(&[&self.adapter]);
+            ttft.observe((now - self.accepted).as_secs_f64());
+        } else {
+            self.inter_token_latency.observe((now - self.last_token).as_secs_f64());
+        }
+        self.last_token = now;
+        self.num_output_tokens += 1;
+    }
+
+    /// `finish_reason` is one of `stop`, `length`, `error`.
+    pub fn finish(&mut self, finish_reason: &'static str) {
+        self.finish_reason = finish_reason;
+    }
+}
+
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        let adapter = self.adapter.as_str();
+        self.metrics.requests_total.with_label_values(&[adapter, self.finish_reason]).inc();
+        let e2e = self.metrics.request_seconds.with_label_values(&[adapter]);
+        e2e.observe(self.accepted.elapsed().as_secs_f64());
+        if let Some(first_token) = self.first_token.filter(|_| self.num_output_tokens > 1) {
+            let gaps = f64::from(self.num_output_tokens - 1);
+            let tpot = self.metrics.time_per_output_token_seconds.with_label_values(&[adapter]);
+            tpot.observe((self.last_token - first_token).as_secs_f64() / gaps);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ended(metrics: &Metrics, finish_reason: &str) -> u64 {
+        metrics.requests_total.with_label_values(&["base", finish_reason]).get()
+    }
+
+    #[test]
+    fn a_sequence_dropped_before_its_end_counts_as_cancelled() {
+        let metrics = Arc::new(Metrics::new());
+        drop(Recorder::new(metrics.clone(), "base", Instant::now()));
+        assert_eq!((ended(&metrics, "cancelled"), ended(&metrics, "stop")), (1, 0));
+    }
+
+    #[test]
+    fn three_tokens_are_one_first_token_and_two_gaps() {
+        let metrics = Arc::new(Metrics::new());
+        let mut recorder = Recorder::new(metrics.clone(), "base", Instant::now());
+        (0..3).for_each(|_| recorder.token());
+        recorder.finish("stop");
+        drop(recorder);
+        assert_eq!(metrics.time_to_first_token_seconds.with_label_values(&["base"]).get_sample_count(), 1);
+        assert_eq!(metrics.inter_token_latency_seconds.with_label_values(&["base"]).get_sample_count(), 2);
+        assert_eq!(metrics.time_per_output_token_seconds.with_label_values(&["base"]).get_sample_count(), 1);
+        assert_eq!((ended(&metrics, "cancelled"), ended(&metrics, "stop")), (0, 1));
+    }
+}

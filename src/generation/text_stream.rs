@@ -1,0 +1,403 @@
+//! One sequence seen from outside: engine events in, text out.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use futures::{Stream, StreamExt};
+use tokio::sync::{mpsc, watch};
+
+use super::GenerationError;
+use super::recorder::Recorder;
+use crate::engine::request::{Event, FinishReason, TokenLogprob};
+use crate::tokenizer::Tokenizer;
+use crate::tokenizer::detokenize::{Detokenizer, StopOutcome, StopStrings};
+
+/// The text of one sequence as it comes. Dropping it cancels the sequence.
+#[derive(Debug)]
+pub struct TextStream {
+    events: mpsc::UnboundedReceiver<Event>,
+    assembler: TextAssembler,
+    recorder: Recorder,
+    ready: VecDeque<Result<TextEvent, GenerationError>>,
+    ended: bool,
+    /// While any stream lives, the server has not drained.
+    _in_flight: watch::Receiver<()>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum TextEvent {
+    /// Never without text, except where token records are wanted and their text came to nothing.
+    Delta(TextDelta),
+    /// The last event.
+    Finished { reason: FinishReason, usage: SequenceUsage },
+}
+
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct TextDelta {
+    pub text: String,
+    /// The tokens that begin in `text`; empty unless log-probabilities were asked for.
+    pub tokens: Vec<TokenRecord>,
+}
+
+/// A token of the prompt (with `echo`) or of the output.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenRecord {
+    pub id: u32,
+    /// Where its text begins, in characters of the whole text (the echoed prompt included).
+    pub text_offset: usize,
+    /// `None` for the first token of a prompt, which nothing predicts.
+    pub logprob: Option<TokenLogprob>,
+}
+
+/// Counts in tokens.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SequenceUsage {
+    pub num_prompt_tokens: usize,
+    /// Prompt tokens whose KV was found in the prefix cache.
+    pub num_cached_tokens: usize,
+    pub num_output_tokens: usize,
+}
+
+/// A whole sequence: what its [`TextStream`] said until it finished.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Completed {
+    pub text: String,
+    pub tokens: Vec<TokenRecord>,
+    pub reason: FinishReason,
+    pub usage: SequenceUsage,
+}
+
+/// What a [`TextStream`] must know of its sequence.
+pub(super) struct TextStreamOptions {
+    pub tokenizer: Arc<Tokenizer>,
+    pub num_prompt_tokens: usize,
+    pub stop: Vec<String>,
+    /// Whether deltas carry token records.
+    pub logprobs: bool,
+    pub echo: Option<Echo>,
+}
+
+/// The prompt, to be repeated before the output.
+#[derive(Debug)]
+pub(super) struct Echo {
+    pub prompt_tokens: Vec<u32>,
+    /// How many of them the server put in front; they have no text.
+    pub num_added_tokens: usize,
+}
+
+impl TextStream {
+    pub(super) fn new(
+        events: mpsc::UnboundedReceiver<Event>,
+        options: TextStreamOptions,
+        recorder: Recorder,
+        in_flight: watch::Receiver<()>,
+    ) -> Self {
+        let assembler = TextAssembler::new(options);
+        Self { events, assembler, recorder, ready: VecDeque::new(), ended: false, _in_flight: in_flight }
+    }
+
+    /// Waits for the end of the sequence.
+    pub async fn collect(mut self) -> Result<Completed, GenerationError> {
+        let (mut text, mut tokens) = (String::new(), Vec::new());
+        while let Some(event) = self.next().await {
+            match event? {
+                TextEvent::Delta(delta) => {
+                    text.push_str(&delta.text);
+                    tokens.extend(delta.tokens);
+                }
+                TextEvent::Finished { reason, usage } => return Ok(Completed { text, tokens, reason, usage }),
+            }
+        }
+        Err(GenerationError::EngineStopped)
+    }
+
+    fn on_event(&mut self, event: Event) {
+        match event {
+            Event::Started { cached_tokens, .. } => self.assembler.usage.num_cached_tokens = cached_tokens,
+            Event::PromptToken(logprob) => self.assembler.prompt_logprobs.push(logprob),
+            Event::Token { id, logprob } => {
+                self.recorder.token();
+                let (delta, stopped) = self.assembler.token(id, logprob);
+                self.push_delta(delta);
+                if stopped {
+                    self.finish(FinishReason::Stop);
+                }
+            }
+            Event::Finished(reason) => {
+                let (delta, stopped) = self.assembler.end();
+                self.push_delta(delta);
+                self.finish(if stopped { FinishReason::Stop } else { reason });
+            }
+            Event::Failed(cause) => self.fail(GenerationError::Failed(cause)),
+        }
+    }
+
+    fn push_delta(&mut self, delta: TextDelta) {
+        if delta != TextDelta::default() {
+            self.ready.push_back(Ok(TextEvent::Delta(delta)));
+        }
+    }
+
+    fn finish(&mut self, reason: FinishReason) {
+        self.recorder.finish(match reason {
+            FinishReason::Stop => "stop",
+            FinishReason::Length => "length",
+        });
+        self.ready.push_back(Ok(TextEvent::Finished { reason, usage: self.assembler.usage }));
+        self.end();
+    }
+
+    fn fail(&mut self, error: GenerationError) {
+        self.recorder.finish("error");
+        self.ready.push_back(Err(error));
+        self.end();
+    }
+
+    /// Closing the channel tells the engine at once, however long the client takes to read the rest.
+    fn end(&mut self) {
+        self.ended = true;
+        self.events.close();
+    }
+}
+
+impl Stream for TextStream {
+    type Item = Result<TextEvent, GenerationError>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        loop {
+            if let Some(event) = this.ready.pop_front() {
+                return Poll::Ready(Some(event));
+            }
+            if this.ended {
+                return Poll::Ready(None);
+            }
+            match ready!(this.events.poll_recv(cx)) {
+                Some(event) => this.on_event(event),
+                None => this.fail(GenerationError::EngineStopped),
+            }
+        }
+    }
+}
+
+/// Turns tokens into text: holds back half characters and what may become a stop string, and keeps the token records in
+/// step with the text that was let go.
+#[derive(Debug)]
+struct TextAssembler {
+    tokenizer: Arc<Tokenizer>,
+    detokenizer: Detokenizer,
+    stops: StopStrings,
+    logprobs: bool,
+    echo: Option<Echo>,
+    prompt_logprobs: Vec<Option<TokenLogprob>>,
+    /// Records whose text is still held back.
+    held: VecDeque<TokenRecord>,
+    /// Characters detokenized, and of these the characters let go.
+    num_chars_seen: usize,
+    num_chars_released: usize,
+    usage: SequenceUsage,
+}
+
+impl TextAssembler {
+    fn new(options: TextStreamOptions) -> Self {
+        Self {
+            detokenizer: Detokenizer::new(options.tokenizer.clone()),
+            tokenizer: options.tokenizer,
+            stops: StopStrings::new(options.stop),
+            logprobs: options.logprobs,
+            echo: options.echo,
+            prompt_logprobs: Vec::new(),
+            held: VecDeque::new(),
+            num_chars_seen: 0,
+            num_chars_released: 0,
+            usage: SequenceUsage { num_prompt_tokens: options.num_prompt_tokens, ..SequenceUsage::default() },
+        }
+    }
+
+    /// The text that `id` sets free, and whether a stop string ended the sequence.
+    fn token(&mut self, id: u32, logprob: Option<TokenLogprob>) -> (TextDelta, bool) {
+        let mut delta = self.take_echo();
+        self.usage.num_output_tokens += 1;
+        if self.logprobs {
+            self.held.push_back(TokenRecord { id, text_offset: self.num_chars_seen, logprob });
+        }
+        let text = self.detokenizer.push(id);
+        let stopped = self.push_text(&text, &mut delta);
+        (delta, stopped)
+    }
+
+    /// Everything still held back, and whether a stop string was in it.
+    fn end(&mut self) -> (TextDelta, bool) {
+        let mut delta = self.take_echo();
+        let text = self.detokenizer.finish();
+        let stopped = self.push_text(&text, &mut delta);
+        if !stopped {
+            let rest = self.stops.finish();
+            self.release(&rest, &mut delta);
+            delta.tokens.extend(self.held.drain(..));
+        }
+        (delta, stopped)
+    }
+
+    fn push_text(&mut self, text: &str, delta: &mut TextDelta) -> bool {
+        self.num_chars_seen += text.chars().count();
+        let (released, stopped) = match self.stops.push(text) {
+            StopOutcome::Continue(text) => (text, false),
+            StopOutcome::Stopped(text) => (text, true),
+        };
+        self.release(&released, delta);
+        stopped
+    }
+
+    fn release(&mut self, text: &str, delta: &mut TextDelta) {
+        self.num_chars_released += text.chars().count();
+        delta.text.push_str(text);
+        while let Some(record) = self.held.pop_front_if(|record| record.text_offset < self.num_chars_released) {
+            delta.tokens.push(record);
+        }
+    }
+
+    /// The prompt, once: by the first output event all its log-probabilities have come.
+    fn take_echo(&mut self) -> TextDelta {
+        let mut delta = TextDelta::default();
+        let Some(echo) = self.echo.take() else { return delta };
+        let mut detokenizer = Detokenizer::with_special_tokens(self.tokenizer.clone());
+        let mut logprobs = std::mem::take(&mut self.prompt_logprobs).into_iter();
+        let mut num_chars = 0;
+        for (index, &id) in echo.prompt_tokens.iter().enumerate() {
+            if self.logprobs {
+                let logprob = logprobs.next().flatten();
+                delta.tokens.push(TokenRecord { id, text_offset: num_chars, logprob });
+            }
+            if index >= echo.num_added_tokens {
+                let text = detokenizer.push(id);
+                num_chars += text.chars().count();
+                delta.text.push_str(&text);
+            }
+        }
+        let rest = detokenizer.finish();
+        num_chars += rest.chars().count();
+        delta.text.push_str(&rest);
+        self.num_chars_seen = num_chars;
+        self.num_chars_released = num_chars;
+        delta
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const THE: u32 = 257;
+    const END: u32 = 258;
+
+    fn assembler(stop: &[&str], echo: Option<Echo>) -> TextAssembler {
+        TextAssembler::new(TextStreamOptions {
+            tokenizer: Arc::new(Tokenizer::tiny(&["<|end|>"])),
+            num_prompt_tokens: 1,
+            stop: stop.iter().map(|stop| stop.to_string()).collect(),
+            logprobs: true,
+            echo,
+        })
+    }
+
+    fn ids(delta: &TextDelta) -> Vec<u32> {
+        delta.tokens.iter().map(|token| token.id).collect()
+    }
+
+    fn offsets(delta: &TextDelta) -> Vec<usize> {
+        delta.tokens.iter().map(|token| token.text_offset).collect()
+    }
+
+    fn byte(byte: u8) -> u32 {
+        u32::from(byte)
+    }
+
+    #[test]
+    fn half_a_character_and_its_token_wait_for_the_rest() {
+        let mut assembler = assembler(&[], None);
+        let [first, second] = "é".as_bytes() else { panic!("two bytes") };
+        assert_eq!(assembler.token(byte(*first), None), (TextDelta::default(), false));
+        let (delta, _) = assembler.token(byte(*second), None);
+        assert_eq!((delta.text.as_str(), offsets(&delta)), ("é", vec![0, 0]));
+        let (delta, _) = assembler.token(THE, None);
+        assert_eq!((delta.text.as_str(), offsets(&delta)), ("the", vec![1]));
+    }
+
+    #[test]
+    fn a_stop_string_over_two_tokens_leaves_neither_its_text_nor_its_tokens() {
+        let mut assembler = assembler(&["e!"], None);
+        let (delta, stopped) = assembler.token(THE, None);
+        assert_eq!((delta.text.as_str(), ids(&delta), stopped), ("th", vec![THE], false));
+        let (delta, stopped) = assembler.token(byte(b'!'), None);
+        assert_eq!((delta, stopped), (TextDelta::default(), true));
+        assert_eq!(assembler.usage.num_output_tokens, 2);
+    }
+
+    #[test]
+    fn what_only_looked_like_a_stop_comes_at_the_end() {
+        let mut assembler = assembler(&["the end"], None);
+        assert_eq!(assembler.token(THE, None).0.text, "");
+        let (delta, stopped) = assembler.end();
+        assert_eq!((delta.text.as_str(), ids(&delta), stopped), ("the", vec![THE], false));
+    }
+
+    #[test]
+    fn special_tokens_have_a_record_but_no_text() {
+        let mut assembler = assembler(&[], None);
+        assert_eq!(assembler.token(END, None).0, TextDelta::default());
+        assert_eq!(ids(&assembler.end().0), [END]);
+    }
+
+    #[test]
+    fn the_echo_comes_first_and_moves_the_offsets_of_the_output() {
+        let echo = Echo { prompt_tokens: vec![END, THE, byte(b'n')], num_added_tokens: 1 };
+        let mut assembler = assembler(&["n"], Some(echo));
+        assembler.prompt_logprobs = vec![None, Some(TokenLogprob { logprob: -1.0, top: vec![] }), None];
+        let (delta, stopped) = assembler.token(THE, None);
+        assert_eq!((delta.text.as_str(), stopped), ("thenthe", false));
+        assert_eq!((ids(&delta), offsets(&delta)), (vec![END, THE, byte(b'n'), THE], vec![0, 0, 3, 4]));
+        assert_eq!(delta.tokens[1].logprob.as_ref().map(|logprob| logprob.logprob), Some(-1.0));
+    }
+
+    fn stream(stop: &[&str]) -> (mpsc::UnboundedSender<Event>, TextStream, Arc<crate::metrics::Metrics>) {
+        let (events, receiver) = mpsc::unbounded_channel();
+        let metrics = Arc::new(crate::metrics::Metrics::new());
+        let assembler = assembler(stop, None);
+        let recorder = Recorder::new(metrics.clone(), "base", std::time::Instant::now());
+        let (_, in_flight) = watch::channel(());
+        let stream = TextStream {
+            events: receiver,
+            assembler,
+            recorder,
+            ready: VecDeque::new(),
+            ended: false,
+            _in_flight: in_flight,
+        };
+        (events, stream, metrics)
+    }
+
+    #[tokio::test]
+    async fn a_stop_string_closes_the_channel_so_that_the_engine_ends_too() {
+        let (events, mut stream, metrics) = stream(&["h"]);
+        events.send(Event::Token { id: THE, logprob: None }).unwrap();
+        assert!(matches!(stream.next().await, Some(Ok(TextEvent::Delta(delta))) if delta.text == "t"));
+        assert!(events.is_closed());
+        let finished = stream.next().await;
+        assert!(matches!(finished, Some(Ok(TextEvent::Finished { reason: FinishReason::Stop, .. }))), "{finished:?}");
+        assert!(stream.next().await.is_none());
+        drop(stream);
+        assert_eq!(metrics.requests_total.with_label_values(&["base", "stop"]).get(), 1);
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_goes_away_is_an_error_not_an_end() {
+        let (events, stream, metrics) = stream(&[]);
+        events.send(Event::Token { id: THE, logprob: None }).unwrap();
+        drop(events);
+        assert_eq!(stream.collect().await, Err(GenerationError::EngineStopped));
+        assert_eq!(metrics.requests_total.with_label_values(&["base", "error"]).get(), 1);
+    }
+}

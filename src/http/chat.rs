@@ -1,0 +1,212 @@
+//! `POST /v1/chat/completions`
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::response::Response;
+use serde_json::Value;
+
+use super::AppState;
+use super::error::ApiError;
+use super::fields::{Fields, wrong_type};
+use super::logprobs::chat_logprobs;
+use super::reply::{ReplyShape, respond};
+use super::sampling::{Delivery, parse_options};
+use super::types::{ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs, ChatMessage};
+use crate::engine::request::FinishReason;
+use crate::generation::{Completed, GenerationOptions, Prompt, TextDelta, TokenRecord};
+use crate::tokenizer::Tokenizer;
+
+const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
+const MAX_TOP_LOGPROBS: u32 = 20;
+
+pub async fn chat_completions(State(state): State<AppState>, fields: Fields) -> Result<Response, ApiError> {
+    refuse_unsupported(&fields)?;
+    let delivery = Delivery::parse(&fields)?;
+    let options = options(&fields)?;
+    let prompt = Prompt::Chat(messages(&fields)?);
+    let shape = ChatShape {
+        tokenizer: state.generation.tokenizer().clone(),
+        logprobs: options.top_logprobs.is_some(),
+        begun: HashSet::new(),
+    };
+    let generated = state.generation.start(fields.string("model")?, vec![prompt], options).await?;
+    respond(&state, shape, generated, delivery).await
+}
+
+/// What would change the output and is not served must not be ignored.
+fn refuse_unsupported(fields: &Fields) -> Result<(), ApiError> {
+    for name in ["tools", "functions"] {
+        if fields.array(name)?.is_some_and(|tools| !tools.is_empty()) {
+            return Err(ApiError::invalid(name, format!("`{name}` is not supported by this server")));
+        }
+    }
+    match fields.object("response_format")?.and_then(|format| format.get("type")) {
+        None => Ok(()),
+        Some(format) if format == "text" => Ok(()),
+        Some(other) => Err(ApiError::invalid(
+            "response_format",
+            format!("`response_format.type` {other} is not supported by this server, only \"text\""),
+        )),
+    }
+}
+
+fn options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
+    let max_completion_tokens = fields.count("max_completion_tokens", 0..=u32::MAX)?;
+    let max_tokens = fields.count("max_tokens", 0..=u32::MAX)?;
+    let logprobs = fields.boolean("logprobs")?.unwrap_or(false);
+    let top_logprobs = fields.count("top_logprobs", 0..=MAX_TOP_LOGPROBS)?;
+    if top_logprobs.is_some() && !logprobs {
+        return Err(ApiError::invalid("top_logprobs", "`top_logprobs` needs `logprobs`: true"));
+    }
+    Ok(GenerationOptions {
+        max_tokens: max_completion_tokens.or(max_tokens),
+        top_logprobs: logprobs.then(|| top_logprobs.unwrap_or(0)),
+        ..parse_options(fields)?
+    })
+}
+
+fn messages(fields: &Fields) -> Result<Vec<Value>, ApiError> {
+    match fields.array("messages")? {
+        None => Err(ApiError::invalid("messages", "`messages` is required")),
+        Some(messages) if messages.is_empty() => Err(ApiError::invalid("messages", "`messages` is an empty array")),
+        Some(messages) => {
+            messages.iter().enumerate().try_for_each(|(index, message)| check_message(index, message))?;
+            Ok(messages.clone())
+        }
+    }
+}
+
+fn check_message(index: usize, message: &Value) -> Result<(), ApiError> {
+    let at = format!("messages[{index}]");
+    if !message.is_object() {
+        return Err(wrong_type(&at, "an object", message));
+    }
+    let role =
+        message["role"].as_str().ok_or_else(|| wrong_type(&format!("{at}.role"), "a string", &message["role"]))?;
+    if !ROLES.contains(&role) {
+        let message = format!("`{at}.role` is `{role}`, not one of {}", ROLES.join(", "));
+        return Err(ApiError::invalid(&format!("{at}.role"), message));
+    }
+    match &message["content"] {
+        Value::String(_) => Ok(()),
+        // An assistant that only called tools said nothing.
+        Value::Null if role == "assistant" => Ok(()),
+        Value::Array(parts) => parts
+            .iter()
+            .enumerate()
+            .try_for_each(|(part_index, part)| check_part(&format!("{at}.content[{part_index}]"), part)),
+        other => Err(wrong_type(&format!("{at}.content"), "a string or an array of parts", other)),
+    }
+}
+
+fn check_part(at: &str, part: &Value) -> Result<(), ApiError> {
+    if part["type"] != "text" {
+        return Err(ApiError::invalid(&format!("{at}.type"), format!("`{at}.type` must be \"text\"")));
+    }
+    match &part["text"] {
+        Value::String(_) => Ok(()),
+        other => Err(wrong_type(&format!("{at}.text"), "a string", other)),
+    }
+}
+
+struct ChatShape {
+    tokenizer: Arc<Tokenizer>,
+    logprobs: bool,
+    /// Choices whose first delta, the one with the role, was sent.
+    begun: HashSet<usize>,
+}
+
+impl ChatShape {
+    fn logprobs(&self, tokens: &[TokenRecord]) -> Option<ChatLogprobs> {
+        self.logprobs.then(|| chat_logprobs(&self.tokenizer, tokens))
+    }
+
+    fn role(&mut self, index: usize) -> Option<&'static str> {
+        self.begun.insert(index).then_some("assistant")
+    }
+}
+
+impl ReplyShape for ChatShape {
+    const ID_PREFIX: &'static str = "chatcmpl";
+    const OBJECT: &'static str = "chat.completion";
+    const CHUNK_OBJECT: &'static str = "chat.completion.chunk";
+    type Choice = ChatChoice;
+    type ChunkChoice = ChatChunkChoice;
+
+    fn choice(&self, index: usize, completed: Completed) -> ChatChoice {
+        let message = ChatMessage { role: "assistant", content: completed.text, refusal: None };
+        ChatChoice { index, message, logprobs: self.logprobs(&completed.tokens), finish_reason: Some(completed.reason) }
+    }
+
+    fn delta(&mut self, index: usize, delta: TextDelta) -> ChatChunkChoice {
+        let logprobs = self.logprobs(&delta.tokens);
+        let delta = ChatDelta { role: self.role(index), content: Some(delta.text) };
+        ChatChunkChoice { index, delta, logprobs, finish_reason: None }
+    }
+
+    fn finish(&mut self, index: usize, reason: FinishReason) -> ChatChunkChoice {
+        let delta = ChatDelta { role: self.role(index), content: None };
+        ChatChunkChoice { index, delta, logprobs: None, finish_reason: Some(reason) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fields(json: &str) -> Fields {
+        Fields::parse(json.as_bytes()).unwrap()
+    }
+
+    fn refusal<T: std::fmt::Debug>(result: Result<T, ApiError>) -> String {
+        serde_json::to_string(&result.unwrap_err().into_envelope()).unwrap()
+    }
+
+    #[test]
+    fn text_parts_every_role_and_a_silent_assistant_are_accepted() {
+        let body = r#"{"messages": [{"role": "developer", "content": "a"}, {"role": "assistant", "content": null},
+            {"role": "user", "content": [{"type": "text", "text": "b"}]}]}"#;
+        assert_eq!(messages(&fields(body)).unwrap().len(), 3);
+    }
+
+    #[test]
+    fn a_bad_message_is_named_by_its_place() {
+        for (body, place) in [
+            (r#"{}"#, "messages"),
+            (r#"{"messages": []}"#, "messages"),
+            (r#"{"messages": "hi"}"#, "messages"),
+            (r#"{"messages": [1]}"#, "messages[0]"),
+            (r#"{"messages": [{"content": "a"}]}"#, "messages[0].role"),
+            (r#"{"messages": [{"role": "robot", "content": "a"}]}"#, "messages[0].role"),
+            (r#"{"messages": [{"role": "user"}]}"#, "messages[0].content"),
+            (r#"{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}"#, "messages[0].content[0].type"),
+            (r#"{"messages": [{"role": "user", "content": [{"type": "text"}]}]}"#, "messages[0].content[0].text"),
+        ] {
+            let error = refusal(messages(&fields(body)));
+            assert!(error.contains(&format!(r#""param":"{place}""#)), "{body}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_new_name_of_the_length_wins_and_alternatives_need_logprobs() {
+        let options_of = |json| options(&fields(json));
+        assert_eq!(options_of(r#"{"max_tokens": 1, "max_completion_tokens": 2}"#).unwrap().max_tokens, Some(2));
+        assert_eq!(options_of(r#"{"logprobs": true}"#).unwrap().top_logprobs, Some(0));
+        assert_eq!(options_of(r#"{"logprobs": true, "top_logprobs": 3}"#).unwrap().top_logprobs, Some(3));
+        assert!(refusal(options_of(r#"{"top_logprobs": 3}"#)).contains("top_logprobs"));
+    }
+
+    #[test]
+    fn tools_and_json_formats_are_refused_by_name_and_their_neutral_forms_are_not() {
+        for (body, field) in [
+            (r#"{"tools": [{}]}"#, "tools"),
+            (r#"{"functions": [{}]}"#, "functions"),
+            (r#"{"response_format": {"type": "json_object"}}"#, "response_format"),
+        ] {
+            assert!(refusal(refuse_unsupported(&fields(body))).contains(&format!(r#""param":"{field}""#)), "{body}");
+        }
+        assert_eq!(refuse_unsupported(&fields(r#"{"tools": [], "response_format": {"type": "text"}}"#)), Ok(()));
+    }
+}

@@ -1,0 +1,170 @@
+//! `POST /v1/completions`
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::response::Response;
+use serde_json::Value;
+
+use super::AppState;
+use super::error::ApiError;
+use super::fields::{Fields, wrong_type};
+use super::logprobs::completion_logprobs;
+use super::reply::{ReplyShape, respond};
+use super::sampling::{Delivery, parse_options};
+use super::types::CompletionChoice;
+use crate::engine::request::FinishReason;
+use crate::generation::{Completed, GenerationOptions, Prompt, TextDelta, TokenRecord};
+use crate::tokenizer::Tokenizer;
+
+/// Alternatives per token; OpenAI's own interface ends at 5.
+const MAX_LOGPROBS: u32 = 20;
+
+pub async fn completions(State(state): State<AppState>, fields: Fields) -> Result<Response, ApiError> {
+    let delivery = Delivery::parse(&fields)?;
+    let options = options(&fields)?;
+    let prompts = prompts(&fields, options.echo)?;
+    let shape =
+        CompletionShape { tokenizer: state.generation.tokenizer().clone(), logprobs: options.top_logprobs.is_some() };
+    let generated = state.generation.start(fields.string("model")?, prompts, options).await?;
+    respond(&state, shape, generated, delivery).await
+}
+
+fn options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
+    Ok(GenerationOptions {
+        max_tokens: fields.count("max_tokens", 0..=u32::MAX)?,
+        top_logprobs: fields.count("logprobs", 0..=MAX_LOGPROBS)?,
+        echo: fields.boolean("echo")?.unwrap_or(false),
+        ..parse_options(fields)?
+    })
+}
+
+/// `prompt` is a string, strings, token ids, or arrays of token ids; `suffix` makes every string the text before a gap.
+fn prompts(fields: &Fields, echo: bool) -> Result<Vec<Prompt>, ApiError> {
+    let suffix = fields.string("suffix")?;
+    if suffix.is_some() && echo {
+        return Err(ApiError::invalid("echo", "`echo` cannot be combined with `suffix`"));
+    }
+    let text = |text: &str| match suffix {
+        Some(suffix) => Prompt::FillInMiddle { prefix: text.to_owned(), suffix: suffix.to_owned() },
+        None => Prompt::Text(text.to_owned()),
+    };
+    let expected = "a string, an array of strings, an array of token ids, or an array of such arrays";
+    let prompts = match fields.get("prompt") {
+        None => return Err(ApiError::invalid("prompt", "`prompt` is required")),
+        Some(Value::String(prompt)) => vec![text(prompt)],
+        Some(Value::Array(items)) if items.is_empty() => {
+            return Err(ApiError::invalid("prompt", "`prompt` is an empty array"));
+        }
+        Some(Value::Array(items)) if items[0].is_number() => vec![Prompt::Tokens(token_ids("prompt", items)?)],
+        Some(Value::Array(items)) => items
+            .iter()
+            .enumerate()
+            .map(|(index, item)| match item {
+                Value::String(prompt) => Ok(text(prompt)),
+                Value::Array(ids) => Ok(Prompt::Tokens(token_ids(&format!("prompt[{index}]"), ids)?)),
+                other => Err(wrong_type("prompt", expected, other)),
+            })
+            .collect::<Result<_, _>>()?,
+        Some(other) => return Err(wrong_type("prompt", expected, other)),
+    };
+    if suffix.is_some() && prompts.iter().any(|prompt| matches!(prompt, Prompt::Tokens(_))) {
+        return Err(ApiError::invalid("suffix", "`suffix` needs a `prompt` of text, not of token ids"));
+    }
+    Ok(prompts)
+}
+
+fn token_ids(name: &str, items: &[Value]) -> Result<Vec<u32>, ApiError> {
+    let id = |item: &Value| item.as_u64().and_then(|id| u32::try_from(id).ok());
+    items
+        .iter()
+        .map(|item| {
+            id(item).ok_or_else(|| ApiError::invalid("prompt", format!("`{name}` has `{item}`, which is no token id")))
+        })
+        .collect()
+}
+
+struct CompletionShape {
+    tokenizer: Arc<Tokenizer>,
+    logprobs: bool,
+}
+
+impl CompletionShape {
+    fn words(
+        &self,
+        index: usize,
+        text: String,
+        tokens: &[TokenRecord],
+        reason: Option<FinishReason>,
+    ) -> CompletionChoice {
+        let logprobs = self.logprobs.then(|| completion_logprobs(&self.tokenizer, tokens));
+        CompletionChoice { index, text, logprobs, finish_reason: reason }
+    }
+}
+
+impl ReplyShape for CompletionShape {
+    const ID_PREFIX: &'static str = "cmpl";
+    const OBJECT: &'static str = "text_completion";
+    const CHUNK_OBJECT: &'static str = "text_completion";
+    type Choice = CompletionChoice;
+    type ChunkChoice = CompletionChoice;
+
+    fn choice(&self, index: usize, completed: Completed) -> CompletionChoice {
+        self.words(index, completed.text, &completed.tokens, Some(completed.reason))
+    }
+
+    fn delta(&mut self, index: usize, delta: TextDelta) -> CompletionChoice {
+        self.words(index, delta.text, &delta.tokens, None)
+    }
+
+    fn finish(&mut self, index: usize, reason: FinishReason) -> CompletionChoice {
+        CompletionChoice { index, text: String::new(), logprobs: None, finish_reason: Some(reason) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(json: &str) -> Result<Vec<Prompt>, ApiError> {
+        prompts(&Fields::parse(json.as_bytes())?, false)
+    }
+
+    fn text(text: &str) -> Prompt {
+        Prompt::Text(text.to_owned())
+    }
+
+    #[test]
+    fn a_prompt_comes_in_four_forms() {
+        assert_eq!(parse(r#"{"prompt": "a"}"#), Ok(vec![text("a")]));
+        assert_eq!(parse(r#"{"prompt": ["a", "b"]}"#), Ok(vec![text("a"), text("b")]));
+        assert_eq!(parse(r#"{"prompt": [1, 2]}"#), Ok(vec![Prompt::Tokens(vec![1, 2])]));
+        assert_eq!(parse(r#"{"prompt": [[1], [2]]}"#), Ok(vec![Prompt::Tokens(vec![1]), Prompt::Tokens(vec![2])]));
+    }
+
+    #[test]
+    fn anything_else_is_refused() {
+        for body in [
+            "{}",
+            r#"{"prompt": null}"#,
+            r#"{"prompt": 1}"#,
+            r#"{"prompt": []}"#,
+            r#"{"prompt": [1, "a"]}"#,
+            r#"{"prompt": ["a", 1]}"#,
+            r#"{"prompt": [-1]}"#,
+            r#"{"prompt": [1.5]}"#,
+            r#"{"prompt": [4294967296]}"#,
+        ] {
+            assert!(parse(body).is_err(), "{body}");
+        }
+    }
+
+    #[test]
+    fn a_suffix_even_an_empty_one_makes_a_gap_to_fill() {
+        let gap = |suffix: &str| vec![Prompt::FillInMiddle { prefix: "a".to_owned(), suffix: suffix.to_owned() }];
+        assert_eq!(parse(r#"{"prompt": "a", "suffix": "b"}"#), Ok(gap("b")));
+        assert_eq!(parse(r#"{"prompt": "a", "suffix": ""}"#), Ok(gap("")));
+        assert_eq!(parse(r#"{"prompt": "a", "suffix": null}"#), Ok(vec![text("a")]));
+        assert!(parse(r#"{"prompt": [1], "suffix": "b"}"#).is_err());
+    }
+}

@@ -1,0 +1,176 @@
+//! The one error a client sees: `{"error":{"message","type","param","code"}}` under the right status.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+
+use crate::generation::GenerationError;
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct ApiError {
+    status: StatusCode,
+    body: Box<ErrorBody>,
+    rejection: Option<Rejection>,
+}
+
+/// In the extensions of a response: the request was refused before any generation, and the `reason` of its metric.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rejection(pub &'static str);
+
+/// The inside of the envelope; also what a stream that breaks sends.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ErrorBody {
+    message: String,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    /// The field of the request at fault.
+    param: Option<String>,
+    code: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    n_prompt_tokens: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    n_ctx: Option<usize>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct ErrorEnvelope {
+    pub error: Box<ErrorBody>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: String) -> Self {
+        let body = Box::new(ErrorBody { message, kind, param: None, code, n_prompt_tokens: None, n_ctx: None });
+        let rejection = Some(Rejection(match status {
+            StatusCode::NOT_FOUND => "not_found",
+            StatusCode::SERVICE_UNAVAILABLE => "overloaded",
+            status if status.is_server_error() => "internal",
+            _ => "invalid",
+        }));
+        Self { status, body, rejection }
+    }
+
+    /// 400 that names the field at fault.
+    pub fn invalid(param: &str, message: impl Into<String>) -> Self {
+        let mut error = Self::malformed(message);
+        error.body.param = Some(param.to_owned());
+        error
+    }
+
+    /// 400 for a body that is no JSON object at all.
+    pub fn malformed(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", None, message.into())
+    }
+
+    /// 404 for a path that is not served.
+    pub fn unknown_route(path: &str) -> Self {
+        let message = format!("`{path}` is not a path of this server");
+        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some("not_found"), message)
+    }
+
+    /// 405.
+    pub fn method_not_allowed(method: &str, path: &str) -> Self {
+        let message = format!("`{path}` does not accept {method}");
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", Some("method_not_allowed"), message)
+    }
+
+    /// 413.
+    pub fn body_too_large(max_body_bytes: usize) -> Self {
+        let message = format!("the request body is larger than {max_body_bytes} bytes");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", Some("body_too_large"), message)
+    }
+
+    /// 500 without the cause, which is for the log.
+    pub fn internal() -> Self {
+        let message = "the server failed to handle this request".to_owned();
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, message)
+    }
+
+    /// 503 that asks to come back.
+    pub fn unavailable(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded_error", Some("overloaded"), message.into())
+    }
+
+    pub fn into_envelope(self) -> ErrorEnvelope {
+        ErrorEnvelope { error: self.body }
+    }
+}
+
+impl From<GenerationError> for ApiError {
+    fn from(error: GenerationError) -> Self {
+        let message = error.to_string();
+        match error {
+            GenerationError::UnknownModel { .. } => {
+                let mut api =
+                    Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some("model_not_found"), message);
+                api.body.param = Some("model".to_owned());
+                api
+            }
+            GenerationError::InvalidParameter { param, .. } => Self::invalid(param, message),
+            GenerationError::ContextLengthExceeded { param, num_prompt_tokens, context_length } => {
+                let mut api = Self::invalid(param, message);
+                api.body.code = Some("context_length_exceeded");
+                api.body.n_prompt_tokens = Some(num_prompt_tokens);
+                api.body.n_ctx = Some(context_length);
+                api
+            }
+            GenerationError::Overloaded | GenerationError::ShuttingDown => Self::unavailable(message),
+            GenerationError::EngineStopped => {
+                Self { rejection: Some(Rejection("internal")), ..Self::unavailable(message) }
+            }
+            GenerationError::Failed(_) => {
+                let api = Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, message);
+                Self { rejection: None, ..api }
+            }
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let (status, rejection) = (self.status, self.rejection);
+        let mut response = (status, Json(self.into_envelope())).into_response();
+        if let Some(rejection) = rejection {
+            response.extensions_mut().insert(rejection);
+        }
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn envelope(error: ApiError) -> serde_json::Value {
+        serde_json::to_value(error.into_envelope()).unwrap()
+    }
+
+    #[test]
+    fn the_envelope_has_all_four_keys_even_when_null() {
+        let expected =
+            json!({"error": {"message": "no", "type": "invalid_request_error", "param": null, "code": null}});
+        assert_eq!(envelope(ApiError::malformed("no")), expected);
+    }
+
+    #[test]
+    fn an_over_long_prompt_says_by_how_much() {
+        let error =
+            GenerationError::ContextLengthExceeded { param: "messages", num_prompt_tokens: 9, context_length: 8 };
+        let error = envelope(error.into())["error"].clone();
+        assert_eq!(error["code"], "context_length_exceeded");
+        assert_eq!(error["param"], "messages");
+        assert_eq!((&error["n_prompt_tokens"], &error["n_ctx"]), (&json!(9), &json!(8)));
+    }
+
+    #[test]
+    fn an_overloaded_server_says_when_to_come_back() {
+        let response = ApiError::from(GenerationError::Overloaded).into_response();
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(response.headers()[header::RETRY_AFTER], "1");
+    }
+}

@@ -1,0 +1,146 @@
+//! The HTTP interface: OpenAI's routes over [`Generation`], probes, and one shape for every error.
+
+mod chat;
+mod completions;
+mod error;
+mod fields;
+mod logprobs;
+mod models;
+mod probes;
+mod reply;
+mod sampling;
+mod sse;
+#[cfg(test)]
+mod tests;
+mod types;
+
+use std::any::Any;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, OriginalUri, Request, State};
+use axum::http::{HeaderName, Method, Uri};
+use axum::middleware::{Next, from_fn_with_state, map_request};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use tokio::net::TcpListener;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::cors::CorsLayer;
+use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
+use tower_http::trace::TraceLayer;
+
+use crate::config::Config;
+use crate::generation::Generation;
+use crate::metrics::Metrics;
+use error::{ApiError, Rejection};
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// What every handler may use; clones are cheap.
+#[derive(Debug, Clone)]
+pub struct AppState {
+    pub generation: Arc<Generation>,
+    pub metrics: Arc<Metrics>,
+    pub config: Arc<Config>,
+    /// Unix seconds.
+    started: u64,
+}
+
+impl AppState {
+    pub fn new(generation: Arc<Generation>, metrics: Arc<Metrics>, config: Arc<Config>) -> Self {
+        let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        Self { generation, metrics, config, started }
+    }
+}
+
+/// Serves until `shutdown` resolves, then refuses new requests with 503 and returns when those under way have ended.
+/// How long that may take is for the caller to bound.
+///
+/// # Errors
+/// When the listener fails for good.
+pub async fn serve(
+    listener: TcpListener,
+    state: AppState,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> std::io::Result<()> {
+    let generation = state.generation.clone();
+    let drained = async move {
+        shutdown.await;
+        generation.drain().await;
+    };
+    axum::serve(listener, router(state)).with_graceful_shutdown(drained).await
+}
+
+/// Every route, with and without `/v1`, behind the layers that all of them share.
+pub fn router(state: AppState) -> Router {
+    let generating = Router::new()
+        .route("/completions", post(completions::completions))
+        .route("/chat/completions", post(chat::chat_completions))
+        .route_layer(from_fn_with_state(state.clone(), count_rejection));
+    let openai = generating.route("/models", get(models::list)).route("/models/{*id}", get(models::get));
+    let routes = Router::new()
+        .nest("/v1", openai.clone())
+        .merge(openai)
+        .route("/health", get(probes::health))
+        .route("/metrics", get(probes::metrics))
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(DefaultBodyLimit::max(state.config.server.max_body_bytes))
+        .with_state(state.clone());
+    // Paths must be tidied before they are routed, and layers run after routing: so all is behind one fallback.
+    let mut router =
+        Router::new().fallback_service(routes).layer(map_request(tidy_path)).layer(CatchPanicLayer::custom(panicked));
+    if state.config.server.cors {
+        router = router.layer(CorsLayer::permissive());
+    }
+    router
+        .layer(TraceLayer::new_for_http())
+        .layer(PropagateRequestIdLayer::new(REQUEST_ID))
+        .layer(SetRequestIdLayer::new(REQUEST_ID, MakeRequestUuid))
+}
+
+/// Base URLs are often configured with a slash too many.
+async fn tidy_path(mut request: Request) -> Request {
+    let uri = request.uri();
+    let path = tidy(uri.path());
+    if path != uri.path() {
+        let path_and_query = match uri.query() {
+            Some(query) => format!("{path}?{query}"),
+            None => path,
+        };
+        // A part of a valid URI is one.
+        if let Ok(uri) = path_and_query.parse::<Uri>() {
+            *request.uri_mut() = uri;
+        }
+    }
+    request
+}
+
+fn tidy(path: &str) -> String {
+    let segments: Vec<&str> = path.split('/').filter(|segment| !segment.is_empty()).collect();
+    format!("/{}", segments.join("/"))
+}
+
+async fn count_rejection(State(state): State<AppState>, request: Request, next: Next) -> Response {
+    let response = next.run(request).await;
+    if let Some(Rejection(reason)) = response.extensions().get() {
+        state.metrics.rejected_total.with_label_values(&[*reason]).inc();
+    }
+    response
+}
+
+async fn unknown_route(OriginalUri(uri): OriginalUri) -> ApiError {
+    ApiError::unknown_route(uri.path())
+}
+
+async fn method_not_allowed(method: Method, OriginalUri(uri): OriginalUri) -> ApiError {
+    ApiError::method_not_allowed(method.as_str(), uri.path())
+}
+
+fn panicked(cause: Box<dyn Any + Send>) -> Response<Body> {
+    let cause = cause.downcast_ref::<&str>().copied().or_else(|| cause.downcast_ref::<String>().map(String::as_str));
+    tracing::error!(cause = cause.unwrap_or("no message"), "a handler panicked");
+    ApiError::internal().into_response()
+}

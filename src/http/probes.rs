@@ -1,0 +1,23 @@
+//! What machines ask: is the server well, and how is it doing.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use serde_json::json;
+
+use super::AppState;
+use super::error::ApiError;
+
+/// Never waits for the engine, however busy that is.
+pub async fn health(State(state): State<AppState>) -> Response {
+    if state.generation.is_accepting() {
+        Json(json!({"status": "ok"})).into_response()
+    } else {
+        ApiError::unavailable("the server is shutting down, or its engine has stopped").into_response()
+    }
+}
+
+pub async fn metrics(State(state): State<AppState>) -> Response {
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], state.metrics.render()).into_response()
+}

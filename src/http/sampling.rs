@@ -1,0 +1,145 @@
+//! The generation parameters that completions and chat share.
+
+use serde_json::{Map, Value};
+
+use super::error::ApiError;
+use super::fields::{Fields, wrong_type};
+use crate::generation::GenerationOptions;
+
+/// Most choices per prompt, as in OpenAI's interface.
+const MAX_CHOICES: u32 = 128;
+
+/// Reads every shared parameter but the length and the log-probabilities, which the two interfaces name differently.
+pub fn parse_options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
+    let num_choices = fields.count("n", 1..=MAX_CHOICES)?.unwrap_or(1);
+    if fields.count("best_of", 1..=MAX_CHOICES)?.is_some_and(|best_of| best_of != num_choices) {
+        return Err(ApiError::invalid("best_of", "`best_of` must equal `n`: choices are not ranked"));
+    }
+    let repetition_penalty = match fields.number("repetition_penalty", 0.01..=10.0)? {
+        Some(penalty) => Some(penalty),
+        None => fields.number("repeat_penalty", 0.01..=10.0)?,
+    };
+    Ok(GenerationOptions {
+        num_choices,
+        temperature: fields.number("temperature", 0.0..=2.0)?,
+        // Some clients write -1 for "off".
+        top_k: fields.integer("top_k", -1..=i64::from(i32::MAX))?.map(|top_k| top_k.max(0) as usize),
+        top_p: fields.number("top_p", 0.0..=1.0)?,
+        min_p: fields.number("min_p", 0.0..=1.0)?,
+        repetition_penalty,
+        presence_penalty: fields.number("presence_penalty", -2.0..=2.0)?,
+        frequency_penalty: fields.number("frequency_penalty", -2.0..=2.0)?,
+        logit_bias: fields.object("logit_bias")?.map_or(Ok(Vec::new()), parse_logit_bias)?,
+        seed: fields.integer("seed", i64::MIN..=i64::MAX)?,
+        stop: fields.strings("stop")?,
+        ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
+        ..GenerationOptions::default()
+    })
+}
+
+/// `stream` and, with it, `stream_options.include_usage`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivery {
+    Plain,
+    Stream { include_usage: bool },
+}
+
+impl Delivery {
+    pub fn parse(fields: &Fields) -> Result<Self, ApiError> {
+        let options = fields.object("stream_options")?;
+        if !fields.boolean("stream")?.unwrap_or(false) {
+            return match options {
+                None => Ok(Self::Plain),
+                Some(_) => Err(ApiError::invalid("stream_options", "`stream_options` needs `stream`: true")),
+            };
+        }
+        let include_usage = match options.and_then(|options| options.get("include_usage")) {
+            None | Some(Value::Null) => false,
+            Some(Value::Bool(include_usage)) => *include_usage,
+            Some(other) => return Err(wrong_type("stream_options.include_usage", "true or false", other)),
+        };
+        Ok(Self::Stream { include_usage })
+    }
+}
+
+fn parse_logit_bias(biases: &Map<String, Value>) -> Result<Vec<(u32, f32)>, ApiError> {
+    let parse = |(token, bias): (&String, &Value)| {
+        let id = token.parse().map_err(|_| {
+            ApiError::invalid("logit_bias", format!("`logit_bias` maps token ids to numbers; `{token}` is no token id"))
+        })?;
+        match bias.as_f64() {
+            Some(bias) if (-100.0..=100.0).contains(&bias) => Ok((id, bias as f32)),
+            Some(bias) => Err(ApiError::invalid(
+                "logit_bias",
+                format!("`logit_bias` of token {id} must be from -100 to 100, not {bias}"),
+            )),
+            None => Err(wrong_type("logit_bias", "an object of numbers", bias)),
+        }
+    };
+    biases.iter().map(parse).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fields(json: &str) -> Fields {
+        Fields::parse(json.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn nothing_given_leaves_every_default_open() {
+        let options = parse_options(&fields("{}")).unwrap();
+        assert_eq!(options, GenerationOptions { num_choices: 1, ..GenerationOptions::default() });
+    }
+
+    #[test]
+    fn every_parameter_is_read_under_its_own_name() {
+        let options = parse_options(&fields(
+            r#"{"n": 2, "best_of": 2, "temperature": 0.5, "top_k": -1, "top_p": 0.25, "min_p": 0.125,
+                "repeat_penalty": 1.5, "presence_penalty": -1, "frequency_penalty": 2, "logit_bias": {"7": -100},
+                "seed": -3, "stop": ["a", "b"], "ignore_eos": true, "user": 5}"#,
+        ))
+        .unwrap();
+        let expected = GenerationOptions {
+            num_choices: 2,
+            temperature: Some(0.5),
+            top_k: Some(0),
+            top_p: Some(0.25),
+            min_p: Some(0.125),
+            repetition_penalty: Some(1.5),
+            presence_penalty: Some(-1.0),
+            frequency_penalty: Some(2.0),
+            logit_bias: vec![(7, -100.0)],
+            seed: Some(-3),
+            stop: vec!["a".to_owned(), "b".to_owned()],
+            ignore_eos: true,
+            ..GenerationOptions::default()
+        };
+        assert_eq!(options, expected);
+    }
+
+    #[test]
+    fn what_cannot_be_served_is_refused() {
+        for body in [
+            r#"{"n": 0}"#,
+            r#"{"n": 2, "best_of": 3}"#,
+            r#"{"temperature": 2.1}"#,
+            r#"{"logit_bias": {"x": 1}}"#,
+            r#"{"logit_bias": {"1": 101}}"#,
+            r#"{"logit_bias": [1]}"#,
+            r#"{"seed": 1.5}"#,
+        ] {
+            assert!(parse_options(&fields(body)).is_err(), "{body}");
+        }
+    }
+
+    #[test]
+    fn stream_options_need_a_stream() {
+        assert!(Delivery::parse(&fields(r#"{"stream_options": {"include_usage": true}}"#)).is_err());
+        let streamed = Delivery::parse(&fields(r#"{"stream": true, "stream_options": {"include_usage": true}}"#));
+        assert_eq!(streamed, Ok(Delivery::Stream { include_usage: true }));
+        let explicit_null = Delivery::parse(&fields(r#"{"stream": false, "stream_options": null}"#));
+        assert_eq!(explicit_null, Ok(Delivery::Plain));
+    }
+}

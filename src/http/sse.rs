@@ -1,0 +1,48 @@
+//! Server-sent events: `data: {json}` and nothing else. No comments to keep the connection alive, which several clients
+//! cannot read.
+
+use std::convert::Infallible;
+
+use axum::http::{HeaderName, HeaderValue};
+use axum::response::sse::{Event, Sse};
+use axum::response::{IntoResponse, Response};
+use futures::{Stream, StreamExt};
+use serde::Serialize;
+
+use super::error::ApiError;
+
+/// The data of the last event; the connection's body ends right after it.
+pub const DONE: &str = "[DONE]";
+
+/// Each event is sent as soon as `data` has it.
+pub fn respond(data: impl Stream<Item = String> + Send + 'static) -> Response {
+    let events = data.map(|data| Ok::<_, Infallible>(Event::default().data(data)));
+    let mut response = Sse::new(events).into_response();
+    // Proxies that buffer would hold tokens back.
+    response.headers_mut().insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
+    response
+}
+
+/// `value` on one line. `data:` inside is escaped: there are clients that split events at every occurrence.
+pub fn json(value: &impl Serialize) -> String {
+    match serde_json::to_string(value) {
+        Ok(json) => json.replace("data:", "data\\u003a"),
+        Err(error) => {
+            tracing::error!(%error, "a chunk could not be written as JSON");
+            json(&ApiError::internal().into_envelope())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn data_in_the_text_is_escaped_and_reads_back_the_same() {
+        let text = "print('data: 1')\ndata:\n";
+        let json = json(&text);
+        assert!(!json.contains("data:") && !json.contains('\n'), "{json}");
+        assert_eq!(serde_json::from_str::<String>(&json).unwrap(), text);
+    }
+}

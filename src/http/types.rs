@@ -1,0 +1,185 @@
+//! What replies look like on the wire.
+
+use std::collections::BTreeMap;
+
+use serde::{Serialize, Serializer};
+
+use crate::engine::request::FinishReason;
+use crate::generation::{ResolvedModel, SequenceUsage};
+
+/// A whole reply or one chunk of a stream, with its choices.
+#[derive(Debug, Serialize)]
+pub struct Reply<'a, C> {
+    #[serde(flatten)]
+    pub head: &'a ReplyHead,
+    pub choices: Vec<C>,
+    /// Absent in streams that did not ask for it; `null` in all chunks but the last of those that did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Option<Usage>>,
+}
+
+/// The same in every chunk of one reply.
+#[derive(Debug, Clone, Serialize)]
+pub struct ReplyHead {
+    pub id: String,
+    pub object: &'static str,
+    /// Unix seconds.
+    pub created: u64,
+    pub model: String,
+    pub system_fingerprint: String,
+    /// `null` when the base alone answered.
+    pub adapter: Option<AdapterName>,
+    pub seed: i64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct AdapterName {
+    pub name: String,
+    pub generation: String,
+}
+
+impl AdapterName {
+    pub fn of(model: &ResolvedModel) -> Option<Self> {
+        let adapter = model.adapter.as_ref()?;
+        Some(Self { name: adapter.name.clone(), generation: adapter.generation.clone() })
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Usage {
+    pub prompt_tokens: usize,
+    pub completion_tokens: usize,
+    pub total_tokens: usize,
+    pub prompt_tokens_details: PromptTokensDetails,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct PromptTokensDetails {
+    pub cached_tokens: usize,
+}
+
+impl Usage {
+    /// Adds the sequence of one choice; a prompt counts once, with its first choice.
+    pub fn add(&mut self, sequence: SequenceUsage, is_first_choice: bool) {
+        if is_first_choice {
+            self.prompt_tokens += sequence.num_prompt_tokens;
+            self.prompt_tokens_details.cached_tokens += sequence.num_cached_tokens;
+        }
+        self.completion_tokens += sequence.num_output_tokens;
+        self.total_tokens = self.prompt_tokens + self.completion_tokens;
+    }
+}
+
+/// A choice of a completion, whole or a chunk of it.
+#[derive(Debug, Serialize)]
+pub struct CompletionChoice {
+    pub index: usize,
+    pub text: String,
+    pub logprobs: Option<CompletionLogprobs>,
+    #[serde(serialize_with = "finish_reason")]
+    pub finish_reason: Option<FinishReason>,
+}
+
+/// One entry per token in each list.
+#[derive(Debug, PartialEq, Serialize)]
+pub struct CompletionLogprobs {
+    pub tokens: Vec<String>,
+    pub token_logprobs: Vec<Option<f32>>,
+    pub top_logprobs: Vec<Option<BTreeMap<String, f32>>>,
+    pub text_offset: Vec<usize>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct ChatChoice {
+    pub index: usize,
+    pub message: ChatMessage,
+    pub logprobs: Option<ChatLogprobs>,
+    #[serde(serialize_with = "finish_reason")]
+    pub finish_reason: Option<FinishReason>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct ChatMessage {
+    pub role: &'static str,
+    pub content: String,
+    /// Always `null`: strict clients want the key.
+    pub refusal: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct ChatChunkChoice {
+    pub index: usize,
+    pub delta: ChatDelta,
+    pub logprobs: Option<ChatLogprobs>,
+    #[serde(serialize_with = "finish_reason")]
+    pub finish_reason: Option<FinishReason>,
+}
+
+#[derive(Debug, Default, Serialize)]
+pub struct ChatDelta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content: Option<String>,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+pub struct ChatLogprobs {
+    pub content: Vec<ChatTokenLogprob>,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+pub struct ChatTokenLogprob {
+    #[serde(flatten)]
+    pub chosen: TokenAlternative,
+    pub top_logprobs: Vec<TokenAlternative>,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+pub struct TokenAlternative {
+    pub token: String,
+    pub logprob: f32,
+    pub bytes: Vec<u8>,
+}
+
+fn finish_reason<S: Serializer>(reason: &Option<FinishReason>, serializer: S) -> Result<S::Ok, S::Error> {
+    let name = reason.map(|reason| match reason {
+        FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+    });
+    name.serialize(serializer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prompt_counts_once_whatever_its_choices() {
+        let sequence = SequenceUsage { num_prompt_tokens: 10, num_cached_tokens: 4, num_output_tokens: 3 };
+        let mut usage = Usage::default();
+        (0..4).for_each(|index| usage.add(sequence, index % 2 == 0));
+        let details = PromptTokensDetails { cached_tokens: 8 };
+        let expected =
+            Usage { prompt_tokens: 20, completion_tokens: 12, total_tokens: 32, prompt_tokens_details: details };
+        assert_eq!(usage, expected);
+    }
+
+    #[test]
+    fn usage_is_absent_null_or_there() {
+        let head = ReplyHead {
+            id: "cmpl-1".to_owned(),
+            object: "text_completion",
+            created: 1,
+            model: "m".to_owned(),
+            system_fingerprint: "f".to_owned(),
+            adapter: None,
+            seed: 7,
+        };
+        let reply = |usage| serde_json::to_value(Reply::<()> { head: &head, choices: vec![], usage }).unwrap();
+        assert!(reply(None).get("usage").is_none());
+        assert!(reply(Some(None))["usage"].is_null());
+        assert_eq!(reply(Some(Some(Usage::default())))["usage"]["total_tokens"], 0);
+        assert_eq!(reply(None)["seed"], 7);
+    }
+}

@@ -1,0 +1,17 @@
+//! lorry: one quantized base model, a different adapter for every row of the batch.
+//!
+//! The way of a request:
+//! `http` → `generation` → `prompt` → `tokenizer` → `engine` (scheduler → batch → `model` → sampler) → detokenize → SSE.
+//! Two worlds meet only in `engine`: tokio (HTTP, loading) and one engine thread that owns model, KV store and scheduler.
+
+pub mod adapter;
+pub mod app;
+pub mod bench;
+pub mod config;
+pub mod engine;
+pub mod generation;
+pub mod http;
+pub mod metrics;
+pub mod model;
+pub mod prompt;
+pub mod tokenizer;

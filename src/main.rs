@@ -1,0 +1,138 @@
+//! The `lorry` command.
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use lorry::app::App;
+use lorry::bench::{self, BenchArgs};
+use lorry::config::{self, Config, Overrides};
+use lorry::http;
+use lorry::model::{catalogue, pull};
+use tokio::net::TcpListener;
+use tracing::{info, warn};
+use tracing_subscriber::EnvFilter;
+
+/// Inference server for code generation: one quantized base, many adapters, one batch.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve the OpenAI-compatible API.
+    Serve {
+        /// Configuration file (TOML); every key is in config/default.toml.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        #[command(flatten)]
+        overrides: Overrides,
+    },
+    /// Download a model into the cache folder and verify it.
+    Pull {
+        /// Catalogue id or hf:owner/repo/file.gguf.
+        model: String,
+    },
+    /// Measure prefill, decode and time to first token in-process; one JSON line per run.
+    Bench {
+        /// Configuration file (TOML).
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        #[command(flatten)]
+        args: BenchArgs,
+    },
+}
+
+/// How long requests under way may take to finish after a signal to stop.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("lorry: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<(), Box<dyn Error>> {
+    match command {
+        Command::Serve { config, overrides } => serve(Config::load(config.as_deref(), &overrides)?),
+        Command::Pull { model } => {
+            let path = pull::pull(&catalogue::resolve(&model)?, &config::lorry_home()?)?;
+            println!("{}", path.display());
+            Ok(())
+        }
+        Command::Bench { config, args } => {
+            let adapters = args.adapters.as_ref().map(|dir| dir.display().to_string());
+            let overrides = Overrides { model: args.model.clone(), adapters, ..Overrides::default() };
+            let app = App::load(Config::load(config.as_deref(), &overrides)?)?;
+            let adapters: Vec<_> = app.adapters.iter().cloned().collect();
+            let model = app.state.generation.base_id();
+            let run = bench::run(&app.engine, &adapters, &args, model, app.spec.vocab_size);
+            Ok(tokio::runtime::Runtime::new()?.block_on(run)?)
+        }
+    }
+}
+
+fn serve(config: Config) -> Result<(), Box<dyn Error>> {
+    // Before the model, so that a taken port is known at once.
+    let address = (config.server.host.clone(), config.server.port);
+    let listener = std::net::TcpListener::bind(&address)
+        .map_err(|e| format!("cannot listen on {}:{} (server.host, server.port): {e}", address.0, address.1))?;
+    listener.set_nonblocking(true)?;
+    let app = App::load(config)?;
+    tokio::runtime::Runtime::new()?.block_on(async {
+        let listener = TcpListener::from_std(listener)?;
+        info!("serving {} on http://{}", app.state.generation.base_id(), listener.local_addr()?);
+        let (stopping, mut stopped) = tokio::sync::watch::channel(false);
+        let shutdown = async move {
+            shutdown_signal().await;
+            info!("stopping: requests under way have {} s to finish", SHUTDOWN_GRACE.as_secs());
+            stopping.send_replace(true);
+        };
+        let deadline = async move {
+            // An error means that the server has ended, and this branch no longer matters.
+            let _ = stopped.wait_for(|stopping| *stopping).await;
+            tokio::time::sleep(SHUTDOWN_GRACE).await;
+        };
+        tokio::select! {
+            ended = http::serve(listener, app.state, shutdown) => ended?,
+            () = deadline => warn!("some requests did not finish in time and are cut off"),
+        }
+        app.engine.stop();
+        Ok(())
+    })
+}
+
+/// Resolves on Ctrl-C or, on Unix, SIGTERM.
+async fn shutdown_signal() {
+    let interrupt = async {
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    #[cfg(unix)]
+    let terminate = async {
+        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+            Ok(mut signal) => {
+                signal.recv().await;
+            }
+            Err(_) => std::future::pending().await,
+        }
+    };
+    #[cfg(not(unix))]
+    let terminate = std::future::pending::<()>();
+    tokio::select! {
+        () = interrupt => {}
+        () = terminate => {}
+    }
+}

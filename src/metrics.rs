@@ -1,0 +1,128 @@
+//! Every metric of the server, declared once. Names: `lorry_<noun>_<unit>`, base units, counters end in `_total`.
+
+use prometheus::{
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+};
+
+/// Seconds, from a fast first token to a long batch job.
+const LATENCY_BUCKETS: &[f64] =
+    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
+
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    pub requests_running: IntGauge,
+    pub requests_waiting: IntGauge,
+    pub kv_blocks_used: IntGauge,
+    pub kv_blocks_capacity: IntGauge,
+    pub preemptions_total: IntCounter,
+    /// `kind`: `prompt`, `cached` (prompt tokens found in the prefix cache), `output`.
+    pub tokens_total: IntCounterVec,
+    /// `adapter` (registered names and `base`), `finish_reason` (`stop`, `length`, `cancelled`, `error`).
+    pub requests_total: IntCounterVec,
+    /// `reason`: `overloaded`, `invalid`, `not_found`, `internal`.
+    pub rejected_total: IntCounterVec,
+    pub request_queue_seconds: Histogram,
+    pub time_to_first_token_seconds: HistogramVec,
+    pub inter_token_latency_seconds: HistogramVec,
+    pub time_per_output_token_seconds: HistogramVec,
+    pub request_seconds: HistogramVec,
+    pub adapters_resident: IntGauge,
+    pub adapter_resident_bytes: IntGauge,
+    pub adapter_load_seconds: Histogram,
+}
+
+impl Metrics {
+    /// # Panics
+    /// Never in practice: the names below are constant, valid and distinct.
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let m = Self {
+            requests_running: gauge("lorry_requests_running", "Sequences in the running batch."),
+            requests_waiting: gauge("lorry_requests_waiting", "Sequences accepted and not yet planned."),
+            kv_blocks_used: gauge("lorry_kv_blocks_used", "KV blocks held by sequences."),
+            kv_blocks_capacity: gauge("lorry_kv_blocks_capacity", "KV blocks in the pool."),
+            preemptions_total: counter("lorry_preemptions_total", "Sequences put back because KV blocks ran out."),
+            tokens_total: counters("lorry_tokens_total", "Tokens processed.", &["kind"]),
+            requests_total: counters("lorry_requests_total", "Requests ended.", &["adapter", "finish_reason"]),
+            rejected_total: counters("lorry_rejected_total", "Requests refused before generation.", &["reason"]),
+            request_queue_seconds: Histogram::with_opts(opts(
+                "lorry_request_queue_seconds",
+                "From accepted to first planned.",
+            ))
+            .expect("constant name"),
+            time_to_first_token_seconds: histograms(
+                "lorry_time_to_first_token_seconds",
+                "From accepted by HTTP to the first token.",
+            ),
+            inter_token_latency_seconds: histograms("lorry_inter_token_latency_seconds", "Gap between two tokens."),
+            time_per_output_token_seconds: histograms(
+                "lorry_time_per_output_token_seconds",
+                "Per request: (end - first token) / (output tokens - 1).",
+            ),
+            request_seconds: histograms("lorry_request_seconds", "From accepted by HTTP to the end."),
+            adapters_resident: gauge("lorry_adapters_resident", "Adapters loaded in memory."),
+            adapter_resident_bytes: gauge("lorry_adapter_resident_bytes", "Bytes of adapter weights in memory."),
+            adapter_load_seconds: Histogram::with_opts(opts(
+                "lorry_adapter_load_seconds",
+                "Reading, checking and packing one adapter.",
+            ))
+            .expect("constant name"),
+            registry,
+        };
+        let collectors: Vec<Box<dyn prometheus::core::Collector>> = vec![
+            Box::new(m.requests_running.clone()),
+            Box::new(m.requests_waiting.clone()),
+            Box::new(m.kv_blocks_used.clone()),
+            Box::new(m.kv_blocks_capacity.clone()),
+            Box::new(m.preemptions_total.clone()),
+            Box::new(m.tokens_total.clone()),
+            Box::new(m.requests_total.clone()),
+            Box::new(m.rejected_total.clone()),
+            Box::new(m.request_queue_seconds.clone()),
+            Box::new(m.time_to_first_token_seconds.clone()),
+            Box::new(m.inter_token_latency_seconds.clone()),
+            Box::new(m.time_per_output_token_seconds.clone()),
+            Box::new(m.request_seconds.clone()),
+            Box::new(m.adapters_resident.clone()),
+            Box::new(m.adapter_resident_bytes.clone()),
+            Box::new(m.adapter_load_seconds.clone()),
+        ];
+        for collector in collectors {
+            m.registry.register(collector).expect("metric names are distinct");
+        }
+        m
+    }
+
+    /// The Prometheus text exposition of every metric.
+    pub fn render(&self) -> String {
+        TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn opts(name: &str, help: &str) -> HistogramOpts {
+    HistogramOpts::new(name, help).buckets(LATENCY_BUCKETS.to_vec())
+}
+
+fn gauge(name: &str, help: &str) -> IntGauge {
+    IntGauge::new(name, help).expect("constant name")
+}
+
+fn counter(name: &str, help: &str) -> IntCounter {
+    IntCounter::new(name, help).expect("constant name")
+}
+
+fn counters(name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+    IntCounterVec::new(Opts::new(name, help), labels).expect("constant name")
+}
+
+/// Labelled with `adapter`: registered names and `base`.
+fn histograms(name: &str, help: &str) -> HistogramVec {
+    HistogramVec::new(opts(name, help), &["adapter"]).expect("constant name")
+}

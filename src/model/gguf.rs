@@ -1,0 +1,236 @@
+//! Reading GGUF files: metadata through candle, tensor bytes through a memory map.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::quantized::GgmlDType;
+use candle_core::quantized::gguf_file::{Content, Value};
+use kernels::mapped_file::MappedFile;
+use kernels::quantized::BlockFormat;
+
+use super::spec::{Architecture, ModelSpec};
+
+#[derive(Debug, thiserror::Error)]
+pub enum GgufError {
+    #[error("{path}: {source}")]
+    Open { path: PathBuf, source: std::io::Error },
+    #[error("{path} is not a readable GGUF file: {reason}")]
+    Parse { path: PathBuf, reason: String },
+    #[error("the GGUF file lacks the metadata key {0}")]
+    MissingKey(String),
+    #[error("the GGUF metadata key {key} is not {expected}")]
+    WrongType { key: String, expected: &'static str },
+    #[error("the GGUF file lacks the tensor {0}")]
+    MissingTensor(String),
+    #[error("tensor {name} has shape {got:?}, expected {expected:?}")]
+    Shape { name: String, got: Vec<usize>, expected: Vec<usize> },
+    #[error("tensor {name} of {len} bytes at offset {offset} does not lie within the file: the file is truncated")]
+    Truncated { name: String, offset: usize, len: usize },
+    #[error("architecture {0:?} is not supported (supported: llama, qwen2)")]
+    Architecture(String),
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+/// A tensor as it lies in the file.
+#[derive(Debug, Clone)]
+pub struct RawTensor<'a> {
+    pub dtype: GgmlDType,
+    /// Row-major, outermost first: a linear layer is `[out, in]`.
+    pub shape: Vec<usize>,
+    pub bytes: &'a [u8],
+}
+
+impl RawTensor<'_> {
+    /// The packed-GEMM format of this tensor's type; `None` for F16, F32 and what GGUF does not store.
+    pub fn block_format(&self) -> Option<BlockFormat> {
+        Some(match self.dtype {
+            GgmlDType::Q4_0 => BlockFormat::Q4_0,
+            GgmlDType::Q4_1 => BlockFormat::Q4_1,
+            GgmlDType::Q5_0 => BlockFormat::Q5_0,
+            GgmlDType::Q5_1 => BlockFormat::Q5_1,
+            GgmlDType::Q8_0 => BlockFormat::Q8_0,
+            GgmlDType::Q2K => BlockFormat::Q2_K,
+            GgmlDType::Q3K => BlockFormat::Q3_K,
+            GgmlDType::Q4K => BlockFormat::Q4_K,
+            GgmlDType::Q5K => BlockFormat::Q5_K,
+            GgmlDType::Q6K => BlockFormat::Q6_K,
+            _ => return None,
+        })
+    }
+
+    /// Row `index` as f32; `row` is `[shape[1]]`.
+    pub fn dequantize_row(&self, index: usize, row: &mut [f32]) {
+        let row_bytes = self.bytes.len() / self.shape[0];
+        let bytes = &self.bytes[index * row_bytes..][..row_bytes];
+        match (self.block_format(), self.dtype) {
+            (Some(format), _) => format.dequantize_row(bytes, row),
+            (None, GgmlDType::F32) => {
+                for (w, b) in row.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                    *w = f32::from_le_bytes(*b);
+                }
+            }
+            (None, GgmlDType::BF16) => {
+                for (w, b) in row.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *w = half::bf16::from_le_bytes(*b).to_f32();
+                }
+            }
+            (None, _) => {
+                for (w, b) in row.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *w = half::f16::from_le_bytes(*b).to_f32();
+                }
+            }
+        }
+    }
+}
+
+/// An open GGUF file. Tensor bytes stay on disk until they are touched.
+#[derive(Debug)]
+pub struct GgufFile {
+    content: Content,
+    file: MappedFile,
+}
+
+impl GgufFile {
+    pub fn open(path: &Path) -> Result<Self, GgufError> {
+        let file = MappedFile::open(path).map_err(|source| GgufError::Open { path: path.to_path_buf(), source })?;
+        let content = Content::read(&mut std::io::Cursor::new(file.bytes()))
+            .map_err(|e| GgufError::Parse { path: path.to_path_buf(), reason: e.to_string() })?;
+        Ok(Self { content, file })
+    }
+
+    pub fn metadata(&self, key: &str) -> Option<&Value> {
+        self.content.metadata.get(key)
+    }
+
+    fn required(&self, key: &str) -> Result<&Value, GgufError> {
+        self.metadata(key).ok_or_else(|| GgufError::MissingKey(key.to_string()))
+    }
+
+    /// Any unsigned or signed integer that is not negative.
+    pub fn usize(&self, key: &str) -> Result<usize, GgufError> {
+        let value = self.required(key)?;
+        let number = match value {
+            Value::U8(v) => Some(u64::from(*v)),
+            Value::U16(v) => Some(u64::from(*v)),
+            Value::U32(v) => Some(u64::from(*v)),
+            Value::U64(v) => Some(*v),
+            Value::I8(v) => u64::try_from(*v).ok(),
+            Value::I16(v) => u64::try_from(*v).ok(),
+            Value::I32(v) => u64::try_from(*v).ok(),
+            Value::I64(v) => u64::try_from(*v).ok(),
+            _ => None,
+        };
+        number
+            .and_then(|n| usize::try_from(n).ok())
+            .ok_or_else(|| GgufError::WrongType { key: key.to_string(), expected: "a whole number" })
+    }
+
+    pub fn f32(&self, key: &str) -> Result<f32, GgufError> {
+        self.required(key)?
+            .to_f32()
+            .map_err(|_| GgufError::WrongType { key: key.to_string(), expected: "a 32-bit float" })
+    }
+
+    pub fn str(&self, key: &str) -> Result<&str, GgufError> {
+        self.required(key)?
+            .to_string()
+            .map(String::as_str)
+            .map_err(|_| GgufError::WrongType { key: key.to_string(), expected: "a string" })
+    }
+
+    pub fn array(&self, key: &str) -> Result<&[Value], GgufError> {
+        self.required(key)?
+            .to_vec()
+            .map(Vec::as_slice)
+            .map_err(|_| GgufError::WrongType { key: key.to_string(), expected: "an array" })
+    }
+
+    pub fn has_tensor(&self, name: &str) -> bool {
+        self.content.tensor_infos.contains_key(name)
+    }
+
+    pub fn tensor(&self, name: &str) -> Result<RawTensor<'_>, GgufError> {
+        let info = self.content.tensor_infos.get(name).ok_or_else(|| GgufError::MissingTensor(name.to_string()))?;
+        let shape = info.shape.dims().to_vec();
+        let elements: usize = shape.iter().product();
+        let len = elements / info.ggml_dtype.block_size() * info.ggml_dtype.type_size();
+        let offset = usize::try_from(self.content.tensor_data_offset + info.offset).unwrap_or(usize::MAX);
+        let bytes = offset
+            .checked_add(len)
+            .and_then(|end| self.file.bytes().get(offset..end))
+            .ok_or_else(|| GgufError::Truncated { name: name.to_string(), offset, len })?;
+        Ok(RawTensor { dtype: info.ggml_dtype, shape, bytes })
+    }
+
+    /// A matrix of exactly this shape, of a type this server can multiply.
+    pub fn matrix(&self, name: &str, shape: (usize, usize)) -> Result<RawTensor<'_>, GgufError> {
+        let tensor = self.tensor(name)?;
+        let expected = vec![shape.0, shape.1];
+        if tensor.shape != expected {
+            return Err(GgufError::Shape { name: name.to_string(), got: tensor.shape, expected });
+        }
+        if tensor.block_format().is_none() && !matches!(tensor.dtype, GgmlDType::F16 | GgmlDType::BF16 | GgmlDType::F32)
+        {
+            return Err(GgufError::Unsupported(format!("tensor {name} has the unsupported type {:?}", tensor.dtype)));
+        }
+        Ok(tensor)
+    }
+
+    /// A vector of exactly this length, as f32.
+    pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, GgufError> {
+        let tensor = self.tensor(name)?;
+        if tensor.shape != [len] {
+            return Err(GgufError::Shape { name: name.to_string(), got: tensor.shape, expected: vec![len] });
+        }
+        let tensor = RawTensor { shape: vec![1, len], ..tensor };
+        let mut values = vec![0.0; len];
+        tensor.dequantize_row(0, &mut values);
+        Ok(values)
+    }
+
+    /// The decoder this file describes.
+    pub fn spec(&self) -> Result<ModelSpec, GgufError> {
+        let name = self.str("general.architecture")?;
+        let architecture = match name {
+            "llama" => Architecture::Llama,
+            "qwen2" => Architecture::Qwen2,
+            other => return Err(GgufError::Architecture(other.to_string())),
+        };
+        let key = |suffix: &str| format!("{name}.{suffix}");
+        if let Some(scaling) = self.metadata(&key("rope.scaling.type")).and_then(|v| v.to_string().ok()) {
+            if scaling != "none" {
+                return Err(GgufError::Unsupported(format!("rope scaling of type {scaling:?} is not supported")));
+            }
+        }
+        if self.has_tensor("rope_freqs.weight") {
+            return Err(GgufError::Unsupported(
+                "per-dimension rope factors (rope_freqs.weight) are not supported".into(),
+            ));
+        }
+        let hidden_size = self.usize(&key("embedding_length"))?;
+        let num_heads = self.usize(&key("attention.head_count"))?;
+        let num_kv_heads = self.usize(&key("attention.head_count_kv")).unwrap_or(num_heads);
+        if num_heads == 0 || num_kv_heads == 0 || num_heads % num_kv_heads != 0 {
+            return Err(GgufError::Unsupported(format!("{num_heads} heads over {num_kv_heads} key-value heads")));
+        }
+        let head_dim = self.usize(&key("attention.key_length")).unwrap_or(hidden_size / num_heads);
+        let rotary = self.usize(&key("rope.dimension_count")).unwrap_or(head_dim);
+        if rotary != head_dim || head_dim % 16 != 0 {
+            return Err(GgufError::Unsupported(format!("{rotary} rotary dimensions with heads of {head_dim}")));
+        }
+        let vocab_size = self.tensor("token_embd.weight")?.shape[0];
+        Ok(ModelSpec {
+            architecture,
+            hidden_size,
+            intermediate_size: self.usize(&key("feed_forward_length"))?,
+            num_layers: self.usize(&key("block_count"))?,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            vocab_size,
+            rope_theta: self.f32(&key("rope.freq_base")).unwrap_or(10_000.0),
+            rms_norm_eps: self.f32(&key("attention.layer_norm_rms_epsilon"))?,
+            context_length: self.usize(&key("context_length"))?,
+        })
+    }
+}

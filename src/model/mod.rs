@@ -1,0 +1,73 @@
+//! The decoder: what one forward pass sees and what it gives back.
+
+pub mod adapted_linear;
+pub mod catalogue;
+pub mod decoder;
+pub mod gguf;
+pub mod pull;
+pub mod spec;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use kernels::attention::{BlockId, KvStore};
+
+use crate::adapter::canonical::Adapter;
+use spec::ModelSpec;
+
+/// The rows of one step, packed: prefill chunks and decode rows of many sequences, each row one token position.
+///
+/// Rows of one sequence are contiguous and in position order; sequences of one adapter are contiguous.
+#[derive(Debug)]
+pub struct ForwardBatch<'a> {
+    /// Token ids, `[rows]`.
+    pub tokens: &'a [u32],
+    /// The sequences in row order; their ranges cover `0..rows` without gaps.
+    pub sequences: &'a [SequenceRows<'a>],
+    /// Row ranges that run with an adapter, ascending and disjoint. Rows outside every group run the base alone.
+    pub groups: &'a [AdapterGroup],
+    /// Rows whose logits are wanted, ascending.
+    pub logits_rows: &'a [usize],
+}
+
+/// One sequence's share of a batch.
+#[derive(Debug, Clone)]
+pub struct SequenceRows<'a> {
+    pub rows: Range<usize>,
+    /// Position of the first of these rows in the sequence; all earlier positions are already in the KV store.
+    pub first_position: usize,
+    /// KV blocks of the sequence; covers at least `first_position + rows.len()` positions.
+    pub block_table: &'a [BlockId],
+}
+
+/// Rows that run with one adapter.
+#[derive(Debug, Clone)]
+pub struct AdapterGroup {
+    pub rows: Range<usize>,
+    pub adapter: Arc<Adapter>,
+}
+
+/// Why a step could not be run: a fault of the server, never of a request.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    #[error("base layer: {0}")]
+    BaseLayer(#[from] candle_core::Error),
+    #[error(transparent)]
+    File(#[from] gguf::GgufError),
+}
+
+/// A model the engine can step. One thread owns it.
+pub trait Model: Send {
+    fn spec(&self) -> &ModelSpec;
+
+    /// Runs the batch: writes the K and V of every row into `kv` and calls `on_logits(i, logits)` once for each
+    /// `batch.logits_rows[i]`, in order, with `logits` of `[vocab_size]` that the callee may change freely.
+    ///
+    /// A row's arithmetic depends on its own sequence and adapter alone, never on its neighbours in the batch.
+    fn forward(
+        &mut self,
+        batch: &ForwardBatch<'_>,
+        kv: &mut KvStore,
+        on_logits: &mut dyn FnMut(usize, &mut [f32]),
+    ) -> Result<(), StepError>;
+}

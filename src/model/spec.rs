@@ -1,0 +1,85 @@
+//! One description for every decoder this server runs.
+
+/// How a decoder is built. Names as in Hugging Face configs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelSpec {
+    pub architecture: Architecture,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_layers: usize,
+    pub num_heads: usize,
+    pub num_kv_heads: usize,
+    pub head_dim: usize,
+    pub vocab_size: usize,
+    pub rope_theta: f32,
+    pub rms_norm_eps: f32,
+    /// Longest sequence the model was trained for, in tokens.
+    pub context_length: usize,
+}
+
+/// Decoder families, named as GGUF's `general.architecture` names them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Architecture {
+    Llama,
+    Qwen2,
+}
+
+/// The linear layers of one decoder block, which an adapter may change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Module {
+    QProj,
+    KProj,
+    VProj,
+    OProj,
+    GateProj,
+    UpProj,
+    DownProj,
+}
+
+impl Module {
+    pub const ALL: [Module; 7] = [
+        Module::QProj,
+        Module::KProj,
+        Module::VProj,
+        Module::OProj,
+        Module::GateProj,
+        Module::UpProj,
+        Module::DownProj,
+    ];
+
+    /// Name in Hugging Face module paths, e.g. `q_proj`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Module::QProj => "q_proj",
+            Module::KProj => "k_proj",
+            Module::VProj => "v_proj",
+            Module::OProj => "o_proj",
+            Module::GateProj => "gate_proj",
+            Module::UpProj => "up_proj",
+            Module::DownProj => "down_proj",
+        }
+    }
+
+    /// Parent of the module inside a layer: `self_attn` or `mlp`.
+    pub fn parent(self) -> &'static str {
+        match self {
+            Module::QProj | Module::KProj | Module::VProj | Module::OProj => "self_attn",
+            Module::GateProj | Module::UpProj | Module::DownProj => "mlp",
+        }
+    }
+}
+
+impl ModelSpec {
+    /// `(in, out)` features of a module.
+    pub fn module_shape(&self, module: Module) -> (usize, usize) {
+        let (h, m) = (self.hidden_size, self.intermediate_size);
+        let (q, kv) = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim);
+        match module {
+            Module::QProj => (h, q),
+            Module::KProj | Module::VProj => (h, kv),
+            Module::OProj => (q, h),
+            Module::GateProj | Module::UpProj => (h, m),
+            Module::DownProj => (m, h),
+        }
+    }
+}

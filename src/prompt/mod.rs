@@ -1,0 +1,19 @@
+//! From what a client asks to the prompt a model was trained on: chat, an adapter's instruction, fill-in-the-middle.
+
+pub mod chat;
+pub mod fim;
+pub mod instruction;
+
+#[derive(Debug, thiserror::Error)]
+pub enum PromptError {
+    /// The client's messages are malformed; `field` names the place, such as `messages[2].content`.
+    #[error("{field}: {reason}")]
+    Messages { field: String, reason: &'static str },
+    /// The model's chat template cannot render these messages, or says why it will not.
+    #[error("messages: the chat template of the model refuses them: {0}")]
+    Refused(String),
+    #[error("tokenizer.chat_template cannot be used: {0}")]
+    ChatTemplate(String),
+    #[error("the prompt template of the adapter cannot be used: {0}")]
+    Instruction(String),
+}

@@ -1,0 +1,133 @@
+//! Byte-level BPE (GGUF's `gpt2`): pieces by regular expression, bytes as printable characters, then merges.
+
+use std::sync::LazyLock;
+
+use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::normalizers::NFC;
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::sequence::Sequence;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::{Model, SplitDelimiterBehavior, Tokenizer};
+
+use super::TokenizerError;
+use super::vocabulary::{TokenKind, TokenizerMetadata};
+
+const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+const QWEN2: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const SEED_CODER: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+";
+const DIGIT: &str = r"\p{N}";
+
+/// How text is cut before merging. GGUF gives only the name; the rest is the model's own `tokenizer.json`.
+struct PreTokenizer {
+    /// Applied one after the other, each to the pieces of the one before.
+    splits: &'static [&'static str],
+    nfc: bool,
+    /// A piece that is a token as a whole is taken before any merge.
+    ignore_merges: bool,
+}
+
+impl PreTokenizer {
+    fn named(name: &str) -> Option<Self> {
+        let plain = |splits| Self { splits, nfc: false, ignore_merges: false };
+        Some(match name {
+            "gpt-2" | "phi-2" | "mpt" | "olmo" => plain(&[GPT2]),
+            "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" => plain(&[DIGIT, GPT2]),
+            "qwen2" => Self { nfc: true, ..plain(&[QWEN2]) },
+            "deepseek-r1-qwen" | "megrez" => plain(&[QWEN2]),
+            "llama-bpe" | "llama3" | "llama-v3" | "falcon3" => Self { ignore_merges: true, ..plain(&[LLAMA3]) },
+            "dbrx" | "smaug-bpe" => plain(&[LLAMA3]),
+            "seed-coder" => plain(&[SEED_CODER]),
+            "deepseek-coder" => {
+                plain(&["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u{800}-\u{9fa5}\u{ac00}-\u{d7ff}]+", DIGIT])
+            }
+            "default" => plain(&[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"]),
+            _ => return None,
+        })
+    }
+}
+
+/// Llama 3 puts a beginning-of-sequence token first even where the file does not say so.
+pub fn adds_bos(pre: &str) -> bool {
+    matches!(pre, "llama-bpe" | "llama3" | "llama-v3")
+}
+
+#[derive(Debug)]
+pub struct ByteLevelBpe {
+    tokenizer: Tokenizer,
+}
+
+impl ByteLevelBpe {
+    /// Takes `merges` out of the metadata.
+    pub fn new(metadata: &mut TokenizerMetadata) -> Result<Self, TokenizerError> {
+        let pre = PreTokenizer::named(&metadata.pre)
+            .ok_or_else(|| TokenizerError::UnsupportedPreTokenizer(metadata.pre.clone()))?;
+        // Control tokens stay outside: no text may merge into one.
+        let vocab: Vocab = metadata
+            .iter()
+            .filter(|(_, _, kind)| *kind != TokenKind::Control)
+            .map(|(id, text, _)| (text.to_string(), id))
+            .collect();
+        let merges = std::mem::take(&mut metadata.merges);
+        let bpe = BPE::builder().vocab_and_merges(vocab, merges).ignore_merges(pre.ignore_merges).build();
+        let mut tokenizer = Tokenizer::new(bpe.map_err(|e| TokenizerError::Build(e.to_string()))?);
+        let mut steps = Vec::with_capacity(pre.splits.len() + 1);
+        for split in pre.splits {
+            let split = Split::new(SplitPattern::Regex(split.to_string()), SplitDelimiterBehavior::Isolated, false);
+            steps.push(PreTokenizerWrapper::Split(split.map_err(|e| TokenizerError::Build(e.to_string()))?));
+        }
+        steps.push(PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, false, false)));
+        tokenizer.with_pre_tokenizer(Some(Sequence::new(steps)));
+        tokenizer.with_normalizer(pre.nfc.then_some(NFC)).map_err(|e| TokenizerError::Build(e.to_string()))?;
+        Ok(Self { tokenizer })
+    }
+
+    pub fn encode(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
+        let encoding = self.tokenizer.encode_fast(text, false).map_err(|e| TokenizerError::Encode(e.to_string()))?;
+        ids.extend_from_slice(encoding.get_ids());
+        Ok(())
+    }
+
+    pub fn id_of(&self, text: &str) -> Option<u32> {
+        self.tokenizer.get_model().token_to_id(text)
+    }
+}
+
+/// The character that stands for each byte: printable Latin-1 stands for itself, the rest follows from U+0100 on.
+static BYTE_CHARS: LazyLock<[char; 256]> = LazyLock::new(|| {
+    let mut next = 0x100;
+    std::array::from_fn(|byte| match byte {
+        0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff => char::from(byte as u8),
+        _ => {
+            next += 1;
+            char::from_u32(next - 1).unwrap_or(char::REPLACEMENT_CHARACTER)
+        }
+    })
+});
+
+/// The inverse of [`BYTE_CHARS`], by code point; every character of the alphabet lies below U+0144.
+static CHAR_BYTES: LazyLock<[Option<u8>; 0x144]> = LazyLock::new(|| {
+    let mut bytes = [None; 0x144];
+    for (byte, c) in (0u8..=255).zip(BYTE_CHARS.iter()) {
+        bytes[*c as usize] = Some(byte);
+    }
+    bytes
+});
+
+/// Appends the bytes a token of this text stands for. Characters outside the alphabet stand for themselves.
+pub fn append_bytes(text: &str, bytes: &mut Vec<u8>) {
+    for c in text.chars() {
+        match CHAR_BYTES.get(c as usize).copied().flatten() {
+            Some(byte) => bytes.push(byte),
+            None => bytes.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes()),
+        }
+    }
+}
+
+#[cfg(test)]
+pub fn byte_char(byte: u8) -> char {
+    BYTE_CHARS[byte as usize]
+}

@@ -1,0 +1,336 @@
+//! Text to token ids and back, built from a GGUF file's own metadata.
+
+mod byte_level;
+pub mod detokenize;
+mod sentence_piece;
+pub mod sentinels;
+mod vocabulary;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use regex::Regex;
+
+use crate::model::gguf::{GgufError, GgufFile};
+use byte_level::ByteLevelBpe;
+use sentence_piece::SentencePiece;
+use vocabulary::{TokenBytes, TokenKind, TokenizerMetadata, TokenizerModel};
+
+#[derive(Debug, thiserror::Error)]
+pub enum TokenizerError {
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    #[error("tokenizer.ggml.model {0:?} is not supported (supported: gpt2, llama)")]
+    UnsupportedModel(String),
+    #[error("tokenizer.ggml.pre {0:?} is not supported: its pre-tokenizer is not known here; use another conversion")]
+    UnsupportedPreTokenizer(String),
+    #[error("{key} has {len} entries for {num_tokens} tokens: the GGUF file is damaged")]
+    Length { key: &'static str, len: usize, num_tokens: usize },
+    #[error("{key} is {id}, but the vocabulary has {num_tokens} tokens")]
+    IdOutOfRange { key: String, id: usize, num_tokens: usize },
+    #[error("the tokenizer cannot be built from tokenizer.ggml.tokens and tokenizer.ggml.merges: {0}")]
+    Build(String),
+    #[error("the text cannot be tokenized: {0}")]
+    Encode(String),
+}
+
+/// What the text of a control token (`<|fim_middle|>`, `<|im_end|>`) becomes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Specials {
+    /// The token itself: for prompts a template or a trusted client wrote.
+    Parse,
+    /// Ordinary text: for a user's files, which may contain anything.
+    AsText,
+}
+
+/// Encodes and decodes; shared by all threads.
+#[derive(Debug)]
+pub struct Tokenizer {
+    encoder: Encoder,
+    /// Matched when parsing: control and user-defined tokens.
+    added: AddedTokens,
+    /// Matched in any text.
+    user_defined: AddedTokens,
+    control_ids: HashMap<String, u32>,
+    kinds: Vec<TokenKind>,
+    bytes: TokenBytes,
+    bos: Option<u32>,
+    eos: Option<u32>,
+    stop_tokens: Arc<[u32]>,
+}
+
+#[derive(Debug)]
+enum Encoder {
+    ByteLevel(Box<ByteLevelBpe>),
+    SentencePiece(SentencePiece),
+}
+
+impl Tokenizer {
+    pub fn from_gguf(gguf: &GgufFile) -> Result<Self, TokenizerError> {
+        Self::new(TokenizerMetadata::read(gguf)?)
+    }
+
+    fn new(mut metadata: TokenizerMetadata) -> Result<Self, TokenizerError> {
+        let of_kind = |wanted: &[TokenKind]| {
+            let ids = metadata.iter().filter(|(_, text, kind)| wanted.contains(kind) && !text.is_empty());
+            ids.map(|(id, text, _)| (text.to_string(), id)).collect::<HashMap<_, _>>()
+        };
+        let control_ids = of_kind(&[TokenKind::Control]);
+        let added = AddedTokens::new(of_kind(&[TokenKind::Control, TokenKind::UserDefined]))?;
+        let user_defined = AddedTokens::new(of_kind(&[TokenKind::UserDefined]))?;
+
+        let mut stop_tokens = sentinels::end_of_generation(|text| control_ids.get(text).copied());
+        stop_tokens.extend(metadata.eos.iter().chain(&metadata.other_ends));
+        stop_tokens.sort_unstable();
+        stop_tokens.dedup();
+
+        let adds_bos_by_default = match metadata.model {
+            TokenizerModel::ByteLevelBpe => byte_level::adds_bos(&metadata.pre),
+            TokenizerModel::SentencePiece => true,
+        };
+        let bytes = TokenBytes::new(&metadata);
+        let encoder = match metadata.model {
+            TokenizerModel::ByteLevelBpe => Encoder::ByteLevel(Box::new(ByteLevelBpe::new(&mut metadata)?)),
+            TokenizerModel::SentencePiece => Encoder::SentencePiece(SentencePiece::new(&metadata)),
+        };
+        Ok(Self {
+            encoder,
+            added,
+            user_defined,
+            control_ids,
+            bytes,
+            bos: metadata.bos.filter(|_| metadata.add_bos.unwrap_or(adds_bos_by_default)),
+            eos: metadata.eos,
+            stop_tokens: stop_tokens.into(),
+            kinds: metadata.kinds,
+        })
+    }
+
+    /// Token ids of `text`, without a beginning-of-sequence token: see [`Self::bos`]. As with the models' own tokenizers,
+    /// Qwen2's composes the text first (NFC), and a byte the vocabulary lacks is left out (0x04 in SmolLM2's).
+    pub fn encode(&self, text: &str, specials: Specials) -> Result<Vec<u32>, TokenizerError> {
+        let added = match specials {
+            Specials::Parse => &self.added,
+            Specials::AsText => &self.user_defined,
+        };
+        let mut ids = Vec::with_capacity(text.len() / 3);
+        let mut plain_start = 0;
+        for (start, end, id) in added.matches(text) {
+            self.encode_plain(&text[plain_start..start], &mut ids)?;
+            ids.push(id);
+            plain_start = end;
+        }
+        self.encode_plain(&text[plain_start..], &mut ids)?;
+        Ok(ids)
+    }
+
+    fn encode_plain(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
+        if text.is_empty() {
+            return Ok(());
+        }
+        match &self.encoder {
+            Encoder::ByteLevel(bpe) => bpe.encode(text, ids),
+            Encoder::SentencePiece(pieces) => {
+                pieces.encode(text, ids);
+                Ok(())
+            }
+        }
+    }
+
+    /// Number of tokens of `text`.
+    pub fn count(&self, text: &str, specials: Specials) -> Result<usize, TokenizerError> {
+        Ok(self.encode(text, specials)?.len())
+    }
+
+    /// The token every raw prompt starts with, if the model wants one. Chat templates write it themselves.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    pub fn eos(&self) -> Option<u32> {
+        self.eos
+    }
+
+    /// Every token that ends a completion: end of text, of turn, of file, and fill-in-the-middle sentinels.
+    pub fn stop_tokens(&self) -> Arc<[u32]> {
+        Arc::clone(&self.stop_tokens)
+    }
+
+    /// Whether a token is not text: control, unknown and unused tokens, and ids outside the vocabulary.
+    pub fn is_special(&self, id: u32) -> bool {
+        !matches!(self.kinds.get(id as usize), Some(TokenKind::Normal | TokenKind::UserDefined | TokenKind::Byte))
+    }
+
+    /// Id of a token by its text in the vocabulary, where byte-level models write a space as `Ġ`.
+    pub fn id_of(&self, text: &str) -> Option<u32> {
+        self.special_id(text).or_else(|| match &self.encoder {
+            Encoder::ByteLevel(bpe) => bpe.id_of(text),
+            Encoder::SentencePiece(pieces) => pieces.id_of(text),
+        })
+    }
+
+    /// Id of a control token by its text.
+    pub fn special_id(&self, text: &str) -> Option<u32> {
+        self.control_ids.get(text).copied()
+    }
+
+    /// The bytes a token stands for, which need not be UTF-8 by themselves; a special token's are its text.
+    /// Empty for an id outside the vocabulary.
+    pub fn token_bytes(&self, id: u32) -> &[u8] {
+        self.bytes.get(id)
+    }
+
+    pub fn vocab_size(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+/// Tokens that are found in the text before anything else, the longest first.
+#[derive(Debug)]
+struct AddedTokens {
+    /// `None` when there are none: an empty pattern would match everywhere.
+    pattern: Option<Regex>,
+    ids: HashMap<String, u32>,
+}
+
+impl AddedTokens {
+    fn new(ids: HashMap<String, u32>) -> Result<Self, TokenizerError> {
+        let mut texts: Vec<&str> = ids.keys().map(String::as_str).collect();
+        texts.sort_unstable_by_key(|text| (std::cmp::Reverse(text.len()), *text));
+        let alternatives: Vec<String> = texts.into_iter().map(regex::escape).collect();
+        let pattern = (!alternatives.is_empty())
+            .then(|| Regex::new(&alternatives.join("|")).map_err(|e| TokenizerError::Build(e.to_string())))
+            .transpose()?;
+        Ok(Self { pattern, ids })
+    }
+
+    /// Byte ranges and ids of the tokens in `text`, in order.
+    fn matches<'a>(&'a self, text: &'a str) -> impl Iterator<Item = (usize, usize, u32)> + 'a {
+        self.pattern
+            .iter()
+            .flat_map(move |pattern| pattern.find_iter(text))
+            .filter_map(|found| Some((found.start(), found.end(), *self.ids.get(found.as_str())?)))
+    }
+}
+
+#[cfg(test)]
+impl Tokenizer {
+    /// A byte-level tokenizer of 256 single bytes, `th`, `the`, and the given control tokens, the last of them `eos`.
+    pub(crate) fn tiny(control: &[&str]) -> Self {
+        Self::tiny_with(control, &[])
+    }
+
+    /// [`Self::tiny`], with user-defined tokens after the control tokens.
+    pub(crate) fn tiny_with(control: &[&str], user_defined: &[&str]) -> Self {
+        let mut tokens: Vec<String> = (0..=255).map(|byte| byte_level::byte_char(byte).to_string()).collect();
+        tokens.extend(["th".to_string(), "the".to_string()]);
+        let mut kinds = vec![TokenKind::Normal; tokens.len()];
+        tokens.extend(control.iter().chain(user_defined).map(|text| text.to_string()));
+        kinds.extend(control.iter().map(|_| TokenKind::Control));
+        kinds.extend(user_defined.iter().map(|_| TokenKind::UserDefined));
+        let eos = control.len().checked_sub(1).map(|last| 258 + last as u32);
+        let merges = [("t", "h"), ("th", "e")].map(|(left, right)| (left.to_string(), right.to_string())).to_vec();
+        let metadata = TokenizerMetadata {
+            model: TokenizerModel::ByteLevelBpe,
+            pre: "gpt-2".to_string(),
+            tokens,
+            kinds,
+            scores: vec![],
+            merges,
+            bos: None,
+            eos,
+            other_ends: vec![],
+            add_bos: None,
+            add_space_prefix: false,
+        };
+        metadata.checked().and_then(Self::new).expect("the tiny vocabulary is consistent")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const IM_END: u32 = 258;
+
+    fn decode(tokenizer: &Tokenizer, ids: &[u32]) -> String {
+        let bytes: Vec<u8> = ids.iter().flat_map(|id| tokenizer.token_bytes(*id)).copied().collect();
+        String::from_utf8(bytes).expect("whole text decodes to UTF-8")
+    }
+
+    #[test]
+    fn merges_build_the_longest_token() {
+        let tokenizer = Tokenizer::tiny(&["<|im_end|>"]);
+        assert_eq!(tokenizer.encode("then", Specials::AsText).unwrap(), [257, u32::from(b'n')]);
+    }
+
+    #[test]
+    fn a_control_token_in_a_users_text_stays_text() {
+        let tokenizer = Tokenizer::tiny(&["<|im_end|>"]);
+        let text = "a<|im_end|>b";
+        assert_eq!(tokenizer.encode(text, Specials::Parse).unwrap(), [97, IM_END, 98]);
+        let as_text = tokenizer.encode(text, Specials::AsText).unwrap();
+        assert!(!as_text.contains(&IM_END));
+        assert_eq!(decode(&tokenizer, &as_text), text);
+    }
+
+    #[test]
+    fn a_user_defined_token_matches_in_any_text_unless_it_steers_the_model() {
+        let tokenizer = Tokenizer::tiny_with(&["<|im_end|>"], &["<tool_call>", "<|fim_middle|>"]);
+        assert_eq!(tokenizer.encode("<tool_call>", Specials::AsText).unwrap(), [259]);
+        assert!(!tokenizer.is_special(259));
+        assert!(!tokenizer.encode("<|fim_middle|>", Specials::AsText).unwrap().contains(&260));
+        assert!(tokenizer.is_special(260));
+    }
+
+    #[test]
+    fn the_longest_of_overlapping_specials_wins() {
+        let tokenizer = Tokenizer::tiny(&["<a>", "<a><b>"]);
+        assert_eq!(tokenizer.encode("<a><b><a>", Specials::Parse).unwrap(), [259, 258]);
+    }
+
+    #[test]
+    fn stop_tokens_take_in_sentinels_only_of_a_whole_family() {
+        let without = Tokenizer::tiny(&["<file_sep>", "<|endoftext|>", "<|im_end|>"]);
+        assert_eq!(without.stop_tokens().as_ref(), [259, 260]);
+        let with = Tokenizer::tiny(&["<file_sep>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<|endoftext|>"]);
+        assert_eq!(with.stop_tokens().as_ref(), [258, 259, 260, 261, 262]);
+    }
+
+    #[test]
+    fn an_id_outside_the_vocabulary_is_special_and_has_no_bytes() {
+        let tokenizer = Tokenizer::tiny(&[]);
+        assert!(tokenizer.is_special(u32::MAX));
+        assert!(tokenizer.token_bytes(u32::MAX).is_empty());
+    }
+
+    #[test]
+    fn an_unknown_pre_tokenizer_is_refused_by_name() {
+        let metadata = TokenizerMetadata {
+            model: TokenizerModel::ByteLevelBpe,
+            pre: "strange-bpe".to_string(),
+            tokens: vec![],
+            kinds: vec![],
+            scores: vec![],
+            merges: vec![],
+            bos: None,
+            eos: None,
+            other_ends: vec![],
+            add_bos: None,
+            add_space_prefix: false,
+        };
+        let error = Tokenizer::new(metadata).expect_err("no such pre-tokenizer");
+        assert!(error.to_string().contains("strange-bpe"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_comes_back_whole(text in any::<String>()) {
+            let tokenizer = Tokenizer::tiny(&["<|im_end|>"]);
+            let ids = tokenizer.encode(&text, Specials::AsText).unwrap();
+            prop_assert_eq!(decode(&tokenizer, &ids), text);
+        }
+    }
+}

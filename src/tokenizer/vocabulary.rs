@@ -1,0 +1,213 @@
+//! What a GGUF file says of its tokenizer (`tokenizer.ggml.*`), and the bytes each token stands for.
+
+use candle_core::quantized::gguf_file::Value;
+
+use super::{TokenizerError, byte_level, sentinels};
+use crate::model::gguf::{GgufError, GgufFile};
+
+const TOKENS: &str = "tokenizer.ggml.tokens";
+const TOKEN_TYPES: &str = "tokenizer.ggml.token_type";
+const SCORES: &str = "tokenizer.ggml.scores";
+const MERGES: &str = "tokenizer.ggml.merges";
+
+/// GGUF's token types.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TokenKind {
+    Normal,
+    Unknown,
+    /// Steers the model; text never becomes one unless it is parsed for specials.
+    Control,
+    /// Always matched as a whole, but ordinary text otherwise.
+    UserDefined,
+    /// Fills up the vocabulary; never trained.
+    Unused,
+    /// One byte, written `<0x0A>`.
+    Byte,
+}
+
+impl TokenKind {
+    fn from_gguf(number: i64) -> Option<Self> {
+        Some(match number {
+            1 => Self::Normal,
+            2 => Self::Unknown,
+            3 => Self::Control,
+            4 => Self::UserDefined,
+            5 => Self::Unused,
+            6 => Self::Byte,
+            _ => return None,
+        })
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TokenizerModel {
+    /// GGUF's `gpt2`.
+    ByteLevelBpe,
+    /// GGUF's `llama`.
+    SentencePiece,
+}
+
+/// The metadata, checked: every list is as long as `tokens`, every id lies within it.
+#[derive(Debug)]
+pub struct TokenizerMetadata {
+    pub model: TokenizerModel,
+    /// Name of the pre-tokenizer; empty for SentencePiece, which has none.
+    pub pre: String,
+    pub tokens: Vec<String>,
+    pub kinds: Vec<TokenKind>,
+    /// SentencePiece only.
+    pub scores: Vec<f32>,
+    /// Byte-level BPE only, best first.
+    pub merges: Vec<(String, String)>,
+    pub bos: Option<u32>,
+    pub eos: Option<u32>,
+    /// End of turn and end of message, where the file names them.
+    pub other_ends: Vec<u32>,
+    pub add_bos: Option<bool>,
+    pub add_space_prefix: bool,
+}
+
+impl TokenizerMetadata {
+    pub fn read(gguf: &GgufFile) -> Result<Self, TokenizerError> {
+        let (model, pre) = match gguf.str("tokenizer.ggml.model")? {
+            "gpt2" => (TokenizerModel::ByteLevelBpe, gguf.str("tokenizer.ggml.pre")?.to_string()),
+            "llama" => (TokenizerModel::SentencePiece, String::new()),
+            other => return Err(TokenizerError::UnsupportedModel(other.to_string())),
+        };
+        let tokens = strings(gguf, TOKENS)?;
+        let kinds = list(gguf, TOKEN_TYPES, "a list of token types (1 to 6)", |v| TokenKind::from_gguf(integer(v)?))?;
+        let (scores, merges) = match model {
+            TokenizerModel::SentencePiece => {
+                (list(gguf, SCORES, "a list of 32-bit floats", |v| v.to_f32().ok())?, vec![])
+            }
+            TokenizerModel::ByteLevelBpe => (
+                vec![],
+                list(gguf, MERGES, "a list of pairs separated by a space", |v| {
+                    let (left, right) = v.to_string().ok()?.split_once(' ')?;
+                    Some((left.to_string(), right.to_string()))
+                })?,
+            ),
+        };
+        let id = |name: &str| optional_id(gguf, &format!("tokenizer.ggml.{name}_token_id"), tokens.len());
+        let metadata = Self {
+            model,
+            pre,
+            bos: id("bos")?,
+            eos: id("eos")?,
+            other_ends: [id("eot")?, id("eom")?].into_iter().flatten().collect(),
+            add_bos: optional_bool(gguf, "tokenizer.ggml.add_bos_token")?,
+            add_space_prefix: optional_bool(gguf, "tokenizer.ggml.add_space_prefix")?.unwrap_or(true),
+            tokens,
+            kinds,
+            scores,
+            merges,
+        };
+        metadata.checked()
+    }
+
+    /// Refuses lists that disagree in length, and gives tokens with a structural text their right kind.
+    pub fn checked(mut self) -> Result<Self, TokenizerError> {
+        let num_tokens = self.tokens.len();
+        let lengths = [(TOKEN_TYPES, self.kinds.len()), (SCORES, self.scores.len())];
+        let wanted = if self.model == TokenizerModel::SentencePiece { 2 } else { 1 };
+        if let Some(&(key, len)) = lengths.iter().take(wanted).find(|(_, len)| *len != num_tokens) {
+            return Err(TokenizerError::Length { key, len, num_tokens });
+        }
+        for (kind, text) in self.kinds.iter_mut().zip(&self.tokens) {
+            if *kind == TokenKind::UserDefined && sentinels::is_structural(text) {
+                *kind = TokenKind::Control;
+            }
+        }
+        Ok(self)
+    }
+
+    /// Id, text and kind of every token.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, &str, TokenKind)> {
+        (0u32..).zip(&self.tokens).zip(&self.kinds).map(|((id, text), kind)| (id, text.as_str(), *kind))
+    }
+}
+
+/// The bytes every token stands for, in one allocation.
+#[derive(Debug)]
+pub struct TokenBytes {
+    bytes: Vec<u8>,
+    /// `[vocab_size + 1]`; token `i` is `bytes[starts[i]..starts[i + 1]]`.
+    starts: Vec<usize>,
+}
+
+impl TokenBytes {
+    pub fn new(metadata: &TokenizerMetadata) -> Self {
+        let mut table = Self { bytes: Vec::new(), starts: Vec::with_capacity(metadata.tokens.len() + 1) };
+        table.starts.push(0);
+        for (_, text, kind) in metadata.iter() {
+            match (kind, metadata.model) {
+                (TokenKind::Normal, TokenizerModel::ByteLevelBpe) => byte_level::append_bytes(text, &mut table.bytes),
+                (TokenKind::Normal, TokenizerModel::SentencePiece) => {
+                    table.bytes.extend_from_slice(text.replace('▁', " ").as_bytes());
+                }
+                (TokenKind::Byte, _) if parse_byte(text).is_some() => table.bytes.extend(parse_byte(text)),
+                _ => table.bytes.extend_from_slice(text.as_bytes()),
+            }
+            table.starts.push(table.bytes.len());
+        }
+        table
+    }
+
+    /// Empty for an id outside the vocabulary.
+    pub fn get(&self, id: u32) -> &[u8] {
+        let index = id as usize;
+        match (self.starts.get(index), self.starts.get(index + 1)) {
+            (Some(&start), Some(&end)) => &self.bytes[start..end],
+            _ => &[],
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.starts.len() - 1
+    }
+}
+
+/// `<0x0A>` → 10
+pub fn parse_byte(text: &str) -> Option<u8> {
+    u8::from_str_radix(text.strip_prefix("<0x")?.strip_suffix('>')?, 16).ok()
+}
+
+fn wrong_type(key: &str, expected: &'static str) -> TokenizerError {
+    TokenizerError::Gguf(GgufError::WrongType { key: key.to_string(), expected })
+}
+
+fn list<T>(
+    gguf: &GgufFile,
+    key: &str,
+    expected: &'static str,
+    parse: impl Fn(&Value) -> Option<T>,
+) -> Result<Vec<T>, TokenizerError> {
+    gguf.array(key)?.iter().map(parse).collect::<Option<_>>().ok_or_else(|| wrong_type(key, expected))
+}
+
+fn strings(gguf: &GgufFile, key: &str) -> Result<Vec<String>, TokenizerError> {
+    list(gguf, key, "a list of strings", |v| v.to_string().ok().cloned())
+}
+
+fn integer(value: &Value) -> Option<i64> {
+    match value {
+        Value::I32(n) => Some(i64::from(*n)),
+        Value::U32(n) => Some(i64::from(*n)),
+        _ => None,
+    }
+}
+
+fn optional_id(gguf: &GgufFile, key: &str, num_tokens: usize) -> Result<Option<u32>, TokenizerError> {
+    if gguf.metadata(key).is_none() {
+        return Ok(None);
+    }
+    let id = gguf.usize(key)?;
+    match u32::try_from(id) {
+        Ok(small) if id < num_tokens => Ok(Some(small)),
+        _ => Err(TokenizerError::IdOutOfRange { key: key.to_string(), id, num_tokens }),
+    }
+}
+
+fn optional_bool(gguf: &GgufFile, key: &str) -> Result<Option<bool>, TokenizerError> {
+    gguf.metadata(key).map(|value| value.to_bool().map_err(|_| wrong_type(key, "true or false"))).transpose()
+}

@@ -1,0 +1,386 @@
+//! The engine over a model whose logits are a pure function of its adapter and the tokens it finds in the KV store.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use kernels::attention::{BLOCK_SIZE, BlockId, KvStore};
+use lorry::adapter::canonical::{Adapter, Coverage};
+use lorry::adapter::manifest::AdapterManifest;
+use lorry::engine::request::{Event, FinishReason, Request, SamplingParams};
+use lorry::engine::{EngineConfig, EngineHandle, EngineState, EngineStopped, Overloaded};
+use lorry::metrics::Metrics;
+use lorry::model::spec::{Architecture, ModelSpec};
+use lorry::model::{ForwardBatch, Model, StepError};
+use tokio::sync::mpsc::{self, UnboundedReceiver};
+
+const VOCAB_SIZE: usize = 64;
+/// Tokens that make the fake model misbehave.
+const BROKEN: u32 = 61;
+const PANIC: u32 = 62;
+const NAN: u32 = 63;
+
+/// Keeps one number per KV position, a hash of adapter and tokens up to there, and makes the logits from it: a wrong
+/// block, position, adapter or order of rows changes everything that follows.
+struct HashModel {
+    spec: ModelSpec,
+    states: HashMap<(BlockId, usize), u64>,
+    /// Steps wait while a test holds it.
+    gate: Arc<Mutex<()>>,
+}
+
+impl HashModel {
+    fn new(gate: Arc<Mutex<()>>) -> Self {
+        let spec = ModelSpec {
+            architecture: Architecture::Llama,
+            hidden_size: 32,
+            intermediate_size: 32,
+            num_layers: 1,
+            num_heads: 1,
+            num_kv_heads: 1,
+            head_dim: 32,
+            vocab_size: VOCAB_SIZE,
+            rope_theta: 1e4,
+            rms_norm_eps: 1e-5,
+            context_length: 1024,
+        };
+        Self { spec, states: HashMap::new(), gate }
+    }
+}
+
+fn mix(state: u64, value: u64) -> u64 {
+    let mixed = (state ^ value.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed ^ (mixed >> 29)
+}
+
+impl Model for HashModel {
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    fn forward(
+        &mut self,
+        batch: &ForwardBatch<'_>,
+        _kv: &mut KvStore,
+        on_logits: &mut dyn FnMut(usize, &mut [f32]),
+    ) -> Result<(), StepError> {
+        drop(self.gate.lock());
+        let mut row_states = vec![0; batch.tokens.len()];
+        for sequence in batch.sequences {
+            let slot = |position: usize| (sequence.block_table[position / BLOCK_SIZE], position % BLOCK_SIZE);
+            for (position, row) in (sequence.first_position..).zip(sequence.rows.clone()) {
+                match batch.tokens[row] {
+                    BROKEN => return Err(candle_core::Error::Msg("a broken layer".to_owned()).into()),
+                    PANIC => panic!("a bad token"),
+                    _ => {}
+                }
+                let group = batch.groups.iter().find(|group| group.rows.contains(&row));
+                let adapter = group.map_or(0, |group| group.adapter.generation.bytes().map(u64::from).sum());
+                let before = if position == 0 { 1 } else { self.states[&slot(position - 1)] };
+                row_states[row] = mix(mix(before, adapter), u64::from(batch.tokens[row]));
+                self.states.insert(slot(position), row_states[row]);
+            }
+        }
+        for (index, &row) in batch.logits_rows.iter().enumerate() {
+            let mut logits: Vec<f32> =
+                (0..VOCAB_SIZE as u64).map(|id| (mix(row_states[row], id) >> 40) as f32 / (1 << 21) as f32).collect();
+            logits[BROKEN as usize..].fill(-1e9);
+            logits[NAN as usize] = if batch.tokens[row] == NAN { f32::NAN } else { -1e9 };
+            on_logits(index, &mut logits);
+        }
+        Ok(())
+    }
+}
+
+fn start(max_batch_rows: usize, num_blocks: usize, metrics: &Arc<Metrics>) -> EngineHandle {
+    start_gated(max_batch_rows, num_blocks, metrics, Arc::default())
+}
+
+fn start_gated(max_batch_rows: usize, num_blocks: usize, metrics: &Arc<Metrics>, gate: Arc<Mutex<()>>) -> EngineHandle {
+    let config = EngineConfig { max_batch_rows, max_sequences: 16, max_queued: 64, context_length: 1024 };
+    let kv = KvStore::new(1, 1, 32, num_blocks);
+    EngineHandle::start(Box::new(HashModel::new(gate)), kv, config, metrics.clone())
+}
+
+fn start_roomy() -> EngineHandle {
+    start(256, 64, &Arc::new(Metrics::new()))
+}
+
+fn adapter(name: &str) -> Arc<Adapter> {
+    Arc::new(Adapter {
+        name: name.to_owned(),
+        generation: name.to_owned(),
+        layers: Vec::new(),
+        coverage: Coverage { num_sites: 0, num_expected_sites: 0, max_rank: 0, resident_bytes: 0 },
+        manifest: AdapterManifest::default(),
+    })
+}
+
+#[derive(Clone)]
+struct Ask {
+    prompt_tokens: Vec<u32>,
+    adapter: Option<Arc<Adapter>>,
+    temperature: f32,
+    seed: u64,
+    max_tokens: usize,
+    stop_tokens: Vec<u32>,
+    top_logprobs: Option<usize>,
+    prompt_logprobs: bool,
+}
+
+impl Ask {
+    fn new(prompt_tokens: Vec<u32>, max_tokens: usize) -> Self {
+        Self {
+            prompt_tokens,
+            adapter: None,
+            temperature: 0.0,
+            seed: 0,
+            max_tokens,
+            stop_tokens: Vec::new(),
+            top_logprobs: None,
+            prompt_logprobs: false,
+        }
+    }
+
+    fn submit(&self, handle: &EngineHandle) -> UnboundedReceiver<Event> {
+        self.try_submit(handle).expect("the engine runs")
+    }
+
+    fn try_submit(&self, handle: &EngineHandle) -> Result<UnboundedReceiver<Event>, EngineStopped> {
+        let (events, receiver) = mpsc::unbounded_channel();
+        handle.submit(Request {
+            prompt_tokens: self.prompt_tokens.clone(),
+            adapter: self.adapter.clone(),
+            sampling: SamplingParams {
+                temperature: self.temperature,
+                top_k: 0,
+                top_p: 0.95,
+                min_p: 0.0,
+                repetition_penalty: 1.1,
+                presence_penalty: 0.0,
+                frequency_penalty: 0.0,
+                logit_bias: Vec::new(),
+                seed: self.seed,
+            },
+            max_tokens: self.max_tokens,
+            stop_tokens: self.stop_tokens.clone().into(),
+            top_logprobs: self.top_logprobs,
+            prompt_logprobs: self.prompt_logprobs,
+            events,
+            permit: handle.try_permit().expect("the queue has room"),
+        })?;
+        Ok(receiver)
+    }
+}
+
+/// Every event but `Started`, whose content depends on the clock and the cache.
+fn collect(mut receiver: UnboundedReceiver<Event>) -> Vec<Event> {
+    let mut events = Vec::new();
+    while let Some(event) = receiver.blocking_recv() {
+        if !matches!(event, Event::Started { .. }) {
+            events.push(event);
+        }
+    }
+    events
+}
+
+fn output_tokens(events: &[Event]) -> Vec<u32> {
+    let tokens = events.iter().filter_map(|event| match event {
+        Event::Token { id, .. } => Some(*id),
+        _ => None,
+    });
+    tokens.collect()
+}
+
+/// Cancelling has no reply to wait for.
+fn wait_until_empty(handle: &EngineHandle) {
+    for _ in 0..2000 {
+        if handle.state() == EngineState::default() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    panic!("resources are still held: {:?}", handle.state());
+}
+
+/// Requests of every kind: base and two adapters, short and long, greedy and drawn, plain and scored.
+fn mixed_asks() -> Vec<Ask> {
+    let adapters = [None, Some(adapter("a")), Some(adapter("b"))];
+    (0..24u64)
+        .map(|index| {
+            let num_prompt_tokens = [3, 20, 48, 90][index as usize % 4];
+            // Few distinct prompts, so that requests meet each other's prefixes.
+            let prompt = (0..num_prompt_tokens).map(|position| (position * 7 + index as u32 % 2) % 60).collect();
+            Ask {
+                adapter: adapters[index as usize % 3].clone(),
+                temperature: if index % 2 == 0 { 0.0 } else { 0.8 },
+                seed: index,
+                stop_tokens: if index % 5 == 0 { vec![11, 12] } else { Vec::new() },
+                top_logprobs: (index % 4 == 1).then_some(3),
+                prompt_logprobs: index % 8 == 5,
+                ..Ask::new(prompt, 40)
+            }
+        })
+        .collect()
+}
+
+#[test]
+fn a_sequence_among_many_equals_the_sequence_alone_and_everything_returns() {
+    let asks = mixed_asks();
+    let alone: Vec<Vec<Event>> = asks.iter().map(|ask| collect(ask.submit(&start_roomy()))).collect();
+
+    let metrics = Arc::new(Metrics::new());
+    // So few blocks and rows that sequences are chunked, wait and are preempted.
+    let handle = start(20, 14, &metrics);
+    for _ in 0..3 {
+        let mut kept = Vec::new();
+        let mut cancelled = Vec::new();
+        for (index, ask) in asks.iter().enumerate() {
+            kept.push(ask.submit(&handle));
+            if index % 3 == 0 {
+                cancelled.push(Ask { max_tokens: 100, ..ask.clone() }.submit(&handle));
+            }
+        }
+        // Half leave while they wait, half in the middle of their output.
+        for (index, mut receiver) in cancelled.into_iter().enumerate() {
+            while index % 2 == 1 && !matches!(receiver.blocking_recv(), Some(Event::Token { .. }) | None) {}
+        }
+        for (index, receiver) in kept.into_iter().enumerate() {
+            assert_eq!(collect(receiver), alone[index], "request {index}");
+        }
+        wait_until_empty(&handle);
+    }
+    assert!(metrics.preemptions_total.get() > 0, "the pool was meant to be too small");
+    assert!(metrics.tokens_total.with_label_values(&["cached"]).get() > 0, "prefixes were meant to be reused");
+    assert!(asks.iter().flat_map(|ask| &ask.adapter).all(|adapter| Arc::strong_count(adapter) == 8));
+    let permits: Vec<_> = (0..64).map(|_| handle.try_permit()).collect();
+    assert!(permits.iter().all(Result::is_ok));
+    assert!(matches!(handle.try_permit(), Err(Overloaded { max_queued: 64 })));
+}
+
+#[test]
+fn an_adapter_changes_the_output_of_its_own_requests_alone() {
+    let handle = start_roomy();
+    let base = Ask::new((0..40).collect(), 20);
+    let adapted = Ask { adapter: Some(adapter("a")), ..base.clone() };
+    let receivers = [&base, &adapted, &base].map(|ask| ask.submit(&handle));
+    let [first, second, third] = receivers.map(|receiver| output_tokens(&collect(receiver)));
+    assert_eq!(first, third);
+    assert_ne!(first, second);
+}
+
+#[test]
+fn who_sees_the_last_event_sees_the_resources_returned() {
+    let handle = start_roomy();
+    let mut receiver = Ask::new(vec![1; 50], 5).submit(&handle);
+    while let Some(event) = receiver.blocking_recv() {
+        if matches!(event, Event::Finished(_)) {
+            assert_eq!(handle.state(), EngineState::default());
+        }
+    }
+}
+
+#[test]
+fn a_repeated_prompt_reports_its_cached_tokens() {
+    let handle = start_roomy();
+    let ask = Ask::new((0..40).collect(), 1);
+    let cached = || {
+        let mut receiver = ask.submit(&handle);
+        match receiver.blocking_recv() {
+            Some(Event::Started { cached_tokens, .. }) => {
+                collect(receiver);
+                cached_tokens
+            }
+            other => panic!("{other:?} before the start"),
+        }
+    };
+    assert_eq!([cached(), cached()], [0, 32]);
+}
+
+#[test]
+fn a_stop_token_ends_the_output_without_being_part_of_it() {
+    let handle = start_roomy();
+    let free = output_tokens(&collect(Ask::new(vec![1, 2, 3], 10).submit(&handle)));
+    let stop = free[4];
+    let expected = free.iter().position(|&token| token == stop).expect("it is there");
+    let events = collect(Ask { stop_tokens: vec![stop], ..Ask::new(vec![1, 2, 3], 10) }.submit(&handle));
+    assert_eq!(output_tokens(&events), free[..expected]);
+    assert_eq!(events.last(), Some(&Event::Finished(FinishReason::Stop)));
+}
+
+#[test]
+fn no_output_tokens_means_the_prompt_is_scored_and_nothing_more() {
+    let handle = start_roomy();
+    let ask = Ask { prompt_logprobs: true, top_logprobs: Some(2), ..Ask::new(vec![1, 2, 3], 0) };
+    let events = collect(ask.submit(&handle));
+    let [
+        Event::PromptToken(None),
+        Event::PromptToken(Some(second)),
+        Event::PromptToken(Some(_)),
+        Event::Finished(reason),
+    ] = events.as_slice()
+    else {
+        panic!("{events:?}");
+    };
+    assert!(second.logprob < 0.0 && second.top.len() == 2);
+    assert_eq!(*reason, FinishReason::Length);
+    assert_eq!(collect(Ask::new(vec![1], 0).submit(&handle)), [Event::Finished(FinishReason::Length)]);
+}
+
+#[test]
+fn the_context_ends_the_output() {
+    let handle = start(256, 3, &Arc::new(Metrics::new()));
+    assert_eq!(handle.context_length(), 48);
+    let events = collect(Ask::new(vec![1; 40], 100).submit(&handle));
+    assert_eq!(output_tokens(&events).len(), 8);
+    assert_eq!(events.last(), Some(&Event::Finished(FinishReason::Length)));
+}
+
+#[test]
+fn a_request_the_model_cannot_run_fails_alone() {
+    let handle = start_roomy();
+    let good = Ask::new(vec![1, 2, 3], 30).submit(&handle);
+    let cases =
+        [(vec![], "no tokens"), (vec![1; 1025], "1025 tokens"), (vec![64], "token 64"), (vec![1, NAN], "not a number")];
+    for (prompt_tokens, expected) in cases {
+        let events = collect(Ask::new(prompt_tokens, 5).submit(&handle));
+        assert!(matches!(events.as_slice(), [Event::Failed(reason)] if reason.contains(expected)), "{events:?}");
+    }
+    assert_eq!(output_tokens(&collect(good)).len(), 30);
+    assert_eq!(handle.state(), EngineState::default());
+}
+
+#[test]
+fn a_failing_step_fails_every_request_and_stops_the_engine() {
+    for (token, expected) in [(PANIC, "a bad token"), (BROKEN, "a broken layer")] {
+        let gate = Arc::new(Mutex::new(()));
+        let closed = gate.lock().expect("nobody panicked with it");
+        let handle = start_gated(256, 64, &Arc::new(Metrics::new()), gate.clone());
+        let bystander = Ask::new(vec![1], 900).submit(&handle);
+        let culprit = Ask::new(vec![1, token], 5).submit(&handle);
+        drop(closed);
+        for receiver in [bystander, culprit] {
+            let events = collect(receiver);
+            assert!(matches!(events.last(), Some(Event::Failed(reason)) if reason.contains(expected)), "{events:?}");
+        }
+        assert!(!handle.is_alive());
+        assert_eq!(handle.state(), EngineState::default());
+        assert_eq!(Ask::new(vec![1], 5).try_submit(&handle).err(), Some(EngineStopped));
+    }
+}
+
+#[test]
+fn stopping_fails_what_is_running_and_refuses_what_comes() {
+    let gate = Arc::new(Mutex::new(()));
+    let closed = gate.lock().expect("nobody panicked with it");
+    let handle = start_gated(256, 64, &Arc::new(Metrics::new()), gate.clone());
+    let receivers: Vec<_> = (0..20).map(|_| Ask::new(vec![1], 900).submit(&handle)).collect();
+    handle.stop();
+    drop(closed);
+    for receiver in receivers {
+        assert_eq!(collect(receiver).last(), Some(&Event::Failed("the server is shutting down".to_owned())));
+    }
+    assert!(!handle.is_alive());
+    assert_eq!(handle.state(), EngineState::default());
+    assert!(Ask::new(vec![1], 5).try_submit(&handle).is_err());
+}
