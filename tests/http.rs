@@ -43,10 +43,17 @@ fn start() -> Server {
     let app = App::load(Config::load(None, &overrides).expect("the defaults are valid")).expect("the model loads");
     let adapters = app.adapters.iter().map(|adapter| adapter.name.clone()).collect();
     let (engine, state) = (app.engine, app.state);
-    let runtime = tokio::runtime::Runtime::new().expect("a runtime starts");
-    let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).expect("a port is free");
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port is free");
+    listener.set_nonblocking(true).expect("tokio can use it");
     let url = format!("http://{}", listener.local_addr().expect("it is bound"));
-    std::thread::spawn(move || runtime.block_on(http::serve(listener, state, std::future::pending())));
+    // Each test brings its own runtime; the server needs one that outlives them.
+    std::thread::spawn(|| {
+        let runtime = tokio::runtime::Runtime::new().expect("a runtime starts");
+        runtime.block_on(async {
+            let listener = TcpListener::from_std(listener).expect("tokio can use it");
+            http::serve(listener, state, std::future::pending()).await
+        })
+    });
     Server { url, engine, adapters }
 }
 

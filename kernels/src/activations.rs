@@ -15,11 +15,26 @@ pub struct QuantizedRows {
     num_rows: usize,
     width: usize,
     /// `[rows, width]`
-    pub(crate) values: Vec<i8>,
+    values: Vec<i8>,
     /// `[rows, width / BLOCK]`
-    pub(crate) scales: Vec<f32>,
-    /// Sum of each [`SUM_GROUP`] of `values`, `[rows, width / SUM_GROUP]`.
-    pub(crate) sums: Vec<i32>,
+    scales: Vec<f32>,
+    /// Sums over each [`SUM_GROUP`] of `values`, `[rows, width / SUM_GROUP]`: of the first and of the last two of every
+    /// four, which is how 16-bit kernels sum them.
+    sums: Vec<[i16; 2]>,
+}
+
+/// A row of [`QuantizedRows`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct QuantizedRow<'a> {
+    pub values: &'a [i8],
+    pub scales: &'a [f32],
+    pub sums: &'a [[i16; 2]],
+}
+
+/// Sum of one or more groups' values.
+#[inline(always)]
+pub(crate) fn sum_of(groups: &[[i16; 2]]) -> i32 {
+    groups.iter().map(|[a, b]| i32::from(*a) + i32::from(*b)).sum()
 }
 
 impl QuantizedRows {
@@ -48,7 +63,7 @@ impl QuantizedRows {
         self.width = width;
         self.values.resize(num_rows * width, 0);
         self.scales.resize(num_rows * width / BLOCK, 0.0);
-        self.sums.resize(num_rows * width / SUM_GROUP, 0);
+        self.sums.resize(num_rows * width / SUM_GROUP, [0; 2]);
     }
 
     /// Replaces the content with `num_rows` rows, each written as f32 by `produce(row, buffer)` and rounded here.
@@ -81,8 +96,14 @@ impl QuantizedRows {
             };
             produce(row, x);
             let x = &*x;
-            dispatch!(isa, quantize_row(x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [i32]));
+            dispatch!(isa, quantize_row(x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [[i16; 2]]));
         });
+    }
+
+    /// One row's values, scales and sums.
+    pub(crate) fn row(&self, row: usize) -> QuantizedRow<'_> {
+        let of = |per: usize| row * self.width / per..(row + 1) * self.width / per;
+        QuantizedRow { values: &self.values[of(1)], scales: &self.scales[of(BLOCK)], sums: &self.sums[of(SUM_GROUP)] }
     }
 
     /// Rounds `rows` `[num_rows, width]`.
@@ -92,7 +113,7 @@ impl QuantizedRows {
 }
 
 #[inline(always)]
-fn quantize_row<S: Simd>(x: &[f32], values: &mut [i8], scales: &mut [f32], sums: &mut [i32]) {
+fn quantize_row<S: Simd>(x: &[f32], values: &mut [i8], scales: &mut [f32], sums: &mut [[i16; 2]]) {
     let blocks = x.chunks_exact(BLOCK).zip(values.chunks_exact_mut(BLOCK));
     for ((block, q), (scale, sums)) in blocks.zip(scales.iter_mut().zip(sums.chunks_exact_mut(2))) {
         let lanes: [S; 4] = std::array::from_fn(|i| S::load(&block[i * 8..]));
@@ -102,7 +123,8 @@ fn quantize_row<S: Simd>(x: &[f32], values: &mut [i8], scales: &mut [f32], sums:
         let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
         S::store_i8(lanes.map(|lane| lane.mul(S::splat(inverse))), q);
         for (sum, group) in sums.iter_mut().zip(q.chunks_exact(SUM_GROUP)) {
-            *sum = group.iter().map(|&v| i32::from(v)).sum();
+            let pair = |at: usize| group[at..].chunks(4).map(|q| i16::from(q[0]) + i16::from(q[1])).sum();
+            *sum = [pair(0), pair(2)];
         }
     }
 }
@@ -125,8 +147,9 @@ mod tests {
                 assert!((f32::from(rows.values[i]) * scale - v).abs() <= scale * 0.5001);
             }
             for (g, sum) in rows.sums.iter().enumerate() {
-                let expected: i32 = rows.values[g * 16..][..16].iter().map(|&v| i32::from(v)).sum();
-                assert_eq!(*sum, expected);
+                let values = rows.values[g * 16..][..16].iter().map(|&v| i16::from(v)).enumerate();
+                let (first, last): (Vec<_>, Vec<_>) = values.partition(|(i, _)| i % 4 < 2);
+                assert_eq!(*sum, [first, last].map(|half| half.iter().map(|(_, v)| v).sum::<i16>()));
             }
         }
     }

@@ -50,7 +50,7 @@ async fn plain<S: ReplyShape>(state: &AppState, shape: S, generated: Generated) 
     let mut usage = Usage::default();
     let mut choices = Vec::new();
     for (index, completed) in try_join_all(sequences).await?.into_iter().enumerate() {
-        usage.add(completed.usage, index % generated.num_choices == 0);
+        usage.add(completed.usage, index.is_multiple_of(generated.num_choices));
         choices.push(shape.choice(index, completed));
     }
     Ok(Json(Reply { head: &head, choices, usage: Some(Some(usage)) }).into_response())
@@ -128,7 +128,7 @@ impl<S: ReplyShape> Chunks<S> {
         let choice = match event {
             TextEvent::Delta(delta) => self.shape.delta(index, delta),
             TextEvent::Finished { reason, usage } => {
-                self.usage.add(usage, index % self.num_choices == 0);
+                self.usage.add(usage, index.is_multiple_of(self.num_choices));
                 self.shape.finish(index, reason)
             }
         };

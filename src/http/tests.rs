@@ -32,7 +32,7 @@ impl Alphabet {
     fn next(&self, token: u32) -> u32 {
         match u8::try_from(token) {
             Ok(b'z') => self.end,
-            Ok(letter @ b'a'..b'z') => u32::from(letter) + 1,
+            Ok(letter @ b'a'..=b'z') => u32::from(letter) + 1,
             Ok(b'0') => u32::from(b'0'),
             Ok(b'<') => 0xc3,
             Ok(0xc3) => 0xa9,

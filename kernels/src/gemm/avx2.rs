@@ -1,15 +1,19 @@
 //! AVX2: `vpmaddubsw` multiplies unsigned weights with signed activations into 16-bit sums of two.
 //!
-//! How many of these 16-bit sums fit before they must be widened depends on the largest weight:
-//! 8 for 4 bits (15·127·2·8 = 30480), 4 for 5 bits (31·127·2·4 = 31496), 2 for 6 bits (63·127·2·2 = 32004).
-//! 8-bit weights are split into sign and magnitude (127·127·2 = 32258), the sign going to the activations.
+//! These sums are added up in 16 bits over a whole group before they are widened once. They may wrap on the way, but not
+//! in the end: a lane that starts at minus the format's offset times its own activations ends at the sum with signed
+//! weights, and 8·2 products of 5 bits (16·127·16 = 32512) or 4·2 of 6 bits (32·127·8 = 32512) fit. Of 4 bits, unsigned
+//! ones fit too (15·127·16 = 30480); of 5 bits without an offset only half of them (31·127·8 = 31496).
+//! 8-bit weights are split into sign and magnitude (128·127·2 = 32512), the sign going to the activations.
 //!
 //! From [`UNPACK_ROWS`] rows on, a tile's weights are unpacked to bytes once and read from cache for every four rows.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
-use super::{BLOCK, SUM_GROUP, Tile, TileOut};
+use super::{BLOCK, Tile, TileOut};
+use crate::activations::{QuantizedRow, sum_of};
 use crate::quantized::{Layout, ROWS_PER_TILE};
 
 /// Rows of activations from which unpacking first pays.
@@ -119,6 +123,16 @@ unsafe fn weights<const BITS: usize>(record: *const u8, quad: usize, half: usize
     }
 }
 
+/// Keeps a running sum a running sum: the optimizer would regroup the additions of all quads into a tree, for which it has
+/// to hold every quad's weights at once and spills them.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn in_order(mut sum: __m256i) -> __m256i {
+    // SAFETY: no instruction at all; the value passes through a register.
+    unsafe { asm!("/* {0} */", inout(ymm_reg) sum, options(pure, nomem, nostack, preserves_flags)) };
+    sum
+}
+
 /// Runs the rows four at a time, then what is left.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -150,30 +164,44 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
     out: &mut TileOut,
 ) {
     let layout = layout_of::<BITS, GROUPS, MIN>();
-    let activations = tile.activations;
-    let width = activations.width();
-    let num_blocks = width / BLOCK;
+    let num_blocks = tile.activations.width() / BLOCK;
+    let rows: [QuantizedRow<'_>; ROWS] = std::array::from_fn(|m| tile.activations.row(first_row + m));
+    // What the unchecked reads below rely on; a row has as many blocks as its width says.
     assert_eq!(tile.records.len(), num_blocks * layout.record_bytes());
     assert!(!UNPACKED || unpacked.len() >= num_blocks * UNPACKED_BLOCK / 32);
-    assert!(out.len() == ROWS && activations.values.len() >= (first_row + ROWS) * width);
     let ones = _mm256_set1_epi16(1);
     let quads_per_group = 8 / GROUPS;
-    // 16-bit sums that fit, see the module's head.
+    // Quads whose 16-bit sums fit, see the module's head.
     let run = match BITS {
-        4 => quads_per_group,
-        5 => 4,
-        6 => 2,
-        _ => 1,
+        5 if MIN => 4,
+        8 => 1,
+        _ => quads_per_group,
     };
+    let minus_offset = _mm256_set1_epi16(if MIN { 0 } else { -(tile.weights.offset() as i16) });
     let mut acc = [[_mm256_setzero_ps(); 2]; ROWS];
     for b in 0..num_blocks {
-        let record = tile.records[b * layout.record_bytes()..].as_ptr();
-        let x: [*const i8; ROWS] =
-            std::array::from_fn(|m| activations.values[(first_row + m) * width + b * BLOCK..].as_ptr());
+        // SAFETY: block b of the tile and of each row (asserted above).
+        let (record, x, sums, scales_x) = unsafe {
+            (
+                tile.records.as_ptr().add(b * layout.record_bytes()),
+                rows.map(|row| row.values.as_ptr().add(b * BLOCK)),
+                rows.map(|row| &*row.sums.as_ptr().add(b * 2).cast::<[[i16; 2]; 2]>()),
+                rows.map(|row| *row.scales.get_unchecked(b)),
+            )
+        };
         for g in 0..GROUPS {
             let mut dot = [[_mm256_setzero_si256(); 2]; ROWS];
             for first_quad in (g * quads_per_group..(g + 1) * quads_per_group).step_by(run) {
-                let mut short = [[_mm256_setzero_si256(); 2]; ROWS];
+                let mut short: [[__m256i; 2]; ROWS] = std::array::from_fn(|m| {
+                    if MIN || BITS == 8 {
+                        return [_mm256_setzero_si256(); 2];
+                    }
+                    // SAFETY: two 16-bit sums, one for each half of a 32-bit lane.
+                    let pair =
+                        |g: usize| _mm256_set1_epi32(unsafe { sums[m][g].as_ptr().cast::<i32>().read_unaligned() });
+                    let sum = if GROUPS == 1 { _mm256_add_epi16(pair(0), pair(1)) } else { pair(g) };
+                    [_mm256_mullo_epi16(sum, minus_offset); 2]
+                });
                 for quad in first_quad..first_quad + run {
                     let w: [__m256i; 2] = std::array::from_fn(|half| {
                         if UNPACKED {
@@ -193,7 +221,9 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
                             let x = _mm256_set1_epi32(unsafe { x[m].add(quad * 4).cast::<i32>().read_unaligned() });
                             for half in 0..2 {
                                 let signed = _mm256_sign_epi8(x, w[half]);
-                                short[m][half] = _mm256_maddubs_epi16(magnitude[half], signed);
+                                let products = _mm256_maddubs_epi16(magnitude[half], signed);
+                                dot[m][half] =
+                                    in_order(_mm256_add_epi32(dot[m][half], _mm256_madd_epi16(products, ones)));
                             }
                         }
                     } else {
@@ -202,14 +232,16 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
                             let x = _mm256_set1_epi32(unsafe { x[m].add(quad * 4).cast::<i32>().read_unaligned() });
                             for half in 0..2 {
                                 let products = _mm256_maddubs_epi16(w[half], x);
-                                short[m][half] = _mm256_add_epi16(short[m][half], products);
+                                short[m][half] = in_order(_mm256_add_epi16(short[m][half], products));
                             }
                         }
                     }
                 }
-                for m in 0..ROWS {
-                    for half in 0..2 {
-                        dot[m][half] = _mm256_add_epi32(dot[m][half], _mm256_madd_epi16(short[m][half], ones));
+                if BITS != 8 {
+                    for m in 0..ROWS {
+                        for half in 0..2 {
+                            dot[m][half] = _mm256_add_epi32(dot[m][half], _mm256_madd_epi16(short[m][half], ones));
+                        }
                     }
                 }
             }
@@ -218,22 +250,13 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
             let f16_lanes =
                 |at: usize, half: usize| unsafe { _mm256_cvtph_ps(_mm_load_si128(parts.add(at + half * 16).cast())) };
             for m in 0..ROWS {
-                let row = first_row + m;
-                let scale_x = activations.scales[row * num_blocks + b];
-                let sums = &activations.sums[row * width / SUM_GROUP + b * 2..][..2];
-                let sum_x = if GROUPS == 1 { sums[0] + sums[1] } else { sums[g] };
                 for half in 0..2 {
-                    let scale = _mm256_mul_ps(f16_lanes(0, half), _mm256_set1_ps(scale_x));
-                    // An 8-bit offset is undone by the sign split already.
-                    let dot = if MIN || BITS == 8 {
-                        dot[m][half]
-                    } else {
-                        _mm256_sub_epi32(dot[m][half], _mm256_set1_epi32(tile.weights.offset() * sum_x))
-                    };
-                    acc[m][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, acc[m][half]);
+                    let scale = _mm256_mul_ps(f16_lanes(0, half), _mm256_set1_ps(scales_x[m]));
+                    acc[m][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[m][half]), scale, acc[m][half]);
                     if MIN {
+                        let sum_x = sum_of(if GROUPS == 1 { sums[m] } else { &sums[m][g..=g] });
                         let min = f16_lanes(layout.scales_bytes(), half);
-                        acc[m][half] = _mm256_fnmadd_ps(min, _mm256_set1_ps(sum_x as f32 * scale_x), acc[m][half]);
+                        acc[m][half] = _mm256_fnmadd_ps(min, _mm256_set1_ps(sum_x as f32 * scales_x[m]), acc[m][half]);
                     }
                 }
             }

@@ -3,7 +3,8 @@
 
 use std::arch::x86_64::*;
 
-use super::{BLOCK, SUM_GROUP, Tile, TileOut};
+use super::{BLOCK, Tile, TileOut};
+use crate::activations::{QuantizedRow, sum_of};
 use crate::quantized::{Layout, ROWS_PER_TILE};
 
 /// Rows of activations that share one pass over a tile: their sums and totals fill half of the 32 registers.
@@ -101,21 +102,25 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const ROWS
     out: &mut TileOut,
 ) {
     let layout = Layout { bits: BITS, groups: GROUPS, has_min: MIN };
-    let activations = tile.activations;
-    let width = activations.width();
-    let num_blocks = width / BLOCK;
+    let num_blocks = tile.activations.width() / BLOCK;
+    let rows: [QuantizedRow<'_>; ROWS] = std::array::from_fn(|m| tile.activations.row(first_row + m));
+    // What the unchecked reads below rely on; a row has as many blocks as its width says.
     assert_eq!(tile.records.len(), num_blocks * layout.record_bytes());
-    assert!(out.len() == ROWS && activations.values.len() >= (first_row + ROWS) * width);
     let quads_per_group = 8 / GROUPS;
     let mut acc = [_mm512_setzero_ps(); ROWS];
     for b in 0..num_blocks {
-        let record = tile.records[b * layout.record_bytes()..].as_ptr();
-        let x: [*const i8; ROWS] =
-            std::array::from_fn(|m| activations.values[(first_row + m) * width + b * BLOCK..].as_ptr());
+        // SAFETY: block b of the tile and of each row (asserted above).
+        let (record, x, sums, scales_x) = unsafe {
+            (
+                tile.records.as_ptr().add(b * layout.record_bytes()),
+                rows.map(|row| row.values.as_ptr().add(b * BLOCK)),
+                rows.map(|row| &*row.sums.as_ptr().add(b * 2).cast::<[[i16; 2]; 2]>()),
+                rows.map(|row| *row.scales.get_unchecked(b)),
+            )
+        };
         for g in 0..GROUPS {
             let mut dot: [__m512i; ROWS] = std::array::from_fn(|m| {
-                let sums = &activations.sums[(first_row + m) * width / SUM_GROUP + b * 2..][..2];
-                let sum_x = if GROUPS == 1 { sums[0] + sums[1] } else { sums[g] };
+                let sum_x = sum_of(if GROUPS == 1 { sums[m] } else { &sums[m][g..=g] });
                 _mm512_set1_epi32(if MIN { 0 } else { -tile.weights.offset() * sum_x })
             });
             for quad in g * quads_per_group..(g + 1) * quads_per_group {
@@ -131,15 +136,12 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const ROWS
             let parts = unsafe { record.add(layout.weight_bytes() + g * 2 * ROWS_PER_TILE) };
             let f16_lanes = |at: usize| unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(parts.add(at).cast())) };
             for m in 0..ROWS {
-                let row = first_row + m;
-                let scale_x = activations.scales[row * num_blocks + b];
-                let scale = _mm512_mul_ps(f16_lanes(0), _mm512_set1_ps(scale_x));
+                let scale = _mm512_mul_ps(f16_lanes(0), _mm512_set1_ps(scales_x[m]));
                 acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m]), scale, acc[m]);
                 if MIN {
-                    let sums = &activations.sums[row * width / SUM_GROUP + b * 2..][..2];
-                    let sum_x = if GROUPS == 1 { sums[0] + sums[1] } else { sums[g] };
+                    let sum_x = sum_of(if GROUPS == 1 { sums[m] } else { &sums[m][g..=g] });
                     let min = f16_lanes(layout.scales_bytes());
-                    acc[m] = _mm512_fnmadd_ps(min, _mm512_set1_ps(sum_x as f32 * scale_x), acc[m]);
+                    acc[m] = _mm512_fnmadd_ps(min, _mm512_set1_ps(sum_x as f32 * scales_x[m]), acc[m]);
                 }
             }
         }

@@ -10,7 +10,7 @@ mod avx2;
 mod avx512;
 mod portable;
 
-use crate::activations::{BLOCK, QuantizedRows, SUM_GROUP};
+use crate::activations::{BLOCK, QuantizedRows};
 use crate::quantized::{PackedMatrix, ROWS_PER_TILE};
 use crate::threads::DisjointMut;
 use crate::{Cpu, Isa};

@@ -2,14 +2,14 @@
 
 use half::f16;
 
-use super::{BLOCK, SUM_GROUP, Tile, TileOut};
+use super::{BLOCK, Tile, TileOut};
+use crate::activations::sum_of;
 use crate::quantized::{Layout, ROWS_PER_TILE};
 
 pub(super) fn multiply(tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
     let layout = tile.weights.layout();
     let offset = tile.weights.offset();
     let activations = tile.activations;
-    let width = activations.width();
     out.fill([0.0; ROWS_PER_TILE]);
     let mut weights = [[0u8; ROWS_PER_TILE * 4]; 8];
     for (b, record) in tile.records.chunks_exact(layout.record_bytes()).enumerate() {
@@ -17,13 +17,13 @@ pub(super) fn multiply(tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
             unpack_quad(layout, record, quad, weights);
         }
         for (m, out) in out.iter_mut().enumerate() {
-            let row = first_row + m;
-            let x = &activations.values[row * width + b * BLOCK..][..BLOCK];
-            let scale_x = activations.scales[row * width / BLOCK + b];
-            let sums = &activations.sums[(row * width + b * BLOCK) / SUM_GROUP..][..2];
+            let row = activations.row(first_row + m);
+            let x = &row.values[b * BLOCK..][..BLOCK];
+            let scale_x = row.scales[b];
+            let sums = &row.sums[b * 2..][..2];
             for g in 0..layout.groups {
                 let quads = 8 / layout.groups;
-                let sum_x: i32 = if layout.groups == 1 { sums[0] + sums[1] } else { sums[g] };
+                let sum_x = sum_of(if layout.groups == 1 { sums } else { &sums[g..=g] });
                 let mut dot = [-offset * sum_x; ROWS_PER_TILE];
                 for quad in g * quads..(g + 1) * quads {
                     for (dot, w) in dot.iter_mut().zip(weights[quad].chunks_exact(4)) {
