@@ -4,6 +4,9 @@
 //! `http` → `generation` → `prompt` → `tokenizer` → `engine` (scheduler → batch → `model` → sampler) → detokenize → SSE.
 //! Two worlds meet only in `engine`: tokio (HTTP, loading) and one engine thread that owns model, KV store and scheduler.
 
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used)]
+
 pub mod adapter;
 pub mod app;
 pub mod bench;

@@ -29,7 +29,6 @@ pub struct Metrics {
     pub request_seconds: HistogramVec,
     pub adapters_resident: IntGauge,
     pub adapter_resident_bytes: IntGauge,
-    pub adapter_load_seconds: Histogram,
 }
 
 impl Metrics {
@@ -63,11 +62,6 @@ impl Metrics {
             request_seconds: histograms("lorry_request_seconds", "From accepted by HTTP to the end."),
             adapters_resident: gauge("lorry_adapters_resident", "Adapters loaded in memory."),
             adapter_resident_bytes: gauge("lorry_adapter_resident_bytes", "Bytes of adapter weights in memory."),
-            adapter_load_seconds: Histogram::with_opts(opts(
-                "lorry_adapter_load_seconds",
-                "Reading, checking and packing one adapter.",
-            ))
-            .expect("constant name"),
             registry,
         };
         let collectors: Vec<Box<dyn prometheus::core::Collector>> = vec![
@@ -86,7 +80,6 @@ impl Metrics {
             Box::new(m.request_seconds.clone()),
             Box::new(m.adapters_resident.clone()),
             Box::new(m.adapter_resident_bytes.clone()),
-            Box::new(m.adapter_load_seconds.clone()),
         ];
         for collector in collectors {
             m.registry.register(collector).expect("metric names are distinct");

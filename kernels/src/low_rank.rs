@@ -122,8 +122,8 @@ fn shrink_rows<S: Simd, const ROWS: usize, const AT_ONCE: usize>(
                 for c in 0..AT_ONCE {
                     let k = (first + c) * quarter + i;
                     let w = S::load_f16(&a[k * LANES..]);
-                    for m in 0..ROWS {
-                        acc[m][c] = w.mul_add(S::splat(x[m][k]), acc[m][c]);
+                    for (acc, x) in acc.iter_mut().zip(x) {
+                        acc[c] = w.mul_add(S::splat(x[k]), acc[c]);
                     }
                 }
             }

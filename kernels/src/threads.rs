@@ -94,7 +94,8 @@ impl Shared {
                 } else {
                     self.num_parked.fetch_add(1, Ordering::SeqCst);
                     let ticket = Ticket(self.ticket.load(Ordering::SeqCst));
-                    if !(ticket.region() != seen && ticket.has_task()) && !self.stop.load(Ordering::SeqCst) {
+                    let nothing_new = ticket.region() == seen || !ticket.has_task();
+                    if nothing_new && !self.stop.load(Ordering::SeqCst) {
                         thread::park();
                     }
                     self.num_parked.fetch_sub(1, Ordering::SeqCst);

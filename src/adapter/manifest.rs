@@ -3,6 +3,7 @@
 use serde::Deserialize;
 
 use super::error::AdapterError;
+use crate::prompt::instruction;
 
 pub const FILE: &str = "adapter.toml";
 pub const MAX_FILE_BYTES: u64 = 64 << 10;
@@ -55,6 +56,9 @@ impl AdapterManifest {
         }
         if manifest.stop.iter().any(String::is_empty) {
             return refuse("stop", "an empty text would end every output at once");
+        }
+        if let Some(Err(e)) = manifest.prompt.as_deref().map(instruction::check) {
+            return refuse("prompt", &e.to_string());
         }
         Ok(manifest)
     }

@@ -125,7 +125,8 @@ impl Decoder {
         let norm = RmsNorm { weight: &self.output_norm, eps: spec.rms_norm_eps };
         for (chunk, rows) in batch.logits_rows.chunks(LOGITS_ROWS).enumerate() {
             let [hidden, residual] = &mut buffers.wanted;
-            (hidden.clear(), residual.clear());
+            hidden.clear();
+            residual.clear();
             for &row in rows {
                 hidden.extend_from_slice(&buffers.hidden[row * hidden_size..][..hidden_size]);
                 residual.extend_from_slice(&buffers.residual[row * hidden_size..][..hidden_size]);

@@ -197,10 +197,9 @@ impl GgufFile {
             other => return Err(GgufError::Architecture(other.to_string())),
         };
         let key = |suffix: &str| format!("{name}.{suffix}");
-        if let Some(scaling) = self.metadata(&key("rope.scaling.type")).and_then(|v| v.to_string().ok()) {
-            if scaling != "none" {
-                return Err(GgufError::Unsupported(format!("rope scaling of type {scaling:?} is not supported")));
-            }
+        let scaling = self.metadata(&key("rope.scaling.type")).and_then(|v| v.to_string().ok());
+        if let Some(scaling) = scaling.filter(|scaling| *scaling != "none") {
+            return Err(GgufError::Unsupported(format!("rope scaling of type {scaling:?} is not supported")));
         }
         if self.has_tensor("rope_freqs.weight") {
             return Err(GgufError::Unsupported(
@@ -215,7 +214,7 @@ impl GgufFile {
         }
         let head_dim = self.usize(&key("attention.key_length")).unwrap_or(hidden_size / num_heads);
         let rotary = self.usize(&key("rope.dimension_count")).unwrap_or(head_dim);
-        if rotary != head_dim || head_dim % 16 != 0 {
+        if rotary != head_dim || !head_dim.is_multiple_of(16) {
             return Err(GgufError::Unsupported(format!("{rotary} rotary dimensions with heads of {head_dim}")));
         }
         let vocab_size = self.tensor("token_embd.weight")?.shape[0];

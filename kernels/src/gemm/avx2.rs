@@ -6,7 +6,7 @@
 //! ones fit too (15·127·16 = 30480); of 5 bits without an offset only half of them (31·127·8 = 31496).
 //! 8-bit weights are split into sign and magnitude (128·127·2 = 32512), the sign going to the activations.
 //!
-//! From [`UNPACK_ROWS`] rows on, a tile's weights are unpacked to bytes once and read from cache for every four rows.
+//! From [`UNPACK_ROWS`] rows on, a tile's weights are unpacked to bytes once and read from cache for every pass.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -16,6 +16,9 @@ use super::{BLOCK, Tile, TileOut};
 use crate::activations::{QuantizedRow, sum_of};
 use crate::quantized::{Layout, ROWS_PER_TILE};
 
+/// Rows of activations that share one pass over a tile: twelve running sums, two vectors of weights, one of activations
+/// and one of products are the 16 registers.
+const ROWS_PER_PASS: usize = 6;
 /// Rows of activations from which unpacking first pays.
 const UNPACK_ROWS: usize = 8;
 /// Bytes of one quad of the tile's 16 rows; the kernel works on its two halves of 8 rows.
@@ -133,7 +136,7 @@ fn in_order(mut sum: __m256i) -> __m256i {
     sum
 }
 
-/// Runs the rows four at a time, then what is left.
+/// Runs the rows [`ROWS_PER_PASS`] at a time, then what is left.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn all_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPACKED: bool>(
@@ -142,15 +145,18 @@ fn all_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPAC
     first_row: usize,
     out: &mut TileOut,
 ) {
-    let fours = out.len() / 4 * 4;
-    let (bulk, rest) = out.split_at_mut(fours);
-    for (i, out) in bulk.chunks_exact_mut(4).enumerate() {
-        some_rows::<BITS, GROUPS, MIN, UNPACKED, 4>(tile, unpacked, first_row + i * 4, out);
+    let bulk = out.len() / ROWS_PER_PASS * ROWS_PER_PASS;
+    let (passes, rest) = out.split_at_mut(bulk);
+    for (i, out) in passes.chunks_exact_mut(ROWS_PER_PASS).enumerate() {
+        some_rows::<BITS, GROUPS, MIN, UNPACKED, ROWS_PER_PASS>(tile, unpacked, first_row + i * ROWS_PER_PASS, out);
     }
+    let first_row = first_row + bulk;
     match rest.len() {
-        1 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 1>(tile, unpacked, first_row + fours, rest),
-        2 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 2>(tile, unpacked, first_row + fours, rest),
-        3 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 3>(tile, unpacked, first_row + fours, rest),
+        1 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 1>(tile, unpacked, first_row, rest),
+        2 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 2>(tile, unpacked, first_row, rest),
+        3 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 3>(tile, unpacked, first_row, rest),
+        4 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 4>(tile, unpacked, first_row, rest),
+        5 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 5>(tile, unpacked, first_row, rest),
         _ => {}
     }
 }

@@ -26,6 +26,19 @@ pub struct Product<'a> {
     pub out: &'a mut [f32],
 }
 
+/// A [`Product`] whose output the tasks share.
+struct Work<'a> {
+    weights: &'a PackedMatrix,
+    bias: Option<&'a [f32]>,
+    out: DisjointMut<'a, f32>,
+}
+
+impl<'a> Work<'a> {
+    fn of(product: &'a mut Product<'_>) -> Option<Self> {
+        Some(Self { weights: product.weights?, bias: product.bias, out: DisjointMut::new(&mut *product.out) })
+    }
+}
+
 /// What a tile kernel works on: 16 output rows times some rows of activations.
 struct Tile<'a> {
     weights: &'a PackedMatrix,
@@ -76,15 +89,15 @@ pub fn run(
         task_ends[i] = num_tasks;
     }
     let num_products = products.len();
-    let work: [Option<(&PackedMatrix, Option<&[f32]>, DisjointMut<'_, f32>)>; MAX_PRODUCTS] = {
+    let work: [Option<Work<'_>>; MAX_PRODUCTS] = {
         let mut products = products.iter_mut();
-        std::array::from_fn(|_| products.next().and_then(|p| Some((p.weights?, p.bias, DisjointMut::new(&mut *p.out)))))
+        std::array::from_fn(|_| products.next().and_then(Work::of))
     };
     cpu.pool().run(num_tasks + num_extra, &|task| {
         let Some(index) = task_ends[..num_products].iter().position(|&end| task < end) else {
             return extra(task - num_tasks);
         };
-        let Some((weights, bias, out)) = &work[index] else { return };
+        let Some(Work { weights, bias, out }) = &work[index] else { return };
         let first_task = if index == 0 { 0 } else { task_ends[index - 1] };
         let first_tile = (task - first_task) * tiles_per_task[index];
         let last_tile = (first_tile + tiles_per_task[index]).min(weights.num_tiles());
@@ -102,7 +115,11 @@ pub fn run(
                             *t = r + b;
                         }
                     }
-                    None => target.copy_from_slice(&results[..width]),
+                    None => match <&mut [f32; ROWS_PER_TILE]>::try_from(&mut *target) {
+                        // The size is known here, so this is two stores instead of a call.
+                        Ok(whole) => *whole = *results,
+                        Err(_) => target.copy_from_slice(&results[..width]),
+                    },
                 }
             });
         }

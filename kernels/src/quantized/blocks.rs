@@ -121,8 +121,8 @@ fn legacy(bytes: &[u8], has_min: bool, has_high: bool) -> Block32 {
     };
     let mut q = [0; 32];
     for (i, byte) in nibbles.iter().enumerate() {
-        q[i] = byte & 15 | (high >> i & 1) as u8 * 16;
-        q[i + 16] = byte >> 4 | (high >> (i + 16) & 1) as u8 * 16;
+        q[i] = (byte & 15) | (((high >> i) & 1) as u8 * 16);
+        q[i + 16] = (byte >> 4) | (((high >> (i + 16)) & 1) as u8 * 16);
     }
     Block32 { q, scale: [scale; 2], min: [min; 2] }
 }

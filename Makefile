@@ -1,0 +1,53 @@
+# The verbs of this project; CI runs the same ones (.ci/run). Models go to $LORRY_HOME, by default ~/.cache/lorry.
+
+LORRY       := target/release/lorry
+TEST_MODELS := smollm2:135m qwen2.5-coder:0.5b
+VENV        := .venv
+BENCH       ?= --prompt-tokens 128 --batch 8 --num-adapters 1
+
+.PHONY: serve test build fmt lint unit clients models bench clean-venv
+
+## serve: the default model and the adapters of ./adapters on 127.0.0.1:8080
+serve: build
+	$(LORRY) serve
+
+## test: everything that CI checks
+test: lint unit clients
+
+build:
+	cargo build --release --locked
+
+## fmt: format the code
+fmt:
+	cargo fmt --all
+
+## lint: format, clippy and house rules, without changing anything
+lint:
+	cargo fmt --all --check
+	cargo clippy --release --locked --workspace --all-targets -- -D warnings
+	.ci/house-rules
+
+## unit: the Rust tests, unit and integration
+unit: models
+	cargo test --release --locked --workspace
+
+## clients: the OpenAI client library and other clients against the running binary
+clients: models $(VENV)/ready
+	$(VENV)/bin/python -m pytest tests/clients
+
+## models: fetch what the tests need
+models: build
+	for model in $(TEST_MODELS); do $(LORRY) pull $$model || exit 1; done
+
+## bench: prefill, decode and time to first token, one JSON line per run; options in BENCH
+bench: build
+	$(LORRY) bench $(BENCH)
+
+## clean-venv: forget the Python environment of the tests
+clean-venv:
+	rm -rf $(VENV)
+
+$(VENV)/ready: tests/clients/requirements.txt
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@

@@ -1,0 +1,54 @@
+//! Every kernel at the shapes of the default model, beside what the machine itself can do.
+//!
+//! Criterion prints two rates: `Gelem/s` are 10⁹ operations per second (a multiply-add counts as two), `GiB/s` the bytes
+//! of weights, keys and values, or rows that a call has to move. Operands take turns, so that they come from memory and
+//! not from the cache, as they do in a model.
+
+mod attention;
+mod elementwise;
+mod gemm;
+mod linear;
+mod peak;
+
+use std::thread;
+use std::time::Duration;
+
+use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
+use kernels::{Cpu, Isa};
+
+/// Bytes that operands taking turns fill together: several times a last-level cache.
+const SPAN: usize = 128 << 20;
+
+/// How many operands of `bytes` fill [`SPAN`].
+fn num_turns(bytes: usize) -> usize {
+    SPAN.div_ceil(bytes)
+}
+
+fn all_cores() -> Cpu {
+    Cpu::new(Isa::detect(), thread::available_parallelism().map_or(1, usize::from))
+}
+
+/// A group named after the instruction set in use; `name` is the kernel's.
+fn group<'a>(criterion: &'a mut Criterion, cpu: &Cpu, name: &str) -> BenchmarkGroup<'a, WallTime> {
+    criterion.benchmark_group(format!("{name} {} x{}", cpu.isa(), cpu.pool().num_threads()))
+}
+
+/// Operations and bytes of one call.
+fn work(operations: usize, bytes: usize) -> Throughput {
+    Throughput::ElementsAndBytes { elements: operations as u64, bytes: bytes as u64 }
+}
+
+fn short() -> Criterion {
+    Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(200))
+        .measurement_time(Duration::from_millis(600))
+        .without_plots()
+}
+
+criterion_group! {
+    name = benches;
+    config = short();
+    targets = peak::bench, gemm::bench, linear::bench, attention::bench, elementwise::bench
+}
+criterion_main!(benches);

@@ -1,0 +1,64 @@
+"""Runs the release binary for the time of a `with` block."""
+
+import os
+import re
+import subprocess
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BINARY = REPOSITORY / "target" / "release" / "lorry"
+FIXTURES = REPOSITORY.parent / "shared" / "fixtures"
+
+# A model that is not in the cache yet is fetched first.
+MAX_START_SECONDS = 900
+MAX_STOP_SECONDS = 40
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    log_path: Path
+
+    def log(self):
+        return self.log_path.read_text(errors="replace")
+
+
+@contextmanager
+def serving(*arguments):
+    """`lorry serve ARGUMENTS` on a free port; yields when it serves, and stops it whatever happens."""
+    with tempfile.TemporaryDirectory() as folder:
+        log_path = Path(folder) / "lorry.log"
+        with log_path.open("wb") as log:
+            process = subprocess.Popen(
+                [BINARY, "serve", "--port", "0", *map(str, arguments)],
+                cwd=REPOSITORY,
+                env={**os.environ, "NO_COLOR": "1", "RUST_LOG": "info"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+            )
+        try:
+            yield Server(wait_until_serving(process, log_path), log_path)
+        finally:
+            process.terminate()
+            try:
+                process.wait(MAX_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def wait_until_serving(process, log_path):
+    deadline = time.monotonic() + MAX_START_SECONDS
+    while time.monotonic() < deadline:
+        log = log_path.read_text(errors="replace")
+        if found := re.search(r"serving \S+ on (http://\S+)", log):
+            return found[1]
+        if process.poll() is not None:
+            raise RuntimeError(f"lorry ended with {process.returncode} before it served:\n{log}")
+        time.sleep(0.1)
+    raise RuntimeError(f"lorry does not serve after {MAX_START_SECONDS} s:\n{log_path.read_text(errors='replace')}")

@@ -1,0 +1,258 @@
+//! A random decoder small enough to make, write and check within a test, and random adapters for any decoder.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::quantized::gguf_file::{self, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
+use half::f16;
+use kernels::Cpu;
+use kernels::attention::{BLOCK_SIZE, BlockId, KvStore};
+use kernels::low_rank::LowRank;
+use lorry::adapter::canonical::{Adapter, Coverage, SiteDelta};
+use lorry::adapter::manifest::AdapterManifest;
+use lorry::model::decoder::Decoder;
+use lorry::model::spec::{Architecture, ModelSpec, Module};
+use lorry::model::{AdapterGroup, ForwardBatch, Model, SequenceRows};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// A GGUF file before it is written; tests may change it.
+pub struct TinyModel {
+    pub spec: ModelSpec,
+    /// Type of the matrices; vectors are always F32.
+    pub dtype: GgmlDType,
+    pub metadata: BTreeMap<String, Value>,
+    /// By GGUF's name, the rows in Hugging Face order.
+    pub weights: BTreeMap<String, Tensor>,
+}
+
+impl TinyModel {
+    /// `llama` without biases and with a tied head; `qwen2` with biases on q, k, v and a head of its own.
+    pub fn new(architecture: Architecture, dtype: GgmlDType, seed: u64) -> Self {
+        let spec = ModelSpec {
+            architecture,
+            hidden_size: 256,
+            intermediate_size: 512,
+            num_layers: 2,
+            num_heads: 4,
+            num_kv_heads: 2,
+            head_dim: 64,
+            vocab_size: 320,
+            rope_theta: 5e4,
+            rms_norm_eps: 1e-6,
+            context_length: 256,
+        };
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut weights = BTreeMap::new();
+        let mut add = |name: String, shape: &[usize], mean: f32, deviation: f32| {
+            let values = random(&mut rng, shape.iter().product(), mean, deviation);
+            weights.insert(name, Tensor::from_vec(values, shape, &Device::Cpu).unwrap());
+        };
+        let (hidden, vocab) = (spec.hidden_size, spec.vocab_size);
+        add("token_embd.weight".into(), &[vocab, hidden], 0.0, 1.0);
+        add("output_norm.weight".into(), &[hidden], 1.0, 0.2);
+        if architecture == Architecture::Qwen2 {
+            add("output.weight".into(), &[vocab, hidden], 0.0, 0.1);
+        }
+        for layer in 0..spec.num_layers {
+            for norm in ["attn_norm", "ffn_norm"] {
+                add(format!("blk.{layer}.{norm}.weight"), &[hidden], 1.0, 0.2);
+            }
+            for module in Module::ALL {
+                let (inputs, outputs) = spec.module_shape(module);
+                // Results of about unit variance, and queries and keys that make attention choose.
+                let gain = if matches!(module, Module::QProj | Module::KProj) { 1.3 } else { 1.0 };
+                add(weight_name(layer, module), &[outputs, inputs], 0.0, gain / (inputs as f32).sqrt());
+                if architecture == Architecture::Qwen2 && module <= Module::VProj {
+                    add(bias_name(layer, module), &[outputs], 0.0, 0.5);
+                }
+            }
+        }
+        Self { metadata: metadata(&spec), spec, dtype, weights }
+    }
+
+    /// The type a tensor has in the file.
+    pub fn dtype_of(&self, weight: &Tensor) -> GgmlDType {
+        if weight.rank() == 1 { GgmlDType::F32 } else { self.dtype }
+    }
+
+    pub fn write(&self, path: &Path) {
+        let quantize = |(name, weight): (&String, &Tensor)| {
+            let rows = match name.rsplit('.').nth(1) {
+                Some("attn_q") => self.permuted(weight, self.spec.num_heads),
+                Some("attn_k") => self.permuted(weight, self.spec.num_kv_heads),
+                _ => weight.clone(),
+            };
+            (name.clone(), QTensor::quantize(&rows, self.dtype_of(weight)).unwrap())
+        };
+        let tensors: Vec<(String, QTensor)> = self.weights.iter().map(quantize).collect();
+        let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let metadata: Vec<_> = self.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
+        gguf_file::write(&mut File::create(path).unwrap(), &metadata, &tensors).unwrap();
+    }
+
+    /// What llama.cpp's converter does to the rows of queries and keys of architecture `llama`.
+    fn permuted(&self, weight: &Tensor, num_heads: usize) -> Tensor {
+        if self.spec.architecture != Architecture::Llama {
+            return weight.clone();
+        }
+        let halves = weight.reshape((num_heads, 2, self.spec.head_dim / 2, self.spec.hidden_size)).unwrap();
+        halves.transpose(1, 2).unwrap().reshape(weight.shape()).unwrap()
+    }
+
+    /// Through a file, as any model.
+    pub fn load(&self, cpu: Cpu) -> Decoder {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tiny.gguf");
+        self.write(&path);
+        Decoder::load(&path, cpu, usize::MAX).unwrap()
+    }
+}
+
+/// GGUF's name of a module's matrix.
+pub fn weight_name(layer: usize, module: Module) -> String {
+    format!("blk.{layer}.{}.weight", gguf_name(module))
+}
+
+/// GGUF's name of a module's bias.
+pub fn bias_name(layer: usize, module: Module) -> String {
+    format!("blk.{layer}.{}.bias", gguf_name(module))
+}
+
+fn gguf_name(module: Module) -> &'static str {
+    match module {
+        Module::QProj => "attn_q",
+        Module::KProj => "attn_k",
+        Module::VProj => "attn_v",
+        Module::OProj => "attn_output",
+        Module::GateProj => "ffn_gate",
+        Module::UpProj => "ffn_up",
+        Module::DownProj => "ffn_down",
+    }
+}
+
+fn metadata(spec: &ModelSpec) -> BTreeMap<String, Value> {
+    let architecture = match spec.architecture {
+        Architecture::Llama => "llama",
+        Architecture::Qwen2 => "qwen2",
+    };
+    let number = |n: usize| Value::U32(n as u32);
+    // A SentencePiece vocabulary of three control tokens, the bytes, and fillers.
+    let fillers = (259..spec.vocab_size).map(|id| format!("filler{id}"));
+    let tokens = ["<unk>", "<s>", "</s>"].map(str::to_owned).into_iter();
+    let tokens = tokens.chain((0..=255).map(|byte| format!("<0x{byte:02X}>"))).chain(fillers);
+    let kinds = (0..spec.vocab_size).map(|id| Value::I32(if id < 3 { 3 } else { 6 - 5 * i32::from(id >= 259) }));
+    let of_decoder = [
+        ("embedding_length", number(spec.hidden_size)),
+        ("feed_forward_length", number(spec.intermediate_size)),
+        ("block_count", number(spec.num_layers)),
+        ("attention.head_count", number(spec.num_heads)),
+        ("attention.head_count_kv", number(spec.num_kv_heads)),
+        ("attention.layer_norm_rms_epsilon", Value::F32(spec.rms_norm_eps)),
+        ("rope.freq_base", Value::F32(spec.rope_theta)),
+        ("context_length", number(spec.context_length)),
+    ];
+    let of_tokenizer = [
+        ("model", Value::String("llama".into())),
+        ("tokens", Value::Array(tokens.map(Value::String).collect())),
+        ("token_type", Value::Array(kinds.collect())),
+        ("scores", Value::Array(vec![Value::F32(0.0); spec.vocab_size])),
+        ("bos_token_id", number(1)),
+        ("eos_token_id", number(2)),
+    ];
+    let of_decoder = of_decoder.into_iter().map(|(key, value)| (format!("{architecture}.{key}"), value));
+    let of_tokenizer = of_tokenizer.into_iter().map(|(key, value)| (format!("tokenizer.ggml.{key}"), value));
+    let name = ("general.architecture".to_owned(), Value::String(architecture.into()));
+    of_decoder.chain(of_tokenizer).chain([name]).collect()
+}
+
+/// A random LoRA on all seven sites of every layer.
+pub struct Lora {
+    pub rank: usize,
+    /// Alpha over rank.
+    pub scale: f32,
+    /// `[layer][Module as usize]`
+    pub sites: Vec<[LoraSite; Module::ALL.len()]>,
+}
+
+/// The factors of one site, exact in f16.
+pub struct LoraSite {
+    /// `(in, out)` features.
+    pub shape: (usize, usize),
+    /// `[rank, in]`
+    pub a: Vec<f32>,
+    /// `[out, rank]`
+    pub b: Vec<f32>,
+    /// `[out]`, scaled.
+    pub bias: Option<Vec<f32>>,
+}
+
+impl Lora {
+    pub fn random(spec: &ModelSpec, rank: usize, with_bias: bool, seed: u64) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let site = |module| {
+            let (inputs, outputs) = spec.module_shape(module);
+            let a = random(&mut rng, rank * inputs, 0.0, (inputs as f32).powf(-0.5));
+            let b = random(&mut rng, outputs * rank, 0.0, 0.15 * (rank as f32).powf(-0.5));
+            let bias = with_bias.then(|| random(&mut rng, outputs, 0.0, 0.2));
+            LoraSite { shape: (inputs, outputs), a, b, bias }
+        };
+        let mut site = site;
+        let sites = (0..spec.num_layers).map(|_| Module::ALL.map(&mut site)).collect();
+        Self { rank, scale: 2.0, sites }
+    }
+
+    /// The adapter of these weights; its name is its generation.
+    pub fn adapter(&self, name: &str) -> Arc<Adapter> {
+        let delta = |site: &LoraSite| {
+            let (inputs, outputs) = site.shape;
+            let low_rank = LowRank::pack(self.rank, inputs, outputs, self.scale, &site.a, &site.b);
+            Some(SiteDelta { low_rank: Some(low_rank), bias: site.bias.clone() })
+        };
+        let num_sites = self.sites.len() * Module::ALL.len();
+        Arc::new(Adapter {
+            name: name.to_owned(),
+            generation: name.to_owned(),
+            layers: self.sites.iter().map(|sites| sites.each_ref().map(delta)).collect(),
+            coverage: Coverage { num_sites, num_expected_sites: num_sites, max_rank: self.rank, resident_bytes: 0 },
+            manifest: AdapterManifest::default(),
+        })
+    }
+}
+
+/// Evenly distributed values that f16 represents.
+fn random(rng: &mut ChaCha8Rng, count: usize, mean: f32, deviation: f32) -> Vec<f32> {
+    let mut value = || f16::from_f32(mean + deviation * 3.0f32.sqrt() * rng.random_range(-1.0..1.0)).to_f32();
+    (0..count).map(|_| value()).collect()
+}
+
+pub fn random_tokens(spec: &ModelSpec, count: usize, seed: u64) -> Vec<u32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    (0..count).map(|_| rng.random_range(0..spec.vocab_size as u32)).collect()
+}
+
+/// Logits `[position][vocab]` of a sequence that runs alone and in one chunk.
+pub fn logits_alone(decoder: &mut Decoder, tokens: &[u32], adapter: Option<&Arc<Adapter>>) -> Vec<Vec<f32>> {
+    let block_table: Vec<BlockId> = (0..tokens.len().div_ceil(BLOCK_SIZE) as u32).map(BlockId).collect();
+    let mut kv = kv_store(decoder.spec(), block_table.len());
+    let rows = 0..tokens.len();
+    let groups: Vec<_> =
+        adapter.map(|adapter| AdapterGroup { rows: rows.clone(), adapter: adapter.clone() }).into_iter().collect();
+    let batch = ForwardBatch {
+        tokens,
+        sequences: &[SequenceRows { rows: rows.clone(), first_position: 0, block_table: &block_table }],
+        groups: &groups,
+        logits_rows: &rows.collect::<Vec<_>>(),
+    };
+    let mut all = Vec::new();
+    decoder.forward(&batch, &mut kv, &mut |_, logits| all.push(logits.to_vec())).unwrap();
+    all
+}
+
+pub fn kv_store(spec: &ModelSpec, num_blocks: usize) -> KvStore {
+    KvStore::new(spec.num_layers, spec.num_kv_heads, spec.head_dim, num_blocks)
+}

@@ -1,0 +1,204 @@
+//! The decoder against an independent one in f64, over random models of every weight type and architecture.
+
+#[path = "tiny/reference.rs"]
+mod reference;
+mod tiny;
+
+use std::fs;
+use std::path::Path;
+
+use candle_core::quantized::GgmlDType;
+use candle_core::quantized::gguf_file::Value;
+use kernels::{Cpu, Isa};
+use lorry::model::Model;
+use lorry::model::decoder::Decoder;
+use lorry::model::spec::{Architecture, Module};
+use reference::Reference;
+use tiny::{Lora, TinyModel, logits_alone, random_tokens, weight_name};
+
+const QUANTIZED: [GgmlDType; 10] = [
+    GgmlDType::Q4_0,
+    GgmlDType::Q4_1,
+    GgmlDType::Q5_0,
+    GgmlDType::Q5_1,
+    GgmlDType::Q8_0,
+    GgmlDType::Q2K,
+    GgmlDType::Q3K,
+    GgmlDType::Q4K,
+    GgmlDType::Q5K,
+    GgmlDType::Q6K,
+];
+const EXACT: [GgmlDType; 3] = [GgmlDType::F16, GgmlDType::BF16, GgmlDType::F32];
+const ARCHITECTURES: [Architecture; 2] = [Architecture::Llama, Architecture::Qwen2];
+
+/// Activations of quantized layers are rounded to int8, which costs about 0.009; K and V are f16, about 0.0002.
+const MAX_QUANTIZED_DISTANCE: f64 = 0.02;
+const MAX_EXACT_DISTANCE: f64 = 5e-4;
+
+/// Mean absolute difference over all positions, in standard deviations of what is expected.
+fn distance(logits: &[Vec<f32>], expected: &[Vec<f64>]) -> f64 {
+    let expected: Vec<f64> = expected.concat();
+    let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / expected.len() as f64;
+    let center = mean(&mut expected.iter().copied());
+    let variance = mean(&mut expected.iter().map(|y| (y - center).powi(2)));
+    let difference = mean(&mut logits.iter().flatten().zip(&expected).map(|(&x, y)| (f64::from(x) - y).abs()));
+    difference / variance.sqrt()
+}
+
+/// Compares on every instruction set, with or without an adapter.
+fn check(model: &TinyModel, lora: Option<&Lora>) {
+    let tokens = random_tokens(&model.spec, 40, 1);
+    let mut reference = Reference::new(model);
+    if let Some(lora) = lora {
+        reference.merge(lora);
+    }
+    let expected = reference.logits(&tokens);
+    let adapter = lora.map(|lora| lora.adapter("lora"));
+    let max_distance = if EXACT.contains(&model.dtype) { MAX_EXACT_DISTANCE } else { MAX_QUANTIZED_DISTANCE };
+    for isa in Isa::available() {
+        let mut decoder = model.load(Cpu::new(isa, 2));
+        let distance = distance(&logits_alone(&mut decoder, &tokens, adapter.as_ref()), &expected);
+        let (architecture, dtype) = (model.spec.architecture, model.dtype);
+        assert!(distance < max_distance, "{architecture:?} {dtype:?} on {isa}: {distance}");
+    }
+}
+
+#[test]
+fn every_quantized_type_gives_the_logits_of_its_dequantized_weights() {
+    for architecture in ARCHITECTURES {
+        for dtype in QUANTIZED {
+            check(&TinyModel::new(architecture, dtype, 2), None);
+        }
+    }
+}
+
+#[test]
+fn unquantized_types_give_the_exact_logits_up_to_the_rounding_of_keys_and_values() {
+    for architecture in ARCHITECTURES {
+        for dtype in EXACT {
+            check(&TinyModel::new(architecture, dtype, 3), None);
+        }
+    }
+}
+
+#[test]
+fn an_adapter_on_every_site_gives_the_logits_of_the_merged_weights() {
+    for architecture in ARCHITECTURES {
+        for (dtype, rank, with_bias) in [
+            (GgmlDType::F32, 5, false),
+            (GgmlDType::F32, 16, true),
+            (GgmlDType::Q4K, 8, false),
+            (GgmlDType::Q8_0, 3, true),
+        ] {
+            let model = TinyModel::new(architecture, dtype, 4);
+            check(&model, Some(&Lora::random(&model.spec, rank, with_bias, 5)));
+        }
+    }
+}
+
+#[test]
+fn the_description_of_the_decoder_is_read_from_the_metadata() {
+    for architecture in ARCHITECTURES {
+        let model = TinyModel::new(architecture, GgmlDType::Q8_0, 6);
+        assert_eq!(model.load(Cpu::new(Isa::detect(), 1)).spec(), &model.spec);
+    }
+}
+
+/// Why a file is refused.
+fn refusal(path: &Path) -> String {
+    let cpu = Cpu::new(Isa::detect(), 1);
+    Decoder::load(path, cpu, usize::MAX).map(|_| ()).expect_err("a damaged file is refused").to_string()
+}
+
+#[test]
+fn a_file_that_does_not_describe_a_decoder_is_refused_by_name() {
+    type Change = Box<dyn Fn(&mut TinyModel)>;
+    fn set(key: &'static str, value: Value) -> Change {
+        Box::new(move |model| drop(model.metadata.insert(key.into(), value.clone())))
+    }
+    fn without(key: &'static str) -> Change {
+        Box::new(move |model| drop(model.metadata.remove(key).expect("the key is there")))
+    }
+    fn with(name: &'static str, like: &'static str) -> Change {
+        Box::new(move |model| drop(model.weights.insert(name.into(), model.weights[like].clone())))
+    }
+    fn drop_weight(name: &'static str) -> Change {
+        Box::new(move |model| drop(model.weights.remove(name).expect("the tensor is there")))
+    }
+    let cases: Vec<(&[&str], Change)> = vec![
+        (&["general.architecture"], without("general.architecture")),
+        (&["general.architecture", "string"], set("general.architecture", Value::U32(1))),
+        (&["gemma", "llama", "qwen2"], set("general.architecture", Value::String("gemma".into()))),
+        (&["qwen2.embedding_length"], without("qwen2.embedding_length")),
+        (&["qwen2.block_count", "whole number"], set("qwen2.block_count", Value::F32(2.0))),
+        (&["qwen2.block_count", "whole number"], set("qwen2.block_count", Value::I32(-2))),
+        (&["blk.2.attn_norm.weight"], set("qwen2.block_count", Value::U32(3))),
+        (&["3 heads", "2 key-value"], set("qwen2.attention.head_count", Value::U32(3))),
+        (&["0 heads"], set("qwen2.attention.head_count", Value::U32(0))),
+        (&["rotary"], set("qwen2.rope.dimension_count", Value::U32(32))),
+        (&["yarn"], set("qwen2.rope.scaling.type", Value::String("yarn".into()))),
+        (&["rope_freqs"], with("rope_freqs.weight", "output_norm.weight")),
+        (&["token_embd.weight"], drop_weight("token_embd.weight")),
+        (&["token_embd.weight", "[256]"], with("token_embd.weight", "output_norm.weight")),
+        (&["output_norm.weight"], drop_weight("output_norm.weight")),
+        (&["blk.1.ffn_down.weight"], drop_weight("blk.1.ffn_down.weight")),
+        (&["blk.1.ffn_down.weight", "[512, 256]", "[256, 512]"], with("blk.1.ffn_down.weight", "blk.1.ffn_up.weight")),
+        (&["blk.0.attn_k.bias", "[256]", "[128]"], with("blk.0.attn_k.bias", "blk.0.attn_q.bias")),
+        (&["output.weight", "[256, 256]", "[320, 256]"], with("output.weight", "blk.0.attn_q.weight")),
+    ];
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("changed.gguf");
+    for (words, change) in cases {
+        let mut model = TinyModel::new(Architecture::Qwen2, GgmlDType::Q4_0, 7);
+        change(&mut model);
+        model.write(&path);
+        let refusal = refusal(&path);
+        assert!(words.iter().all(|word| refusal.contains(word)), "{words:?}: {refusal}");
+    }
+}
+
+#[test]
+fn a_file_cut_anywhere_is_refused_with_the_file_or_the_tensor_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("cut.gguf");
+    let model = TinyModel::new(Architecture::Llama, GgmlDType::Q4_0, 8);
+    model.write(&path);
+    let whole = fs::read(&path).unwrap();
+    let (step, last) = (whole.len() / 60, whole.len() - 1);
+    for len in (0..64).chain((64..last).step_by(step)).chain([last]) {
+        fs::write(&path, &whole[..len]).unwrap();
+        let refusal = refusal(&path);
+        let names_the_tensor = refusal.contains("truncated") && refusal.contains(".weight");
+        assert!(names_the_tensor || refusal.contains("cut.gguf"), "{len} of {} bytes: {refusal}", whole.len());
+    }
+}
+
+#[test]
+fn what_is_no_gguf_file_is_refused_with_its_path() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notes.txt");
+    assert!(refusal(&path).contains("notes.txt"), "a missing file");
+    for content in ["", "x", "These are notes, and not the weights of a model."] {
+        fs::write(&path, content).unwrap();
+        let refusal = refusal(&path);
+        assert!(refusal.contains("notes.txt"), "{content:?}: {refusal}");
+    }
+    assert!(refusal(dir.path()).contains(&*dir.path().to_string_lossy()), "a folder");
+}
+
+#[test]
+fn a_wrong_weight_would_be_noticed() {
+    let tokens = [5, 6, 7, 8, 9];
+    let model = TinyModel::new(Architecture::Llama, GgmlDType::Q8_0, 9);
+    let expected = Reference::new(&model).logits(&tokens);
+    for module in Module::ALL {
+        let mut other = TinyModel::new(Architecture::Llama, GgmlDType::Q8_0, 9);
+        let weight = &model.weights[&weight_name(1, module)];
+        let reversed: Vec<u32> = (0..weight.dims()[0] as u32).rev().collect();
+        let order = candle_core::Tensor::new(reversed, &candle_core::Device::Cpu).unwrap();
+        other.weights.insert(weight_name(1, module), weight.index_select(&order, 0).unwrap());
+        let mut decoder = other.load(Cpu::new(Isa::detect(), 1));
+        let distance = distance(&logits_alone(&mut decoder, &tokens, None), &expected);
+        assert!(distance > MAX_QUANTIZED_DISTANCE, "{module:?}: {distance}");
+    }
+}
