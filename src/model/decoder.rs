@@ -66,17 +66,22 @@ const EMBEDDING: &str = "token_embd.weight";
 impl Decoder {
     /// Loads a GGUF file and packs its weights. `context_length` bounds the positions; at most the model's own.
     pub fn load(path: &Path, cpu: Cpu, context_length: usize) -> Result<Self, GgufError> {
-        let file = GgufFile::open(path)?;
+        let mut file = GgufFile::open(path)?;
         let mut spec = file.spec()?;
         spec.context_length = spec.context_length.min(context_length);
         let (hidden, vocab) = (spec.hidden_size, spec.vocab_size);
-        let blocks =
-            (0..spec.num_layers).map(|layer| Block::load(&file, &cpu, &spec, layer)).collect::<Result<_, _>>()?;
+        let mut blocks = Vec::new();
+        for layer in 0..spec.num_layers {
+            blocks.push(Block::load(&file, &cpu, &spec, layer)?);
+            // What is packed need not stay in memory as it was in the file too.
+            file.release_pages();
+        }
         file.matrix(EMBEDDING, (vocab, hidden))?;
         // A model without a head of its own uses the embedding ("tied").
         let head = if file.has_tensor("output.weight") { "output.weight" } else { EMBEDDING };
         let head = AdaptedLinear::load(&cpu, &file.matrix(head, (vocab, hidden))?, None, None)?;
         let output_norm = file.vector("output_norm.weight", hidden)?;
+        file.release_pages();
         let rotary = RotaryTable::new(spec.context_length, spec.head_dim, spec.rope_theta);
         Ok(Self { spec, cpu, file, blocks, output_norm, head, rotary, buffers: Buffers::default() })
     }

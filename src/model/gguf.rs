@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, Value};
+use kernels::activations::BLOCK;
 use kernels::mapped_file::MappedFile;
 use kernels::quantized::BlockFormat;
 
@@ -25,6 +26,8 @@ pub enum GgufError {
     Shape { name: String, got: Vec<usize>, expected: Vec<usize> },
     #[error("tensor {name} of {len} bytes at offset {offset} does not lie within the file: the file is truncated")]
     Truncated { name: String, offset: usize, len: usize },
+    #[error("tensor {0} has an impossible size or place: the file is damaged")]
+    Damaged(String),
     #[error("architecture {0:?} is not supported (supported: llama, qwen2)")]
     Architecture(String),
     #[error("{0}")]
@@ -98,6 +101,11 @@ impl GgufFile {
         Ok(Self { content, file })
     }
 
+    /// Gives the memory of the tensors read so far back to the system.
+    pub fn release_pages(&mut self) {
+        self.file.release_pages();
+    }
+
     pub fn metadata(&self, key: &str) -> Option<&Value> {
         self.content.metadata.get(key)
     }
@@ -152,9 +160,12 @@ impl GgufFile {
     pub fn tensor(&self, name: &str) -> Result<RawTensor<'_>, GgufError> {
         let info = self.content.tensor_infos.get(name).ok_or_else(|| GgufError::MissingTensor(name.to_string()))?;
         let shape = info.shape.dims().to_vec();
-        let elements: usize = shape.iter().product();
-        let len = elements / info.ggml_dtype.block_size() * info.ggml_dtype.type_size();
-        let offset = usize::try_from(self.content.tensor_data_offset + info.offset).unwrap_or(usize::MAX);
+        let damaged = || GgufError::Damaged(name.to_string());
+        let elements = shape.iter().try_fold(1_usize, |n, dim| n.checked_mul(*dim)).ok_or_else(damaged)?;
+        let len =
+            (elements / info.ggml_dtype.block_size()).checked_mul(info.ggml_dtype.type_size()).ok_or_else(damaged)?;
+        let offset = self.content.tensor_data_offset.checked_add(info.offset).ok_or_else(damaged)?;
+        let offset = usize::try_from(offset).map_err(|_| damaged())?;
         let bytes = offset
             .checked_add(len)
             .and_then(|end| self.file.bytes().get(offset..end))
@@ -217,11 +228,20 @@ impl GgufFile {
         if rotary != head_dim || !head_dim.is_multiple_of(16) {
             return Err(GgufError::Unsupported(format!("{rotary} rotary dimensions with heads of {head_dim}")));
         }
-        let vocab_size = self.tensor("token_embd.weight")?.shape[0];
+        let embedding = self.tensor("token_embd.weight")?;
+        let [vocab_size, _] = embedding.shape[..] else {
+            return Err(GgufError::Damaged("token_embd.weight".into()));
+        };
+        let intermediate_size = self.usize(&key("feed_forward_length"))?;
+        for (width, name) in [(hidden_size, "embedding_length"), (intermediate_size, "feed_forward_length")] {
+            if width == 0 || !width.is_multiple_of(BLOCK) {
+                return Err(GgufError::Unsupported(format!("{name} {width} is not a multiple of {BLOCK}")));
+            }
+        }
         Ok(ModelSpec {
             architecture,
             hidden_size,
-            intermediate_size: self.usize(&key("feed_forward_length"))?,
+            intermediate_size,
             num_layers: self.usize(&key("block_count"))?,
             num_heads,
             num_kv_heads,
