@@ -21,6 +21,8 @@ pub struct QuantizedRows {
     /// Sums over each [`SUM_GROUP`] of `values`, `[rows, width / SUM_GROUP]`: of the first and of the last two of every
     /// four, which is how 16-bit kernels sum them.
     sums: Vec<[i16; 2]>,
+    /// Each group's sum times its scale: what a minimum of the weights is multiplied with.
+    scaled_sums: Vec<f32>,
 }
 
 /// A row of [`QuantizedRows`].
@@ -29,6 +31,7 @@ pub(crate) struct QuantizedRow<'a> {
     pub values: &'a [i8],
     pub scales: &'a [f32],
     pub sums: &'a [[i16; 2]],
+    pub scaled_sums: &'a [f32],
 }
 
 /// Sum of one or more groups' values.
@@ -64,6 +67,7 @@ impl QuantizedRows {
         self.values.resize(num_rows * width, 0);
         self.scales.resize(num_rows * width / BLOCK, 0.0);
         self.sums.resize(num_rows * width / SUM_GROUP, [0; 2]);
+        self.scaled_sums.resize(num_rows * width / SUM_GROUP, 0.0);
     }
 
     /// Replaces the content with `num_rows` rows, each written as f32 by `produce(row, buffer)` and rounded here.
@@ -83,27 +87,37 @@ impl QuantizedRows {
         let values = DisjointMut::new(&mut self.values);
         let scales = DisjointMut::new(&mut self.scales);
         let sums = DisjointMut::new(&mut self.sums);
+        let scaled_sums = DisjointMut::new(&mut self.scaled_sums);
         let isa = cpu.isa();
         cpu.pool().run(num_rows, &|row| {
             // SAFETY: each task takes the ranges of its own row.
-            let (x, q, scale, sum) = unsafe {
+            let (x, q, scale, sum, scaled) = unsafe {
                 (
                     source.slice(row * width, width),
                     values.slice(row * width, width),
                     scales.slice(row * width / BLOCK, width / BLOCK),
                     sums.slice(row * width / SUM_GROUP, width / SUM_GROUP),
+                    scaled_sums.slice(row * width / SUM_GROUP, width / SUM_GROUP),
                 )
             };
             produce(row, x);
             let x = &*x;
             dispatch!(isa, quantize_row(x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [[i16; 2]]));
+            for ((scaled, sum), i) in scaled.iter_mut().zip(sum).zip(0..) {
+                *scaled = sum_of(&[*sum]) as f32 * scale[i / (BLOCK / SUM_GROUP)];
+            }
         });
     }
 
     /// One row's values, scales and sums.
     pub(crate) fn row(&self, row: usize) -> QuantizedRow<'_> {
         let of = |per: usize| row * self.width / per..(row + 1) * self.width / per;
-        QuantizedRow { values: &self.values[of(1)], scales: &self.scales[of(BLOCK)], sums: &self.sums[of(SUM_GROUP)] }
+        QuantizedRow {
+            values: &self.values[of(1)],
+            scales: &self.scales[of(BLOCK)],
+            sums: &self.sums[of(SUM_GROUP)],
+            scaled_sums: &self.scaled_sums[of(SUM_GROUP)],
+        }
     }
 
     /// Rounds `rows` `[num_rows, width]`.
@@ -123,8 +137,11 @@ fn quantize_row<S: Simd>(x: &[f32], values: &mut [i8], scales: &mut [f32], sums:
         let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
         S::store_i8(lanes.map(|lane| lane.mul(S::splat(inverse))), q);
         for (sum, group) in sums.iter_mut().zip(q.chunks_exact(SUM_GROUP)) {
-            let pair = |at: usize| group[at..].chunks(4).map(|q| i16::from(q[0]) + i16::from(q[1])).sum();
-            *sum = [pair(0), pair(2)];
+            *sum = [0; 2];
+            for q in group.as_chunks::<4>().0 {
+                sum[0] += i16::from(q[0]) + i16::from(q[1]);
+                sum[1] += i16::from(q[2]) + i16::from(q[3]);
+            }
         }
     }
 }

@@ -83,33 +83,6 @@ fn swiglu<S: Simd>(gate: &[f32], up: &[f32], activated: &mut [f32]) {
     }
 }
 
-/// Log-probabilities' normaliser: `ln Σ e^(x - max)` and the maximum of `logits`.
-pub fn log_sum_exp(cpu: &Cpu, logits: &[f32]) -> (f32, f32) {
-    let isa = cpu.isa();
-    dispatch!(isa, log_sum_exp_of(logits: &[f32]) -> (f32, f32))
-}
-
-#[inline(always)]
-fn log_sum_exp_of<S: Simd>(logits: &[f32]) -> (f32, f32) {
-    let (lanes, rest) = logits.as_chunks::<8>();
-    let mut max = S::splat(f32::NEG_INFINITY);
-    for l in lanes {
-        max = S::load(l).max(max);
-    }
-    let max = rest.iter().copied().fold(max.max_lane(), f32::max);
-    // Sums of some thousand terms in f32 before they go to f64: no term is lost against a large total.
-    let mut total = 0.0f64;
-    for chunk in lanes.chunks(256) {
-        let mut sum = S::splat(0.0);
-        for l in chunk {
-            sum = sum.add(S::load(l).sub(S::splat(max)).exp());
-        }
-        total += f64::from(sum.sum());
-    }
-    total += rest.iter().map(|l| f64::from((l - max).exp())).sum::<f64>();
-    (total.ln() as f32, max)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -150,16 +123,6 @@ mod tests {
                 let expected = gate[i] / (1.0 + (-gate[i]).exp()) * up[i];
                 assert!((activated[i] - expected).abs() < 1e-5, "{isa}");
             }
-        }
-    }
-
-    #[test]
-    fn log_sum_exp_matches_the_plain_sum() {
-        for isa in Isa::available() {
-            let logits = ramp(1003);
-            let (log, max) = log_sum_exp(&Cpu::new(isa, 1), &logits);
-            let expected = logits.iter().map(|l| f64::from(*l).exp()).sum::<f64>().ln();
-            assert!((f64::from(log + max) - expected).abs() < 1e-5, "{isa}");
         }
     }
 }

@@ -13,7 +13,7 @@ use std::arch::x86_64::*;
 use std::cell::RefCell;
 
 use super::{BLOCK, Tile, TileOut};
-use crate::activations::{QuantizedRow, sum_of};
+use crate::activations::QuantizedRow;
 use crate::quantized::{Layout, ROWS_PER_TILE};
 
 /// Rows of activations that share one pass over a tile: twelve running sums, two vectors of weights, one of activations
@@ -187,11 +187,12 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
     let mut acc = [[_mm256_setzero_ps(); 2]; ROWS];
     for b in 0..num_blocks {
         // SAFETY: block b of the tile and of each row (asserted above).
-        let (record, x, sums, scales_x) = unsafe {
+        let (record, x, sums, scaled_sums, scales_x) = unsafe {
             (
                 tile.records.as_ptr().add(b * layout.record_bytes()),
                 rows.map(|row| row.values.as_ptr().add(b * BLOCK)),
                 rows.map(|row| &*row.sums.as_ptr().add(b * 2).cast::<[[i16; 2]; 2]>()),
+                rows.map(|row| &*row.scaled_sums.as_ptr().add(b * 2).cast::<[f32; 2]>()),
                 rows.map(|row| *row.scales.get_unchecked(b)),
             )
         };
@@ -260,9 +261,10 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
                     let scale = _mm256_mul_ps(f16_lanes(0, half), _mm256_set1_ps(scales_x[m]));
                     acc[m][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[m][half]), scale, acc[m][half]);
                     if MIN {
-                        let sum_x = sum_of(if GROUPS == 1 { sums[m] } else { &sums[m][g..=g] });
+                        let [first, second] = *scaled_sums[m];
+                        let sum_x = if GROUPS == 1 { first + second } else { scaled_sums[m][g] };
                         let min = f16_lanes(layout.scales_bytes(), half);
-                        acc[m][half] = _mm256_fnmadd_ps(min, _mm256_set1_ps(sum_x as f32 * scales_x[m]), acc[m][half]);
+                        acc[m][half] = _mm256_fnmadd_ps(min, _mm256_set1_ps(sum_x), acc[m][half]);
                     }
                 }
             }

@@ -110,11 +110,12 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const ROWS
     let mut acc = [_mm512_setzero_ps(); ROWS];
     for b in 0..num_blocks {
         // SAFETY: block b of the tile and of each row (asserted above).
-        let (record, x, sums, scales_x) = unsafe {
+        let (record, x, sums, scaled_sums, scales_x) = unsafe {
             (
                 tile.records.as_ptr().add(b * layout.record_bytes()),
                 rows.map(|row| row.values.as_ptr().add(b * BLOCK)),
                 rows.map(|row| &*row.sums.as_ptr().add(b * 2).cast::<[[i16; 2]; 2]>()),
+                rows.map(|row| &*row.scaled_sums.as_ptr().add(b * 2).cast::<[f32; 2]>()),
                 rows.map(|row| *row.scales.get_unchecked(b)),
             )
         };
@@ -139,9 +140,9 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const ROWS
                 let scale = _mm512_mul_ps(f16_lanes(0), _mm512_set1_ps(scales_x[m]));
                 acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m]), scale, acc[m]);
                 if MIN {
-                    let sum_x = sum_of(if GROUPS == 1 { sums[m] } else { &sums[m][g..=g] });
+                    let sum_x = if GROUPS == 1 { scaled_sums[m][0] + scaled_sums[m][1] } else { scaled_sums[m][g] };
                     let min = f16_lanes(layout.scales_bytes());
-                    acc[m] = _mm512_fnmadd_ps(min, _mm512_set1_ps(sum_x as f32 * scales_x[m]), acc[m]);
+                    acc[m] = _mm512_fnmadd_ps(min, _mm512_set1_ps(sum_x), acc[m]);
                 }
             }
         }

@@ -24,6 +24,8 @@ pub(super) fn multiply(tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
             for g in 0..layout.groups {
                 let quads = 8 / layout.groups;
                 let sum_x = sum_of(if layout.groups == 1 { sums } else { &sums[g..=g] });
+                let scaled = &row.scaled_sums[b * 2..][..2];
+                let scaled_sum = if layout.groups == 1 { scaled[0] + scaled[1] } else { scaled[g] };
                 let mut dot = [-offset * sum_x; ROWS_PER_TILE];
                 for quad in g * quads..(g + 1) * quads {
                     for (dot, w) in dot.iter_mut().zip(weights[quad].chunks_exact(4)) {
@@ -36,7 +38,7 @@ pub(super) fn multiply(tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
                 for (r, out) in out.iter_mut().enumerate() {
                     *out += dot[r] as f32 * (f16_at(parts, r) * scale_x);
                     if layout.has_min {
-                        *out -= f16_at(&parts[layout.scales_bytes()..], r) * (sum_x as f32 * scale_x);
+                        *out -= f16_at(&parts[layout.scales_bytes()..], r) * scaled_sum;
                     }
                 }
             }
