@@ -77,7 +77,9 @@ async def complete(session: aiohttp.ClientSession, url: str, body: dict) -> Repl
 
 async def run(url: str, load: Load) -> Result:
     limit = aiohttp.ClientTimeout(total=3600)
-    async with aiohttp.ClientSession(timeout=limit, connector=aiohttp.TCPConnector(limit=0)) as session:
+    # A connection for each request: servers differ in when they close an idle one.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(timeout=limit, connector=connector) as session:
 
         def request(number: int, max_tokens: int) -> dict:
             return {
@@ -101,9 +103,7 @@ async def run(url: str, load: Load) -> Result:
                 replies.append(await complete(session, url, request(number, load.max_tokens)))
 
         start = time.perf_counter()
-        async with asyncio.TaskGroup() as clients:
-            for _ in range(load.num_clients):
-                clients.create_task(client())
+        await asyncio.gather(*(client() for _ in range(load.num_clients)))
         elapsed = time.perf_counter() - start
 
     ttfts = [reply.ttft for reply in replies]

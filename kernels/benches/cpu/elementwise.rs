@@ -2,14 +2,13 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput};
 use kernels::activations::QuantizedRows;
-use kernels::elementwise::{RmsNorm, add_norm_quantize, log_sum_exp, swiglu_quantize};
+use kernels::elementwise::{RmsNorm, add_norm_quantize, swiglu_quantize};
 
 use crate::gemm::values;
 use crate::{all_cores, group};
 
 const HIDDEN_SIZE: usize = 896;
 const INTERMEDIATE_SIZE: usize = 4864;
-const VOCAB_SIZE: usize = 151_936;
 
 pub fn bench(criterion: &mut Criterion) {
     let cpu = all_cores();
@@ -33,10 +32,5 @@ pub fn bench(criterion: &mut Criterion) {
             bencher.iter(|| swiglu_quantize(&cpu, rows, &gate, &up, &mut activated, &mut quantized));
         });
     }
-    group.throughput(Throughput::Bytes((VOCAB_SIZE * 4) as u64));
-    group.bench_function("log_sum_exp", |bencher| {
-        let logits = values(VOCAB_SIZE);
-        bencher.iter(|| log_sum_exp(&cpu, &logits));
-    });
     group.finish();
 }
