@@ -151,23 +151,27 @@ def measure(rows: list[Row], rounds: int) -> Medians:
 
 def table(medians: Medians) -> str:
     peers = list(dict.fromkeys(column for columns in medians.values() for column in columns if column != "lorry"))
-    lines = [f"| work | lorry | {' | '.join(f'{peer} | ratio' for peer in peers)} |".replace("|  |", "|")]
-    lines.append("|---" * (2 + 2 * len(peers)) + "|")
+    header = ["work", "lorry", *(heading for peer in peers for heading in (peer, "ratio"))]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for work, columns in medians.items():
         for figure, own in columns["lorry"].items():
-            cells = [f"{work}, {figure}", f"{own:.2f}" if own < 10 else f"{own:.0f}"]
+            cells = [f"{work}, {figure}", number(own)]
             for peer in peers:
                 value = columns.get(peer, {}).get(figure)
                 # Above 1 is better for lorry: a rate over the peer's, or the peer's time over lorry's.
                 ratio = value and (value / own if figure == TTFT else own / value)
-                cells += [f"{value:.2f}" if value < 10 else f"{value:.0f}", f"{ratio:.2f}"] if value else ["–", "–"]
+                cells += [number(value), f"{ratio:.2f}"] if value else ["–", "–"]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def number(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
 def against_own_base(medians: Medians, rows: list[Row]) -> str:
     """What adapters cost each server, measured against itself."""
-    *_, none, qv, all_linear, many = (row.work for row in rows)
+    _, _, _, none, qv, all_linear, many = (row.work for row in rows)
     lines = ["| output against the same server's own | lorry | llama.cpp |", "|---|---|---|"]
     for name, work, reference in [
         ("q and v adapters / no adapter", qv, none),
