@@ -230,7 +230,9 @@ impl GgufFile {
         }
         let embedding = self.tensor("token_embd.weight")?;
         let [vocab_size, _] = embedding.shape[..] else {
-            return Err(GgufError::Damaged("token_embd.weight".into()));
+            let shape = &embedding.shape;
+            let reason = format!("tensor token_embd.weight has shape {shape:?}, expected [vocabulary, {hidden_size}]");
+            return Err(GgufError::Unsupported(reason));
         };
         let intermediate_size = self.usize(&key("feed_forward_length"))?;
         for (width, name) in [(hidden_size, "embedding_length"), (intermediate_size, "feed_forward_length")] {

@@ -1,8 +1,8 @@
 //! Every kernel at the shapes of the default model, beside what the machine itself can do.
 //!
 //! Criterion prints two rates: `Gelem/s` are 10⁹ operations per second (a multiply-add counts as two), `GiB/s` the bytes
-//! of weights, keys and values, or rows that a call has to move. Operands take turns, so that they come from memory and
-//! not from the cache, as they do in a model.
+//! of weights, keys and values, or rows that a call has to move. Weights, adapters, keys and values take turns, so that
+//! they come from memory and not from the cache, as they do in a model; rows stay in the cache, as they do there.
 
 mod attention;
 mod elementwise;
