@@ -129,7 +129,7 @@ async fn run_once(
         handle.submit(Request {
             prompt_tokens,
             adapter,
-            sampling: GREEDY,
+            sampling: SamplingParams::GREEDY,
             max_tokens,
             stop_tokens: Arc::new([]),
             top_logprobs: None,
@@ -142,18 +142,6 @@ async fn run_once(
     let arrivals = future::try_join_all(receivers.into_iter().map(|receiver| token_times(receiver, start))).await?;
     Ok(report(args, model_id, &arrivals))
 }
-
-const GREEDY: SamplingParams = SamplingParams {
-    temperature: 0.0,
-    top_k: 0,
-    top_p: 1.0,
-    min_p: 0.0,
-    repetition_penalty: 1.0,
-    presence_penalty: 0.0,
-    frequency_penalty: 0.0,
-    logit_bias: Vec::new(),
-    seed: 0,
-};
 
 /// When each token of one request came, counted from `start`; at least one.
 async fn token_times(mut events: mpsc::UnboundedReceiver<Event>, start: Instant) -> Result<Vec<Duration>, BenchError> {

@@ -168,17 +168,8 @@ impl Ask {
 
     fn submit(&self, engine: &EngineHandle) -> UnboundedReceiver<Event> {
         let (events, receiver) = mpsc::unbounded_channel();
-        let sampling = SamplingParams {
-            temperature: 0.8,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            logit_bias: self.logit_bias.clone(),
-            seed: 7,
-        };
+        let sampling =
+            SamplingParams { temperature: 0.8, logit_bias: self.logit_bias.clone(), seed: 7, ..SamplingParams::GREEDY };
         let request = Request {
             prompt_tokens: self.prompt_tokens.clone(),
             adapter: self.adapter.clone(),

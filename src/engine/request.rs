@@ -49,6 +49,21 @@ pub struct SamplingParams {
     pub seed: u64,
 }
 
+impl SamplingParams {
+    /// Always the most likely token, everything else off: what others differ from.
+    pub const GREEDY: Self = Self {
+        temperature: 0.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        logit_bias: Vec::new(),
+        seed: 0,
+    };
+}
+
 /// A token with its log-probability under the unmodified distribution of the model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenLogprob {
