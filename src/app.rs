@@ -16,6 +16,7 @@ use crate::generation::{Base, Generation};
 use crate::http::AppState;
 use crate::metrics::Metrics;
 use crate::model::Model;
+use crate::model::base_weights::GgufWeights;
 use crate::model::catalogue::{self, CatalogueError};
 use crate::model::decoder::Decoder;
 use crate::model::gguf::{GgufError, GgufFile};
@@ -73,7 +74,7 @@ impl App {
             started.elapsed().as_secs_f64()
         );
         let base = load_base(&path, &source.id)?;
-        let adapters = Arc::new(load_adapters(&config, &spec, &metrics)?);
+        let adapters = Arc::new(load_adapters(&config, &path, &metrics)?);
         let engine = start_engine(decoder, &config, &metrics);
 
         let config = Arc::new(config);
@@ -103,13 +104,14 @@ fn load_base(path: &Path, id: &str) -> Result<Base, AppError> {
     Ok(Base { id: id.to_string(), tokenizer: Arc::new(tokenizer), chat_template, fill_in_middle })
 }
 
-fn load_adapters(config: &Config, spec: &ModelSpec, metrics: &Metrics) -> Result<AdapterRegistry, AppError> {
+fn load_adapters(config: &Config, path: &Path, metrics: &Metrics) -> Result<AdapterRegistry, AppError> {
     let root = config.adapters.dir();
     if let Some(root) = root.filter(|root| *root == Path::new(config::DEFAULT_ADAPTERS_DIR) && !root.exists()) {
         warn!("there is no folder {}: serving the base alone", root.display());
         return Ok(AdapterRegistry::default());
     }
-    let registry = AdapterRegistry::load_all(root, spec)?;
+    let base = GgufWeights::open(path).map_err(|source| AppError::Model { path: path.to_path_buf(), source })?;
+    let registry = AdapterRegistry::open(root, &base)?;
     for adapter in registry.iter() {
         metrics.adapters_resident.inc();
         metrics.adapter_resident_bytes.add(adapter.coverage.resident_bytes.try_into().unwrap_or(i64::MAX));

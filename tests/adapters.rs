@@ -5,14 +5,40 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use lorry::adapter::canonical::Adapter;
+use lorry::adapter::error::AdapterError;
+use lorry::adapter::files::AdapterFiles;
 use lorry::adapter::loader;
 use lorry::adapter::registry::AdapterRegistry;
+use lorry::model::BaseWeights;
+use lorry::model::gguf::GgufError;
 use lorry::model::spec::{Architecture, ModelSpec, Module};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 
-/// The spec of a base of which only the shapes matter.
-fn base(hidden: usize, intermediate: usize, layers: usize, heads: usize, kv_heads: usize) -> ModelSpec {
-    ModelSpec {
+/// A base of which only the shapes matter.
+#[derive(Debug)]
+struct Shapes(ModelSpec);
+
+impl BaseWeights for Shapes {
+    fn spec(&self) -> &ModelSpec {
+        &self.0
+    }
+
+    fn dequantize_row(&self, _: usize, _: Module, _: usize, values: &mut [f32]) -> Result<(), GgufError> {
+        values.fill(0.5);
+        Ok(())
+    }
+
+    fn bias(&self, _: usize, _: Module) -> Result<Option<Vec<f32>>, GgufError> {
+        Ok(None)
+    }
+}
+
+fn load(dir: &Path, base: &dyn BaseWeights) -> Result<Adapter, AdapterError> {
+    loader::load("draft", &AdapterFiles::read(dir)?, base)
+}
+
+fn base(hidden: usize, intermediate: usize, layers: usize, heads: usize, kv_heads: usize) -> Shapes {
+    Shapes(ModelSpec {
         architecture: Architecture::Llama,
         hidden_size: hidden,
         intermediate_size: intermediate,
@@ -24,18 +50,18 @@ fn base(hidden: usize, intermediate: usize, layers: usize, heads: usize, kv_head
         rope_theta: 10_000.0,
         rms_norm_eps: 1e-5,
         context_length: 128,
-    }
+    })
 }
 
-fn tiny() -> ModelSpec {
+fn tiny() -> Shapes {
     base(8, 12, 2, 2, 1)
 }
 
-fn smollm2() -> ModelSpec {
+fn smollm2() -> Shapes {
     base(576, 1536, 30, 9, 3)
 }
 
-fn qwen_coder_half_b() -> ModelSpec {
+fn qwen_coder_half_b() -> Shapes {
     base(896, 4864, 24, 14, 2)
 }
 
@@ -97,7 +123,7 @@ impl Draft {
     fn load(&self) -> Result<Adapter, String> {
         let dir = tempfile::tempdir().unwrap();
         self.write(dir.path());
-        let loaded = loader::load(dir.path(), "draft", &tiny()).map_err(|e| e.to_string());
+        let loaded = load(dir.path(), &tiny()).map_err(|e| e.to_string());
         if let Err(refusal) = &loaded {
             assert!(!refusal.contains(&*dir.path().to_string_lossy()), "a refusal shows no path: {refusal}");
         }
@@ -201,7 +227,7 @@ fn any_changed_byte_of_any_file_is_another_generation() {
     let dir = tempfile::tempdir().unwrap();
     draft.write(dir.path());
     fs::write(dir.path().join("adapter.toml"), "stop = ['x']").unwrap();
-    let with_manifest = loader::load(dir.path(), "draft", &tiny()).unwrap();
+    let with_manifest = load(dir.path(), &tiny()).unwrap();
     assert_eq!(with_manifest.manifest.stop, ["x"]);
     let generations = std::collections::BTreeSet::from([first, second, third, with_manifest.generation]);
     assert_eq!(generations.len(), 4);
@@ -221,7 +247,7 @@ fn one_bad_adapter_stops_no_other() {
     Draft::good().write(&root.join("manifest"));
     fs::write(root.join("manifest/adapter.toml"), "promt = ''").unwrap();
 
-    let registry = AdapterRegistry::load_all(Some(root), &tiny()).unwrap();
+    let registry = AdapterRegistry::open(Some(root), &tiny()).unwrap();
     let loaded: Vec<&str> = registry.iter().map(|adapter| adapter.name.as_str()).collect();
     assert_eq!(loaded, ["a", "b"]);
     assert!(registry.get("a").is_some() && registry.get("pickled").is_none());
@@ -235,7 +261,7 @@ fn a_pickle_is_refused_and_safetensors_asked_for() {
     let dir = tempfile::tempdir().unwrap();
     Draft::good().write(dir.path());
     fs::rename(dir.path().join("adapter_model.safetensors"), dir.path().join("adapter_model.bin")).unwrap();
-    let refusal = loader::load(dir.path(), "pickled", &tiny()).unwrap_err().to_string();
+    let refusal = load(dir.path(), &tiny()).unwrap_err().to_string();
     assert!(refusal.contains("pickle") && refusal.contains("adapter_model.safetensors"), "{refusal}");
 }
 
@@ -253,7 +279,7 @@ fn a_link_that_leads_outside_is_refused() {
     Draft::good().write(&root.path().join("inside"));
     symlink(root.path().join("inside"), root.path().join("alias")).unwrap();
 
-    let registry = AdapterRegistry::load_all(Some(root.path()), &tiny()).unwrap();
+    let registry = AdapterRegistry::open(Some(root.path()), &tiny()).unwrap();
     assert_eq!(registry.iter().map(|a| a.name.as_str()).collect::<Vec<_>>(), ["alias", "inside"]);
     assert!(registry.refused().iter().all(|(_, cause)| cause.contains("outside")), "{:?}", registry.refused());
     assert_eq!(registry.refused().len(), 2);
@@ -261,8 +287,8 @@ fn a_link_that_leads_outside_is_refused() {
 
 #[test]
 fn a_root_that_is_not_there_is_an_error_and_no_root_is_none() {
-    assert_eq!(AdapterRegistry::load_all(None, &tiny()).unwrap().iter().count(), 0);
-    let error = AdapterRegistry::load_all(Some(Path::new("no/such/folder")), &tiny()).unwrap_err();
+    assert_eq!(AdapterRegistry::open(None, &tiny()).unwrap().iter().count(), 0);
+    let error = AdapterRegistry::open(Some(Path::new("no/such/folder")), &tiny()).unwrap_err();
     assert!(error.to_string().contains("no/such/folder"));
 }
 
@@ -270,7 +296,7 @@ fn a_root_that_is_not_there_is_an_error_and_no_root_is_none() {
 fn every_bad_adapter_of_the_fixtures_is_refused_with_the_expected_word() {
     let Some(fixtures) = fixtures() else { return };
     let root = fixtures.join("bad_adapters");
-    let registry = AdapterRegistry::load_all(Some(&root), &smollm2()).unwrap();
+    let registry = AdapterRegistry::open(Some(&root), &smollm2()).unwrap();
     assert_eq!(registry.iter().count(), 0, "{:?}", registry.iter().map(|a| &a.name).collect::<Vec<_>>());
     assert_eq!(registry.refused().len(), fs::read_dir(&root).unwrap().count());
     for (name, cause) in registry.refused() {
@@ -284,8 +310,8 @@ fn every_bad_adapter_of_the_fixtures_is_refused_with_the_expected_word() {
 fn every_lora_of_the_fixtures_loads_with_full_coverage() {
     let Some(fixtures) = fixtures() else { return };
     for (name, base) in [("smollm2-135m", smollm2()), ("qwen2.5-coder-0.5b", qwen_coder_half_b())] {
-        let registry = AdapterRegistry::load_all(Some(&fixtures.join(name).join("adapters")), &base).unwrap();
-        let layers = base.num_layers;
+        let registry = AdapterRegistry::open(Some(&fixtures.join(name).join("adapters")), &base).unwrap();
+        let layers = base.spec().num_layers;
         for (kind, num_sites, max_rank) in [
             ("lora_qv", 2 * layers, 4),
             ("lora_all", 7 * layers, 8),
@@ -299,6 +325,6 @@ fn every_lora_of_the_fixtures_loads_with_full_coverage() {
         }
         assert_eq!(registry.iter().count(), 6, "the other methods are refused: {:?}", registry.refused());
     }
-    let real = AdapterRegistry::load_all(Some(&fixtures.join("real")), &qwen_coder_half_b()).unwrap();
+    let real = AdapterRegistry::open(Some(&fixtures.join("real")), &qwen_coder_half_b()).unwrap();
     assert_eq!(real.get("conala").map(|adapter| adapter.coverage.num_sites), Some(168), "{:?}", real.refused());
 }

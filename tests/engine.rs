@@ -5,8 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kernels::attention::{BLOCK_SIZE, BlockId, KvStore};
-use lorry::adapter::canonical::{Adapter, Coverage};
-use lorry::adapter::manifest::AdapterManifest;
+use lorry::adapter::canonical::Adapter;
 use lorry::engine::request::{Event, FinishReason, Request, SamplingParams};
 use lorry::engine::{EngineConfig, EngineHandle, EngineState, EngineStopped, Overloaded};
 use lorry::metrics::Metrics;
@@ -107,13 +106,7 @@ fn start_roomy() -> EngineHandle {
 }
 
 fn adapter(name: &str) -> Arc<Adapter> {
-    Arc::new(Adapter {
-        name: name.to_owned(),
-        generation: name.to_owned(),
-        layers: Vec::new(),
-        coverage: Coverage { num_sites: 0, num_expected_sites: 0, max_rank: 0, resident_bytes: 0 },
-        manifest: AdapterManifest::default(),
-    })
+    Arc::new(Adapter { name: name.to_owned(), generation: name.to_owned(), ..Adapter::default() })
 }
 
 #[derive(Clone)]

@@ -11,6 +11,7 @@ use candle_core::quantized::GgmlDType;
 use kernels::attention::{BLOCK_SIZE, BlockId};
 use kernels::{Cpu, Isa};
 use lorry::adapter::canonical::Adapter;
+use lorry::adapter::files::AdapterFiles;
 use lorry::adapter::loader;
 use lorry::app::App;
 use lorry::config::{self, Config, Overrides};
@@ -18,6 +19,7 @@ use lorry::engine::request::{Event, Request, SamplingParams};
 use lorry::engine::{EngineConfig, EngineHandle, EngineState};
 use lorry::generation::GenerationError;
 use lorry::metrics::Metrics;
+use lorry::model::base_weights::GgufWeights;
 use lorry::model::decoder::Decoder;
 use lorry::model::spec::{Architecture, ModelSpec, Module};
 use lorry::model::{AdapterGroup, ForwardBatch, Model, SequenceRows};
@@ -320,9 +322,11 @@ fn the_prefix_cache_never_crosses_generations_that_differ_in_one_weight() {
     let model = tiny_model();
     let dir = tempfile::tempdir().unwrap();
     let mut lora = Lora::random(&model.spec, 4, false, 1);
+    model.write(&dir.path().join("base.gguf"));
+    let base = GgufWeights::open(&dir.path().join("base.gguf")).unwrap();
     let load = |lora: &Lora| {
         write_peft(dir.path(), lora, &[]);
-        Arc::new(loader::load(dir.path(), "same-name", &model.spec).unwrap())
+        Arc::new(loader::load("same-name", &AdapterFiles::read(dir.path()).unwrap(), &base).unwrap())
     };
     let old = load(&lora);
     lora.sites[0][Module::VProj as usize].b[0] += 0.5;

@@ -1,79 +1,40 @@
-//! From a folder on disk to an [`Adapter`]: file safety here, the arithmetic of each method in `methods`.
+//! From the bytes of an adapter's files to an [`Adapter`]; the arithmetic of each method is in `methods`.
 //!
-//! Nothing in the files is trusted: sizes are checked before memory is taken, and pickles are never opened.
-
-use std::fs::{self, File};
-use std::io::{ErrorKind, Read};
-use std::path::Path;
+//! Nothing in the files is trusted: sizes are checked before memory is taken.
 
 use safetensors::SafeTensors;
 use safetensors::tensor::Metadata;
-use sha2::{Digest, Sha256};
 
 use super::canonical::Adapter;
 use super::error::AdapterError;
-use super::manifest::{self, AdapterManifest};
+use super::files::{AdapterFiles, WEIGHTS_FILE};
+use super::manifest::AdapterManifest;
 use super::methods::lora;
-use super::peft_config::{self, LoraConfig};
-use crate::model::spec::ModelSpec;
+use super::peft_config::LoraConfig;
+use crate::model::BaseWeights;
 
-pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-const MAX_WEIGHTS_BYTES: u64 = 4 << 30;
 const MAX_HEADER_BYTES: usize = 16 << 20;
 const HEADER_LENGTH_BYTES: usize = 8;
 
-/// Loads the adapter in `dir` under `name` and checks that it fits the base in every part.
+/// Turns the files into the adapter called `name` and checks that it fits the base in every part.
 ///
 /// # Errors
-/// When a file is missing, damaged or too large, or the adapter asks for what this server or this base cannot do.
-pub fn load(dir: &Path, name: &str, spec: &ModelSpec) -> Result<Adapter, AdapterError> {
-    let config_text = read_file(dir, peft_config::FILE, peft_config::MAX_FILE_BYTES)?.ok_or_else(|| {
-        let hint = "an adapter is a folder as PEFT's save_pretrained writes it".to_string();
-        AdapterError::Missing { file: peft_config::FILE, hint }
-    })?;
-    let config = LoraConfig::parse(&config_text)?;
-    let manifest_text = read_file(dir, manifest::FILE, manifest::MAX_FILE_BYTES)?;
-    let manifest = manifest_text.as_deref().map(AdapterManifest::parse).transpose()?.unwrap_or_default();
-    let weights = read_file(dir, WEIGHTS_FILE, MAX_WEIGHTS_BYTES)?
-        .ok_or_else(|| AdapterError::Missing { file: WEIGHTS_FILE, hint: missing_weights_hint(dir) })?;
-
-    let tensors = parse_weights(&weights)?;
-    let (layers, coverage) = lora::deltas(&config, &tensors, spec)?;
-    let mut files = vec![config_text.as_slice(), weights.as_slice()];
-    files.extend(manifest_text.as_deref());
-    Ok(Adapter { name: name.to_string(), generation: generation(&files), layers, coverage, manifest })
-}
-
-/// Reads a file of at most `limit` bytes whole; `None` if there is none.
-fn read_file(dir: &Path, file: &'static str, limit: u64) -> Result<Option<Vec<u8>>, AdapterError> {
-    let unreadable = |source| AdapterError::Unreadable { file, source };
-    let path = dir.join(file);
-    // Before opening: opening a pipe would wait for a writer.
-    let metadata = match fs::metadata(&path) {
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-        found => found.map_err(unreadable)?,
-    };
-    if !metadata.is_file() {
-        return Err(AdapterError::NotAFile { file });
-    }
-    if metadata.len() > limit {
-        return Err(AdapterError::TooLarge { file, limit });
-    }
-    let mut bytes = Vec::with_capacity(usize::try_from(metadata.len()).unwrap_or_default());
-    // One byte more than allowed: the file may have grown since.
-    File::open(&path).and_then(|opened| opened.take(limit + 1).read_to_end(&mut bytes)).map_err(unreadable)?;
-    if bytes.len() as u64 > limit {
-        return Err(AdapterError::TooLarge { file, limit });
-    }
-    Ok(Some(bytes))
-}
-
-fn missing_weights_hint(dir: &Path) -> String {
-    let pickle = ["adapter_model.bin", "adapter_model.pt"].into_iter().find(|file| dir.join(file).exists());
-    match pickle {
-        Some(file) => format!("{file} is a pickle, which can run code when opened: convert it to safetensors"),
-        None => "the adapter's weights are read from there only".to_string(),
-    }
+/// When a file is damaged, or the adapter asks for what this server or this base cannot do.
+pub fn load(name: &str, files: &AdapterFiles, base: &dyn BaseWeights) -> Result<Adapter, AdapterError> {
+    let config = LoraConfig::parse(&files.config)?;
+    let manifest = files.manifest.as_deref().map(AdapterManifest::parse).transpose()?.unwrap_or_default();
+    let tensors = parse_weights(&files.weights)?;
+    let (layers, coverage) = lora::deltas(&config, &tensors, base.spec())?;
+    Ok(Adapter {
+        name: name.to_string(),
+        generation: files.generation(),
+        layers,
+        embedding: None,
+        head: None,
+        prelude: None,
+        coverage,
+        manifest,
+    })
 }
 
 fn parse_weights(bytes: &[u8]) -> Result<SafeTensors<'_>, AdapterError> {
@@ -100,16 +61,6 @@ fn parse_weights(bytes: &[u8]) -> Result<SafeTensors<'_>, AdapterError> {
         return Err(AdapterError::Truncated { file, expected: metadata.data_len(), found: data.len() });
     }
     SafeTensors::deserialize(bytes).map_err(|e| bad_header(e.to_string()))
-}
-
-/// SHA-256 over the files, each preceded by its length so that bytes cannot move from one into the next.
-fn generation(files: &[&[u8]]) -> String {
-    let mut hasher = Sha256::new();
-    for bytes in files {
-        hasher.update((bytes.len() as u64).to_le_bytes());
-        hasher.update(bytes);
-    }
-    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]
@@ -139,29 +90,6 @@ mod tests {
         assert!(refusal(&[good.as_slice(), &[0]].concat()).contains("header"));
         assert!(refusal(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n").contains("LFS"));
         assert!(refusal(&[&(1u64 << 60).to_le_bytes(), &good[8..]].concat()).contains("header"));
-    }
-
-    #[test]
-    fn a_generation_depends_on_where_one_file_ends() {
-        assert_eq!(generation(&[b"ab", b"c"]).len(), 64);
-        assert_ne!(generation(&[b"ab", b"c"]), generation(&[b"a", b"bc"]));
-        assert_ne!(generation(&[b"ab", b"c"]), generation(&[b"ab", b"c", b""]));
-    }
-
-    #[test]
-    fn a_file_above_its_limit_is_not_read() {
-        let dir = tempfile::tempdir().unwrap();
-        fs::write(dir.path().join(manifest::FILE), [b'#'; 11]).unwrap();
-        assert!(read_file(dir.path(), manifest::FILE, 11).unwrap().is_some());
-        assert!(matches!(read_file(dir.path(), manifest::FILE, 10), Err(AdapterError::TooLarge { .. })));
-        assert!(read_file(dir.path(), WEIGHTS_FILE, 10).unwrap().is_none());
-    }
-
-    #[test]
-    fn a_folder_in_place_of_a_file_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        fs::create_dir(dir.path().join(WEIGHTS_FILE)).unwrap();
-        assert!(matches!(read_file(dir.path(), WEIGHTS_FILE, 10), Err(AdapterError::NotAFile { .. })));
     }
 
     proptest! {

@@ -2,6 +2,7 @@
 
 pub mod canonical;
 pub mod error;
+pub mod files;
 pub mod loader;
 pub mod manifest;
 pub mod methods;

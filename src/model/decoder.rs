@@ -260,7 +260,7 @@ impl Model for Decoder {
     }
 }
 
-fn gguf_name(module: Module) -> &'static str {
+pub(super) fn gguf_name(module: Module) -> &'static str {
     match module {
         Module::QProj => "attn_q",
         Module::KProj => "attn_k",
@@ -277,7 +277,7 @@ fn gguf_name(module: Module) -> &'static str {
 /// GGUF files of architecture `llama` interleave the two halves of every query and key head (llama.cpp's
 /// `convert_hf_to_gguf.py`, `permute`): row `2i + j` of a head is Hugging Face's row `j·head_dim/2 + i`. Putting the rows
 /// back at load lets adapters apply as they are, and leaves one rotary order for all architectures.
-fn hugging_face_rows(spec: &ModelSpec, module: Module) -> Option<Vec<usize>> {
+pub(super) fn hugging_face_rows(spec: &ModelSpec, module: Module) -> Option<Vec<usize>> {
     let permuted = spec.architecture == Architecture::Llama && matches!(module, Module::QProj | Module::KProj);
     permuted.then(|| {
         let (head_dim, half) = (spec.head_dim, spec.head_dim / 2);

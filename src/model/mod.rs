@@ -1,19 +1,22 @@
 //! The decoder: what one forward pass sees and what it gives back.
 
 pub mod adapted_linear;
+pub mod base_weights;
 pub mod catalogue;
 pub mod decoder;
 pub mod gguf;
 pub mod pull;
 pub mod spec;
 
+use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
 use kernels::attention::{BlockId, KvStore};
 
 use crate::adapter::canonical::Adapter;
-use spec::ModelSpec;
+use gguf::GgufError;
+use spec::{ModelSpec, Module};
 
 /// The rows of one step, packed: prefill chunks and decode rows of many sequences, each row one token position.
 ///
@@ -47,13 +50,34 @@ pub struct AdapterGroup {
     pub adapter: Arc<Adapter>,
 }
 
+/// Tokens from here on are not of the vocabulary: `FIRST_VIRTUAL_TOKEN + i` is position `i` of the prelude of the row's
+/// adapter.
+pub const FIRST_VIRTUAL_TOKEN: u32 = 1 << 31;
+
+/// What the loader of an adapter may ask of the base. Rows are in Hugging Face order.
+pub trait BaseWeights: fmt::Debug + Send + Sync {
+    fn spec(&self) -> &ModelSpec;
+
+    /// Row `row` of a linear layer, dequantized: `[in_features]`.
+    ///
+    /// # Errors
+    /// When the file of the base cannot be read any more.
+    fn dequantize_row(&self, layer: usize, module: Module, row: usize, values: &mut [f32]) -> Result<(), GgufError>;
+
+    /// The layer's own bias, `[out_features]`, where it has one.
+    ///
+    /// # Errors
+    /// When the file of the base cannot be read any more.
+    fn bias(&self, layer: usize, module: Module) -> Result<Option<Vec<f32>>, GgufError>;
+}
+
 /// Why a step could not be run: a fault of the server, never of a request.
 #[derive(Debug, thiserror::Error)]
 pub enum StepError {
     #[error("base layer: {0}")]
     BaseLayer(#[from] candle_core::Error),
     #[error(transparent)]
-    File(#[from] gguf::GgufError),
+    File(#[from] GgufError),
 }
 
 /// A model the engine can step. One thread owns it.

@@ -13,7 +13,6 @@ use kernels::Cpu;
 use kernels::attention::{BLOCK_SIZE, BlockId, KvStore};
 use kernels::low_rank::LowRank;
 use lorry::adapter::canonical::{Adapter, Coverage, SiteDelta};
-use lorry::adapter::manifest::AdapterManifest;
 use lorry::model::decoder::Decoder;
 use lorry::model::spec::{Architecture, ModelSpec, Module};
 use lorry::model::{AdapterGroup, ForwardBatch, Model, SequenceRows};
@@ -211,7 +210,7 @@ impl Lora {
         let delta = |site: &LoraSite| {
             let (inputs, outputs) = site.shape;
             let low_rank = LowRank::pack(self.rank, inputs, outputs, self.scale, &site.a, &site.b);
-            Some(SiteDelta { low_rank: Some(low_rank), bias: site.bias.clone() })
+            Some(SiteDelta { low_rank: Some(low_rank), bias: site.bias.clone(), ..SiteDelta::default() })
         };
         let num_sites = self.sites.len() * Module::ALL.len();
         Arc::new(Adapter {
@@ -219,7 +218,7 @@ impl Lora {
             generation: name.to_owned(),
             layers: self.sites.iter().map(|sites| sites.each_ref().map(delta)).collect(),
             coverage: Coverage { num_sites, num_expected_sites: num_sites, max_rank: self.rank, resident_bytes: 0 },
-            manifest: AdapterManifest::default(),
+            ..Adapter::default()
         })
     }
 }

@@ -138,7 +138,8 @@ fn site_delta(
             Some(bias.values()?.into_iter().map(|value| scale * value).collect())
         }
     };
-    Ok(SiteDelta { low_rank: Some(LowRank::pack(rank, in_features, out_features, scale, &a, &b)), bias })
+    let low_rank = Some(LowRank::pack(rank, in_features, out_features, scale, &a, &b));
+    Ok(SiteDelta { low_rank, bias, ..SiteDelta::default() })
 }
 
 impl NamedTensor<'_> {

@@ -5,17 +5,10 @@ use kernels::attention::BLOCK_SIZE;
 use proptest::prelude::*;
 
 use super::*;
-use crate::adapter::canonical::{Adapter, Coverage};
-use crate::adapter::manifest::AdapterManifest;
+use crate::adapter::canonical::Adapter;
 
 fn adapter(generation: &str) -> Arc<Adapter> {
-    Arc::new(Adapter {
-        name: generation.to_owned(),
-        generation: generation.to_owned(),
-        layers: Vec::new(),
-        coverage: Coverage { num_sites: 0, num_expected_sites: 0, max_rank: 0, resident_bytes: 0 },
-        manifest: AdapterManifest::default(),
-    })
+    Arc::new(Adapter { name: generation.to_owned(), generation: generation.to_owned(), ..Adapter::default() })
 }
 
 fn sequence(id: u64, num_prompt_tokens: usize, max_tokens: usize) -> Sequence {
