@@ -131,6 +131,7 @@ fn start_engine(decoder: Decoder, config: &Config, metrics: &Arc<Metrics>) -> En
         max_sequences: config.engine.max_sequences,
         max_queued: config.engine.max_queued,
         context_length: spec.context_length,
+        max_draft_tokens: config.engine.max_draft_tokens,
     };
     info!("KV store: {num_blocks} blocks of {BLOCK_SIZE} tokens");
     EngineHandle::start(Box::new(decoder), kv, engine_config, metrics.clone())

@@ -11,7 +11,7 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 
 use crate::adapter::canonical::Adapter;
-use crate::engine::request::{Event, Request, SamplingParams};
+use crate::engine::request::{Event, PromptOutput, Request, SamplingParams};
 use crate::engine::{EngineHandle, EngineStopped, Overloaded};
 
 /// Prints one JSON line for each run.
@@ -35,6 +35,9 @@ pub struct BenchArgs {
     /// Different adapters among the requests, in turn; 0 is the base alone.
     #[arg(long, default_value_t = 0)]
     pub num_adapters: usize,
+    /// Guess tokens ahead as the configuration says. Off otherwise: random prompts make for repetitive output.
+    #[arg(long)]
+    pub speculate: bool,
     /// Number of runs.
     #[arg(long, default_value_t = 3)]
     pub repeat: usize,
@@ -133,7 +136,7 @@ async fn run_once(
             max_tokens,
             stop_tokens: Arc::new([]),
             top_logprobs: None,
-            prompt_logprobs: false,
+            prompt_output: PromptOutput::Nothing,
             events,
             permit: handle.try_permit()?,
         })?;
@@ -151,7 +154,7 @@ async fn token_times(mut events: mpsc::UnboundedReceiver<Event>, start: Instant)
             Event::Token { .. } => times.push(start.elapsed()),
             Event::Finished(_) if !times.is_empty() => return Ok(times),
             Event::Failed(reason) => return Err(BenchError::Failed(reason)),
-            Event::Started { .. } | Event::PromptToken(_) | Event::Finished(_) => {}
+            Event::Started { .. } | Event::PromptToken(_) | Event::PromptLogits(_) | Event::Finished(_) => {}
         }
     }
     Err(BenchError::Failed("it ended without a token".to_owned()))
@@ -193,6 +196,7 @@ mod tests {
             max_tokens: 3,
             batch: 2,
             num_adapters: 0,
+            speculate: false,
             repeat: 1,
         };
         let times = |millis: [u64; 3]| millis.map(Duration::from_millis).to_vec();

@@ -65,6 +65,7 @@ pub struct EngineConfig {
     pub kv_cache_mib: usize,
     pub max_queued: usize,
     pub context_length: usize,
+    pub max_draft_tokens: usize,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]

@@ -82,7 +82,11 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
         Command::Bench { config, args } => {
             let adapters = args.adapters.as_ref().map(|dir| dir.display().to_string());
             let overrides = Overrides { model: args.model.clone(), adapters, ..Overrides::default() };
-            let app = App::load(Config::load(config.as_deref(), &overrides)?)?;
+            let mut config = Config::load(config.as_deref(), &overrides)?;
+            if !args.speculate {
+                config.engine.max_draft_tokens = 0;
+            }
+            let app = App::load(config)?;
             let adapters: Vec<_> = app.adapters.iter().cloned().collect();
             let model = app.state.generation.base_id();
             let run = bench::run(&app.engine, &adapters, &args, model, app.spec.vocab_size);

@@ -16,7 +16,8 @@ pub struct Metrics {
     pub kv_blocks_used: IntGauge,
     pub kv_blocks_capacity: IntGauge,
     pub preemptions_total: IntCounter,
-    /// `kind`: `prompt`, `cached` (prompt tokens found in the prefix cache), `output`.
+    /// `kind`: `prompt`, `cached` (prompt tokens found in the prefix cache), `output`, `guessed` (rows spent on guessed
+    /// tokens), `accepted` (guesses that came true).
     pub tokens_total: IntCounterVec,
     /// `adapter` (registered names and `base`), `finish_reason` (`stop`, `length`, `cancelled`, `error`).
     pub requests_total: IntCounterVec,

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kernels::attention::{BLOCK_SIZE, BlockId, KvStore};
-use lorry::adapter::canonical::Adapter;
-use lorry::engine::request::{Event, FinishReason, Request, SamplingParams};
+use lorry::adapter::canonical::{Adapter, Prelude};
+use lorry::engine::request::{Event, FinishReason, PromptOutput, Request, SamplingParams};
 use lorry::engine::{EngineConfig, EngineHandle, EngineState, EngineStopped, Overloaded};
 use lorry::metrics::Metrics;
 use lorry::model::spec::{Architecture, ModelSpec};
@@ -91,14 +91,19 @@ impl Model for HashModel {
     }
 }
 
+const CONFIG: EngineConfig =
+    EngineConfig { max_batch_rows: 256, max_sequences: 16, max_queued: 64, context_length: 1024, max_draft_tokens: 0 };
+
 fn start(max_batch_rows: usize, num_blocks: usize, metrics: &Arc<Metrics>) -> EngineHandle {
     start_gated(max_batch_rows, num_blocks, metrics, Arc::default())
 }
 
 fn start_gated(max_batch_rows: usize, num_blocks: usize, metrics: &Arc<Metrics>, gate: Arc<Mutex<()>>) -> EngineHandle {
-    let config = EngineConfig { max_batch_rows, max_sequences: 16, max_queued: 64, context_length: 1024 };
-    let kv = KvStore::new(1, 1, 32, num_blocks);
-    EngineHandle::start(Box::new(HashModel::new(gate)), kv, config, metrics.clone())
+    start_with(EngineConfig { max_batch_rows, ..CONFIG }, num_blocks, metrics, gate)
+}
+
+fn start_with(config: EngineConfig, num_blocks: usize, metrics: &Arc<Metrics>, gate: Arc<Mutex<()>>) -> EngineHandle {
+    EngineHandle::start(Box::new(HashModel::new(gate)), KvStore::new(1, 1, 32, num_blocks), config, metrics.clone())
 }
 
 fn start_roomy() -> EngineHandle {
@@ -119,6 +124,7 @@ struct Ask {
     stop_tokens: Vec<u32>,
     top_logprobs: Option<usize>,
     prompt_logprobs: bool,
+    logit_bias: Vec<(u32, f32)>,
 }
 
 impl Ask {
@@ -132,6 +138,7 @@ impl Ask {
             stop_tokens: Vec::new(),
             top_logprobs: None,
             prompt_logprobs: false,
+            logit_bias: Vec::new(),
         }
     }
 
@@ -152,13 +159,13 @@ impl Ask {
                 repetition_penalty: 1.1,
                 presence_penalty: 0.0,
                 frequency_penalty: 0.0,
-                logit_bias: Vec::new(),
+                logit_bias: self.logit_bias.clone(),
                 seed: self.seed,
             },
             max_tokens: self.max_tokens,
             stop_tokens: self.stop_tokens.clone().into(),
             top_logprobs: self.top_logprobs,
-            prompt_logprobs: self.prompt_logprobs,
+            prompt_output: if self.prompt_logprobs { PromptOutput::Logprobs } else { PromptOutput::Nothing },
             events,
             permit: handle.try_permit().expect("the queue has room"),
         })?;
@@ -215,6 +222,51 @@ fn mixed_asks() -> Vec<Ask> {
             }
         })
         .collect()
+}
+
+#[test]
+fn guessing_ahead_changes_no_event_and_returns_everything() {
+    let asks: Vec<Ask> = mixed_asks()
+        .into_iter()
+        // So few likely tokens that the output repeats itself.
+        .map(|ask| Ask { logit_bias: vec![(5, 40.0), (11, 38.0), (13, 40.0)], max_tokens: 60, ..ask })
+        .collect();
+    let expected: Vec<Vec<Event>> = asks.iter().map(|ask| collect(ask.submit(&start_roomy()))).collect();
+
+    for (max_batch_rows, num_blocks) in [(256, 256), (20, 20)] {
+        let metrics = Arc::new(Metrics::new());
+        let config = EngineConfig { max_batch_rows, max_draft_tokens: 9, max_sequences: 4, ..CONFIG };
+        let handle = start_with(config, num_blocks, &metrics, Arc::default());
+        let receivers: Vec<_> = asks.iter().map(|ask| ask.submit(&handle)).collect();
+        for (index, receiver) in receivers.into_iter().enumerate() {
+            assert_eq!(collect(receiver), expected[index], "request {index} in {max_batch_rows} rows");
+        }
+        assert_eq!(handle.state(), EngineState::default());
+        let tokens = |kind| metrics.tokens_total.with_label_values(&[kind]).get();
+        assert!(tokens("accepted") > 100, "{}", tokens("accepted"));
+        assert!(tokens("guessed") > tokens("accepted"), "some guesses are wrong");
+    }
+}
+
+#[test]
+fn a_prelude_takes_positions_and_no_prompt_tokens() {
+    let rows = vec![0.0; 5 * 32];
+    let prelude = Some(Prelude::Embeddings { num_tokens: 5, rows });
+    let adapter = Adapter { generation: "with prelude".to_owned(), prelude, ..Adapter::default() };
+    let handle = start_roomy();
+    let ask = Ask { adapter: Some(Arc::new(adapter)), ..Ask::new((0..30).collect(), 4) };
+    for cached in [0, 27] {
+        let mut receiver = ask.submit(&handle);
+        let Some(Event::Started { cached_tokens, .. }) = receiver.blocking_recv() else { panic!("it starts") };
+        // Two whole blocks, five positions of which no client has sent.
+        assert_eq!(cached_tokens, cached);
+        assert_eq!(output_tokens(&collect(receiver)).len(), 4);
+    }
+    let scored = collect(Ask { prompt_logprobs: true, top_logprobs: Some(0), ..ask.clone() }.submit(&handle));
+    let num_scored = scored.iter().filter(|event| matches!(event, Event::PromptToken(_))).count();
+    assert_eq!((num_scored, &scored[0]), (30, &Event::PromptToken(None)));
+    let too_long = Ask { prompt_tokens: vec![1; 1020], ..ask };
+    assert!(matches!(collect(too_long.submit(&handle))[..], [Event::Failed(_)]));
 }
 
 #[test]
@@ -333,8 +385,12 @@ fn the_context_ends_the_output() {
 fn a_request_the_model_cannot_run_fails_alone() {
     let handle = start_roomy();
     let good = Ask::new(vec![1, 2, 3], 30).submit(&handle);
-    let cases =
-        [(vec![], "no tokens"), (vec![1; 1025], "1025 tokens"), (vec![64], "token 64"), (vec![1, NAN], "not a number")];
+    let cases = [
+        (vec![], "no tokens"),
+        (vec![1; 1025], "1025 positions"),
+        (vec![64], "token 64"),
+        (vec![1, NAN], "not a number"),
+    ];
     for (prompt_tokens, expected) in cases {
         let events = collect(Ask::new(prompt_tokens, 5).submit(&handle));
         assert!(matches!(events.as_slice(), [Event::Failed(reason)] if reason.contains(expected)), "{events:?}");

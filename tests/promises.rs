@@ -15,7 +15,7 @@ use lorry::adapter::files::AdapterFiles;
 use lorry::adapter::loader;
 use lorry::app::App;
 use lorry::config::{self, Config, Overrides};
-use lorry::engine::request::{Event, Request, SamplingParams};
+use lorry::engine::request::{Event, PromptOutput, Request, SamplingParams};
 use lorry::engine::{EngineConfig, EngineHandle, EngineState};
 use lorry::generation::GenerationError;
 use lorry::metrics::Metrics;
@@ -146,7 +146,13 @@ fn a_row_of_a_real_model_has_the_bits_of_the_row_alone() {
 }
 
 fn start(model: &TinyModel, max_batch_rows: usize, num_blocks: usize, metrics: &Arc<Metrics>) -> EngineHandle {
-    let config = EngineConfig { max_batch_rows, max_sequences: 16, max_queued: MAX_QUEUED, context_length: 256 };
+    let config = EngineConfig {
+        max_batch_rows,
+        max_sequences: 16,
+        max_queued: MAX_QUEUED,
+        context_length: 256,
+        max_draft_tokens: 0,
+    };
     let decoder = model.load(Cpu::new(Isa::detect(), 2));
     EngineHandle::start(Box::new(decoder), kv_store(&model.spec, num_blocks), config, metrics.clone())
 }
@@ -179,7 +185,7 @@ impl Ask {
             max_tokens: self.max_tokens,
             stop_tokens: Arc::from([]),
             top_logprobs: Some(3),
-            prompt_logprobs: false,
+            prompt_output: PromptOutput::Nothing,
             events,
             permit: engine.try_permit().unwrap(),
         };

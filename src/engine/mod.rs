@@ -6,6 +6,7 @@ pub mod request;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
+pub mod speculate;
 mod step;
 
 use std::any::Any;
@@ -34,6 +35,8 @@ pub struct EngineConfig {
     pub max_queued: usize,
     /// Longest sequence in tokens; no more than the KV store holds takes effect.
     pub context_length: usize,
+    /// Most tokens guessed ahead for one sequence in one step; 0 guesses none.
+    pub max_draft_tokens: usize,
 }
 
 /// What the engine holds at this moment.

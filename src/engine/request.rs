@@ -21,11 +21,21 @@ pub struct Request {
     pub stop_tokens: Arc<[u32]>,
     /// Alternatives reported per token; `None` reports no log-probabilities at all.
     pub top_logprobs: Option<usize>,
-    /// Also report every prompt token's log-probability.
-    pub prompt_logprobs: bool,
+    pub prompt_output: PromptOutput,
     pub events: mpsc::UnboundedSender<Event>,
     /// The place in the bounded queue, given back when the request ends in any way.
     pub permit: OwnedSemaphorePermit,
+}
+
+/// What is reported of the prompt itself.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum PromptOutput {
+    #[default]
+    Nothing,
+    /// Every prompt token's log-probability.
+    Logprobs,
+    /// The logits after its last token, with `max_tokens` 0.
+    Logits,
 }
 
 /// How the next token is drawn from the logits. The order is: logit bias, penalties, temperature, top-k, top-p, min-p.
@@ -79,8 +89,10 @@ pub enum Event {
         queue: Duration,
         cached_tokens: usize,
     },
-    /// One for each prompt token, in order, when `prompt_logprobs`; `None` for the first, which nothing predicts.
+    /// One for each prompt token, in order, with [`PromptOutput::Logprobs`]; `None` for the first, which nothing predicts.
     PromptToken(Option<TokenLogprob>),
+    /// `[vocab_size]`, with [`PromptOutput::Logits`].
+    PromptLogits(Vec<f32>),
     Token {
         id: u32,
         logprob: Option<TokenLogprob>,

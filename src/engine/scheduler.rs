@@ -6,16 +6,19 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use kernels::attention::BlockId;
-
 use super::kv_blocks::BlockPool;
 use super::sequence::{LogitsUse, Sequence, SequenceId};
 use crate::model::AdapterGroup;
+
+/// Rows of a step up to which guessing is worth its rows: about where the arithmetic of the rows begins to take longer
+/// than reading the weights (docs/performance.md).
+const MAX_SPECULATED_ROWS: usize = 16;
 
 #[derive(Debug)]
 pub struct Scheduler {
     max_batch_rows: usize,
     max_sequences: usize,
+    max_draft_tokens: usize,
     pool: BlockPool,
     /// Oldest first; all are younger than every running sequence.
     waiting: VecDeque<Sequence>,
@@ -54,6 +57,7 @@ impl Scheduler {
         Self {
             max_batch_rows,
             max_sequences: max_sequences.clamp(1, max_batch_rows),
+            max_draft_tokens: 0,
             pool: BlockPool::new(num_blocks),
             waiting: VecDeque::new(),
             running: Vec::new(),
@@ -62,6 +66,12 @@ impl Scheduler {
             shares: Vec::new(),
             row_order: Vec::new(),
         }
+    }
+
+    /// Guesses up to `max_draft_tokens` next tokens of a decoding sequence from now on.
+    #[must_use]
+    pub fn with_speculation(self, max_draft_tokens: usize) -> Self {
+        Self { max_draft_tokens, ..self }
     }
 
     /// Adds a sequence that is younger than all others and fits into the pool alone.
@@ -109,13 +119,9 @@ impl Scheduler {
         &self.plan
     }
 
-    /// KV blocks of a sequence of the current plan.
-    pub fn block_table(&self, planned: &PlannedSequence) -> &[BlockId] {
-        self.running[planned.index].block_table()
-    }
-
-    pub fn num_prompt_tokens(&self, planned: &PlannedSequence) -> usize {
-        self.running[planned.index].num_prompt_tokens()
+    /// The sequence of a row range of the current plan.
+    pub fn sequence(&self, planned: &PlannedSequence) -> &Sequence {
+        &self.running[planned.index]
     }
 
     /// Running sequences that are all computed and generate nothing: they were only to be scored.
@@ -125,19 +131,35 @@ impl Scheduler {
 
     /// Plans the next step. The plan holds until [`Scheduler::commit`]; sequences are not removed in between.
     pub fn schedule(&mut self) {
+        self.running.iter_mut().for_each(Sequence::settle);
         self.cover_running();
         self.admit();
         self.share_rows();
+        self.speculate();
         self.pack();
     }
 
-    /// The planned rows are computed.
+    /// The planned rows are computed. Those of guesses count only once [`Scheduler::accept`] says so.
     pub fn commit(&mut self) {
         for planned in &self.plan.sequences {
-            self.running[planned.index].advance(planned.rows.len(), &mut self.pool);
+            let sequence = &mut self.running[planned.index];
+            let num_rows = planned.rows.len() - sequence.draft().len();
+            sequence.advance(num_rows, &mut self.pool);
         }
         // An idle engine must not keep adapters alive.
         self.plan.groups.clear();
+    }
+
+    /// The next guess of a sequence came true; [`Sequence::push`] has made it its last token.
+    pub fn accept(&mut self, id: SequenceId) {
+        if let Some(index) = self.running_index(id) {
+            self.running[index].accept(&mut self.pool);
+        }
+    }
+
+    /// Guessed tokens in the current plan.
+    pub fn num_drafted(&self) -> usize {
+        self.running.iter().map(|sequence| sequence.draft().len()).sum()
     }
 
     fn running_index(&self, id: SequenceId) -> Option<usize> {
@@ -200,6 +222,35 @@ impl Scheduler {
         }
     }
 
+    /// Adds rows for guessed tokens while they are cheap: with nobody prefilling, and as long as the step is small enough
+    /// for reading the weights, and not the arithmetic of its rows, to take most of its time.
+    fn speculate(&mut self) {
+        let num_rows: usize = self.shares.iter().sum();
+        if self.max_draft_tokens == 0 || num_rows != self.running.len() {
+            return;
+        }
+        let mut rows_left = MAX_SPECULATED_ROWS.min(self.max_batch_rows).saturating_sub(num_rows);
+        for index in 0..self.running.len() {
+            let decoding = self.running.len() - index;
+            let most = self.max_draft_tokens.min(rows_left / decoding);
+            if most == 0 {
+                continue;
+            }
+            let sequence = &mut self.running[index];
+            // A guess takes a block only if that leaves one for the next token of every sequence.
+            let has_spare = self.pool.blocks_available() > self.shares.len();
+            if has_spare
+                && !sequence.has_room_for(most)
+                && let Some(block) = self.pool.allocate()
+            {
+                sequence.push_block(block);
+            }
+            sequence.speculate(most);
+            self.shares[index] += sequence.draft().len();
+            rows_left -= sequence.draft().len();
+        }
+    }
+
     /// Lays the rows out so that those of one adapter generation are contiguous, the base first.
     fn pack(&mut self) {
         let Self { running, plan, shares, row_order, .. } = self;
@@ -222,7 +273,10 @@ impl Plan {
         let first_row = self.tokens.len();
         let first_position = sequence.num_computed_tokens();
         let rows = first_row..first_row + num_rows;
-        self.tokens.extend_from_slice(&sequence.tokens()[first_position..first_position + num_rows]);
+        let num_drafted = sequence.draft().len();
+        let end = first_position + num_rows - num_drafted;
+        self.tokens.extend_from_slice(&sequence.tokens()[first_position..end]);
+        self.tokens.extend_from_slice(sequence.draft());
         for row in rows.clone() {
             if let Some(logits_use) = sequence.logits_use(first_position + row - first_row) {
                 self.logits_rows.push(row);

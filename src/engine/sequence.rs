@@ -6,7 +6,10 @@ use kernels::attention::{BLOCK_SIZE, BlockId};
 
 use super::kv_blocks::BlockPool;
 use super::prefix_cache::ChainHash;
+use super::request::PromptOutput;
+use super::speculate::Speculation;
 use crate::adapter::canonical::Adapter;
+use crate::model::FIRST_VIRTUAL_TOKEN;
 
 /// Identity of a sequence; later arrivals have greater ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -16,8 +19,10 @@ pub struct SequenceId(pub u64);
 pub struct Sequence {
     id: SequenceId,
     adapter: Option<Arc<Adapter>>,
-    /// Prompt, then output.
+    /// The positions of the adapter's prelude, the prompt, then the output.
     tokens: Vec<u32>,
+    num_virtual_tokens: usize,
+    /// Virtual ones included.
     num_prompt_tokens: usize,
     max_tokens: usize,
     /// Positions whose K and V are in the KV store.
@@ -26,35 +31,42 @@ pub struct Sequence {
     /// Identity of the last block known to the prefix cache, and how many are.
     chain: ChainHash,
     num_chained_blocks: usize,
-    /// Prompt tokens whose log-probability has been asked for, or `None` when nobody wants them.
-    num_scored_tokens: Option<usize>,
+    prompt_output: PromptOutput,
+    /// Prompt tokens whose log-probability has been asked for, virtual ones included.
+    num_scored_tokens: usize,
+    speculation: Speculation,
 }
 
 impl Sequence {
-    /// `prompt_tokens` must not be empty. `prompt_logprobs` asks for the logits of every prompt position.
+    /// `prompt_tokens` must not be empty.
     pub fn new(
         id: SequenceId,
-        prompt_tokens: Vec<u32>,
+        prompt_tokens: &[u32],
         max_tokens: usize,
         adapter: Option<Arc<Adapter>>,
-        prompt_logprobs: bool,
+        prompt_output: PromptOutput,
     ) -> Self {
-        let num_prompt_tokens = prompt_tokens.len();
-        let mut tokens = prompt_tokens;
+        let num_virtual_tokens = adapter.as_ref().map_or(0, |adapter| adapter.num_virtual_tokens());
+        let num_prompt_tokens = num_virtual_tokens + prompt_tokens.len();
         // Room for the whole life, so that decoding does not allocate.
-        tokens.reserve_exact(max_tokens);
+        let mut tokens = Vec::with_capacity(num_prompt_tokens + max_tokens);
+        tokens.extend((FIRST_VIRTUAL_TOKEN..).take(num_virtual_tokens));
+        tokens.extend_from_slice(prompt_tokens);
         Self {
             id,
             chain: ChainHash::root(adapter.as_ref().map(|adapter| adapter.generation.as_str())),
             adapter,
             block_table: Vec::with_capacity(BlockPool::num_blocks_for(num_prompt_tokens + max_tokens)),
             tokens,
+            num_virtual_tokens,
             num_prompt_tokens,
             max_tokens,
             num_computed_tokens: 0,
             num_chained_blocks: 0,
-            // Nothing predicts the first token.
-            num_scored_tokens: prompt_logprobs.then_some(1),
+            prompt_output,
+            // Nothing that was said predicts the first token.
+            num_scored_tokens: num_virtual_tokens + 1,
+            speculation: Speculation::default(),
         }
     }
 
@@ -75,8 +87,14 @@ impl Sequence {
         &self.tokens
     }
 
+    /// Positions of the adapter's prelude, which no client has sent.
+    pub fn num_virtual_tokens(&self) -> usize {
+        self.num_virtual_tokens
+    }
+
+    /// Tokens of the client's prompt.
     pub fn num_prompt_tokens(&self) -> usize {
-        self.num_prompt_tokens
+        self.num_prompt_tokens - self.num_virtual_tokens
     }
 
     pub fn num_computed_tokens(&self) -> usize {
@@ -88,13 +106,22 @@ impl Sequence {
         self.tokens.len() - self.num_computed_tokens
     }
 
+    /// Guessed next tokens, whose rows follow those of the tokens in the current plan.
+    pub fn draft(&self) -> &[u32] {
+        self.speculation.draft()
+    }
+
     pub fn block_table(&self) -> &[BlockId] {
         &self.block_table
     }
 
     /// True when nothing is left to generate.
     pub fn is_at_max_tokens(&self) -> bool {
-        self.tokens.len() - self.num_prompt_tokens >= self.max_tokens
+        self.num_tokens_left() == 0
+    }
+
+    fn num_tokens_left(&self) -> usize {
+        (self.num_prompt_tokens + self.max_tokens).saturating_sub(self.tokens.len())
     }
 
     /// Adds a generated token.
@@ -102,19 +129,50 @@ impl Sequence {
         self.tokens.push(token);
     }
 
-    /// What the logits at `position` are for: the next prompt token to score, the next token to sample, or nothing.
+    /// What the logits at `position` are for; positions past the last token are those of the draft.
     pub fn logits_use(&self, position: usize) -> Option<LogitsUse> {
         let next = position + 1;
-        if next == self.tokens.len() {
-            return (!self.is_at_max_tokens()).then_some(LogitsUse::Sample);
+        if let Some(index) = next.checked_sub(self.tokens.len() + 1) {
+            return Some(LogitsUse::Verify { index, guess: self.draft()[index] });
         }
-        let num_scored = self.num_scored_tokens?;
-        (num_scored..self.num_prompt_tokens).contains(&next).then(|| LogitsUse::Score(self.tokens[next]))
+        if next == self.tokens.len() {
+            return match self.prompt_output {
+                PromptOutput::Logits => Some(LogitsUse::Report),
+                _ => (!self.is_at_max_tokens()).then_some(LogitsUse::Sample),
+            };
+        }
+        let is_scored = self.prompt_output == PromptOutput::Logprobs
+            && (self.num_scored_tokens..self.num_prompt_tokens).contains(&next);
+        is_scored.then(|| LogitsUse::Score(self.tokens[next]))
+    }
+
+    /// Guesses at most `most` next tokens, never more than can be output and fit the blocks.
+    pub(super) fn speculate(&mut self, most: usize) {
+        let room = self.block_table.len() * BLOCK_SIZE - self.tokens.len();
+        // The row of the last token draws one already.
+        let most = most.min(room).min(self.num_tokens_left().saturating_sub(1));
+        self.speculation.propose(&self.tokens, most);
+    }
+
+    /// The next guess came true: its row counts. It has become the last token.
+    pub(super) fn accept(&mut self, pool: &mut BlockPool) {
+        self.speculation.accept();
+        self.advance(1, pool);
+    }
+
+    /// Ends the guesses of a step.
+    pub(super) fn settle(&mut self) {
+        self.speculation.settle();
     }
 
     /// True when the blocks have room for every token.
     pub(super) fn is_covered(&self) -> bool {
-        self.block_table.len() * BLOCK_SIZE >= self.tokens.len()
+        self.has_room_for(0)
+    }
+
+    /// True when the blocks have room for `num_tokens` more.
+    pub(super) fn has_room_for(&self, num_tokens: usize) -> bool {
+        self.block_table.len() * BLOCK_SIZE >= self.tokens.len() + num_tokens
     }
 
     pub(super) fn push_block(&mut self, block: BlockId) {
@@ -123,7 +181,7 @@ impl Sequence {
 
     /// Takes the longest chain of cached blocks, always leaving at least one token to compute.
     pub(super) fn match_prefix(&mut self, pool: &mut BlockPool) {
-        if self.num_scored_tokens.is_some() {
+        if self.prompt_output == PromptOutput::Logprobs {
             return; // A cached position has no logits.
         }
         let max_blocks = (self.tokens.len() - 1) / BLOCK_SIZE;
@@ -140,9 +198,7 @@ impl Sequence {
     /// The next `num_rows` tokens have gone through the model: their full blocks become known to the prefix cache.
     pub(super) fn advance(&mut self, num_rows: usize, pool: &mut BlockPool) {
         self.num_computed_tokens += num_rows;
-        if let Some(num_scored) = &mut self.num_scored_tokens {
-            *num_scored = (*num_scored).max(self.num_prompt_tokens.min(self.num_computed_tokens + 1));
-        }
+        self.num_scored_tokens = self.num_scored_tokens.max(self.num_prompt_tokens.min(self.num_computed_tokens + 1));
         for index in self.num_chained_blocks..self.num_computed_tokens / BLOCK_SIZE {
             self.chain = self.chain.extend(&self.tokens[index * BLOCK_SIZE..(index + 1) * BLOCK_SIZE]);
             pool.register(self.block_table[index], self.chain);
@@ -164,6 +220,10 @@ impl Sequence {
 pub enum LogitsUse {
     /// The next token is to be drawn from them.
     Sample,
+    /// The next token is to be drawn from them if `guess`, the draft's token `index`, is what the row before drew.
+    Verify { index: usize, guess: u32 },
     /// The log-probability of this prompt token is to be read from them.
     Score(u32),
+    /// The client wants them as they are.
+    Report,
 }

@@ -10,10 +10,11 @@ use prometheus::IntCounter;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::EngineConfig;
-use super::request::{Event, FinishReason, Request, TokenLogprob};
+use super::request::{Event, FinishReason, PromptOutput, Request, TokenLogprob};
 use super::sampler::{Sampler, SamplingError, Scratch, log_softmax};
 use super::scheduler::Scheduler;
 use super::sequence::{LogitsUse, Sequence, SequenceId};
+use crate::adapter::canonical::Adapter;
 use crate::metrics::Metrics;
 use crate::model::{ForwardBatch, Model, SequenceRows, StepError};
 
@@ -39,12 +40,14 @@ struct Client {
     sampler: Sampler,
     stop_tokens: Arc<[u32]>,
     top_logprobs: Option<usize>,
-    prompt_logprobs: bool,
+    prompt_output: PromptOutput,
 }
 
 /// A drawn token, or why there is none.
 struct Sampled {
     id: SequenceId,
+    /// The token before it was guessed, and the guess came true.
+    is_after_guess: bool,
     token: Result<(u32, Option<TokenLogprob>), SamplingError>,
 }
 
@@ -52,6 +55,8 @@ struct TokenCounters {
     prompt: IntCounter,
     cached: IntCounter,
     output: IntCounter,
+    guessed: IntCounter,
+    accepted: IntCounter,
 }
 
 /// Memory reused by every step.
@@ -72,11 +77,18 @@ impl Engine {
         Self {
             model,
             context_length: config.context_length.min(num_blocks * BLOCK_SIZE),
-            scheduler: Scheduler::new(config.max_batch_rows, config.max_sequences, num_blocks),
+            scheduler: Scheduler::new(config.max_batch_rows, config.max_sequences, num_blocks)
+                .with_speculation(config.max_draft_tokens),
             kv,
             clients: HashMap::new(),
             next_id: 0,
-            tokens: TokenCounters { prompt: tokens("prompt"), cached: tokens("cached"), output: tokens("output") },
+            tokens: TokenCounters {
+                prompt: tokens("prompt"),
+                cached: tokens("cached"),
+                output: tokens("output"),
+                guessed: tokens("guessed"),
+                accepted: tokens("accepted"),
+            },
             metrics,
             buffers: Buffers::default(),
         }
@@ -104,12 +116,13 @@ impl Engine {
             sampler: Sampler::new(request.sampling, &request.prompt_tokens),
             stop_tokens: request.stop_tokens,
             top_logprobs: request.top_logprobs,
-            prompt_logprobs: request.prompt_logprobs,
+            prompt_output: request.prompt_output,
         };
-        let max_tokens = request.max_tokens.min(self.context_length - request.prompt_tokens.len());
-        let tokens = request.prompt_tokens;
         self.clients.insert(id, client);
-        self.scheduler.enqueue(Sequence::new(id, tokens, max_tokens, request.adapter, request.prompt_logprobs));
+        let Request { prompt_tokens, adapter, prompt_output, .. } = request;
+        let max_tokens =
+            request.max_tokens.min(self.context_length - num_positions(&prompt_tokens, adapter.as_deref()));
+        self.scheduler.enqueue(Sequence::new(id, &prompt_tokens, max_tokens, adapter, prompt_output));
     }
 
     /// One pass of the model over the rows of this step. After an error the engine can only be aborted.
@@ -118,6 +131,7 @@ impl Engine {
         let num_preempted = self.scheduler.num_preempted();
         self.scheduler.schedule();
         self.metrics.preemptions_total.inc_by((self.scheduler.num_preempted() - num_preempted) as u64);
+        self.tokens.guessed.inc_by(self.scheduler.num_drafted() as u64);
         self.publish();
         if self.scheduler.plan().sequences.is_empty() {
             return Ok(());
@@ -149,8 +163,12 @@ impl Engine {
         if num_tokens == 0 {
             return Err("the prompt has no tokens".to_owned());
         }
-        if num_tokens > self.context_length {
-            return Err(format!("the prompt has {num_tokens} tokens, the context holds {}", self.context_length));
+        let num_positions = num_positions(&request.prompt_tokens, request.adapter.as_deref());
+        if num_positions > self.context_length {
+            return Err(format!(
+                "the prompt takes {num_positions} positions, the context holds {}",
+                self.context_length
+            ));
         }
         match request.prompt_tokens.iter().find(|&&token| token as usize >= vocab_size) {
             Some(token) => Err(format!("prompt token {token} is not in the model's vocabulary of {vocab_size}")),
@@ -176,10 +194,12 @@ impl Engine {
             client.is_started = true;
             let queue = client.accepted.elapsed();
             self.metrics.request_queue_seconds.observe(queue.as_secs_f64());
-            self.tokens.cached.inc_by(planned.first_position as u64);
-            self.tokens.prompt.inc_by(self.scheduler.num_prompt_tokens(planned) as u64);
-            let _ = client.events.send(Event::Started { queue, cached_tokens: planned.first_position });
-            if client.prompt_logprobs {
+            let sequence = self.scheduler.sequence(planned);
+            let cached_tokens = planned.first_position.saturating_sub(sequence.num_virtual_tokens());
+            self.tokens.cached.inc_by(cached_tokens as u64);
+            self.tokens.prompt.inc_by(sequence.num_prompt_tokens() as u64);
+            let _ = client.events.send(Event::Started { queue, cached_tokens });
+            if client.prompt_output == PromptOutput::Logprobs {
                 let _ = client.events.send(Event::PromptToken(None));
             }
         }
@@ -194,7 +214,7 @@ impl Engine {
         rows.extend(plan.sequences.iter().map(|planned| SequenceRows {
             rows: planned.rows.clone(),
             first_position: planned.first_position,
-            block_table: scheduler.block_table(planned),
+            block_table: scheduler.sequence(planned).block_table(),
         }));
         let batch = ForwardBatch {
             tokens: &plan.tokens,
@@ -208,12 +228,23 @@ impl Engine {
             match logits_use {
                 LogitsUse::Sample => {
                     let token = client.sample(logits, sampling, raw_logits);
-                    sampled.push(Sampled { id, token });
+                    sampled.push(Sampled { id, is_after_guess: false, token });
                 }
+                LogitsUse::Verify { index, guess } => {
+                    // As many tokens drawn as guesses before this one: none of them was wrong.
+                    let num_drawn = sampled.iter().rev().take_while(|sampled| sampled.id == id).count();
+                    let is_right =
+                        sampled.last().is_some_and(|last| matches!(last.token, Ok((token, _)) if token == guess));
+                    if num_drawn == index + 1 && is_right && !client.stop_tokens.contains(&guess) {
+                        let token = client.sample(logits, sampling, raw_logits);
+                        sampled.push(Sampled { id, is_after_guess: true, token });
+                    }
+                }
+                LogitsUse::Report => drop(client.events.send(Event::PromptLogits(logits.to_vec()))),
                 LogitsUse::Score(token) => {
                     match log_softmax(logits, token, client.top_logprobs.unwrap_or(0), sampling) {
                         Ok(logprob) => drop(client.events.send(Event::PromptToken(Some(logprob)))),
-                        Err(error) => sampled.push(Sampled { id, token: Err(error) }),
+                        Err(error) => sampled.push(Sampled { id, is_after_guess: false, token: Err(error) }),
                     }
                 }
             }
@@ -225,7 +256,11 @@ impl Engine {
     /// Hands out the drawn tokens and ends the sequences that are complete.
     fn emit(&mut self) {
         let mut sampled = mem::take(&mut self.buffers.sampled);
-        for Sampled { id, token } in sampled.drain(..) {
+        for Sampled { id, is_after_guess, token } in sampled.drain(..) {
+            if is_after_guess {
+                self.scheduler.accept(id);
+                self.tokens.accepted.inc();
+            }
             let (Some(client), Some(sequence)) = (self.clients.get(&id), self.scheduler.get_mut(id)) else { continue };
             match token {
                 Err(error) => self.end(id, Event::Failed(error.to_string())),
@@ -288,6 +323,11 @@ impl Client {
         let token = self.sampler.sample(logits, scratch)?;
         Ok((token, Some(log_softmax(raw_logits, token, num_top, scratch)?)))
     }
+}
+
+/// Positions that a prompt takes with the prelude of its adapter.
+fn num_positions(prompt_tokens: &[u32], adapter: Option<&Adapter>) -> usize {
+    prompt_tokens.len() + adapter.map_or(0, Adapter::num_virtual_tokens)
 }
 
 /// The memory of a vector, for borrows of another lifetime.

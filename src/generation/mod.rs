@@ -21,7 +21,7 @@ use crate::adapter::canonical::Adapter;
 use crate::adapter::registry::AdapterRegistry;
 use crate::config::Config;
 use crate::engine::EngineHandle;
-use crate::engine::request::{Request, SamplingParams};
+use crate::engine::request::{PromptOutput, Request, SamplingParams};
 use crate::metrics::Metrics;
 use crate::prompt::chat::ChatTemplate;
 use crate::prompt::fim::FillInMiddle;
@@ -288,7 +288,11 @@ impl Generation {
             max_tokens: prompt.max_tokens,
             stop_tokens: if options.ignore_eos { Arc::from([]) } else { self.base.tokenizer.stop_tokens() },
             top_logprobs: options.top_logprobs,
-            prompt_logprobs: options.echo && options.top_logprobs.is_some(),
+            prompt_output: if options.echo && options.top_logprobs.is_some() {
+                PromptOutput::Logprobs
+            } else {
+                PromptOutput::Nothing
+            },
             events,
             permit,
         };

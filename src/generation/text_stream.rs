@@ -116,6 +116,8 @@ impl TextStream {
     fn on_event(&mut self, event: Event) {
         match event {
             Event::Started { cached_tokens, .. } => self.assembler.usage.num_cached_tokens = cached_tokens,
+            // Only asked for by those who read the events themselves.
+            Event::PromptLogits(_) => {}
             Event::PromptToken(logprob) => self.assembler.prompt_logprobs.push(logprob),
             Event::Token { id, logprob } => {
                 self.recorder.token();

@@ -97,6 +97,7 @@ impl Server {
         let limits = EngineConfig {
             max_batch_rows: 32,
             max_sequences: 8,
+            max_draft_tokens: 0,
             max_queued: MAX_QUEUED,
             context_length: CONTEXT_LENGTH,
         };

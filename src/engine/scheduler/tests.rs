@@ -1,4 +1,5 @@
 use std::collections::{HashMap, HashSet};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use kernels::attention::BLOCK_SIZE;
@@ -6,17 +7,18 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::adapter::canonical::Adapter;
+use crate::engine::request::PromptOutput;
 
 fn adapter(generation: &str) -> Arc<Adapter> {
     Arc::new(Adapter { name: generation.to_owned(), generation: generation.to_owned(), ..Adapter::default() })
 }
 
 fn sequence(id: u64, num_prompt_tokens: usize, max_tokens: usize) -> Sequence {
-    let prompt = (0..num_prompt_tokens as u32).map(|position| position + 1000 * id as u32).collect();
-    Sequence::new(SequenceId(id), prompt, max_tokens, None, false)
+    let prompt: Vec<u32> = (0..num_prompt_tokens as u32).map(|position| position + 1000 * id as u32).collect();
+    Sequence::new(SequenceId(id), &prompt, max_tokens, None, PromptOutput::Nothing)
 }
 
-/// Executes the plan as the engine would, every model output being token 7. Returns the sequences that ended.
+/// Executes the plan as the engine would, the model saying 7 and sometimes 8. Returns the sequences that ended.
 fn step(scheduler: &mut Scheduler) -> Vec<SequenceId> {
     scheduler.schedule();
     finish_step(scheduler)
@@ -24,12 +26,25 @@ fn step(scheduler: &mut Scheduler) -> Vec<SequenceId> {
 
 fn finish_step(scheduler: &mut Scheduler) -> Vec<SequenceId> {
     scheduler.commit();
-    let sampled: Vec<SequenceId> =
-        scheduler.plan().logits.iter().filter(|(_, use_)| *use_ == LogitsUse::Sample).map(|(id, _)| *id).collect();
+    let logits = scheduler.plan().logits.clone();
     let mut ended: Vec<SequenceId> = Vec::new();
-    for id in sampled {
-        let sequence = scheduler.get_mut(id).expect("a sampled sequence runs");
-        sequence.push(7);
+    let mut num_drawn: HashMap<SequenceId, usize> = HashMap::new();
+    for (id, logits_use) in logits {
+        let sequence = scheduler.get_mut(id).expect("a planned sequence runs");
+        let num_drawn = num_drawn.entry(id).or_default();
+        match logits_use {
+            LogitsUse::Sample => {}
+            LogitsUse::Verify { index, guess }
+                if *num_drawn == index + 1 && sequence.tokens().last() == Some(&guess) =>
+            {
+                scheduler.accept(id);
+            }
+            LogitsUse::Verify { .. } | LogitsUse::Score(_) | LogitsUse::Report => continue,
+        }
+        *num_drawn += 1;
+        let sequence = scheduler.get_mut(id).expect("a planned sequence runs");
+        // Output that repeats itself, with surprises.
+        sequence.push(if sequence.tokens().len().is_multiple_of(7) { 8 } else { 7 });
         if sequence.is_at_max_tokens() {
             ended.push(id);
         }
@@ -93,7 +108,7 @@ fn a_common_prefix_is_computed_once() {
     let prompt: Vec<u32> = (0..40).collect();
     let mut scheduler = Scheduler::new(64, 4, 16);
     let mut cached_tokens = |id, adapter, prompt_logprobs| {
-        scheduler.enqueue(Sequence::new(SequenceId(id), prompt.clone(), 1, adapter, prompt_logprobs));
+        scheduler.enqueue(Sequence::new(SequenceId(id), &prompt, 1, adapter, output_of(prompt_logprobs)));
         scheduler.schedule();
         let first_position = scheduler.plan().sequences[0].first_position;
         assert_eq!(finish_step(&mut scheduler), [SequenceId(id)]);
@@ -111,7 +126,7 @@ fn a_common_prefix_is_computed_once() {
 fn a_wholly_cached_prompt_still_computes_its_last_token() {
     let mut scheduler = Scheduler::new(64, 4, 16);
     for id in 0..2 {
-        scheduler.enqueue(Sequence::new(SequenceId(id), vec![5; 2 * BLOCK_SIZE], 1, None, false));
+        scheduler.enqueue(Sequence::new(SequenceId(id), &[5; 2 * BLOCK_SIZE], 1, None, PromptOutput::Nothing));
         scheduler.schedule();
         assert_eq!(scheduler.plan().sequences[0].first_position, if id == 0 { 0 } else { BLOCK_SIZE });
         finish_step(&mut scheduler);
@@ -133,13 +148,14 @@ fn the_youngest_sequence_makes_room_and_ends_later() {
 fn a_preempted_sequence_scores_no_prompt_token_twice() {
     let mut scheduler = Scheduler::new(64, 4, 4);
     scheduler.enqueue(sequence(0, BLOCK_SIZE, 2 * BLOCK_SIZE));
-    scheduler.enqueue(Sequence::new(SequenceId(1), (0..16).collect(), 2 * BLOCK_SIZE, None, true));
+    let prompt: Vec<u32> = (0..16).collect();
+    scheduler.enqueue(Sequence::new(SequenceId(1), &prompt, 2 * BLOCK_SIZE, None, PromptOutput::Logprobs));
     let mut scored = Vec::new();
     for _ in 0..200 {
         scheduler.schedule();
         scored.extend(scheduler.plan().logits.iter().filter_map(|(_, use_)| match use_ {
             LogitsUse::Score(token) => Some(*token),
-            LogitsUse::Sample => None,
+            _ => None,
         }));
         finish_step(&mut scheduler);
     }
@@ -151,7 +167,7 @@ fn a_preempted_sequence_scores_no_prompt_token_twice() {
 fn an_idle_scheduler_keeps_no_adapter_alive() {
     let lent = adapter("a");
     let mut scheduler = Scheduler::new(64, 4, 4);
-    scheduler.enqueue(Sequence::new(SequenceId(0), vec![1], 1, Some(lent.clone()), false));
+    scheduler.enqueue(Sequence::new(SequenceId(0), &[1], 1, Some(lent.clone()), PromptOutput::Nothing));
     step(&mut scheduler);
     assert_eq!(Arc::strong_count(&lent), 1);
 }
@@ -165,6 +181,10 @@ enum Action {
 
 const MAX_BATCH_ROWS: usize = 24;
 const NUM_BLOCKS: usize = 8;
+
+fn output_of(prompt_logprobs: bool) -> PromptOutput {
+    if prompt_logprobs { PromptOutput::Logprobs } else { PromptOutput::Nothing }
+}
 
 fn actions() -> impl Strategy<Value = Vec<Action>> {
     let arrive = (1..=100usize, 0..=28usize, 0..3usize, any::<bool>()).prop_map(
@@ -180,7 +200,11 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
 }
 
 /// Checks a plan against what the model and the promises need; `next_positions` are those of the steps before.
-fn check_plan(scheduler: &Scheduler, next_positions: &mut HashMap<SequenceId, usize>, was_preempted: bool) {
+fn check_plan(
+    scheduler: &Scheduler,
+    next_positions: &mut HashMap<SequenceId, RangeInclusive<usize>>,
+    was_preempted: bool,
+) {
     let plan = scheduler.plan();
     assert!(plan.tokens.len() <= MAX_BATCH_ROWS);
     let mut row = 0;
@@ -191,20 +215,23 @@ fn check_plan(scheduler: &Scheduler, next_positions: &mut HashMap<SequenceId, us
         assert_eq!(planned.rows.start, row, "rows without gaps");
         assert!(!planned.rows.is_empty());
         row = planned.rows.end;
-        let expected = next_positions.insert(planned.id, planned.first_position + planned.rows.len());
+        let num_drafted = scheduler.sequence(planned).draft().len();
+        let end = planned.first_position + planned.rows.len();
+        // A guess may have come true or not.
+        let expected = next_positions.insert(planned.id, end - num_drafted..=end);
         if let Some(expected) = expected.filter(|_| !was_preempted) {
-            assert_eq!(planned.first_position, expected, "positions without gaps");
+            assert!(expected.contains(&planned.first_position), "positions without gaps");
         }
-        let block_table = scheduler.block_table(planned);
+        let sequence = scheduler.sequence(planned);
+        let block_table = sequence.block_table();
         let end = planned.first_position + planned.rows.len();
         assert!(block_table.len() * BLOCK_SIZE >= end, "blocks cover every position");
         for position in planned.first_position..end {
             assert!(written.insert((block_table[position / BLOCK_SIZE], position % BLOCK_SIZE)), "written by one row");
         }
-        assert_eq!(
-            plan.tokens[planned.rows.clone()],
-            scheduler.running[planned.index].tokens()[planned.first_position..end]
-        );
+        let tokens = [sequence.tokens(), sequence.draft()].concat();
+        assert_eq!(plan.tokens[planned.rows.clone()], tokens[planned.first_position..end]);
+        assert!(sequence.draft().is_empty() || end == tokens.len(), "only a decoding sequence guesses");
     }
     assert_eq!(row, plan.tokens.len());
     for other in &scheduler.running {
@@ -213,7 +240,7 @@ fn check_plan(scheduler: &Scheduler, next_positions: &mut HashMap<SequenceId, us
     }
     for planned in &plan.sequences {
         for (index, _) in planned.rows.clone().enumerate() {
-            let block = scheduler.block_table(planned)[(planned.first_position + index) / BLOCK_SIZE];
+            let block = scheduler.sequence(planned).block_table()[(planned.first_position + index) / BLOCK_SIZE];
             let holders = scheduler.running.iter().filter(|s| s.block_table().contains(&block)).count();
             assert_eq!(holders, 1, "a block that is written is not shared");
         }
@@ -230,9 +257,11 @@ fn check_plan(scheduler: &Scheduler, next_positions: &mut HashMap<SequenceId, us
 
 proptest! {
     #[test]
-    fn any_mix_of_arrivals_cancels_and_ends_keeps_plans_sound_and_returns_everything(actions in actions()) {
+    fn any_mix_of_arrivals_cancels_and_ends_keeps_plans_sound_and_returns_everything(
+        actions in actions(), max_draft_tokens in 0..20usize,
+    ) {
         let adapters = [None, Some(adapter("a")), Some(adapter("b"))];
-        let mut scheduler = Scheduler::new(MAX_BATCH_ROWS, 6, NUM_BLOCKS);
+        let mut scheduler = Scheduler::new(MAX_BATCH_ROWS, 6, NUM_BLOCKS).with_speculation(max_draft_tokens);
         let mut next_positions = HashMap::new();
         let mut live: Vec<SequenceId> = Vec::new();
         let mut next_id = 0;
@@ -249,8 +278,9 @@ proptest! {
                     next_id += 1;
                     live.push(id);
                     // Few distinct prompts, so that prefixes are shared.
-                    let prompt = (0..num_prompt_tokens as u32).map(|position| position / 40 * (id.0 % 2) as u32).collect();
-                    scheduler.enqueue(Sequence::new(id, prompt, max_tokens, adapters[adapter].clone(), prompt_logprobs));
+                    let prompt: Vec<u32> =
+                        (0..num_prompt_tokens as u32).map(|position| position / 40 * (id.0 % 2) as u32).collect();
+                    scheduler.enqueue(Sequence::new(id, &prompt, max_tokens, adapters[adapter].clone(), output_of(prompt_logprobs)));
                 }
                 Action::Cancel(index) if index < live.len() => scheduler.remove(live.remove(index)),
                 Action::Cancel(_) => {}

@@ -1,0 +1,145 @@
+//! Guesses the next tokens of a sequence from its own text: where its last few tokens occurred before, what followed then
+//! may follow again. Edited code, lists and renamed functions are mostly repetition.
+//!
+//! A guess costs a row of the step and is never trusted: its row is sampled like any other, and the guess counts only
+//! where it equals the token that was drawn. The output is the same, bit for bit, with and without guessing.
+
+/// Tokens that must match before their continuation is guessed, longest first: a longer match is a better guess.
+const MATCH_LENGTHS: [usize; 3] = [5, 3, 2];
+/// Guesses of a sequence that has not been tried yet.
+const FIRST_LENGTH: usize = 3;
+/// Most steps that a sequence whose guesses fail goes without one.
+const MAX_PAUSE: usize = 32;
+
+/// One sequence's guesses, and how well they have done.
+#[derive(Debug)]
+pub struct Speculation {
+    draft: Vec<u32>,
+    num_accepted: usize,
+    /// Guesses worth making: doubled when all came true, else as many as did.
+    length: usize,
+    /// Steps to go without a guess, and how many that will be after the next failure.
+    pause: usize,
+    next_pause: usize,
+}
+
+impl Default for Speculation {
+    fn default() -> Self {
+        Self { draft: Vec::new(), num_accepted: 0, length: FIRST_LENGTH, pause: 0, next_pause: 1 }
+    }
+}
+
+impl Speculation {
+    /// The guesses of the current step.
+    pub fn draft(&self) -> &[u32] {
+        &self.draft
+    }
+
+    /// Guesses at most `most` tokens that follow `tokens`.
+    pub fn propose(&mut self, tokens: &[u32], most: usize) {
+        self.draft.clear();
+        if self.pause > 0 {
+            self.pause -= 1;
+            return;
+        }
+        let Some(start) = continuation(tokens) else { return };
+        let end = tokens.len().min(start + most.min(self.length));
+        self.draft.extend_from_slice(&tokens[start..end]);
+    }
+
+    /// The next guess came true.
+    pub fn accept(&mut self) {
+        self.num_accepted += 1;
+    }
+
+    /// Learns from the guesses of a step, and forgets them.
+    pub fn settle(&mut self) {
+        let (num_guessed, num_accepted) = (self.draft.len(), std::mem::take(&mut self.num_accepted));
+        self.draft.clear();
+        if num_guessed == 0 {
+            return;
+        }
+        if num_accepted == 0 {
+            (self.length, self.pause) = (FIRST_LENGTH, self.next_pause);
+            self.next_pause = (2 * self.next_pause).min(MAX_PAUSE);
+            return;
+        }
+        self.next_pause = 1;
+        if num_accepted == num_guessed {
+            self.length = self.length.max(2 * num_guessed);
+        } else {
+            self.length = num_accepted.max(2);
+        }
+    }
+}
+
+/// Where the text goes on after the latest earlier occurrence of its longest matching end.
+fn continuation(tokens: &[u32]) -> Option<usize> {
+    MATCH_LENGTHS.into_iter().find_map(|length| {
+        let (earlier, end) = tokens.split_at_checked(tokens.len().checked_sub(length)?)?;
+        // An occurrence may reach into the end itself: a text of one repeated token continues with it.
+        let windows = tokens[..earlier.len() + length - 1].windows(length);
+        windows.enumerate().rev().find(|(_, window)| *window == end).map(|(at, _)| at + length)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn proposed(tokens: &[u32], most: usize) -> Vec<u32> {
+        let mut speculation = Speculation::default();
+        speculation.propose(tokens, most);
+        speculation.draft().to_vec()
+    }
+
+    #[test]
+    fn the_latest_longest_match_says_what_follows() {
+        assert_eq!(proposed(&[1, 2, 3, 4, 5, 1, 2], 8), [3, 4, 5]);
+        assert_eq!(proposed(&[1, 2, 7, 1, 2, 8, 1, 2], 1), [8]);
+        // Three matching tokens outweigh a later match of two.
+        assert_eq!(proposed(&[9, 1, 2, 7, 3, 1, 2, 8, 9, 1, 2], 1), [7]);
+        assert_eq!(proposed(&[5, 5, 5], 8), [5]);
+    }
+
+    #[test]
+    fn nothing_is_guessed_without_a_match_or_room() {
+        assert!(proposed(&[], 8).is_empty());
+        assert!(proposed(&[1], 8).is_empty());
+        assert!(proposed(&[1, 2, 3, 4], 8).is_empty());
+        assert!(proposed(&[1, 2, 3, 1, 2], 0).is_empty());
+    }
+
+    #[test]
+    fn guesses_grow_with_success_and_shrink_with_failure() {
+        let text: Vec<u32> = (0..40).chain(0..5).collect();
+        let mut speculation = Speculation::default();
+        let mut next = |num_accepted: usize| {
+            speculation.propose(&text, 64);
+            let length = speculation.draft().len();
+            (0..num_accepted.min(length)).for_each(|_| speculation.accept());
+            speculation.settle();
+            length
+        };
+        assert_eq!([next(9), next(9), next(4), next(9), next(9)], [3, 6, 12, 4, 8]);
+    }
+
+    #[test]
+    fn a_sequence_whose_guesses_fail_pauses_longer_each_time() {
+        let text = [1, 2, 3, 1, 2];
+        let mut speculation = Speculation::default();
+        let mut steps_between = Vec::new();
+        let mut steps = 0;
+        while steps_between.len() < 8 {
+            speculation.propose(&text, 4);
+            if speculation.draft().is_empty() {
+                steps += 1;
+            } else {
+                steps_between.push(steps);
+                steps = 0;
+            }
+            speculation.settle();
+        }
+        assert_eq!(steps_between, [0, 1, 2, 4, 8, 16, 32, 32]);
+    }
+}
