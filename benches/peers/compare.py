@@ -21,11 +21,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import adapters
+import edits
 import load
 from servers import LlamaCpp, Lorry, Server
 
 Measurement = Callable[[], dict[str, float]]
 RATE, TTFT = "tok/s", "TTFT p50, s"
+EDIT_SLOT_TOKENS = 1024
 
 
 @dataclass
@@ -73,8 +75,9 @@ class Comparison:
             Row(f"{clients} clients, {count}, q and v", {"lorry": lambda: self.lorry_load("qv")}),
             Row(f"{clients} clients, {count}, all linear", {"lorry": lambda: self.lorry_load("all")}),
             Row(f"the same, {args.registered} registered", {"lorry": lambda: self.lorry_load("many")}),
+            Row("code edits, 1 client", {"lorry": rate(self.lorry_edits)}),
         ]
-        prefill, decode, batch, none, qv, all_linear, _ = (row.columns for row in rows)
+        prefill, decode, batch, none, qv, all_linear, _, code_edits = (row.columns for row in rows)
         if llama := self.llama:
             if llama.bench:
                 prefill["llama.cpp"] = rate(lambda: llama.sequence(512, 0, 0, repeat))
@@ -84,6 +87,7 @@ class Comparison:
             none["llama.cpp"] = lambda: self.llama_load([])
             qv["llama.cpp"] = lambda: self.llama_load(self.qv)
             all_linear["llama.cpp"] = lambda: self.llama_load(self.all_linear)
+            code_edits["llama.cpp"] = rate(self.llama_edits)
         if args.openai_url:
             bodies = [{"model": name} for name in args.openai_models.split(",")]
             server = Server(args.openai_url.rstrip("/"), bodies[0], bodies[1:])
@@ -102,6 +106,14 @@ class Comparison:
         slot_tokens = 2 * self.args.prompt_words + self.args.max_tokens + 16
         with self.llama.serve(files, self.args.clients, slot_tokens) as server:
             return self.run_load(server, server.adapters or [server.base])
+
+    def lorry_edits(self) -> float:
+        with self.lorry.serve(None) as server:
+            return edits.run(server.url, self.args.model)
+
+    def llama_edits(self) -> float:
+        with self.llama.serve([], 1, EDIT_SLOT_TOKENS) as server:
+            return edits.run(server.url, "")
 
     def run_load(self, server: Server, bodies: list[dict]) -> dict[str, float]:
         result = asyncio.run(load.run(server.url, replace(self.load, bodies=bodies)))
@@ -171,7 +183,7 @@ def number(value: float) -> str:
 
 def against_own_base(medians: Medians, rows: list[Row]) -> str:
     """What adapters cost each server, measured against itself."""
-    _, _, _, none, qv, all_linear, many = (row.work for row in rows)
+    _, _, _, none, qv, all_linear, many, _ = (row.work for row in rows)
     lines = ["| output against the same server's own | lorry | llama.cpp |", "|---|---|---|"]
     for name, work, reference in [
         ("q and v adapters / no adapter", qv, none),
