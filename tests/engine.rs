@@ -173,10 +173,17 @@ impl Ask {
     }
 }
 
+/// The next event; a request that is never answered, for want of blocks that leaked say, fails the test.
+fn next_event(receiver: &mut UnboundedReceiver<Event>) -> Option<Event> {
+    let next = async { tokio::time::timeout(Duration::from_secs(120), receiver.recv()).await };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime starts");
+    runtime.block_on(next).expect("a request is answered within two minutes")
+}
+
 /// Every event but `Started`, whose content depends on the clock and the cache.
 fn collect(mut receiver: UnboundedReceiver<Event>) -> Vec<Event> {
     let mut events = Vec::new();
-    while let Some(event) = receiver.blocking_recv() {
+    while let Some(event) = next_event(&mut receiver) {
         if !matches!(event, Event::Started { .. }) {
             events.push(event);
         }
@@ -257,7 +264,7 @@ fn a_prelude_takes_positions_and_no_prompt_tokens() {
     let ask = Ask { adapter: Some(Arc::new(adapter)), ..Ask::new((0..30).collect(), 4) };
     for cached in [0, 27] {
         let mut receiver = ask.submit(&handle);
-        let Some(Event::Started { cached_tokens, .. }) = receiver.blocking_recv() else { panic!("it starts") };
+        let Some(Event::Started { cached_tokens, .. }) = next_event(&mut receiver) else { panic!("it starts") };
         // Two whole blocks, five positions of which no client has sent.
         assert_eq!(cached_tokens, cached);
         assert_eq!(output_tokens(&collect(receiver)).len(), 4);
@@ -288,7 +295,7 @@ fn a_sequence_among_many_equals_the_sequence_alone_and_everything_returns() {
         }
         // Half leave while they wait, half in the middle of their output.
         for (index, mut receiver) in cancelled.into_iter().enumerate() {
-            while index % 2 == 1 && !matches!(receiver.blocking_recv(), Some(Event::Token { .. }) | None) {}
+            while index % 2 == 1 && !matches!(next_event(&mut receiver), Some(Event::Token { .. }) | None) {}
         }
         for (index, receiver) in kept.into_iter().enumerate() {
             assert_eq!(collect(receiver), alone[index], "request {index}");
@@ -318,7 +325,7 @@ fn an_adapter_changes_the_output_of_its_own_requests_alone() {
 fn who_sees_the_last_event_sees_the_resources_returned() {
     let handle = start_roomy();
     let mut receiver = Ask::new(vec![1; 50], 5).submit(&handle);
-    while let Some(event) = receiver.blocking_recv() {
+    while let Some(event) = next_event(&mut receiver) {
         if matches!(event, Event::Finished(_)) {
             assert_eq!(handle.state(), EngineState::default());
         }
@@ -331,7 +338,7 @@ fn a_repeated_prompt_reports_its_cached_tokens() {
     let ask = Ask::new((0..40).collect(), 1);
     let cached = || {
         let mut receiver = ask.submit(&handle);
-        match receiver.blocking_recv() {
+        match next_event(&mut receiver) {
             Some(Event::Started { cached_tokens, .. }) => {
                 collect(receiver);
                 cached_tokens

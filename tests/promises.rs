@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use candle_core::quantized::GgmlDType;
 use kernels::attention::{BLOCK_SIZE, BlockId};
@@ -146,12 +147,22 @@ fn a_row_of_a_real_model_has_the_bits_of_the_row_alone() {
 }
 
 fn start(model: &TinyModel, max_batch_rows: usize, num_blocks: usize, metrics: &Arc<Metrics>) -> EngineHandle {
+    start_guessing(model, 0, max_batch_rows, num_blocks, metrics)
+}
+
+fn start_guessing(
+    model: &TinyModel,
+    max_draft_tokens: usize,
+    max_batch_rows: usize,
+    num_blocks: usize,
+    metrics: &Arc<Metrics>,
+) -> EngineHandle {
     let config = EngineConfig {
         max_batch_rows,
         max_sequences: 16,
         max_queued: MAX_QUEUED,
         context_length: 256,
-        max_draft_tokens: 0,
+        max_draft_tokens,
     };
     let decoder = model.load(Cpu::new(Isa::detect(), 2));
     EngineHandle::start(Box::new(decoder), kv_store(&model.spec, num_blocks), config, metrics.clone())
@@ -198,6 +209,13 @@ impl Ask {
     }
 }
 
+/// The next event; a request that is never answered, for want of blocks that leaked say, fails the test.
+fn next_event(receiver: &mut UnboundedReceiver<Event>) -> Option<Event> {
+    let next = async { tokio::time::timeout(Duration::from_secs(120), receiver.recv()).await };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime starts");
+    runtime.block_on(next).expect("a request is answered within two minutes")
+}
+
 /// What came back: every token with its log-probabilities, and how it ended.
 #[derive(Debug, PartialEq)]
 struct Reply {
@@ -208,7 +226,7 @@ struct Reply {
 impl Reply {
     fn of(mut receiver: UnboundedReceiver<Event>) -> Self {
         let mut reply = Self { cached_tokens: 0, events: Vec::new() };
-        while let Some(event) = receiver.blocking_recv() {
+        while let Some(event) = next_event(&mut receiver) {
             match event {
                 Event::Started { cached_tokens, .. } => reply.cached_tokens = cached_tokens,
                 event => reply.events.push(event),
@@ -324,6 +342,30 @@ fn the_base_gives_the_same_bits_whether_or_not_adapters_are_served_beside_it() {
 }
 
 #[test]
+fn guessing_ahead_changes_no_bit_of_any_reply() {
+    let model = tiny_model();
+    let adapters = random_adapters(&model.spec);
+    // So few likely tokens that the output repeats itself and guesses come true.
+    let logit_bias = vec![(3, 30.0), (5, 30.0)];
+    let asks: Vec<Ask> = mixed_asks(&model.spec, &adapters)
+        .into_iter()
+        .map(|ask| Ask { max_tokens: 40, logit_bias: logit_bias.clone(), ..ask })
+        .collect();
+    let plain = start_roomy(&model);
+    let expected: Vec<Reply> = asks.iter().map(|ask| ask.run(&plain)).collect();
+    let metrics = Arc::new(Metrics::new());
+    let guessing = start_guessing(&model, 15, 64, 128, &metrics);
+    for pair in asks.chunks(3).zip(expected.chunks(3)) {
+        let receivers: Vec<_> = pair.0.iter().map(|ask| ask.submit(&guessing)).collect();
+        for (receiver, expected) in receivers.into_iter().zip(pair.1) {
+            assert_eq!(Reply::of(receiver).events, expected.events);
+        }
+    }
+    let tokens = |kind| metrics.tokens_total.with_label_values(&[kind]).get();
+    assert!(tokens("accepted") > 50 && tokens("guessed") > tokens("accepted"));
+}
+
+#[test]
 fn the_prefix_cache_never_crosses_generations_that_differ_in_one_weight() {
     let model = tiny_model();
     let dir = tempfile::tempdir().unwrap();
@@ -376,7 +418,7 @@ fn every_resource_returns_after_any_mix_of_finished_cancelled_and_failed_request
         // Some leave before their first event, some between tokens, some too late.
         if !leaving.is_empty() && rng.random_bool(0.2) {
             let (num_events, mut receiver) = leaving.swap_remove(rng.random_range(0..leaving.len()));
-            (0..num_events).take_while(|_| receiver.blocking_recv().is_some()).for_each(drop);
+            (0..num_events).take_while(|_| next_event(&mut receiver).is_some()).for_each(drop);
         }
     }
     drop(leaving);
