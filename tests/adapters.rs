@@ -1,68 +1,44 @@
 //! Adapters from files: what fits is loaded wholly, what does not is refused with its cause.
 
+mod shapes;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use lorry::adapter::canonical::Adapter;
 use lorry::adapter::error::AdapterError;
 use lorry::adapter::files::AdapterFiles;
 use lorry::adapter::loader;
-use lorry::adapter::registry::AdapterRegistry;
+use lorry::adapter::registry::{AdapterRegistry, RegistryError};
+use lorry::config::{Config, Overrides};
+use lorry::metrics::Metrics;
 use lorry::model::BaseWeights;
-use lorry::model::gguf::GgufError;
-use lorry::model::spec::{Architecture, ModelSpec, Module};
+use lorry::model::spec::Module;
 use safetensors::tensor::{Dtype, TensorView, serialize};
-
-/// A base of which only the shapes matter.
-#[derive(Debug)]
-struct Shapes(ModelSpec);
-
-impl BaseWeights for Shapes {
-    fn spec(&self) -> &ModelSpec {
-        &self.0
-    }
-
-    fn dequantize_row(&self, _: usize, _: Module, _: usize, values: &mut [f32]) -> Result<(), GgufError> {
-        values.fill(0.5);
-        Ok(())
-    }
-
-    fn bias(&self, _: usize, _: Module) -> Result<Option<Vec<f32>>, GgufError> {
-        Ok(None)
-    }
-}
+use shapes::Shapes;
 
 fn load(dir: &Path, base: &dyn BaseWeights) -> Result<Adapter, AdapterError> {
     loader::load("draft", &AdapterFiles::read(dir)?, base)
 }
 
-fn base(hidden: usize, intermediate: usize, layers: usize, heads: usize, kv_heads: usize) -> Shapes {
-    Shapes(ModelSpec {
-        architecture: Architecture::Llama,
-        hidden_size: hidden,
-        intermediate_size: intermediate,
-        num_layers: layers,
-        num_heads: heads,
-        num_kv_heads: kv_heads,
-        head_dim: hidden / heads,
-        vocab_size: 100,
-        rope_theta: 10_000.0,
-        rms_norm_eps: 1e-5,
-        context_length: 128,
-    })
+fn open(root: Option<&Path>, base: Shapes) -> Result<AdapterRegistry, RegistryError> {
+    let config = Config::load(None, &Overrides::default()).expect("the defaults are valid");
+    AdapterRegistry::open(root, Arc::new(base), config.adapters.limits(), Arc::new(Metrics::new()))
 }
 
-fn tiny() -> Shapes {
-    base(8, 12, 2, 2, 1)
+/// Name and cause of each refusal, in order of the names.
+fn refused(registry: &AdapterRegistry) -> Vec<(String, String)> {
+    registry.list().into_iter().filter_map(|status| Some((status.name, status.error?))).collect()
 }
 
 fn smollm2() -> Shapes {
-    base(576, 1536, 30, 9, 3)
+    Shapes::new(49_152, 576, 1536, 30, (9, 3))
 }
 
 fn qwen_coder_half_b() -> Shapes {
-    base(896, 4864, 24, 14, 2)
+    Shapes::new(151_936, 896, 4864, 24, (14, 2))
 }
 
 /// The fixtures lie beside the repository; without them the tests that need them have nothing to say.
@@ -123,7 +99,7 @@ impl Draft {
     fn load(&self) -> Result<Adapter, String> {
         let dir = tempfile::tempdir().unwrap();
         self.write(dir.path());
-        let loaded = load(dir.path(), &tiny()).map_err(|e| e.to_string());
+        let loaded = load(dir.path(), &Shapes::tiny()).map_err(|e| e.to_string());
         if let Err(refusal) = &loaded {
             assert!(!refusal.contains(&*dir.path().to_string_lossy()), "a refusal shows no path: {refusal}");
         }
@@ -194,7 +170,7 @@ fn an_adapter_that_does_not_fit_is_refused_with_its_cause() {
         ("site", Box::new(|d| d.config["target_modules"] = serde_json::json!(["c_attn"]))),
         ("site", Box::new(|d| d.config["layers_to_transform"] = 1.into())),
         ("embed_tokens", Box::new(|d| d.config["target_modules"] = serde_json::json!(["q_proj", "embed_tokens"]))),
-        ("use_dora", Box::new(|d| d.config["use_dora"] = true.into())),
+        ("lora_magnitude_vector", Box::new(|d| d.config["use_dora"] = true.into())),
         ("lora_alpha", Box::new(|d| d.config["lora_alpha"] = 1e300.into())),
     ];
     for (word, change) in cases {
@@ -227,7 +203,7 @@ fn any_changed_byte_of_any_file_is_another_generation() {
     let dir = tempfile::tempdir().unwrap();
     draft.write(dir.path());
     fs::write(dir.path().join("adapter.toml"), "stop = ['x']").unwrap();
-    let with_manifest = load(dir.path(), &tiny()).unwrap();
+    let with_manifest = load(dir.path(), &Shapes::tiny()).unwrap();
     assert_eq!(with_manifest.manifest.stop, ["x"]);
     let generations = std::collections::BTreeSet::from([first, second, third, with_manifest.generation]);
     assert_eq!(generations.len(), 4);
@@ -247,13 +223,12 @@ fn one_bad_adapter_stops_no_other() {
     Draft::good().write(&root.join("manifest"));
     fs::write(root.join("manifest/adapter.toml"), "promt = ''").unwrap();
 
-    let registry = AdapterRegistry::open(Some(root), &tiny()).unwrap();
-    let loaded: Vec<&str> = registry.iter().map(|adapter| adapter.name.as_str()).collect();
+    let registry = open(Some(root), Shapes::tiny()).unwrap();
+    let loaded: Vec<String> = registry.resident().iter().map(|adapter| adapter.name.clone()).collect();
     assert_eq!(loaded, ["a", "b"]);
-    assert!(registry.get("a").is_some() && registry.get("pickled").is_none());
-    let refused: Vec<&str> = registry.refused().iter().map(|(name, _)| name.as_str()).collect();
-    assert_eq!(refused, ["bad name", "manifest", "pickled"]);
-    assert!(registry.refused()[1].1.contains("promt"));
+    let refused = refused(&registry);
+    assert_eq!(refused.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["bad name", "manifest", "pickled"]);
+    assert!(refused[1].1.contains("promt"));
 }
 
 #[test]
@@ -261,7 +236,7 @@ fn a_pickle_is_refused_and_safetensors_asked_for() {
     let dir = tempfile::tempdir().unwrap();
     Draft::good().write(dir.path());
     fs::rename(dir.path().join("adapter_model.safetensors"), dir.path().join("adapter_model.bin")).unwrap();
-    let refusal = load(dir.path(), &tiny()).unwrap_err().to_string();
+    let refusal = load(dir.path(), &Shapes::tiny()).unwrap_err().to_string();
     assert!(refusal.contains("pickle") && refusal.contains("adapter_model.safetensors"), "{refusal}");
 }
 
@@ -279,16 +254,16 @@ fn a_link_that_leads_outside_is_refused() {
     Draft::good().write(&root.path().join("inside"));
     symlink(root.path().join("inside"), root.path().join("alias")).unwrap();
 
-    let registry = AdapterRegistry::open(Some(root.path()), &tiny()).unwrap();
-    assert_eq!(registry.iter().map(|a| a.name.as_str()).collect::<Vec<_>>(), ["alias", "inside"]);
-    assert!(registry.refused().iter().all(|(_, cause)| cause.contains("outside")), "{:?}", registry.refused());
-    assert_eq!(registry.refused().len(), 2);
+    let registry = open(Some(root.path()), Shapes::tiny()).unwrap();
+    assert_eq!(registry.resident().iter().map(|a| a.name.clone()).collect::<Vec<_>>(), ["alias", "inside"]);
+    let refused = refused(&registry);
+    assert!(refused.len() == 2 && refused.iter().all(|(_, cause)| cause.contains("outside")), "{refused:?}");
 }
 
 #[test]
 fn a_root_that_is_not_there_is_an_error_and_no_root_is_none() {
-    assert_eq!(AdapterRegistry::open(None, &tiny()).unwrap().iter().count(), 0);
-    let error = AdapterRegistry::open(Some(Path::new("no/such/folder")), &tiny()).unwrap_err();
+    assert!(open(None, Shapes::tiny()).unwrap().list().is_empty());
+    let error = open(Some(Path::new("no/such/folder")), Shapes::tiny()).unwrap_err();
     assert!(error.to_string().contains("no/such/folder"));
 }
 
@@ -296,35 +271,41 @@ fn a_root_that_is_not_there_is_an_error_and_no_root_is_none() {
 fn every_bad_adapter_of_the_fixtures_is_refused_with_the_expected_word() {
     let Some(fixtures) = fixtures() else { return };
     let root = fixtures.join("bad_adapters");
-    let registry = AdapterRegistry::open(Some(&root), &smollm2()).unwrap();
-    assert_eq!(registry.iter().count(), 0, "{:?}", registry.iter().map(|a| &a.name).collect::<Vec<_>>());
-    assert_eq!(registry.refused().len(), fs::read_dir(&root).unwrap().count());
-    for (name, cause) in registry.refused() {
-        let expected = fs::read_to_string(root.join(name).join("EXPECT.txt")).unwrap();
+    let registry = open(Some(&root), smollm2()).unwrap();
+    let refused = refused(&registry);
+    assert_eq!(refused.len(), fs::read_dir(&root).unwrap().count(), "{:?}", registry.resident());
+    for (name, cause) in refused {
+        let expected = fs::read_to_string(root.join(&name).join("EXPECT.txt")).unwrap();
         println!("{name}: {cause}");
         assert!(cause.contains(expected.trim()), "{name}: {cause:?} does not mention {expected:?}");
     }
 }
 
 #[test]
-fn every_lora_of_the_fixtures_loads_with_full_coverage() {
+fn every_adapter_of_the_fixtures_loads_with_full_coverage() {
     let Some(fixtures) = fixtures() else { return };
     for (name, base) in [("smollm2-135m", smollm2()), ("qwen2.5-coder-0.5b", qwen_coder_half_b())] {
-        let registry = AdapterRegistry::open(Some(&fixtures.join(name).join("adapters")), &base).unwrap();
         let layers = base.spec().num_layers;
-        for (kind, num_sites, max_rank) in [
-            ("lora_qv", 2 * layers, 4),
-            ("lora_all", 7 * layers, 8),
-            ("rslora", 4 * layers, 8),
-            ("lora_patterns", 5 * layers, 8),
-            ("lora_layers", 12, 8),
-            ("lora_bias", 2 * layers, 4),
+        for (kind, num_sites, max_rank, num_virtual_tokens) in [
+            ("lora_qv", 2 * layers, 4, 0),
+            ("lora_all", 7 * layers, 8, 0),
+            ("rslora", 4 * layers, 8, 0),
+            ("lora_patterns", 5 * layers, 8, 0),
+            ("lora_layers", 12, 8, 0),
+            ("lora_bias", 2 * layers, 4, 0),
+            ("lora_embed", layers + 1, 2, 0),
+            ("dora", 3 * layers, 4, 0),
+            ("ia3", 3 * layers, 0, 0),
+            ("ia3_wide", 6 * layers, 0, 0),
+            ("prompt", 0, 0, 20),
+            ("prefix", 0, 0, 10),
         ] {
-            let adapter = registry.get(kind).unwrap_or_else(|| panic!("{name}: {:?}", registry.refused()));
-            assert_eq!((adapter.coverage.num_sites, adapter.coverage.max_rank), (num_sites, max_rank), "{name} {kind}");
+            let coverage = load(&fixtures.join(name).join("adapters").join(kind), &base).unwrap().coverage;
+            let found = (coverage.num_sites, coverage.max_rank, coverage.num_virtual_tokens);
+            assert_eq!(found, (num_sites, max_rank, num_virtual_tokens), "{name} {kind}");
         }
-        assert_eq!(registry.iter().count(), 6, "the other methods are refused: {:?}", registry.refused());
     }
-    let real = AdapterRegistry::open(Some(&fixtures.join("real")), &qwen_coder_half_b()).unwrap();
-    assert_eq!(real.get("conala").map(|adapter| adapter.coverage.num_sites), Some(168), "{:?}", real.refused());
+    let real = open(Some(&fixtures.join("real")), qwen_coder_half_b()).unwrap();
+    let coverage = real.status("conala").and_then(|status| status.coverage);
+    assert_eq!(coverage.map(|coverage| coverage.num_sites), Some(168), "{:?}", refused(&real));
 }

@@ -2,19 +2,26 @@
 
 #[path = "tiny/reference.rs"]
 mod reference;
+mod shapes;
 mod tiny;
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value;
+use kernels::attention::BlockId;
 use kernels::{Cpu, Isa};
-use lorry::model::Model;
+use lorry::adapter::compose::compose;
+use lorry::model::base_weights::GgufWeights;
 use lorry::model::decoder::Decoder;
 use lorry::model::spec::{Architecture, Module};
+use lorry::model::{AdapterGroup, FIRST_VIRTUAL_TOKEN, ForwardBatch, Model, SequenceRows};
 use reference::Reference;
-use tiny::{Lora, TinyModel, logits_alone, random_tokens, weight_name};
+use shapes::Shapes;
+use tiny::peft::{Kind, PeftAdapter, with_virtual_tokens};
+use tiny::{Lora, TinyModel, kv_store, logits_alone, random_tokens, weight_name};
 
 const QUANTIZED: [GgmlDType; 10] = [
     GgmlDType::Q4_0,
@@ -93,6 +100,83 @@ fn an_adapter_on_every_site_gives_the_logits_of_the_merged_weights() {
             let model = TinyModel::new(architecture, dtype, 4);
             check(&model, Some(&Lora::random(&model.spec, rank, with_bias, 5)));
         }
+    }
+}
+
+/// Compares adapters of PEFT files, applied together at their strengths, with the reference on every instruction set.
+fn check_peft(model: &TinyModel, members: &[(&PeftAdapter, f32)]) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tiny.gguf");
+    model.write(&path);
+    let base = GgufWeights::open(&path).unwrap();
+    let mut reference = Reference::new(model);
+    members.iter().for_each(|(adapter, strength)| reference.apply(adapter, f64::from(*strength)));
+    let loaded: Vec<_> = members.iter().map(|(adapter, strength)| (adapter.load("member", &base), *strength)).collect();
+    let adapter = match &loaded[..] {
+        [(adapter, 1.0)] => adapter.clone(),
+        members => Arc::new(compose(members).unwrap()),
+    };
+    let tokens = random_tokens(&model.spec, 40, 1);
+    let expected = reference.logits(&tokens);
+    let max_distance = if EXACT.contains(&model.dtype) { MAX_EXACT_DISTANCE } else { MAX_QUANTIZED_DISTANCE };
+    let tokens = with_virtual_tokens(tokens, Some(&adapter));
+    let without = Reference::new(model).logits(&random_tokens(&model.spec, 40, 1));
+    for isa in Isa::available() {
+        let mut decoder = model.load(Cpu::new(isa, 2));
+        let logits = logits_alone(&mut decoder, &tokens, Some(&adapter));
+        let logits = &logits[adapter.num_virtual_tokens()..];
+        let (architecture, dtype, method) = (model.spec.architecture, model.dtype, adapter.method);
+        let distance_to = |expected: &[Vec<f64>]| distance(logits, expected);
+        let found = distance_to(&expected);
+        assert!(found < max_distance, "{method} on {architecture:?} {dtype:?}, {isa}: {found}");
+        assert!(distance_to(&without) > 0.1, "{method} changes too little for a test");
+    }
+}
+
+#[test]
+fn an_adapter_of_every_method_gives_the_logits_of_its_formula() {
+    for architecture in ARCHITECTURES {
+        for dtype in [GgmlDType::F32, GgmlDType::Q8_0] {
+            let model = TinyModel::new(architecture, dtype, 10);
+            for kind in Kind::ALL {
+                check_peft(&model, &[(&PeftAdapter::random(kind, &model.spec, 11), 1.0)]);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_composition_gives_the_logits_of_the_sum_of_its_members() {
+    for architecture in ARCHITECTURES {
+        let model = TinyModel::new(architecture, GgmlDType::F32, 12);
+        let adapter = |kind, seed| PeftAdapter::random(kind, &model.spec, seed);
+        let (everywhere, biased) = (adapter(Kind::LoraEverywhere, 13), adapter(Kind::RsLoraBias, 14));
+        let second = adapter(Kind::LoraEverywhere, 15);
+        check_peft(&model, &[(&everywhere, 0.5)]);
+        check_peft(&model, &[(&everywhere, 0.75), (&biased, 1.0), (&second, -0.5)]);
+    }
+}
+
+#[test]
+fn a_token_that_is_in_no_vocabulary_and_no_prelude_is_an_error() {
+    let model = TinyModel::new(Architecture::Llama, GgmlDType::Q8_0, 16);
+    let mut decoder = model.load(Cpu::new(Isa::detect(), 1));
+    let prompt = PeftAdapter::random(Kind::PromptTuning, &model.spec, 1).load("prompt", &Shapes(model.spec.clone()));
+    let mut kv = kv_store(&model.spec, 1);
+    for (token, adapter) in [
+        (model.spec.vocab_size as u32, None),
+        (FIRST_VIRTUAL_TOKEN, None),
+        (FIRST_VIRTUAL_TOKEN + prompt.num_virtual_tokens() as u32, Some(&prompt)),
+    ] {
+        let groups: Vec<_> = adapter.map(|a| AdapterGroup { rows: 0..1, adapter: a.clone() }).into_iter().collect();
+        let batch = ForwardBatch {
+            tokens: &[token],
+            sequences: &[SequenceRows { rows: 0..1, first_position: 0, block_table: &[BlockId(0)] }],
+            groups: &groups,
+            logits_rows: &[],
+        };
+        let error = decoder.forward(&batch, &mut kv, &mut |_, _| ()).unwrap_err();
+        assert!(error.to_string().contains(&token.to_string()), "{error}");
     }
 }
 

@@ -57,6 +57,27 @@ impl KvStore {
         num_layers * 2 * num_kv_heads * head_dim * BLOCK_SIZE * size_of::<f16>()
     }
 
+    /// Replaces the K and V of one position, `[num_kv_heads, head_dim]` each, rounded to f16.
+    ///
+    /// # Panics
+    /// When the slot lies outside the store, or the rows do not fit it.
+    pub fn set(&mut self, layer: usize, slot: KvSlot, keys: &[f32], values: &[f32]) {
+        let (head_dim, head_len) = (self.head_dim, self.head_len());
+        let width = self.num_kv_heads * head_dim;
+        assert!(slot.offset < BLOCK_SIZE && keys.len() == width && values.len() == width, "K and V of one position");
+        let LayerKv { k, v } = &mut self.layers[layer];
+        let heads = keys.chunks_exact(head_dim).zip(values.chunks_exact(head_dim));
+        for ((keys, values), head) in heads.zip(slot.block.0 as usize * self.num_kv_heads..) {
+            let (k, v) = (&mut k[head * head_len..][..head_len], &mut v[head * head_len..][..head_len]);
+            for (to, key) in k[slot.offset..].iter_mut().step_by(BLOCK_SIZE).zip(keys) {
+                *to = f16::from_f32(*key).to_bits();
+            }
+            for (to, value) in v[slot.offset * head_dim..].iter_mut().zip(values) {
+                *to = f16::from_f32(*value).to_bits();
+            }
+        }
+    }
+
     fn head_len(&self) -> usize {
         self.head_dim * BLOCK_SIZE
     }

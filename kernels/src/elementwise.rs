@@ -54,6 +54,25 @@ fn add_norm<S: Simd>(hidden: &mut [f32], delta: Option<&[f32]>, norm: RmsNorm<'_
     }
 }
 
+/// `scaled = scale_of(row) ∘ x`, also as int8; rows without a scale are copied and keep the bits they have in `x`. `x` and
+/// `scaled` are `[rows, width]` and may be longer, a scale is `[width]`.
+pub fn scale_quantize<'a>(
+    cpu: &Cpu,
+    (num_rows, width): (usize, usize),
+    x: &[f32],
+    scale_of: &(dyn Fn(usize) -> Option<&'a [f32]> + Sync),
+    scaled: &mut [f32],
+    quantized: &mut QuantizedRows,
+) {
+    quantized.fill(cpu, num_rows, width, scaled, &|row, scaled| {
+        let x = &x[row * width..][..width];
+        match scale_of(row) {
+            Some(scale) => scaled.iter_mut().zip(x).zip(scale).for_each(|((y, x), s)| *y = x * s),
+            None => scaled.copy_from_slice(x),
+        }
+    });
+}
+
 /// `activated = silu(gate) ∘ up`, also as int8. `gate` and `up` are `[rows, width]`, `width` a multiple of 8.
 pub fn swiglu_quantize(
     cpu: &Cpu,
@@ -109,6 +128,24 @@ mod tests {
                     assert!((normed[row * 64 + i] - x[i] / rms * weight[i]).abs() < 1e-5, "{isa}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn scaling_touches_only_the_rows_that_have_a_scale() {
+        for isa in Isa::available() {
+            let cpu = Cpu::new(isa, 2);
+            let (x, scale) = (ramp(3 * 64), ramp(64));
+            let (mut scaled, mut quantized) = (vec![0.0; 3 * 64], QuantizedRows::default());
+            let scale_of = |row: usize| (row == 1).then_some(scale.as_slice());
+            scale_quantize(&cpu, (3, 64), &x, &scale_of, &mut scaled, &mut quantized);
+            for i in 0..3 * 64 {
+                assert_eq!(scaled[i], if i / 64 == 1 { x[i] * scale[i % 64] } else { x[i] });
+            }
+            let mut alone = QuantizedRows::default();
+            alone.quantize(&cpu, 1, 64, &mut x[128..].to_vec());
+            assert_eq!(quantized.row(2).values, alone.row(0).values);
+            assert_eq!(quantized.row(2).scales, alone.row(0).scales);
         }
     }
 

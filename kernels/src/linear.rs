@@ -1,7 +1,9 @@
-//! Adapted linear layers: `y = W x + b`, and for rows with an adapter `+ s·B(A x) + bias`, in two parallel regions.
+//! Adapted linear layers: `y = W x + b`, and for rows with an adapter `output_scale ∘ (W x + b + s·B(A x)) + bias`, in two
+//! parallel regions.
 //!
 //! All layers of a call read the same activations (q, k and v; gate and up). The first region multiplies the base for all
-//! rows and shrinks every adapter's rows beside it; the second expands, and is skipped when no row has an adapter.
+//! rows and shrinks every adapter's rows beside it; the second does the rest, and is skipped when no row has an adapter
+//! that changes one of these layers.
 
 use std::ops::Range;
 
@@ -11,18 +13,21 @@ use crate::gemm::{self, Product};
 use crate::low_rank::LowRank;
 use crate::threads::DisjointMut;
 
-/// What one adapter adds to the rows it runs, at one of the call's products.
+/// What one adapter does to the rows it runs, at one of the call's products.
 #[derive(Debug, Clone)]
 pub struct RowDelta<'a> {
     /// Index into the call's products.
     pub product: usize,
     pub rows: Range<usize>,
     pub low_rank: Option<&'a LowRank>,
+    /// `[out_features]`
+    pub output_scale: Option<&'a [f32]>,
     /// `[out_features]`, added last.
     pub bias: Option<&'a [f32]>,
 }
 
-/// The deltas of a call, asked for by number so that nobody has to store a list: `get(i)` for `i` in `0..count`.
+/// The deltas of a call, asked for by number so that nobody has to store a list: `get(i)` for `i` in `0..count`; `None`
+/// where there is none.
 pub struct Deltas<'a> {
     pub count: usize,
     pub get: &'a (dyn Fn(usize) -> Option<RowDelta<'a>> + Sync),
@@ -55,7 +60,7 @@ pub fn run(
     deltas: &Deltas<'_>,
     shrunk: &mut Shrunk,
 ) {
-    if deltas.count == 0 || activations.num_rows() == 0 {
+    if activations.num_rows() == 0 || !(0..deltas.count).any(|i| (deltas.get)(i).is_some()) {
         return gemm::run(cpu, activations, products, 0, &|_| {});
     }
     let (num_rows, width) = (activations.num_rows(), activations.width());
@@ -109,8 +114,11 @@ pub fn run(
                 assert_eq!(low_rank.out_features(), *out_features, "adapter does not fit the layer");
                 low_rank.expand(isa, &shrunk[slot(delta.product, first)..], stride, columns.start, targets);
             }
-            if let Some(bias) = delta.bias {
-                for target in targets {
+            for target in targets {
+                if let Some(scale) = delta.output_scale {
+                    target.iter_mut().zip(&scale[columns.clone()]).for_each(|(y, s)| *y *= s);
+                }
+                if let Some(bias) = delta.bias {
                     target.iter_mut().zip(&bias[columns.clone()]).for_each(|(y, b)| *y += b);
                 }
             }
@@ -122,4 +130,60 @@ pub fn run(
 fn part(range: &Range<usize>, i: usize) -> Range<usize> {
     let cut = |i: usize| range.start + range.len() * i / PARTS;
     cut(i)..cut(i + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::*;
+    use crate::Isa;
+    use crate::quantized::{BlockFormat, PackedMatrix};
+
+    const WIDTH: usize = 64;
+    const OUT: usize = 40;
+
+    /// One layer for `x`; `rows` run with the delta.
+    fn layer(cpu: &Cpu, weights: &PackedMatrix, x: &[f32], rows: Range<usize>, delta: &RowDelta<'_>) -> Vec<f32> {
+        let num_rows = x.len() / WIDTH;
+        let mut activations = QuantizedRows::default();
+        activations.quantize(cpu, num_rows, WIDTH, &mut x.to_vec());
+        let mut out = vec![f32::NAN; num_rows * OUT];
+        let get = |_| Some(RowDelta { rows: rows.clone(), ..delta.clone() }).filter(|delta| !delta.rows.is_empty());
+        let products = &mut [Product { weights: Some(weights), bias: None, out: &mut out }];
+        run(cpu, &activations, x, products, &Deltas { count: 1, get: &get }, &mut Shrunk::default());
+        out
+    }
+
+    #[test]
+    fn a_delta_scales_its_own_rows_then_adds_its_bias_with_the_same_bits_in_any_batch() {
+        let values = |n: usize, step: usize| (0..n).map(|i| ((i * step % 61) as f32 - 30.0) * 0.05).collect::<Vec<_>>();
+        let halves = |n, step| values(n, step).into_iter().map(f16::from_f32).collect::<Vec<_>>();
+        let pair = LowRank::pack(3, WIDTH, OUT, 0.5, &halves(3 * WIDTH, 7), &halves(OUT * 3, 11));
+        let (scale, bias, x) = (values(OUT, 13), values(OUT, 17), values(40 * WIDTH, 19));
+        for isa in Isa::available() {
+            let cpu = Cpu::new(isa, 2);
+            let bytes = vec![0x35; OUT * WIDTH / 32 * BlockFormat::Q8_0.block_bytes()];
+            let weights = PackedMatrix::pack(&cpu, BlockFormat::Q8_0, (OUT, WIDTH), &bytes, None).unwrap();
+            let plain = RowDelta { product: 0, rows: 0..0, low_rank: None, output_scale: None, bias: None };
+            let added = RowDelta { low_rank: Some(&pair), ..plain.clone() };
+            let whole = RowDelta { output_scale: Some(&scale), bias: Some(&bias), ..added.clone() };
+            let base = layer(&cpu, &weights, &x, 0..0, &plain);
+            for rows in [1..3, 2..40] {
+                let sums = layer(&cpu, &weights, &x, rows.clone(), &added);
+                let results = layer(&cpu, &weights, &x, rows.clone(), &whole);
+                for row in 0..40 {
+                    let of = |all: &[f32]| all[row * OUT..][..OUT].to_vec();
+                    let expected = if rows.contains(&row) {
+                        let alone = layer(&cpu, &weights, &x[row * WIDTH..][..WIDTH], 0..1, &whole);
+                        assert_eq!(of(&results), alone, "{isa} row {row}");
+                        of(&sums).iter().zip(&scale).zip(&bias).map(|((y, s), b)| y * s + b).collect()
+                    } else {
+                        of(&base)
+                    };
+                    assert_eq!(of(&results), expected, "{isa} row {row}");
+                }
+            }
+        }
+    }
 }

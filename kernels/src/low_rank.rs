@@ -1,28 +1,23 @@
-//! The low-rank delta `y += s·B(A x)`: f16 weights in memory, f32 accumulation, at each adapter's own rank.
+//! The low-rank delta `y += B (s ∘ A x)`: f16 weights in memory, f32 accumulation, at each adapter's own rank.
 //!
-//! `shrink` is `t = s·A x`, `expand` is `y += B t`. Both are vectorised over the weights' outer dimension (ranks in
+//! `shrink` is `t = s ∘ A x`, `expand` is `y += B t`. Both are vectorised over the weights' outer dimension (ranks in
 //! `shrink`, outputs in `expand`), and sum in one fixed order for any number of rows taken together.
 
 use half::f16;
 
 use crate::Isa;
+use crate::half_matrix::{HalfMatrix, LANES, products};
 use crate::simd::{Simd, dispatch};
 
-const LANES: usize = 8;
-/// Independent partial sums of `shrink`, each over a quarter of the inputs: enough to hide the latency of the FMA.
-const CHAINS: usize = 4;
-
-/// One adapter's low-rank pair at one site, packed for the kernels.
-#[derive(Debug)]
+/// One adapter's low-rank pair at one site, packed for the kernels; clones share the weights.
+#[derive(Debug, Clone)]
 pub struct LowRank {
-    rank: usize,
-    in_features: usize,
-    out_features: usize,
-    scale: f32,
-    /// `[rank / 8, rounded up][in_features][8 ranks]`
-    a: Vec<f16>,
-    /// `[out_features / 8, rounded up][rank][8 outputs]`
-    b: Vec<f16>,
+    /// `[rank, in_features]`
+    a: HalfMatrix,
+    /// `[out_features, rank]`
+    b: HalfMatrix,
+    /// One for each rank, and zeros up to a multiple of 8.
+    scales: Vec<f32>,
 }
 
 impl LowRank {
@@ -31,48 +26,54 @@ impl LowRank {
     /// # Panics
     /// When the slices do not have these sizes, or `in_features` is not a multiple of 4; the caller has checked the file's
     /// shapes.
-    pub fn pack(rank: usize, in_features: usize, out_features: usize, scale: f32, a: &[f32], b: &[f32]) -> Self {
-        assert_eq!(a.len(), rank * in_features, "lora_a");
-        assert_eq!(b.len(), out_features * rank, "lora_b");
-        assert_eq!(in_features % CHAINS, 0, "in_features");
-        let mut packed_a = vec![f16::ZERO; rank.next_multiple_of(LANES) * in_features];
-        for (r, row) in a.chunks_exact(in_features).enumerate() {
-            for (k, &v) in row.iter().enumerate() {
-                packed_a[(r / LANES * in_features + k) * LANES + r % LANES] = f16::from_f32(v);
-            }
-        }
-        let mut packed_b = vec![f16::ZERO; out_features.next_multiple_of(LANES) * rank];
-        for (o, row) in b.chunks_exact(rank).enumerate() {
-            for (r, &v) in row.iter().enumerate() {
-                packed_b[(o / LANES * rank + r) * LANES + o % LANES] = f16::from_f32(v);
-            }
-        }
-        Self { rank, in_features, out_features, scale, a: packed_a, b: packed_b }
+    pub fn pack(rank: usize, in_features: usize, out_features: usize, scale: f32, a: &[f16], b: &[f16]) -> Self {
+        assert_eq!(in_features % 4, 0, "in_features");
+        let mut scales = vec![scale; rank];
+        scales.resize(rank.next_multiple_of(LANES), 0.0);
+        Self { a: HalfMatrix::pack(rank, in_features, a), b: HalfMatrix::pack(out_features, rank, b), scales }
+    }
+
+    /// `factor` times this pair, with the same weights.
+    pub fn scaled(&self, factor: f32) -> Self {
+        let scales = self.scales.iter().map(|scale| scale * factor).collect();
+        Self { a: self.a.clone(), b: self.b.clone(), scales }
+    }
+
+    /// The sum of all members as one pair, whose rank is the sum of theirs.
+    ///
+    /// # Panics
+    /// When there are none, or they differ in inputs or outputs.
+    pub fn stack(members: &[&Self]) -> Self {
+        let a = HalfMatrix::stack_rows(members.iter().map(|member| &member.a));
+        let b = HalfMatrix::stack_columns(members.iter().map(|member| &member.b));
+        let mut scales: Vec<f32> = members.iter().flat_map(|member| &member.scales[..member.rank()]).copied().collect();
+        scales.resize(scales.len().next_multiple_of(LANES), 0.0);
+        Self { a, b, scales }
     }
 
     pub fn rank(&self) -> usize {
-        self.rank
+        self.a.num_rows()
     }
 
     pub fn in_features(&self) -> usize {
-        self.in_features
+        self.a.num_columns()
     }
 
     pub fn out_features(&self) -> usize {
-        self.out_features
+        self.b.num_rows()
     }
 
     /// Floats that `shrink` writes per row.
     pub(crate) fn padded_rank(&self) -> usize {
-        self.rank.next_multiple_of(LANES)
+        self.scales.len()
     }
 
     /// Bytes of the packed weights in memory.
     pub fn bytes(&self) -> usize {
-        size_of_val(self.a.as_slice()) + size_of_val(self.b.as_slice())
+        self.a.bytes() + self.b.bytes() + size_of_val(self.scales.as_slice())
     }
 
-    /// `t = s·A x` for rows of `x` `[n, in_features]`; row i of the result starts at `t[i * stride]`.
+    /// `t = s ∘ A x` for rows of `x` `[n, in_features]`; row i of the result starts at `t[i * stride]`.
     pub(crate) fn shrink(&self, isa: Isa, x: &[f32], t: &mut [f32], stride: usize) {
         let pair = self;
         dispatch!(isa, shrink(pair: &LowRank, x: &[f32], t: &mut [f32], stride: usize));
@@ -89,7 +90,7 @@ impl LowRank {
 
 #[inline(always)]
 fn shrink<S: Simd>(pair: &LowRank, x: &[f32], t: &mut [f32], stride: usize) {
-    let n = pair.in_features;
+    let n = pair.in_features();
     let num_rows = x.len() / n;
     let mut row = 0;
     while row < num_rows {
@@ -111,29 +112,11 @@ fn shrink_rows<S: Simd, const ROWS: usize, const AT_ONCE: usize>(
     t: &mut [f32],
     stride: usize,
 ) -> usize {
-    let n = pair.in_features;
-    let quarter = n / CHAINS;
-    let x: [&[f32]; ROWS] = std::array::from_fn(|m| &x[m * n..][..n]);
-    for (v, a) in pair.a.chunks_exact(n * LANES).enumerate() {
-        let mut sums = [[S::splat(0.0); CHAINS]; ROWS];
-        for first in (0..CHAINS).step_by(AT_ONCE) {
-            let mut acc = [[S::splat(0.0); AT_ONCE]; ROWS];
-            for i in 0..quarter {
-                for c in 0..AT_ONCE {
-                    let k = (first + c) * quarter + i;
-                    let w = S::load_f16(&a[k * LANES..]);
-                    for (acc, x) in acc.iter_mut().zip(x) {
-                        acc[c] = w.mul_add(S::splat(x[k]), acc[c]);
-                    }
-                }
-            }
-            for m in 0..ROWS {
-                sums[m][first..first + AT_ONCE].copy_from_slice(&acc[m]);
-            }
-        }
-        for (m, [s0, s1, s2, s3]) in sums.into_iter().enumerate() {
-            let total = s0.add(s1).add(s2.add(s3)).mul(S::splat(pair.scale));
-            total.store(&mut t[m * stride + v * LANES..]);
+    for group in 0..pair.a.num_groups() {
+        let totals = products::<S, ROWS, AT_ONCE>(pair.a.group(group), pair.in_features(), x);
+        let scales = S::load(&pair.scales[group * LANES..]);
+        for (m, total) in totals.into_iter().enumerate() {
+            total.mul(scales).store(&mut t[m * stride + group * LANES..]);
         }
     }
     ROWS
@@ -162,12 +145,12 @@ fn expand_rows<S: Simd, const ROWS: usize, const AT_ONCE: usize>(
     first_out: usize,
     y: &mut [&mut [f32]],
 ) -> usize {
-    let rank = pair.rank;
+    let rank = pair.rank();
     let t: [&[f32]; ROWS] = std::array::from_fn(|m| &t[m * stride..][..rank]);
     let width = y[0].len();
     let mut at = 0;
     while at < width {
-        let b = &pair.b[(first_out + at) * rank..];
+        let b = pair.b.groups_from((first_out + at) / LANES);
         if at + AT_ONCE * LANES <= width {
             let mut acc = [[S::splat(0.0); AT_ONCE]; ROWS];
             for r in 0..rank {
@@ -223,6 +206,14 @@ mod tests {
             .collect()
     }
 
+    fn halves(values: &[f32]) -> Vec<f16> {
+        values.iter().map(|value| f16::from_f32(*value)).collect()
+    }
+
+    fn pair(rank: usize, n: usize, out: usize, scale: f32, seed: u64) -> LowRank {
+        LowRank::pack(rank, n, out, scale, &halves(&values(rank * n, seed)), &halves(&values(out * rank, seed ^ 1)))
+    }
+
     fn apply(isa: Isa, pair: &LowRank, x: &[f32], y: &mut [f32], split: usize) {
         let stride = pair.padded_rank() + 3;
         let num_rows = x.len() / pair.in_features();
@@ -247,7 +238,7 @@ mod tests {
             let n = quads * 4;
             let (a, b) = (values(rank * n, seed), values(out * rank, seed ^ 1));
             let x = values(rows * n, seed ^ 2);
-            let pair = LowRank::pack(rank, n, out, 0.5, &a, &b);
+            let pair = LowRank::pack(rank, n, out, 0.5, &halves(&a), &halves(&b));
             for isa in Isa::available() {
                 let mut y = vec![1.0; rows * out];
                 apply(isa, &pair, &x, &mut y, split);
@@ -263,6 +254,44 @@ mod tests {
                     apply(isa, &pair, &x[m * n..][..n], &mut alone, 0);
                     prop_assert!(alone.iter().zip(&y[m * out..]).all(|(a, b)| a.to_bits() == b.to_bits()), "{isa} row {m}");
                 }
+            }
+        }
+
+        #[test]
+        fn a_stack_adds_up_its_members(
+            ranks in prop::collection::vec(1usize..20, 1..4), quads in 1usize..20, out in 1usize..40, seed: u64,
+        ) {
+            let n = quads * 4;
+            let members: Vec<LowRank> = (0u32..)
+                .zip(&ranks)
+                .map(|(i, &rank)| pair(rank, n, out, 0.5 * (i + 1) as f32, seed ^ u64::from(i) << 8))
+                .collect();
+            let stack = LowRank::stack(&members.iter().collect::<Vec<_>>());
+            prop_assert_eq!(stack.rank(), ranks.iter().sum::<usize>());
+            let x = values(3 * n, seed ^ 2);
+            for isa in Isa::available() {
+                let (mut together, mut one_by_one) = (vec![0.0; 3 * out], vec![0.0; 3 * out]);
+                apply(isa, &stack, &x, &mut together, 8);
+                members.iter().for_each(|member| apply(isa, member, &x, &mut one_by_one, 8));
+                for (a, b) in together.iter().zip(&one_by_one) {
+                    prop_assert!((a - b).abs() < 1e-3 * b.abs().max(1.0), "{isa}: {a}, expected {b}");
+                }
+            }
+        }
+
+        #[test]
+        fn scaling_by_one_changes_no_bit_and_by_two_doubles(rank in 1usize..20, out in 1usize..40, seed: u64) {
+            let pair = pair(rank, 32, out, 0.75, seed);
+            let x = values(2 * 32, seed ^ 2);
+            for isa in Isa::available() {
+                let delta = |pair: &LowRank| {
+                    let mut y = vec![0.0; 2 * out];
+                    apply(isa, pair, &x, &mut y, 8);
+                    y
+                };
+                let (y, once, twice) = (delta(&pair), delta(&pair.scaled(1.0)), delta(&pair.scaled(2.0)));
+                prop_assert!(y.iter().zip(&once).all(|(a, b)| a.to_bits() == b.to_bits()), "{isa}");
+                prop_assert!(y.iter().zip(&twice).all(|(a, b)| (2.0 * a).to_bits() == b.to_bits()), "{isa}");
             }
         }
     }

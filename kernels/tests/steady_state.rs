@@ -3,6 +3,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use half::f16;
 use kernels::activations::QuantizedRows;
 use kernels::attention::{BLOCK_SIZE, BlockId, KvSlot, KvStore, Queries, RotaryTable, attend, rotate_and_store};
 use kernels::elementwise::{RmsNorm, add_norm_quantize, swiglu_quantize};
@@ -52,6 +53,8 @@ struct Block {
     weights: [PackedMatrix; 7],
     /// One for each of `weights`.
     adapter: [LowRank; 7],
+    /// Of the adapter's outputs, as long as the widest.
+    scale: Vec<f32>,
     norm: Vec<f32>,
     rotary: RotaryTable,
     kv: KvStore,
@@ -86,9 +89,11 @@ impl Block {
                 PackedMatrix::pack(&cpu, BlockFormat::Q5_0, shape, &bytes, None).unwrap()
             }),
             adapter: shapes.map(|(output, input)| {
-                LowRank::pack(4, input, output, 1.0, &vec![0.01; 4 * input], &vec![0.01; 4 * output])
+                let halves = |n| vec![f16::from_f32(0.01); n];
+                LowRank::pack(4, input, output, 1.0, &halves(4 * input), &halves(4 * output))
             }),
             cpu,
+            scale: vec![1.5; INTERMEDIATE_SIZE],
             norm: vec![1.0; HIDDEN_SIZE],
             rotary: RotaryTable::new(CONTEXT_LENGTH, HEAD_DIM, 1e4),
             kv: KvStore::new(1, NUM_KV_HEADS, HEAD_DIM, CONTEXT_LENGTH / BLOCK_SIZE),
@@ -109,7 +114,7 @@ impl Block {
     /// `adapted`.
     fn step(&mut self, first_position: usize, adapted: bool) {
         let rows = self.hidden.len() / HIDDEN_SIZE;
-        let Self { cpu, weights: [q, k, v, o, gate, up, down], adapter, kv, .. } = self;
+        let Self { cpu, weights: [q, k, v, o, gate, up, down], adapter, scale, kv, .. } = self;
         let run = |first: usize,
                    products: &mut [Product<'_>],
                    quantized: &QuantizedRows,
@@ -117,7 +122,8 @@ impl Block {
                    shrunk: &mut Shrunk| {
             let get = |i: usize| {
                 let low_rank = Some(&adapter[first + i]);
-                Some(RowDelta { product: i, rows: rows / 2..rows, low_rank, bias: None })
+                let scale = low_rank.map(|pair| &scale[..pair.out_features()]);
+                Some(RowDelta { product: i, rows: rows / 2..rows, low_rank, output_scale: scale, bias: scale })
             };
             let deltas = Deltas { count: if adapted { products.len() } else { 0 }, get: &get };
             linear::run(cpu, quantized, exact, products, &deltas, shrunk);

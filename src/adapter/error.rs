@@ -1,5 +1,7 @@
 //! Why an adapter was refused.
 
+use crate::model::gguf::GgufError;
+
 /// Names the file, field, tensor or site at fault and never a path: the text reaches clients.
 #[derive(Debug, thiserror::Error)]
 pub enum AdapterError {
@@ -9,6 +11,14 @@ pub enum AdapterError {
     Unreadable { file: &'static str, source: std::io::Error },
     #[error("{file} is not a regular file")]
     NotAFile { file: &'static str },
+    #[error("{file} is a link that leads outside the adapter's folder: copy it into place")]
+    LeadsOutside { file: &'static str },
+    #[error("the folder is a link that leads outside the folder of adapters: copy it into place")]
+    FolderOutside,
+    #[error("the folder cannot be read: {0}")]
+    Folder(#[source] std::io::Error),
+    #[error("the files keep changing while they are read: write them elsewhere and rename the folder into place")]
+    Unsettled,
     #[error("{file} is larger than the {limit} bytes allowed")]
     TooLarge { file: &'static str, limit: u64 },
     #[error("{file} is empty: copy it again")]
@@ -31,6 +41,8 @@ pub enum AdapterError {
     Tensor { key: String, reason: String },
     #[error("{0}")]
     Sites(String),
+    #[error("the base: {0}")]
+    Base(#[from] GgufError),
 }
 
 impl AdapterError {

@@ -3,64 +3,43 @@
 //! Nothing in the files is trusted: sizes are checked before memory is taken.
 
 use safetensors::SafeTensors;
-use safetensors::tensor::Metadata;
 
-use super::canonical::Adapter;
+use super::canonical::{Adapter, Coverage};
 use super::error::AdapterError;
 use super::files::{AdapterFiles, WEIGHTS_FILE};
 use super::manifest::AdapterManifest;
-use super::methods::lora;
-use super::peft_config::LoraConfig;
+use super::methods::{ia3, lora, prelude};
+use super::peft_config::PeftConfig;
+use super::tensors::Tensors;
+use super::weights_header::{self, PREFIX_BYTES};
 use crate::model::BaseWeights;
-
-const MAX_HEADER_BYTES: usize = 16 << 20;
-const HEADER_LENGTH_BYTES: usize = 8;
 
 /// Turns the files into the adapter called `name` and checks that it fits the base in every part.
 ///
 /// # Errors
 /// When a file is damaged, or the adapter asks for what this server or this base cannot do.
 pub fn load(name: &str, files: &AdapterFiles, base: &dyn BaseWeights) -> Result<Adapter, AdapterError> {
-    let config = LoraConfig::parse(&files.config)?;
+    let config = PeftConfig::parse(&files.config)?;
     let manifest = files.manifest.as_deref().map(AdapterManifest::parse).transpose()?.unwrap_or_default();
-    let tensors = parse_weights(&files.weights)?;
-    let (layers, coverage) = lora::deltas(&config, &tensors, base.spec())?;
-    Ok(Adapter {
-        name: name.to_string(),
-        generation: files.generation(),
-        layers,
-        embedding: None,
-        head: None,
-        prelude: None,
-        coverage,
-        manifest,
-    })
+    let weights = parse_weights(&files.weights)?;
+    let tensors = Tensors::of(&weights)?;
+    let mut adapter = match &config {
+        PeftConfig::Lora(config) => lora::load(config, tensors, base)?,
+        PeftConfig::Ia3(config) => ia3::load(config, tensors, base.spec())?,
+        PeftConfig::Prelude(config) => prelude::load(config, tensors, base.spec())?,
+    };
+    adapter.name = name.to_string();
+    adapter.generation = files.generation();
+    adapter.manifest = manifest;
+    adapter.coverage = Coverage::of(&adapter);
+    Ok(adapter)
 }
 
 fn parse_weights(bytes: &[u8]) -> Result<SafeTensors<'_>, AdapterError> {
-    let file = WEIGHTS_FILE;
-    let bad_header = |reason: String| AdapterError::Header { file, reason };
-    if bytes.is_empty() {
-        return Err(AdapterError::Empty { file });
-    }
-    if bytes.starts_with(b"version https://git-lfs") {
-        return Err(AdapterError::LfsPointer { file });
-    }
-    let Some((length, rest)) = bytes.split_first_chunk::<HEADER_LENGTH_BYTES>() else {
-        return Err(bad_header(format!("the file has {} bytes only", bytes.len())));
-    };
-    let length = usize::try_from(u64::from_le_bytes(*length)).unwrap_or(usize::MAX);
-    if length > MAX_HEADER_BYTES {
-        return Err(bad_header(format!("its length of {length} bytes is above the {MAX_HEADER_BYTES} allowed")));
-    }
-    let Some((header, data)) = rest.split_at_checked(length) else {
-        return Err(bad_header(format!("its length of {length} bytes reaches beyond the end of the file")));
-    };
-    let metadata: Metadata = serde_json::from_slice(header).map_err(|e| bad_header(e.to_string()))?;
-    if metadata.data_len() > data.len() {
-        return Err(AdapterError::Truncated { file, expected: metadata.data_len(), found: data.len() });
-    }
-    SafeTensors::deserialize(bytes).map_err(|e| bad_header(e.to_string()))
+    let file_len = bytes.len() as u64;
+    let header_len = weights_header::length(bytes, file_len)?;
+    weights_header::parse(&bytes[PREFIX_BYTES..][..header_len], file_len)?;
+    SafeTensors::deserialize(bytes).map_err(|e| AdapterError::Header { file: WEIGHTS_FILE, reason: e.to_string() })
 }
 
 #[cfg(test)]

@@ -15,6 +15,46 @@ const MAX_PATTERN_BYTES: usize = 256 << 10;
 /// One adapted linear layer: decoder layer and module.
 pub type Site = (usize, Module);
 
+/// Hugging Face path of the embedding.
+pub const EMBEDDING_PATH: &str = "model.embed_tokens";
+/// Hugging Face path of the output head.
+pub const HEAD_PATH: &str = "lm_head";
+
+/// What of the base a configuration names.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Targets {
+    pub sites: BTreeSet<Site>,
+    pub embedding: bool,
+    pub head: bool,
+}
+
+impl Targets {
+    /// # Errors
+    /// When these are not exactly `found`, what the file holds; names one that differs.
+    pub fn check_found(&self, found: &Self) -> Result<(), AdapterError> {
+        let (expected, found) = (self.paths(), found.paths());
+        if let Some(path) = expected.difference(&found).next() {
+            return Err(AdapterError::Sites(format!(
+                "the file holds {} of the {} sites that adapter_config.json names: {path} is missing",
+                expected.intersection(&found).count(),
+                expected.len(),
+            )));
+        }
+        match found.difference(&expected).next() {
+            Some(path) => Err(AdapterError::Sites(format!(
+                "the file holds the site {path}, which adapter_config.json does not name"
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    fn paths(&self) -> BTreeSet<String> {
+        let ends = [(self.embedding, EMBEDDING_PATH), (self.head, HEAD_PATH)];
+        let ends = ends.into_iter().filter(|(is_there, _)| *is_there).map(|(_, path)| path.to_string());
+        self.sites.iter().map(|&(layer, module)| module_path(layer, module)).chain(ends).collect()
+    }
+}
+
 /// Hugging Face path of a site.
 pub fn module_path(layer: usize, module: Module) -> String {
     format!("model.layers.{layer}.{}.{}", module.parent(), module.name())
@@ -75,31 +115,29 @@ pub struct SiteSelector {
 }
 
 impl SiteSelector {
-    /// The sites of the base that the configuration names.
+    /// What of the base the configuration names.
     ///
     /// # Errors
-    /// When it names none, or something the base does not have or this server does not adapt.
-    pub fn sites(&self, spec: &ModelSpec) -> Result<BTreeSet<Site>, AdapterError> {
-        for path in ["model.embed_tokens", "lm_head"] {
-            if self.selects(path) {
-                let reason = format!("{path} is named; adapters of the embedding or the head are not supported");
-                return Err(AdapterError::field("target_modules", reason));
-            }
-        }
+    /// When it names nothing, or a layer that the base does not have.
+    pub fn targets(&self, spec: &ModelSpec) -> Result<Targets, AdapterError> {
         if let Some(layer) = self.layers.iter().flatten().find(|&&layer| layer >= spec.num_layers) {
             let reason = format!("layer {layer} is no site of the base, which has {} layers", spec.num_layers);
             return Err(AdapterError::field("layers_to_transform", reason));
         }
         let all = (0..spec.num_layers).flat_map(|layer| Module::ALL.map(|module| (layer, module)));
-        let sites: BTreeSet<Site> = all.filter(|&(layer, module)| self.selects(&module_path(layer, module))).collect();
-        if sites.is_empty() {
+        let targets = Targets {
+            sites: all.filter(|&(layer, module)| self.selects(&module_path(layer, module))).collect(),
+            embedding: self.selects(EMBEDDING_PATH),
+            head: self.selects(HEAD_PATH),
+        };
+        if targets == Targets::default() {
             return Err(AdapterError::Sites(
                 "adapter_config.json names no site of the base: target_modules (with exclude_modules, \
                  layers_to_transform and layers_pattern) fits none of its linear layers; was it trained on another base?"
                     .to_string(),
             ));
         }
-        Ok(sites)
+        Ok(targets)
     }
 
     fn selects(&self, path: &str) -> bool {
@@ -155,16 +193,16 @@ mod tests {
 
     #[test]
     fn a_name_matches_whole_path_components_only() {
-        let sites = all_layers(names(&["q_proj", "roj", "3.mlp.up_proj"])).sites(&spec()).unwrap();
+        let sites = all_layers(names(&["q_proj", "roj", "3.mlp.up_proj"])).targets(&spec()).unwrap().sites;
         assert_eq!(sites.len(), 13);
         assert!(sites.contains(&(3, Module::UpProj)) && !sites.contains(&(4, Module::UpProj)));
     }
 
     #[test]
     fn a_pattern_must_match_the_whole_path() {
-        let pattern = |p| all_layers(PathMatch::pattern("target_modules", p).unwrap()).sites(&spec());
-        assert_eq!(pattern(r".*\.(q|v)_proj").unwrap().len(), 24);
-        assert_eq!(pattern(r"q|model\.layers\.[01]\.mlp\.up_proj").unwrap().len(), 2);
+        let pattern = |p| all_layers(PathMatch::pattern("target_modules", p).unwrap()).targets(&spec());
+        assert_eq!(pattern(r".*\.(q|v)_proj").unwrap().sites.len(), 24);
+        assert_eq!(pattern(r"q|model\.layers\.[01]\.mlp\.up_proj").unwrap().sites.len(), 2);
         assert!(pattern("q_proj").unwrap_err().to_string().contains("site"));
     }
 
@@ -183,7 +221,7 @@ mod tests {
             layers: Some([1, 11].into()),
             layer_patterns: Vec::new(),
         };
-        let sites: Vec<Site> = selector.sites(&spec()).unwrap().into_iter().collect();
+        let sites: Vec<Site> = selector.targets(&spec()).unwrap().sites.into_iter().collect();
         assert_eq!(sites, [(1, Module::QProj), (11, Module::QProj), (11, Module::VProj)]);
     }
 
@@ -192,22 +230,40 @@ mod tests {
         let mut selector = all_layers(names(&["q_proj"]));
         selector.layers = Some([1].into());
         selector.layer_patterns = vec![match_at_start("layers_pattern", r".*\.layers\.(\d+)\.").unwrap()];
-        assert_eq!(selector.sites(&spec()).unwrap().len(), 1);
+        assert_eq!(selector.targets(&spec()).unwrap().sites.len(), 1);
         selector.layer_patterns = vec![match_at_start("layers_pattern", r".*\.h\.(\d+)\.").unwrap()];
-        assert!(selector.sites(&spec()).unwrap_err().to_string().contains("site"));
+        assert!(selector.targets(&spec()).unwrap_err().to_string().contains("site"));
     }
 
     #[test]
     fn a_layer_the_base_does_not_have_is_refused() {
         let mut selector = all_layers(names(&["q_proj"]));
         selector.layers = Some([1, 12].into());
-        assert!(selector.sites(&spec()).unwrap_err().to_string().contains("layers_to_transform"));
+        assert!(selector.targets(&spec()).unwrap_err().to_string().contains("layers_to_transform"));
     }
 
     #[test]
-    fn embedding_and_head_are_refused_by_name() {
-        for name in ["embed_tokens", "lm_head"] {
-            assert!(all_layers(names(&["q_proj", name])).sites(&spec()).unwrap_err().to_string().contains(name));
-        }
+    fn embedding_and_head_are_named_like_any_module_and_belong_to_no_layer() {
+        let selector = all_layers(names(&["q_proj", "embed_tokens", "lm_head"]));
+        let targets = selector.targets(&spec()).unwrap();
+        assert!(targets.embedding && targets.head && targets.sites.len() == 12);
+        let targets = SiteSelector { layers: Some([1].into()), ..selector }.targets(&spec()).unwrap();
+        // `lm_head` is the whole path, which no choice of layers narrows.
+        assert!(!targets.embedding && targets.head && targets.sites.len() == 1);
+        let targets = all_layers(PathMatch::pattern("target_modules", r".*\.embed_tokens").unwrap()).targets(&spec());
+        assert_eq!(targets.unwrap(), Targets { embedding: true, ..Targets::default() });
+    }
+
+    #[test]
+    fn a_file_must_hold_exactly_the_sites_that_are_named() {
+        let targets =
+            |sites: &[Site], embedding| Targets { sites: sites.iter().copied().collect(), embedding, head: false };
+        let expected = targets(&[(0, Module::QProj), (1, Module::QProj)], true);
+        expected.check_found(&expected).unwrap();
+        let refusal = |found: Targets| expected.check_found(&found).unwrap_err().to_string();
+        assert!(refusal(targets(&[(0, Module::QProj)], true)).contains("2 of the 3 sites"));
+        assert!(refusal(targets(&[(0, Module::QProj), (1, Module::QProj)], false)).contains("embed_tokens is missing"));
+        let more = targets(&[(0, Module::QProj), (1, Module::QProj), (1, Module::UpProj)], true);
+        assert!(refusal(more).contains("up_proj, which"));
     }
 }

@@ -1,21 +1,22 @@
 //! A linear layer of the resident base with room for any row's adapter.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use kernels::Cpu;
 use kernels::activations::QuantizedRows;
+use kernels::elementwise::scale_quantize;
 use kernels::gemm::Product;
 use kernels::linear::{Deltas, RowDelta, Shrunk};
 use kernels::quantized::PackedMatrix;
 use mistralrs_quant::{GgufMatMul, QuantMethod, QuantMethodConfig};
 
-use super::AdapterGroup;
 use super::gguf::{GgufError, RawTensor};
-use super::spec::Module;
+use crate::adapter::canonical::SiteDelta;
 
-/// `y = W x + b`, and for the rows of an adapter what its [`SiteDelta`](crate::adapter::canonical::SiteDelta) adds.
+/// `y = W x + b`, and for the rows of an adapter what its [`SiteDelta`] makes of it.
 #[derive(Debug)]
 pub struct AdaptedLinear {
     weights: Weights,
@@ -74,24 +75,28 @@ impl AdaptedLinear {
         }
     }
 
-    /// Fills `out` where the packed GEMM cannot, and says what is left to do.
-    fn product<'a>(&'a self, input: &Activations, out: &'a mut [f32]) -> Result<Product<'a>, candle_core::Error> {
+    /// Says what the packed GEMM has to do for `product`, and does at once what it cannot.
+    fn fill<'a>(&'a self, input: &Activations, product: &mut Product<'a>) -> Result<(), candle_core::Error> {
         match &self.weights {
-            Weights::Packed(matrix) => Ok(Product { weights: Some(matrix), bias: self.bias.as_deref(), out }),
+            Weights::Packed(matrix) => {
+                product.weights = Some(matrix);
+                product.bias = self.bias.as_deref();
+            }
             Weights::Method(method) => {
                 // Row by row: a library's GEMM may sum in another order for another number of rows, and a row must have
                 // the same bits in any batch.
                 let width = input.quantized.width();
-                for (x, out) in input.exact.chunks_exact(width).zip(out.chunks_exact_mut(self.out_features)) {
+                let rows = input.exact.chunks_exact(width).zip(product.out.chunks_exact_mut(self.out_features));
+                for (x, out) in rows {
                     let y = method.forward(&Tensor::from_slice(x, (1, width), &Device::Cpu)?)?.flatten_all()?;
                     out.copy_from_slice(&y.to_vec1::<f32>()?);
                     for (y, b) in out.iter_mut().zip(self.bias.iter().flatten()) {
                         *y += b;
                     }
                 }
-                Ok(Product { weights: None, bias: None, out })
             }
         }
+        Ok(())
     }
 }
 
@@ -110,50 +115,82 @@ fn quant_method(tensor: &RawTensor<'_>, row_order: Option<&[usize]>) -> Result<A
     Ok(Arc::new(build().map_err(|e| GgufError::Unsupported(e.to_string()))?))
 }
 
-/// The layers that read the same activations, run for all rows of a step: at most four.
-pub struct LinearCall<'a> {
-    pub layer: usize,
-    pub groups: &'a [AdapterGroup],
-    pub cpu: &'a Cpu,
+/// What lies between the regions of a call; reused from call to call.
+#[derive(Debug, Default)]
+pub struct LinearBuffers {
+    shrunk: Shrunk,
+    /// The activations of a layer whose input an adapter scales.
+    scaled: Activations,
 }
 
-impl LinearCall<'_> {
-    /// Writes `[rows, out_features]` of each layer to its `outs`.
-    pub fn run<const N: usize>(
-        &self,
-        layers: [(&AdaptedLinear, Module); N],
-        input: &Activations,
-        outs: [&mut [f32]; N],
-        shrunk: &mut Shrunk,
-    ) -> Result<(), candle_core::Error> {
-        let num_rows = input.quantized.num_rows();
-        let modules = layers.map(|(_, module)| module);
-        let mut outs = outs.into_iter();
-        let mut failure = None;
-        let mut products = layers.map(|(linear, _)| {
-            let out = outs.next().unwrap_or_default();
-            let out = &mut out[..num_rows * linear.out_features];
-            linear.product(input, out).unwrap_or_else(|e| {
-                failure = Some(e);
-                Product { weights: None, bias: None, out: &mut [] }
-            })
-        });
-        if let Some(e) = failure {
-            return Err(e);
+/// What the adapters of a batch do to the layers of a call: `get(group, layer)` gives the rows and the delta of adapter
+/// group `group` in `0..num_groups` at the call's layer number `layer`, if it changes that one.
+pub struct SiteDeltas<'a> {
+    pub num_groups: usize,
+    pub get: &'a (dyn Fn(usize, usize) -> Option<(Range<usize>, &'a SiteDelta)> + Sync),
+}
+
+impl std::fmt::Debug for SiteDeltas<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SiteDeltas").field("num_groups", &self.num_groups).finish_non_exhaustive()
+    }
+}
+
+/// Runs layers that read the same activations, at most four, for all rows of a step: writes `[rows, out_features]` of each
+/// to its `outs`.
+///
+/// A layer whose input an adapter scales in this batch has activations of its own, and so is a region of its own.
+pub fn run<const N: usize>(
+    cpu: &Cpu,
+    layers: [&AdaptedLinear; N],
+    deltas: &SiteDeltas<'_>,
+    input: &Activations,
+    outs: [&mut [f32]; N],
+    buffers: &mut LinearBuffers,
+) -> Result<(), candle_core::Error> {
+    let num_rows = input.quantized.num_rows();
+    let LinearBuffers { shrunk, scaled } = buffers;
+    let row_delta = |group: usize, layer: usize, product: usize| {
+        let (rows, SiteDelta { low_rank, output_scale, bias, .. }) = (deltas.get)(group, layer)?;
+        let (low_rank, output_scale, bias) = (low_rank.as_ref(), output_scale.as_deref(), bias.as_deref());
+        let changes = low_rank.is_some() || output_scale.is_some() || bias.is_some();
+        changes.then_some(RowDelta { product, rows, low_rank, output_scale, bias })
+    };
+    let mut is_done = [false; N];
+    let mut products: [Product<'_>; N] = outs.map(|out| Product { weights: None, bias: None, out });
+    for (i, (layer, product)) in layers.into_iter().zip(&mut products).enumerate() {
+        let out = std::mem::take(&mut product.out);
+        product.out = &mut out[..num_rows * layer.out_features];
+        is_done[i] = deltas.scale_input(cpu, i, input, scaled);
+        layer.fill(if is_done[i] { scaled } else { input }, product)?;
+        if is_done[i] {
+            let deltas = Deltas { count: deltas.num_groups, get: &|group| row_delta(group, i, 0) };
+            let own = Product { out: &mut *product.out, ..*product };
+            kernels::linear::run(cpu, &scaled.quantized, &input.exact, &mut [own], &deltas, shrunk);
+            product.weights = None;
         }
-        let Self { layer, groups, cpu } = *self;
-        let get = |i: usize| {
-            let (product, group) = (i % N, &groups[i / N]);
-            let delta = group.adapter.site(layer, modules[product])?;
-            Some(RowDelta {
-                product,
-                rows: group.rows.clone(),
-                low_rank: delta.low_rank.as_ref(),
-                bias: delta.bias.as_deref(),
-            })
+    }
+    let get = |i: usize| if is_done[i % N] { None } else { row_delta(i / N, i % N, i % N) };
+    let deltas = Deltas { count: deltas.num_groups * N, get: &get };
+    kernels::linear::run(cpu, &input.quantized, &input.exact, &mut products, &deltas, shrunk);
+    Ok(())
+}
+
+impl SiteDeltas<'_> {
+    /// Fills `scaled` with the activations of layer `layer` and says so, if any adapter scales its input.
+    fn scale_input(&self, cpu: &Cpu, layer: usize, input: &Activations, scaled: &mut Activations) -> bool {
+        let scale = |group: usize| {
+            let (rows, delta) = (self.get)(group, layer)?;
+            Some((rows, delta.input_scale.as_deref()?))
         };
-        let deltas = Deltas { count: groups.len() * N, get: &get };
-        kernels::linear::run(cpu, &input.quantized, &input.exact, &mut products, &deltas, shrunk);
-        Ok(())
+        if !(0..self.num_groups).any(|group| scale(group).is_some()) {
+            return false;
+        }
+        let shape = (input.quantized.num_rows(), input.quantized.width());
+        scaled.exact.resize(scaled.exact.len().max(shape.0 * shape.1), 0.0);
+        let scale_of = |row: usize| (0..self.num_groups).filter_map(scale).find(|(rows, _)| rows.contains(&row));
+        let scale_of = |row: usize| scale_of(row).map(|(_, scale)| scale);
+        scale_quantize(cpu, shape, &input.exact, &scale_of, &mut scaled.exact, &mut scaled.quantized);
+        true
     }
 }

@@ -4,20 +4,34 @@ use std::path::Path;
 
 use super::BaseWeights;
 use super::decoder::{gguf_name, hugging_face_rows};
-use super::gguf::{GgufError, GgufFile};
+use super::gguf::{GgufError, GgufFile, MatrixRows};
 use super::spec::{ModelSpec, Module};
 
 #[derive(Debug)]
 pub struct GgufWeights {
     file: GgufFile,
     spec: ModelSpec,
+    /// `[num_layers][Module as usize]`: a loader reads every row of a layer, so each is found without a look-up.
+    layers: Vec<[MatrixRows; Module::ALL.len()]>,
+    /// `[Module as usize]`, where the file has its rows in another order than Hugging Face.
+    row_orders: [Option<Vec<usize>>; Module::ALL.len()],
 }
 
 impl GgufWeights {
     pub fn open(path: &Path) -> Result<Self, GgufError> {
         let file = GgufFile::open(path)?;
         let spec = file.spec()?;
-        Ok(Self { file, spec })
+        let rows = |layer: usize, module: Module| {
+            let (in_features, out_features) = spec.module_shape(module);
+            file.matrix_rows(&format!("blk.{layer}.{}.weight", gguf_name(module)), (out_features, in_features))
+        };
+        let mut layers = Vec::new();
+        for layer in 0..spec.num_layers {
+            let [q, k, v, o, gate, up, down] = Module::ALL.map(|module| rows(layer, module));
+            layers.push([q?, k?, v?, o?, gate?, up?, down?]);
+        }
+        let row_orders = Module::ALL.map(|module| hugging_face_rows(&spec, module));
+        Ok(Self { file, spec, layers, row_orders })
     }
 }
 
@@ -27,10 +41,8 @@ impl BaseWeights for GgufWeights {
     }
 
     fn dequantize_row(&self, layer: usize, module: Module, row: usize, values: &mut [f32]) -> Result<(), GgufError> {
-        let (in_features, out_features) = self.spec.module_shape(module);
-        let name = format!("blk.{layer}.{}.weight", gguf_name(module));
-        let row = hugging_face_rows(&self.spec, module).map_or(row, |order| order[row]);
-        self.file.matrix(&name, (out_features, in_features))?.dequantize_row(row, values);
+        let row = self.row_orders[module as usize].as_ref().map_or(row, |order| order[row]);
+        self.file.dequantize_row(&self.layers[layer][module as usize], row, values);
         Ok(())
     }
 
@@ -41,7 +53,7 @@ impl BaseWeights for GgufWeights {
             return Ok(None);
         }
         let bias = self.file.vector(&name, out_features)?;
-        Ok(Some(match hugging_face_rows(&self.spec, module) {
+        Ok(Some(match &self.row_orders[module as usize] {
             Some(order) => order.iter().map(|&row| bias[row]).collect(),
             None => bias,
         }))

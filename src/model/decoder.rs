@@ -1,24 +1,25 @@
 //! The decoder of Llama and Qwen2: embedding, blocks of attention and gated feed-forward, norm, head.
 
+use std::ops::Range;
 use std::path::Path;
 
 use kernels::Cpu;
 use kernels::attention::{BLOCK_SIZE, KvSlot, KvStore, Queries, RotaryTable, attend, rotate_and_store};
 use kernels::elementwise::{RmsNorm, add_norm_quantize, swiglu_quantize};
-use kernels::linear::Shrunk;
 
-use super::adapted_linear::{Activations, AdaptedLinear, LinearCall};
+use super::adapted_linear::{self, Activations, AdaptedLinear, LinearBuffers, SiteDeltas};
+use super::embedding::{Embedding, VirtualRow};
 use super::gguf::{GgufError, GgufFile};
 use super::spec::{Architecture, ModelSpec, Module};
-use super::{ForwardBatch, Model, StepError};
+use super::{AdapterGroup, ForwardBatch, Model, StepError};
+use crate::adapter::canonical::{HeadDelta, Prelude};
 
 /// A decoder resident in memory, and the buffers of its step.
 #[derive(Debug)]
 pub struct Decoder {
     spec: ModelSpec,
     cpu: Cpu,
-    /// The file stays mapped for the embedding: a token reads one row of it.
-    file: GgufFile,
+    embedding: Embedding,
     blocks: Vec<Block>,
     output_norm: Vec<f32>,
     head: AdaptedLinear,
@@ -43,6 +44,7 @@ struct Block {
 #[derive(Debug, Default)]
 struct Buffers {
     slots: Vec<KvSlot>,
+    virtual_rows: Vec<VirtualRow>,
     hidden: Vec<f32>,
     /// What is added to `hidden` next: a block's attention or feed-forward result.
     residual: Vec<f32>,
@@ -52,7 +54,7 @@ struct Buffers {
     v: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
-    shrunk: Shrunk,
+    linear: LinearBuffers,
     /// `hidden` and `residual` of the rows whose logits are wanted.
     wanted: [Vec<f32>; 2],
     logits: Vec<f32>,
@@ -76,14 +78,14 @@ impl Decoder {
             // What is packed need not stay in memory as it was in the file too.
             file.release_pages();
         }
-        file.matrix(EMBEDDING, (vocab, hidden))?;
         // A model without a head of its own uses the embedding ("tied").
         let head = if file.has_tensor("output.weight") { "output.weight" } else { EMBEDDING };
         let head = AdaptedLinear::load(&cpu, &file.matrix(head, (vocab, hidden))?, None, None)?;
         let output_norm = file.vector("output_norm.weight", hidden)?;
         file.release_pages();
+        let embedding = Embedding::new(file, EMBEDDING, &spec)?;
         let rotary = RotaryTable::new(spec.context_length, spec.head_dim, spec.rope_theta);
-        Ok(Self { spec, cpu, file, blocks, output_norm, head, rotary, buffers: Buffers::default() })
+        Ok(Self { spec, cpu, embedding, blocks, output_norm, head, rotary, buffers: Buffers::default() })
     }
 
     /// Bytes of the packed weights.
@@ -101,10 +103,7 @@ impl Decoder {
         let Self { spec, cpu, blocks, buffers, rotary, .. } = self;
         let num_rows = batch.tokens.len();
         buffers.resize(spec, num_rows);
-        let embedding = self.file.tensor(EMBEDDING)?;
-        for (&token, hidden) in batch.tokens.iter().zip(buffers.hidden.chunks_exact_mut(spec.hidden_size)) {
-            embedding.dequantize_row(token as usize, hidden);
-        }
+        self.embedding.look_up(batch, &mut buffers.hidden, &mut buffers.virtual_rows)?;
         buffers.slots.clear();
         for sequence in batch.sequences {
             buffers.slots.extend((0..sequence.rows.len()).map(|i| {
@@ -113,8 +112,8 @@ impl Decoder {
             }));
         }
         for (layer, block) in blocks.iter().enumerate() {
-            let call = LinearCall { layer, groups: batch.groups, cpu };
-            block.forward(&call, spec, rotary, batch, kv, buffers)?;
+            let step = BlockStep { cpu, spec, rotary, layer, batch };
+            block.forward(&step, kv, buffers)?;
         }
         self.logits(batch, on_logits)
     }
@@ -139,13 +138,73 @@ impl Decoder {
             let Activations { exact, quantized } = &mut buffers.input;
             add_norm_quantize(cpu, hidden, Some(residual), norm, exact, quantized);
             let logits = &mut buffers.logits[..rows.len() * vocab];
-            let call = LinearCall { layer: 0, groups: &[], cpu };
-            call.run([(&self.head, Module::QProj)], &buffers.input, [&mut *logits], &mut buffers.shrunk)?;
+            let get = |group: usize, _| {
+                let AdapterGroup { rows: of_group, adapter } = &batch.groups[group];
+                match &adapter.head {
+                    Some(HeadDelta::Delta(delta)) => Some((places(rows, of_group), delta)),
+                    _ => None,
+                }
+            };
+            let deltas = SiteDeltas { num_groups: batch.groups.len(), get: &get };
+            let (input, linear) = (&buffers.input, &mut buffers.linear);
+            adapted_linear::run(cpu, [&self.head], &deltas, input, [&mut *logits], linear)?;
+            for AdapterGroup { rows: of_group, adapter } in batch.groups {
+                if let Some(HeadDelta::Replaced(head)) = &adapter.head {
+                    let Range { start, end } = places(rows, of_group);
+                    let normed = &input.exact[start * hidden_size..end * hidden_size];
+                    head.multiply(cpu, normed, &mut logits[start * vocab..end * vocab]);
+                }
+            }
             for (i, logits) in logits.chunks_exact_mut(vocab).enumerate() {
                 on_logits(chunk * LOGITS_ROWS + i, logits);
             }
         }
         Ok(())
+    }
+}
+
+/// Where in the ascending `rows` those within `range` stand.
+fn places(rows: &[usize], range: &Range<usize>) -> Range<usize> {
+    rows.partition_point(|row| *row < range.start)..rows.partition_point(|row| *row < range.end)
+}
+
+/// What a block's pass needs beside its weights and buffers.
+struct BlockStep<'a> {
+    cpu: &'a Cpu,
+    spec: &'a ModelSpec,
+    rotary: &'a RotaryTable,
+    layer: usize,
+    batch: &'a ForwardBatch<'a>,
+}
+
+impl BlockStep<'_> {
+    /// Runs layers that read `input`, adapters included.
+    fn linears<const N: usize>(
+        &self,
+        layers: [(&AdaptedLinear, Module); N],
+        input: &Activations,
+        outs: [&mut [f32]; N],
+        buffers: &mut LinearBuffers,
+    ) -> Result<(), StepError> {
+        let (number, groups) = (self.layer, self.batch.groups);
+        let modules = layers.map(|(_, module)| module);
+        let get = |group: usize, layer: usize| {
+            let AdapterGroup { rows, adapter } = &groups[group];
+            Some((rows.clone(), adapter.site(number, modules[layer])?))
+        };
+        let deltas = SiteDeltas { num_groups: groups.len(), get: &get };
+        Ok(adapted_linear::run(self.cpu, layers.map(|(layer, _)| layer), &deltas, input, outs, buffers)?)
+    }
+
+    /// Puts the prelude's keys and values in the place of those computed for its rows.
+    fn store_prelude(&self, kv: &mut KvStore, slots: &[KvSlot], virtual_rows: &[VirtualRow]) {
+        for &VirtualRow { row, group, position } in virtual_rows {
+            if let Some(Prelude::KeyValues { keys, values, .. }) = &self.batch.groups[group].adapter.prelude {
+                let width = self.spec.num_kv_heads * self.spec.head_dim;
+                let at = position * width..(position + 1) * width;
+                kv.set(self.layer, slots[row], &keys[self.layer][at.clone()], &values[self.layer][at]);
+            }
+        }
     }
 }
 
@@ -174,27 +233,21 @@ impl Block {
         })
     }
 
-    fn forward(
-        &self,
-        call: &LinearCall<'_>,
-        spec: &ModelSpec,
-        rotary: &RotaryTable,
-        batch: &ForwardBatch<'_>,
-        kv: &mut KvStore,
-        b: &mut Buffers,
-    ) -> Result<(), StepError> {
-        let (cpu, eps) = (call.cpu, spec.rms_norm_eps);
+    fn forward(&self, step: &BlockStep<'_>, kv: &mut KvStore, b: &mut Buffers) -> Result<(), StepError> {
+        let BlockStep { cpu, spec, layer, batch, .. } = *step;
+        let eps = spec.rms_norm_eps;
         let num_rows = batch.tokens.len();
         let norm = RmsNorm { weight: &self.attention_norm, eps };
-        let delta = (call.layer > 0).then_some(b.residual.as_slice());
+        let delta = (layer > 0).then_some(b.residual.as_slice());
         add_norm_quantize(cpu, &mut b.hidden, delta, norm, &mut b.input.exact, &mut b.input.quantized);
-        call.run(
+        step.linears(
             [(&self.q, Module::QProj), (&self.k, Module::KProj), (&self.v, Module::VProj)],
             &b.input,
             [&mut b.q, &mut b.k, &mut b.v],
-            &mut b.shrunk,
+            &mut b.linear,
         )?;
-        rotate_and_store(cpu, kv, call.layer, rotary, &b.slots, [&mut b.q, &mut b.k, &mut b.v]);
+        rotate_and_store(cpu, kv, layer, step.rotary, &b.slots, [&mut b.q, &mut b.k, &mut b.v]);
+        step.store_prelude(kv, &b.slots, &b.virtual_rows);
         let queries = |i: usize| {
             let sequence = &batch.sequences[i];
             Queries {
@@ -206,21 +259,20 @@ impl Block {
         };
         let width = spec.num_heads * spec.head_dim;
         let attended = &mut b.input.exact[..num_rows * width];
-        attend(cpu, kv, call.layer, batch.sequences.len(), &queries, &b.q, attended);
+        attend(cpu, kv, layer, batch.sequences.len(), &queries, &b.q, attended);
         b.input.quantized.quantize(cpu, num_rows, width, attended);
-        call.run([(&self.o, Module::OProj)], &b.input, [&mut b.residual], &mut b.shrunk)?;
+        step.linears([(&self.o, Module::OProj)], &b.input, [&mut b.residual], &mut b.linear)?;
         let norm = RmsNorm { weight: &self.feed_forward_norm, eps };
         add_norm_quantize(cpu, &mut b.hidden, Some(&b.residual), norm, &mut b.input.exact, &mut b.input.quantized);
-        call.run(
+        step.linears(
             [(&self.gate, Module::GateProj), (&self.up, Module::UpProj)],
             &b.input,
             [&mut b.gate, &mut b.up],
-            &mut b.shrunk,
+            &mut b.linear,
         )?;
         let Activations { exact, quantized } = &mut b.input;
         swiglu_quantize(cpu, num_rows, &b.gate, &b.up, exact, quantized);
-        call.run([(&self.down, Module::DownProj)], &b.input, [&mut b.residual], &mut b.shrunk)?;
-        Ok(())
+        step.linears([(&self.down, Module::DownProj)], &b.input, [&mut b.residual], &mut b.linear)
     }
 }
 

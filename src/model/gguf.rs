@@ -1,5 +1,6 @@
 //! Reading GGUF files: metadata through candle, tensor bytes through a memory map.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::quantized::GgmlDType;
@@ -46,44 +47,61 @@ pub struct RawTensor<'a> {
 impl RawTensor<'_> {
     /// The packed-GEMM format of this tensor's type; `None` for F16, F32 and what GGUF does not store.
     pub fn block_format(&self) -> Option<BlockFormat> {
-        Some(match self.dtype {
-            GgmlDType::Q4_0 => BlockFormat::Q4_0,
-            GgmlDType::Q4_1 => BlockFormat::Q4_1,
-            GgmlDType::Q5_0 => BlockFormat::Q5_0,
-            GgmlDType::Q5_1 => BlockFormat::Q5_1,
-            GgmlDType::Q8_0 => BlockFormat::Q8_0,
-            GgmlDType::Q2K => BlockFormat::Q2_K,
-            GgmlDType::Q3K => BlockFormat::Q3_K,
-            GgmlDType::Q4K => BlockFormat::Q4_K,
-            GgmlDType::Q5K => BlockFormat::Q5_K,
-            GgmlDType::Q6K => BlockFormat::Q6_K,
-            _ => return None,
-        })
+        block_format(self.dtype)
     }
 
     /// Row `index` as f32; `row` is `[shape[1]]`.
     pub fn dequantize_row(&self, index: usize, row: &mut [f32]) {
         let row_bytes = self.bytes.len() / self.shape[0];
-        let bytes = &self.bytes[index * row_bytes..][..row_bytes];
-        match (self.block_format(), self.dtype) {
-            (Some(format), _) => format.dequantize_row(bytes, row),
-            (None, GgmlDType::F32) => {
-                for (w, b) in row.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                    *w = f32::from_le_bytes(*b);
-                }
+        dequantize(self.dtype, &self.bytes[index * row_bytes..][..row_bytes], row);
+    }
+}
+
+/// The packed-GEMM format of a type; `None` for F16, BF16, F32 and what GGUF does not store.
+fn block_format(dtype: GgmlDType) -> Option<BlockFormat> {
+    Some(match dtype {
+        GgmlDType::Q4_0 => BlockFormat::Q4_0,
+        GgmlDType::Q4_1 => BlockFormat::Q4_1,
+        GgmlDType::Q5_0 => BlockFormat::Q5_0,
+        GgmlDType::Q5_1 => BlockFormat::Q5_1,
+        GgmlDType::Q8_0 => BlockFormat::Q8_0,
+        GgmlDType::Q2K => BlockFormat::Q2_K,
+        GgmlDType::Q3K => BlockFormat::Q3_K,
+        GgmlDType::Q4K => BlockFormat::Q4_K,
+        GgmlDType::Q5K => BlockFormat::Q5_K,
+        GgmlDType::Q6K => BlockFormat::Q6_K,
+        _ => return None,
+    })
+}
+
+fn dequantize(dtype: GgmlDType, bytes: &[u8], row: &mut [f32]) {
+    match (block_format(dtype), dtype) {
+        (Some(format), _) => format.dequantize_row(bytes, row),
+        (None, GgmlDType::F32) => {
+            for (w, b) in row.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                *w = f32::from_le_bytes(*b);
             }
-            (None, GgmlDType::BF16) => {
-                for (w, b) in row.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *w = half::bf16::from_le_bytes(*b).to_f32();
-                }
+        }
+        (None, GgmlDType::BF16) => {
+            for (w, b) in row.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *w = half::bf16::from_le_bytes(*b).to_f32();
             }
-            (None, _) => {
-                for (w, b) in row.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *w = half::f16::from_le_bytes(*b).to_f32();
-                }
+        }
+        (None, _) => {
+            for (w, b) in row.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *w = half::f16::from_le_bytes(*b).to_f32();
             }
         }
     }
+}
+
+/// Where the rows of a matrix lie in a file: found once, so that reading a row takes neither a look-up nor memory.
+#[derive(Debug, Clone)]
+pub struct MatrixRows {
+    dtype: GgmlDType,
+    /// Of the matrix, in bytes of the file.
+    place: Range<usize>,
+    row_bytes: usize,
 }
 
 /// An open GGUF file. Tensor bytes stay on disk until they are touched.
@@ -158,6 +176,12 @@ impl GgufFile {
     }
 
     pub fn tensor(&self, name: &str) -> Result<RawTensor<'_>, GgufError> {
+        let (dtype, shape, place) = self.place(name)?;
+        Ok(RawTensor { dtype, shape, bytes: &self.file.bytes()[place] })
+    }
+
+    /// Type, shape and bytes of a tensor, which lie within the file.
+    fn place(&self, name: &str) -> Result<(GgmlDType, Vec<usize>, Range<usize>), GgufError> {
         let info = self.content.tensor_infos.get(name).ok_or_else(|| GgufError::MissingTensor(name.to_string()))?;
         let shape = info.shape.dims().to_vec();
         let damaged = || GgufError::Damaged(name.to_string());
@@ -166,11 +190,26 @@ impl GgufFile {
             (elements / info.ggml_dtype.block_size()).checked_mul(info.ggml_dtype.type_size()).ok_or_else(damaged)?;
         let offset = self.content.tensor_data_offset.checked_add(info.offset).ok_or_else(damaged)?;
         let offset = usize::try_from(offset).map_err(|_| damaged())?;
-        let bytes = offset
-            .checked_add(len)
-            .and_then(|end| self.file.bytes().get(offset..end))
-            .ok_or_else(|| GgufError::Truncated { name: name.to_string(), offset, len })?;
-        Ok(RawTensor { dtype: info.ggml_dtype, shape, bytes })
+        match offset.checked_add(len).filter(|end| *end <= self.file.bytes().len()) {
+            Some(end) => Ok((info.ggml_dtype, shape, offset..end)),
+            None => Err(GgufError::Truncated { name: name.to_string(), offset, len }),
+        }
+    }
+
+    /// The rows of a matrix of exactly this shape.
+    pub fn matrix_rows(&self, name: &str, shape: (usize, usize)) -> Result<MatrixRows, GgufError> {
+        let dtype = self.matrix(name, shape)?.dtype;
+        let (_, _, place) = self.place(name)?;
+        Ok(MatrixRows { dtype, row_bytes: place.len() / shape.0.max(1), place })
+    }
+
+    /// Row `index` of `rows` as f32; `row` is `[columns]`.
+    ///
+    /// # Panics
+    /// When the matrix has fewer rows, or `rows` is of another file.
+    pub fn dequantize_row(&self, rows: &MatrixRows, index: usize, row: &mut [f32]) {
+        let bytes = &self.file.bytes()[rows.place.clone()][index * rows.row_bytes..][..rows.row_bytes];
+        dequantize(rows.dtype, bytes, row);
     }
 
     /// A matrix of exactly this shape, of a type this server can multiply.

@@ -4,6 +4,7 @@ pub mod adapted_linear;
 pub mod base_weights;
 pub mod catalogue;
 pub mod decoder;
+mod embedding;
 pub mod gguf;
 pub mod pull;
 pub mod spec;
@@ -76,8 +77,8 @@ pub trait BaseWeights: fmt::Debug + Send + Sync {
 pub enum StepError {
     #[error("base layer: {0}")]
     BaseLayer(#[from] candle_core::Error),
-    #[error(transparent)]
-    File(#[from] GgufError),
+    #[error("token {0} is neither of the vocabulary nor of the prelude of its row's adapter")]
+    Token(u32),
 }
 
 /// A model the engine can step. One thread owns it.

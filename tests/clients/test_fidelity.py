@@ -10,7 +10,20 @@ from lorry_server import FIXTURES, serving
 
 FIDELITY = FIXTURES.parent / "tools" / "fidelity.py"
 BASES = {"smollm2:135m": "smollm2-135m", "qwen2.5-coder:0.5b": "qwen2.5-coder-0.5b"}
-ADAPTERS = ["lora_qv", "lora_all", "rslora", "lora_patterns", "lora_layers"]
+ADAPTERS = [
+    "lora_qv",
+    "lora_all",
+    "lora_patterns",
+    "lora_layers",
+    "lora_bias",
+    "lora_embed",
+    "rslora",
+    "dora",
+    "ia3",
+    "ia3_wide",
+    "prompt",
+    "prefix",
+]
 
 pytestmark = pytest.mark.skipif(not FIDELITY.exists(), reason="skipped: the references are not beside the repository")
 

@@ -1,5 +1,10 @@
 //! A random decoder small enough to make, write and check within a test, and random adapters for any decoder.
 
+// Every test file compiles this one for itself and uses its own share.
+#![allow(dead_code)]
+
+pub mod peft;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
@@ -209,17 +214,19 @@ impl Lora {
     pub fn adapter(&self, name: &str) -> Arc<Adapter> {
         let delta = |site: &LoraSite| {
             let (inputs, outputs) = site.shape;
-            let low_rank = LowRank::pack(self.rank, inputs, outputs, self.scale, &site.a, &site.b);
+            let halves = |values: &[f32]| values.iter().map(|value| f16::from_f32(*value)).collect::<Vec<_>>();
+            let (a, b) = (halves(&site.a), halves(&site.b));
+            let low_rank = LowRank::pack(self.rank, inputs, outputs, self.scale, &a, &b);
             Some(SiteDelta { low_rank: Some(low_rank), bias: site.bias.clone(), ..SiteDelta::default() })
         };
-        let num_sites = self.sites.len() * Module::ALL.len();
-        Arc::new(Adapter {
+        let mut adapter = Adapter {
             name: name.to_owned(),
             generation: name.to_owned(),
             layers: self.sites.iter().map(|sites| sites.each_ref().map(delta)).collect(),
-            coverage: Coverage { num_sites, num_expected_sites: num_sites, max_rank: self.rank, resident_bytes: 0 },
             ..Adapter::default()
-        })
+        };
+        adapter.coverage = Coverage::of(&adapter);
+        Arc::new(adapter)
     }
 }
 

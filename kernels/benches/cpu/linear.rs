@@ -3,6 +3,7 @@
 use std::cell::LazyCell;
 
 use criterion::{BenchmarkId, Criterion};
+use half::f16;
 use kernels::Cpu;
 use kernels::activations::QuantizedRows;
 use kernels::gemm::Product;
@@ -57,7 +58,8 @@ pub fn bench(criterion: &mut Criterion) {
 }
 
 fn adapter() -> LowRank {
-    LowRank::pack(RANK, IN_FEATURES, OUT_FEATURES, 2.0, &values(RANK * IN_FEATURES), &values(OUT_FEATURES * RANK))
+    let halves = |n| values(n).into_iter().map(f16::from_f32).collect::<Vec<_>>();
+    LowRank::pack(RANK, IN_FEATURES, OUT_FEATURES, 2.0, &halves(RANK * IN_FEATURES), &halves(OUT_FEATURES * RANK))
 }
 
 /// One layer's buffers.
@@ -87,7 +89,7 @@ impl<'a> Layer<'a> {
         let share = self.rows / adapters.len();
         let get = |i: usize| {
             let rows = i * share..(i + 1) * share;
-            Some(RowDelta { product: 0, rows, low_rank: Some(&adapters[i]), bias: None })
+            Some(RowDelta { product: 0, rows, low_rank: Some(&adapters[i]), output_scale: None, bias: None })
         };
         let deltas = Deltas { count: adapters.len(), get: &get };
         let product = Product { weights, bias: None, out: &mut self.out };

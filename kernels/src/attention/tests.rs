@@ -103,3 +103,18 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn setting_a_position_equals_storing_it_without_rotation() {
+    let (kv_heads, head_dim) = (2, 64);
+    let (k, v) = (values(kv_heads * head_dim, 1), values(kv_heads * head_dim, 2));
+    let slot = KvSlot { block: BlockId(1), offset: 5, position: 0 };
+    for isa in Isa::available() {
+        let [mut stored, mut set] = [(); 2].map(|()| KvStore::new(2, kv_heads, head_dim, 3));
+        let rotary = RotaryTable::new(1, head_dim, 1e4);
+        let rows = [&mut vec![0.0; head_dim][..], &mut k.clone(), &mut v.clone()];
+        rotate_and_store(&Cpu::new(isa, 1), &mut stored, 1, &rotary, &[slot], rows);
+        set.set(1, slot, &k, &v);
+        assert!(stored.layers.iter().zip(&set.layers).all(|(a, b)| a.k == b.k && a.v == b.v), "{isa}");
+    }
+}

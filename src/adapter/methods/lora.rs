@@ -1,183 +1,176 @@
-//! LoRA and rsLoRA: `y = W x + b + s·B(A x)`, with `lora_bias` also `+ s·bias_B`.
+//! LoRA (Hu et al. 2021), rsLoRA and DoRA: `y = W x + b + s·B(A x)`, with `lora_bias` also `+ s·bias_B`; on the embedding
+//! `E[x] + s·(Aᵀ[x])Bᵀ`; or a head saved whole.
 //!
-//! A is `[rank, in]`, B is `[out, rank]`, bias_B is `[out]`; f16, bf16 or f32 in the file.
+//! A is `[rank, in]`, B is `[out, rank]`, bias_B and the magnitude are `[out]`.
 
-use std::collections::{BTreeMap, BTreeSet};
-
-use half::{bf16, f16};
+use half::slice::HalfFloatSliceExt;
+use kernels::half_matrix::HalfMatrix;
 use kernels::low_rank::LowRank;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
-use crate::adapter::canonical::{Coverage, SiteDelta};
+use super::dora::{self, Pair};
+use super::{all_sites, no_deltas};
+use crate::adapter::canonical::{Adapter, EmbeddingDelta, HeadDelta, Method, SiteDelta};
 use crate::adapter::error::AdapterError;
 use crate::adapter::peft_config::LoraConfig;
-use crate::adapter::sites::{Site, module_path};
-use crate::model::spec::{ModelSpec, Module};
-
-/// `[num_layers][Module as usize]`
-pub type Layers = Vec<[Option<SiteDelta>; Module::ALL.len()]>;
-
-/// A tensor under the name it has in the file.
-struct NamedTensor<'a> {
-    key: String,
-    view: TensorView<'a>,
-}
-
-/// What the file holds for one site.
-struct SiteTensors<'a> {
-    lora_a: Option<NamedTensor<'a>>,
-    lora_b: Option<NamedTensor<'a>>,
-    bias: Option<NamedTensor<'a>>,
-}
+use crate::adapter::sites::{EMBEDDING_PATH, HEAD_PATH, Site, Targets, module_path};
+use crate::adapter::tensors::{NamedTensor, Tensors};
+use crate::model::BaseWeights;
+use crate::model::spec::ModelSpec;
 
 /// Turns every tensor of the file into the delta of a site.
 ///
 /// # Errors
 /// When a tensor finds no place, or the sites of the file are not exactly those of the configuration, or a tensor has
 /// the wrong shape, rank or type or a value that is not finite.
-pub fn deltas(
-    config: &LoraConfig,
-    tensors: &SafeTensors<'_>,
-    spec: &ModelSpec,
-) -> Result<(Layers, Coverage), AdapterError> {
-    if tensors.is_empty() {
-        return Err(AdapterError::NoTensors);
+pub fn load(config: &LoraConfig, tensors: Tensors<'_>, base: &dyn BaseWeights) -> Result<Adapter, AdapterError> {
+    let spec = base.spec();
+    let expected = config.selector.targets(spec)?;
+    if config.use_dora && (expected.embedding || expected.head) {
+        return Err(AdapterError::field("use_dora", "not supported on the embedding or the head"));
     }
-    let expected = config.selector.sites(spec)?;
-    let placed = place(tensors, spec)?;
+    if config.lora_bias && expected.embedding {
+        return Err(AdapterError::field("lora_bias", "not defined on the embedding"));
+    }
+    if config.replaces_head && expected.head {
+        return Err(AdapterError::field("modules_to_save", "lm_head is named in target_modules too"));
+    }
+    let placed = Placed::of(tensors, spec)?;
+    let found = Targets {
+        sites: placed.sites.iter().map(|(site, _)| *site).collect(),
+        embedding: placed.embedding_a.is_some() || placed.embedding_b.is_some(),
+        head: placed.head.is_some(),
+    };
 
-    let mut layers: Layers = (0..spec.num_layers).map(|_| Default::default()).collect();
-    let mut coverage = Coverage { num_sites: 0, num_expected_sites: expected.len(), max_rank: 0, resident_bytes: 0 };
-    for (&(layer, module), site_tensors) in &placed {
-        let delta = site_delta(config, site_tensors, (layer, module), spec)?;
-        if let Some(low_rank) = &delta.low_rank {
-            coverage.max_rank = coverage.max_rank.max(low_rank.rank());
-            coverage.resident_bytes += low_rank.bytes();
-        }
-        coverage.resident_bytes += delta.bias.as_ref().map_or(0, |bias| size_of_val(bias.as_slice()));
-        coverage.num_sites += 1;
+    let mut layers = no_deltas(spec);
+    for (site, tensors) in &placed.sites {
+        let (layer, module) = *site;
+        let delta =
+            tensors.delta(config, &module_path(layer, module), spec.module_shape(module), Some((*site, base)))?;
         layers[layer][module as usize] = Some(delta);
     }
-    check_same_sites(&expected, &placed.into_keys().collect())?;
-    Ok((layers, coverage))
-}
-
-/// Assigns every tensor to a site of the base.
-fn place<'a>(tensors: &SafeTensors<'a>, spec: &ModelSpec) -> Result<BTreeMap<Site, SiteTensors<'a>>, AdapterError> {
-    let mut by_key: BTreeMap<&str, TensorView<'a>> = tensors.iter().collect();
-    let mut placed = BTreeMap::new();
-    for layer in 0..spec.num_layers {
-        for module in Module::ALL {
-            let path = module_path(layer, module);
-            let mut take = |suffix: &str| {
-                let key = format!("base_model.model.{path}.{suffix}");
-                by_key.remove(key.as_str()).map(|view| NamedTensor { key, view })
-            };
-            let site =
-                SiteTensors { lora_a: take("lora_A.weight"), lora_b: take("lora_B.weight"), bias: take("lora_B.bias") };
-            if site.lora_a.is_some() || site.lora_b.is_some() || site.bias.is_some() {
-                placed.insert((layer, module), site);
-            }
+    let embedding = found.embedding.then(|| placed.embedding_delta(config, spec)).transpose()?;
+    let shape = (spec.hidden_size, spec.vocab_size);
+    let head = placed.head.as_ref().map(|tensors| tensors.delta(config, HEAD_PATH, shape, None)).transpose()?;
+    expected.check_found(&found)?;
+    let head = match (&placed.saved_head, config.replaces_head) {
+        (None, false) => head.map(HeadDelta::Delta),
+        (Some(saved), true) => {
+            saved.check_shape(&[spec.vocab_size, spec.hidden_size])?;
+            Some(HeadDelta::Replaced(HalfMatrix::pack(spec.vocab_size, spec.hidden_size, &saved.f16_values()?)))
         }
-    }
-    match by_key.keys().next() {
-        None => Ok(placed),
-        Some(key) => {
-            let reason = format!(
-                "finds no site in the base, whose sites are the attention and feed-forward projections of {} layers",
-                spec.num_layers
-            );
-            Err(AdapterError::tensor(key, reason))
-        }
-    }
-}
-
-fn check_same_sites(expected: &BTreeSet<Site>, found: &BTreeSet<Site>) -> Result<(), AdapterError> {
-    if let Some(&(layer, module)) = expected.difference(found).next() {
-        return Err(AdapterError::Sites(format!(
-            "the file holds {} of the {} sites that adapter_config.json names: {} is missing",
-            expected.intersection(found).count(),
-            expected.len(),
-            module_path(layer, module)
-        )));
-    }
-    if let Some(&(layer, module)) = found.difference(expected).next() {
-        let path = module_path(layer, module);
-        return Err(AdapterError::Sites(format!(
-            "the file holds the site {path}, which adapter_config.json does not name"
-        )));
-    }
-    Ok(())
-}
-
-fn site_delta(
-    config: &LoraConfig,
-    tensors: &SiteTensors<'_>,
-    (layer, module): Site,
-    spec: &ModelSpec,
-) -> Result<SiteDelta, AdapterError> {
-    let path = module_path(layer, module);
-    let missing = |part: &str| AdapterError::Sites(format!("site {path} is incomplete: {part} is missing"));
-    let lora_a = tensors.lora_a.as_ref().ok_or_else(|| missing("lora_A.weight"))?;
-    let lora_b = tensors.lora_b.as_ref().ok_or_else(|| missing("lora_B.weight"))?;
-
-    let (in_features, out_features) = spec.module_shape(module);
-    let rank = config.rank(&path);
-    let scale = config.scale(&path)?;
-    lora_a.check_rank(0, in_features, rank)?;
-    lora_b.check_rank(1, out_features, rank)?;
-    let a = lora_a.values()?;
-    let b = lora_b.values()?;
-
-    let bias = match (&tensors.bias, config.lora_bias) {
-        (None, false) => None,
-        (None, true) => return Err(missing("lora_B.bias (field lora_bias is true)")),
-        (Some(bias), false) => return Err(AdapterError::tensor(&bias.key, "field lora_bias is not true")),
-        (Some(bias), true) => {
-            bias.check_shape(&[out_features])?;
-            Some(bias.values()?.into_iter().map(|value| scale * value).collect())
-        }
+        (None, true) => return Err(incomplete(HEAD_PATH, "weight (field modules_to_save)")),
+        (Some(saved), false) => return Err(AdapterError::tensor(saved.key, "field modules_to_save does not name it")),
     };
-    let low_rank = Some(LowRank::pack(rank, in_features, out_features, scale, &a, &b));
-    Ok(SiteDelta { low_rank, bias, ..SiteDelta::default() })
+    let method = match (config.use_dora, config.use_rslora) {
+        (true, _) => Method::Dora,
+        (false, true) => Method::RsLora,
+        (false, false) => Method::Lora,
+    };
+    Ok(Adapter { method, layers, embedding, head, ..Adapter::default() })
 }
 
-impl NamedTensor<'_> {
-    /// Checks a two-dimensional shape whose dimension `rank_dim` is the rank and whose other is `features`.
-    fn check_rank(&self, rank_dim: usize, features: usize, rank: usize) -> Result<(), AdapterError> {
-        let shape = self.view.shape();
-        if shape.len() == 2 && shape[1 - rank_dim] == features && shape[rank_dim] != rank {
-            let reason = format!("has rank {}, adapter_config.json says {rank}", shape[rank_dim]);
-            return Err(AdapterError::tensor(&self.key, reason));
-        }
-        self.check_shape(&if rank_dim == 0 { [rank, features] } else { [features, rank] })
+/// What the file holds for one linear layer.
+struct SiteTensors<'a> {
+    lora_a: Option<NamedTensor<'a>>,
+    lora_b: Option<NamedTensor<'a>>,
+    bias: Option<NamedTensor<'a>>,
+    magnitude: Option<NamedTensor<'a>>,
+}
+
+/// Every tensor of the file at its place.
+struct Placed<'a> {
+    sites: Vec<(Site, SiteTensors<'a>)>,
+    head: Option<SiteTensors<'a>>,
+    saved_head: Option<NamedTensor<'a>>,
+    embedding_a: Option<NamedTensor<'a>>,
+    embedding_b: Option<NamedTensor<'a>>,
+}
+
+impl<'a> Placed<'a> {
+    fn of(mut tensors: Tensors<'a>, spec: &ModelSpec) -> Result<Self, AdapterError> {
+        let site = |site: Site| Some((site, SiteTensors::take(&mut tensors, &module_path(site.0, site.1))?));
+        let sites = all_sites(spec).filter_map(site).collect();
+        let placed = Self {
+            sites,
+            head: SiteTensors::take(&mut tensors, HEAD_PATH),
+            saved_head: tensors.take_of(HEAD_PATH, "weight"),
+            embedding_a: tensors.take_of(EMBEDDING_PATH, "lora_embedding_A"),
+            embedding_b: tensors.take_of(EMBEDDING_PATH, "lora_embedding_B"),
+        };
+        tensors.refuse_rest()?;
+        Ok(placed)
     }
 
-    fn check_shape(&self, expected: &[usize]) -> Result<(), AdapterError> {
-        if self.view.shape() == expected {
-            return Ok(());
-        }
-        let reason = format!("has shape {:?}, the base needs {expected:?}", self.view.shape());
-        Err(AdapterError::tensor(&self.key, reason))
+    fn embedding_delta(&self, config: &LoraConfig, spec: &ModelSpec) -> Result<EmbeddingDelta, AdapterError> {
+        let missing = |part| incomplete(EMBEDDING_PATH, part);
+        let a = self.embedding_a.as_ref().ok_or_else(|| missing("lora_embedding_A"))?;
+        let b = self.embedding_b.as_ref().ok_or_else(|| missing("lora_embedding_B"))?;
+        let (rank, scale) = (config.rank(EMBEDDING_PATH), config.scale(EMBEDDING_PATH)?);
+        a.check_rank(0, spec.vocab_size, rank)?;
+        b.check_rank(1, spec.hidden_size, rank)?;
+        let (a, b) = (a.f16_values()?, b.f16_values()?.to_f32_vec());
+        Ok(EmbeddingDelta {
+            rank,
+            a: (0..spec.vocab_size).flat_map(|token| a[token..].iter().step_by(spec.vocab_size)).copied().collect(),
+            b: (0..rank).flat_map(|r| b[r..].iter().step_by(rank)).map(|value| scale * value).collect(),
+        })
+    }
+}
+
+impl<'a> SiteTensors<'a> {
+    /// `None` if the file holds nothing for the module at this path.
+    fn take(tensors: &mut Tensors<'a>, path: &str) -> Option<Self> {
+        let mut take = |name| tensors.take_of(path, name);
+        let site = Self {
+            lora_a: take("lora_A.weight"),
+            lora_b: take("lora_B.weight"),
+            bias: take("lora_B.bias"),
+            magnitude: take("lora_magnitude_vector"),
+        };
+        let all = [&site.lora_a, &site.lora_b, &site.bias, &site.magnitude];
+        all.iter().any(|tensor| tensor.is_some()).then_some(site)
     }
 
-    /// The elements, row-major, each within the range of f16: that is what the kernels keep.
-    fn values(&self) -> Result<Vec<f32>, AdapterError> {
-        let bytes = self.view.data();
-        let two_bytes = bytes.as_chunks::<2>().0.iter();
-        let values: Vec<f32> = match self.view.dtype() {
-            Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
-            Dtype::F16 => two_bytes.map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
-            Dtype::BF16 => two_bytes.map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
-            other => {
-                return Err(AdapterError::tensor(&self.key, format!("has type {other}; F16, BF16 and F32 are read")));
+    /// The delta of a layer of `(in, out)` features; `base` is where a magnitude finds the weight that it belongs to.
+    fn delta(
+        &self,
+        config: &LoraConfig,
+        path: &str,
+        (in_features, out_features): (usize, usize),
+        base: Option<(Site, &dyn BaseWeights)>,
+    ) -> Result<SiteDelta, AdapterError> {
+        let lora_a = self.lora_a.as_ref().ok_or_else(|| incomplete(path, "lora_A.weight"))?;
+        let lora_b = self.lora_b.as_ref().ok_or_else(|| incomplete(path, "lora_B.weight"))?;
+        let (rank, scale) = (config.rank(path), config.scale(path)?);
+        lora_a.check_rank(0, in_features, rank)?;
+        lora_b.check_rank(1, out_features, rank)?;
+        let vector = |tensor: &Option<NamedTensor<'_>>, name: &str, field: &str, is_expected: bool| match tensor {
+            None if is_expected => Err(incomplete(path, &format!("{name} (field {field} is true)"))),
+            Some(tensor) if !is_expected => Err(AdapterError::tensor(tensor.key, format!("field {field} is not true"))),
+            Some(tensor) => {
+                tensor.check_shape(&[out_features])?;
+                Ok(Some(tensor.f16_values()?.to_f32_vec()))
             }
+            None => Ok(None),
         };
-        // NaN is in no range and so found here too.
-        let Some(value) = values.iter().find(|value| !(-f16::MAX.to_f32()..=f16::MAX.to_f32()).contains(*value)) else {
-            return Ok(values);
+        let bias = vector(&self.bias, "lora_B.bias", "lora_bias", config.lora_bias)?;
+        let magnitude = vector(&self.magnitude, "lora_magnitude_vector", "use_dora", config.use_dora)?;
+
+        let (a, b) = (lora_a.f16_values()?, lora_b.f16_values()?);
+        let low_rank = Some(LowRank::pack(rank, in_features, out_features, scale, &a, &b));
+        let bias = bias.map(|bias| bias.into_iter().map(|value| scale * value).collect());
+        let (output_scale, bias) = match (magnitude, base) {
+            (Some(magnitude), Some((site, base))) => {
+                let pair = Pair { rank, scale, a: &a, b: &b };
+                let (output_scale, bias) = dora::output_scale_and_bias(&magnitude, &pair, site, base)?;
+                (Some(output_scale), bias)
+            }
+            _ => (None, bias),
         };
-        let reason = if value.is_finite() { "beyond the range of 16-bit floats" } else { "the weights are damaged" };
-        Err(AdapterError::tensor(&self.key, format!("holds {value}: {reason}")))
+        Ok(SiteDelta { low_rank, output_scale, bias, ..SiteDelta::default() })
     }
+}
+
+fn incomplete(path: &str, part: &str) -> AdapterError {
+    AdapterError::Sites(format!("site {path} is incomplete: {part} is missing"))
 }

@@ -6,12 +6,12 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::Duration;
 
-use hf_hub::api::Progress;
-use hf_hub::api::sync::ApiBuilder;
+use hf_hub::Repo;
+use hf_hub::api::sync::{Api, ApiBuilder};
+use hf_hub::api::{Progress, RepoInfo};
 use indicatif::ProgressBar;
 
 use super::SourceError;
-use crate::model::catalogue::HubFile;
 
 /// The client sets no bound on a silent server, so this one ends a download: the longest wait for the next byte.
 const MAX_SILENCE: Duration = Duration::from_secs(20);
@@ -23,18 +23,34 @@ enum Report {
     Ended(Result<PathBuf, String>),
 }
 
-/// Downloads `file` into `dir`. The client reads `HF_ENDPOINT` and `HF_HOME`; `HF_TOKEN` is passed to it here.
-pub(super) fn fetch(file: &HubFile, dir: &Path, bar: &ProgressBar) -> Result<PathBuf, SourceError> {
+/// What is in a repository.
+pub(crate) fn info(repo: &Repo) -> Result<RepoInfo, String> {
+    client(None).and_then(|client| client.repo(repo.clone()).info().map_err(|e| e.to_string()))
+}
+
+/// Downloads a file of at most `max_bytes` into `dir`.
+pub(crate) fn fetch(
+    repo: &Repo,
+    file: &str,
+    max_bytes: u64,
+    dir: &Path,
+    bar: &ProgressBar,
+) -> Result<PathBuf, SourceError> {
     let (reports, received) = mpsc::channel();
-    let (file, dir) = (file.clone(), dir.to_path_buf());
+    let (repo, file, dir) = (repo.clone(), file.to_owned(), dir.to_path_buf());
     thread::Builder::new().name("lorry-hub".to_string()).spawn(move || {
-        let result = download(&file, dir, Reporter(reports.clone()));
+        let reporter = Reporter(reports.clone());
+        let result = client(Some(dir))
+            .and_then(|client| client.repo(repo).download_with_progress(&file, reporter).map_err(|e| e.to_string()));
         // Nobody listens when the wait was given up.
         let _ = reports.send(Report::Ended(result));
     })?;
     let mut size_bytes = None;
     loop {
         match received.recv_timeout(MAX_SILENCE) {
+            Ok(Report::Size(size)) if size > max_bytes => {
+                return Err(SourceError::Hub(format!("it has {size} bytes, {max_bytes} are allowed")));
+            }
             Ok(Report::Size(size)) => {
                 size_bytes = Some(size);
                 bar.set_length(size);
@@ -58,14 +74,17 @@ pub(super) fn fetch(file: &HubFile, dir: &Path, bar: &ProgressBar) -> Result<Pat
     }
 }
 
-fn download(file: &HubFile, cache_dir: PathBuf, reporter: Reporter) -> Result<PathBuf, String> {
-    let mut builder = ApiBuilder::from_env().with_progress(false).with_cache_dir(cache_dir);
+/// The client reads `HF_ENDPOINT` and `HF_HOME`; `HF_TOKEN` is passed to it here.
+fn client(cache_dir: Option<PathBuf>) -> Result<Api, String> {
+    let mut builder = ApiBuilder::from_env().with_progress(false);
+    if let Some(dir) = cache_dir {
+        builder = builder.with_cache_dir(dir);
+    }
     let token = std::env::var("HF_TOKEN").ok().filter(|token| !token.is_empty());
     if token.is_some() {
         builder = builder.with_token(token);
     }
-    let repo = builder.build().map_err(|e| e.to_string())?.model(file.repo.clone());
-    repo.download_with_progress(&file.file, reporter).map_err(|e| e.to_string())
+    builder.build().map_err(|e| e.to_string())
 }
 
 struct Reporter(Sender<Report>);

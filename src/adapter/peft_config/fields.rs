@@ -1,0 +1,160 @@
+//! The fields of a configuration, taken one by one; what is left in the end must have its default value.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::Deserialize;
+use serde::de::{DeserializeOwned, Deserializer, Error as _, MapAccess, Visitor};
+use serde_json::Value;
+
+use super::FILE;
+use crate::adapter::error::AdapterError;
+use crate::adapter::sites::{PathMatch, SiteSelector, match_at_start};
+use crate::model::spec::Module;
+
+/// Fields of every method that matter to training, provenance or other runtimes only.
+const WITHOUT_EFFECT: &[&str] =
+    &["auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"];
+
+pub(super) fn parse_error(e: serde_json::Error) -> AdapterError {
+    AdapterError::Parse { file: FILE, reason: e.to_string() }
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "neither a value of the right type nor a list of them")]
+pub(super) enum OneOrMany<T> {
+    One(T),
+    Many(Vec<T>),
+}
+
+impl<T> OneOrMany<T> {
+    pub fn into_vec(self) -> Vec<T> {
+        match self {
+            Self::One(value) => vec![value],
+            Self::Many(values) => values,
+        }
+    }
+}
+
+impl OneOrMany<String> {
+    /// PEFT reads a single text as a pattern for the whole path, a list as names.
+    pub fn into_path_match(self, field: &str) -> Result<PathMatch, AdapterError> {
+        match self {
+            Self::One(pattern) => PathMatch::pattern(field, &pattern),
+            Self::Many(names) => Ok(PathMatch::Names(names)),
+        }
+    }
+}
+
+/// A JSON object in the order of the file: of several patterns that match, PEFT takes the first.
+#[derive(Default)]
+pub(super) struct Entries(pub Vec<(String, Value)>);
+
+impl<'de> Deserialize<'de> for Entries {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct EntriesVisitor;
+
+        impl<'de> Visitor<'de> for EntriesVisitor {
+            type Value = Entries;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Entries, M::Error> {
+                let mut entries = Vec::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    let value = map.next_value().map_err(|e| M::Error::custom(format!("field {name:?}: {e}")))?;
+                    entries.push((name, value));
+                }
+                Ok(Entries(entries))
+            }
+        }
+
+        deserializer.deserialize_map(EntriesVisitor)
+    }
+}
+
+/// The fields not yet interpreted.
+pub(super) struct Fields(BTreeMap<String, Value>);
+
+impl Fields {
+    pub fn parse(text: &[u8]) -> Result<Self, AdapterError> {
+        let entries: Entries = serde_json::from_slice(text).map_err(parse_error)?;
+        Ok(Self(entries.0.into_iter().collect()))
+    }
+
+    pub fn is_null(&self, name: &str) -> bool {
+        self.0.get(name).is_none_or(Value::is_null)
+    }
+
+    pub fn take(&mut self, name: &str) -> Value {
+        self.0.remove(name).unwrap_or(Value::Null)
+    }
+
+    pub fn take_as<T: DeserializeOwned>(&mut self, name: &str) -> Result<Option<T>, AdapterError> {
+        serde_json::from_value(self.take(name)).map_err(|e| AdapterError::field(name, e))
+    }
+
+    /// A text that must be there and be one of `supported`.
+    pub fn take_text(&mut self, name: &str, supported: &[&'static str]) -> Result<&'static str, AdapterError> {
+        let value = self.take(name);
+        let found = value.as_str().and_then(|text| supported.iter().copied().find(|candidate| *candidate == text));
+        found.ok_or_else(|| {
+            let problem = if value.is_null() { "missing".to_string() } else { format!("{value} is not supported") };
+            AdapterError::field(name, format!("{problem} (supported: {})", supported.join(", ")))
+        })
+    }
+
+    /// `target_modules` and `exclude_modules`: what every method that changes layers has.
+    pub fn take_selector(&mut self) -> Result<SiteSelector, AdapterError> {
+        let targets = match self.take_as::<OneOrMany<String>>("target_modules")? {
+            Some(OneOrMany::One(text)) if text.eq_ignore_ascii_case("all-linear") => {
+                PathMatch::Names(Module::ALL.map(|module| module.name().to_string()).to_vec())
+            }
+            Some(targets) => targets.into_path_match("target_modules")?,
+            None => return Err(AdapterError::field("target_modules", "missing: it must name the adapted modules")),
+        };
+        let excluded = self
+            .take_as::<OneOrMany<String>>("exclude_modules")?
+            .map(|excluded| excluded.into_path_match("exclude_modules"))
+            .transpose()?;
+        Ok(SiteSelector { targets, excluded, layers: None, layer_patterns: Vec::new() })
+    }
+
+    /// `layers_to_transform` and `layers_pattern`, which narrow `selector`.
+    pub fn take_layers(&mut self, selector: &mut SiteSelector) -> Result<(), AdapterError> {
+        let layers: Vec<usize> = self.take_as("layers_to_transform")?.map(OneOrMany::into_vec).unwrap_or_default();
+        if !layers.is_empty() && matches!(selector.targets, PathMatch::Pattern(_)) {
+            let reason = "has no meaning when target_modules is a pattern: put the layers into the pattern";
+            return Err(AdapterError::field("layers_to_transform", reason));
+        }
+        let layer_patterns: Vec<String> = self.take_as("layers_pattern")?.map(OneOrMany::into_vec).unwrap_or_default();
+        selector.layer_patterns = layer_patterns
+            .iter()
+            .filter(|pattern| !pattern.is_empty())
+            .map(|pattern| match_at_start("layers_pattern", &format!(r".*\.{pattern}\.(\d+)\.")))
+            .collect::<Result<_, _>>()?;
+        selector.layers = (!layers.is_empty()).then(|| layers.into_iter().collect());
+        Ok(())
+    }
+
+    /// Refuses what changes the arithmetic in a way this server does not know.
+    ///
+    /// `without_effect` are the method's own fields that matter to its training only.
+    pub fn refuse_rest(self, without_effect: &[&str]) -> Result<(), AdapterError> {
+        for (name, value) in self.0 {
+            let is_default = match &value {
+                Value::Null | Value::Bool(false) => true,
+                Value::Array(items) => items.is_empty(),
+                Value::Object(entries) => entries.is_empty(),
+                Value::Bool(true) | Value::Number(_) | Value::String(_) => false,
+            };
+            let has_effect = !WITHOUT_EFFECT.iter().chain(without_effect).any(|field| *field == name);
+            if !is_default && has_effect {
+                return Err(AdapterError::field(&name, "set to a value that this server does not support"));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,46 @@
+//! The configuration of (IA)³.
+
+use regex::Regex;
+
+use super::fields::{Fields, OneOrMany};
+use crate::adapter::error::AdapterError;
+use crate::adapter::sites::{SiteSelector, match_at_start};
+
+/// Which layers are scaled, and at which end.
+#[derive(Debug)]
+pub struct Ia3Config {
+    pub selector: SiteSelector,
+    feedforward: Feedforward,
+}
+
+#[derive(Debug)]
+enum Feedforward {
+    /// A path matches by its ending, with no regard to its dots.
+    Endings(Vec<String>),
+    /// Matches whole paths.
+    Pattern(Regex),
+}
+
+impl Ia3Config {
+    /// # Errors
+    /// When a field is malformed or asks for what this server does not do; names it.
+    pub(super) fn read(mut fields: Fields) -> Result<Self, AdapterError> {
+        let field = "feedforward_modules";
+        let feedforward = match fields.take_as::<OneOrMany<String>>(field)? {
+            None => Feedforward::Endings(Vec::new()),
+            Some(OneOrMany::Many(endings)) => Feedforward::Endings(endings),
+            Some(OneOrMany::One(pattern)) => Feedforward::Pattern(match_at_start(field, &format!(r"(?:{pattern})\z"))?),
+        };
+        let selector = fields.take_selector()?;
+        fields.refuse_rest(&["init_ia3_weights"])?;
+        Ok(Self { selector, feedforward })
+    }
+
+    /// Whether the vector of the layer at a module path scales its inputs, not its outputs.
+    pub fn is_feedforward(&self, path: &str) -> bool {
+        match &self.feedforward {
+            Feedforward::Endings(endings) => endings.iter().any(|ending| path.ends_with(ending.as_str())),
+            Feedforward::Pattern(pattern) => pattern.is_match(path),
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! The configuration of LoRA and what grew from it: rsLoRA, DoRA, patterns, biases, a head saved whole.
+
+use regex::Regex;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::fields::{Entries, Fields, parse_error};
+use crate::adapter::error::AdapterError;
+use crate::adapter::sites::{HEAD_PATH, SiteSelector, match_at_start};
+
+const MAX_RANK: usize = 1024;
+/// Entries of one `*_pattern`: several per site of any base, and few enough to compile.
+const MAX_PATTERN_ENTRIES: usize = 2048;
+
+/// PEFT's defaults for fields a file may leave out.
+const DEFAULT_RANK: usize = 8;
+const DEFAULT_ALPHA: f64 = 8.0;
+
+const WITHOUT_EFFECT: &[&str] =
+    &["eva_config", "lora_dropout", "megatron_config", "megatron_core", "qalora_group_size"];
+
+/// How the low-rank pairs of a LoRA adapter are to be applied.
+#[derive(Debug)]
+pub struct LoraConfig {
+    pub selector: SiteSelector,
+    /// Whether every site brings a `lora_B.bias`.
+    pub lora_bias: bool,
+    /// Whether every site brings a `lora_magnitude_vector`.
+    pub use_dora: bool,
+    pub use_rslora: bool,
+    /// Whether the file holds a whole head.
+    pub replaces_head: bool,
+    rank: usize,
+    alpha: f64,
+    rank_pattern: Vec<(Regex, usize)>,
+    alpha_pattern: Vec<(Regex, f64)>,
+}
+
+impl LoraConfig {
+    /// # Errors
+    /// When a field is malformed or asks for what this server does not do; names it. `text` is the whole configuration.
+    pub(super) fn read(mut fields: Fields, text: &[u8]) -> Result<Self, AdapterError> {
+        let patterns: Patterns = serde_json::from_slice(text).map_err(parse_error)?;
+        if !fields.is_null("bias") {
+            fields.take_text("bias", &["none"])?;
+        }
+        // The other initialisations subtracted the initial delta from the base weights, which the file does not hold.
+        match fields.take("init_lora_weights") {
+            Value::Null | Value::Bool(_) => {}
+            Value::String(name) if ["gaussian", "eva", "orthogonal"].contains(&name.as_str()) => {}
+            other => return Err(AdapterError::field("init_lora_weights", format!("{other} changed the base weights"))),
+        }
+
+        fields.take("rank_pattern");
+        fields.take("alpha_pattern");
+        let mut config = Self {
+            rank: fields.take_as("r")?.map_or(Ok(DEFAULT_RANK), |r| checked_rank("r", r))?,
+            alpha: fields.take_as("lora_alpha")?.unwrap_or(DEFAULT_ALPHA),
+            rank_pattern: patterns.rank_pattern.unwrap_or_default().compile("rank_pattern", checked_rank)?,
+            alpha_pattern: patterns.alpha_pattern.unwrap_or_default().compile("alpha_pattern", |_, alpha| Ok(alpha))?,
+            use_rslora: fields.take_as("use_rslora")?.unwrap_or(false),
+            use_dora: fields.take_as("use_dora")?.unwrap_or(false),
+            lora_bias: fields.take_as("lora_bias")?.unwrap_or(false),
+            selector: fields.take_selector()?,
+            replaces_head: false,
+        };
+        fields.take_layers(&mut config.selector)?;
+        let saved: Vec<String> = fields.take_as("modules_to_save")?.unwrap_or_default();
+        if let Some(module) = saved.iter().find(|module| *module != HEAD_PATH) {
+            let reason = format!("{module:?} is not supported (supported: {HEAD_PATH})");
+            return Err(AdapterError::field("modules_to_save", reason));
+        }
+        config.replaces_head = !saved.is_empty();
+        if config.use_dora && config.lora_bias {
+            return Err(AdapterError::field("use_dora", "not defined together with lora_bias"));
+        }
+        fields.refuse_rest(WITHOUT_EFFECT)?;
+        Ok(config)
+    }
+
+    /// Rank of the pair at a module path.
+    pub fn rank(&self, path: &str) -> usize {
+        first_match(&self.rank_pattern, path).unwrap_or(self.rank)
+    }
+
+    /// What the delta at a module path is multiplied by.
+    ///
+    /// # Errors
+    /// When it is no finite 32-bit number.
+    pub fn scale(&self, path: &str) -> Result<f32, AdapterError> {
+        let rank = self.rank(path) as f64;
+        let alpha = first_match(&self.alpha_pattern, path).unwrap_or(self.alpha);
+        let scale = (alpha / if self.use_rslora { rank.sqrt() } else { rank }) as f32;
+        if scale.is_finite() {
+            Ok(scale)
+        } else {
+            Err(AdapterError::field("lora_alpha", format!("{alpha} gives no finite scale at {path}")))
+        }
+    }
+}
+
+fn first_match<T: Copy>(patterns: &[(Regex, T)], path: &str) -> Option<T> {
+    patterns.iter().find(|(pattern, _)| pattern.is_match(path)).map(|(_, value)| *value)
+}
+
+fn checked_rank(field: &str, rank: i64) -> Result<usize, AdapterError> {
+    match usize::try_from(rank) {
+        Ok(rank @ 1..=MAX_RANK) => Ok(rank),
+        _ => Err(AdapterError::field(field, format!("{rank} is not a rank between 1 and {MAX_RANK}"))),
+    }
+}
+
+impl Entries {
+    fn compile<T: DeserializeOwned, U>(
+        self,
+        field: &str,
+        check: impl Fn(&str, T) -> Result<U, AdapterError>,
+    ) -> Result<Vec<(Regex, U)>, AdapterError> {
+        if self.0.len() > MAX_PATTERN_ENTRIES {
+            return Err(AdapterError::field(field, format!("more than {MAX_PATTERN_ENTRIES} entries")));
+        }
+        let compile_entry = |(key, value)| {
+            let field = format!("{field}[{key}]");
+            let value = serde_json::from_value(value).map_err(|e| AdapterError::field(&field, e))?;
+            Ok((match_at_start(&field, &format!(r"(?:.*\.)?(?:{key})\z"))?, check(&field, value)?))
+        };
+        self.0.into_iter().map(compile_entry).collect()
+    }
+}
+
+#[derive(Deserialize)]
+struct Patterns {
+    rank_pattern: Option<Entries>,
+    alpha_pattern: Option<Entries>,
+}

@@ -1,0 +1,214 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const V_PROJ_3: &str = "model.layers.3.self_attn.v_proj";
+
+fn lora(text: &str) -> Result<LoraConfig, AdapterError> {
+    match PeftConfig::parse(text.as_bytes())? {
+        PeftConfig::Lora(config) => Ok(config),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn config(fields: &str) -> Result<LoraConfig, AdapterError> {
+    lora(&format!(r#"{{"peft_type": "LORA", "target_modules": ["q_proj"]{fields}}}"#))
+}
+
+fn refusal(fields: &str) -> String {
+    config(fields).unwrap_err().to_string()
+}
+
+#[test]
+fn scale_is_alpha_over_rank_or_over_its_root() {
+    assert_eq!(config("").unwrap().scale(V_PROJ_3).unwrap(), 1.0);
+    assert_eq!(config(r#","r": 16, "lora_alpha": 32"#).unwrap().scale(V_PROJ_3).unwrap(), 2.0);
+    assert_eq!(config(r#","r": 16, "lora_alpha": 32, "use_rslora": true"#).unwrap().scale(V_PROJ_3).unwrap(), 8.0);
+}
+
+#[test]
+fn the_first_pattern_in_file_order_wins_and_matches_whole_components() {
+    let c = config(
+        r#","r": 4, "lora_alpha": 16, "alpha_pattern": {"self_attn.v_proj": 4},
+           "rank_pattern": {"v_proj": 2, "layers.3.self_attn.v_proj": 8, "a_proj": 1, "roj": 1}"#,
+    )
+    .unwrap();
+    assert_eq!(c.rank(V_PROJ_3), 2);
+    assert_eq!(c.rank("model.layers.3.self_attn.q_proj"), 4);
+    assert_eq!(c.scale(V_PROJ_3).unwrap(), 2.0);
+    let c = config(r#","rank_pattern": {"layers.3.self_attn.v_proj": 8, "a": 1, "v_proj": 2}"#).unwrap();
+    assert_eq!((c.rank(V_PROJ_3), c.rank("model.layers.13.self_attn.v_proj")), (8, 2));
+}
+
+#[test]
+fn a_field_that_changes_the_arithmetic_is_refused_by_name() {
+    for (name, value) in [
+        ("fan_in_fan_out", "true"),
+        ("modules_to_save", r#"["lm_head", "embed_tokens"]"#),
+        ("modules_to_save", r#"["score"]"#),
+        ("modules_to_save", "true"),
+        ("use_dora", r#"true, "lora_bias": true"#),
+        ("ensure_weight_tying", "true"),
+        ("layer_replication", "[[0, 4]]"),
+        ("trainable_token_indices", "[1]"),
+        ("arrow_config", r#"{"top_k": 3}"#),
+        ("field_of_the_future", "0.5"),
+        ("bias", r#""all""#),
+        ("init_lora_weights", r#""olora""#),
+        ("init_lora_weights", r#""pissa_niter_4""#),
+        ("task_type", r#""SEQ_CLS""#),
+        ("r", "0"),
+        ("r", "1025"),
+        ("r", "8.5"),
+        ("lora_alpha", "1e999"),
+        ("lora_alpha", "1e300"),
+        ("lora_alpha", "NaN"),
+        ("lora_alpha", r#""16""#),
+        ("rank_pattern", r#"{"q_proj": -1}"#),
+        ("rank_pattern", r#"{"(?=q)q_proj": 1}"#),
+        ("alpha_pattern", "[1]"),
+        ("layers_to_transform", "[-1]"),
+    ] {
+        let parsed = config(&format!(r#","{name}": {value}"#));
+        let refusal = match parsed.and_then(|c| c.scale(V_PROJ_3)) {
+            Ok(_) => panic!("{name} = {value} was accepted"),
+            Err(e) => e.to_string(),
+        };
+        let named = refusal.contains(name) || name == "alpha_pattern" && refusal.contains(FILE);
+        assert!(named, "{name} = {value}: {refusal}");
+    }
+}
+
+#[test]
+fn defaults_and_fields_without_effect_are_accepted() {
+    config(
+        r#","use_dora": false, "modules_to_save": null, "loftq_config": {}, "layer_replication": [],
+           "lora_dropout": 0.05, "megatron_core": "megatron.core", "qalora_group_size": 16, "revision": "main",
+           "init_lora_weights": "gaussian", "field_of_the_future": false, "task_type": null, "layers_pattern": """#,
+    )
+    .unwrap();
+}
+
+#[test]
+fn another_method_is_refused_by_its_type_before_its_fields() {
+    for text in [r#"{"block_size": 4, "peft_type": "LOHA"}"#, r#"{"peft_type": 3}"#, "{}"] {
+        assert!(PeftConfig::parse(text.as_bytes()).unwrap_err().to_string().contains("peft_type"), "{text}");
+    }
+}
+
+#[test]
+fn layers_with_a_pattern_are_refused() {
+    let refusal = lora(r#"{"peft_type": "LORA", "target_modules": ".*q_proj", "layers_to_transform": 1}"#).unwrap_err();
+    assert!(refusal.to_string().contains("layers_to_transform"));
+}
+
+#[test]
+fn a_head_saved_whole_is_known_by_its_field() {
+    assert!(config(r#","modules_to_save": ["lm_head"]"#).unwrap().replaces_head);
+    assert!(!config(r#","modules_to_save": []"#).unwrap().replaces_head);
+}
+
+fn ia3(fields: &str) -> Result<Ia3Config, AdapterError> {
+    let text = format!(r#"{{"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"]{fields}}}"#);
+    match PeftConfig::parse(text.as_bytes())? {
+        PeftConfig::Ia3(config) => Ok(config),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn feedforward_modules_match_the_end_of_a_path_or_the_whole_of_it() {
+    let path = "model.layers.3.mlp.down_proj";
+    assert!(ia3(r#","feedforward_modules": ["down_proj"]"#).unwrap().is_feedforward(path));
+    assert!(ia3(r#","feedforward_modules": ["n_proj"]"#).unwrap().is_feedforward(path));
+    assert!(ia3(r#","feedforward_modules": ".*down_proj""#).unwrap().is_feedforward(path));
+    assert!(!ia3(r#","feedforward_modules": "down_proj""#).unwrap().is_feedforward(path));
+    assert!(!ia3("").unwrap().is_feedforward(path));
+}
+
+#[test]
+fn a_field_that_changes_ia3_is_refused_by_name() {
+    ia3(r#","init_ia3_weights": true, "fan_in_fan_out": false, "modules_to_save": null, "task_type": "CAUSAL_LM""#)
+        .unwrap();
+    for (name, value) in [
+        ("fan_in_fan_out", "true"),
+        ("modules_to_save", r#"["lm_head"]"#),
+        ("layers_to_transform", "[1]"),
+        ("r", "8"),
+        ("use_dora", "true"),
+        ("feedforward_modules", "3"),
+        ("feedforward_modules", r#""(""#),
+        ("exclude_modules", "3"),
+        ("task_type", r#""SEQ_2_SEQ_LM""#),
+    ] {
+        let refusal = ia3(&format!(r#","{name}": {value}"#)).map(|_| ()).unwrap_err().to_string();
+        assert!(refusal.contains(name), "{name} = {value}: {refusal}");
+    }
+}
+
+fn prelude(kind: &str, fields: &str) -> Result<PreludeConfig, AdapterError> {
+    match PeftConfig::parse(format!(r#"{{"peft_type": "{kind}"{fields}}}"#).as_bytes())? {
+        PeftConfig::Prelude(config) => Ok(config),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_made_a_prompt_in_training_has_no_effect() {
+    for (kind, fields) in [
+        (
+            "PROMPT_TUNING",
+            r#","prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "x", "tokenizer_kwargs": {"a": 1}"#,
+        ),
+        ("P_TUNING", r#","encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 9, "encoder_dropout": 0.1"#),
+        ("PREFIX_TUNING", r#","prefix_projection": true, "encoder_hidden_size": 128, "init_weights": null"#),
+    ] {
+        let config = prelude(kind, &format!(r#","num_virtual_tokens": 20, "num_transformer_submodules": 1{fields}"#));
+        assert_eq!(config.unwrap().num_virtual_tokens, 20);
+    }
+}
+
+#[test]
+fn a_field_that_changes_a_prompt_is_refused_by_name() {
+    for kind in ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"] {
+        assert!(prelude(kind, "").unwrap_err().to_string().contains("num_virtual_tokens"));
+        for (name, value) in [
+            ("num_virtual_tokens", "0"),
+            ("num_virtual_tokens", "1025"),
+            ("num_virtual_tokens", "-1"),
+            ("num_virtual_tokens", "1e3"),
+            ("num_transformer_submodules", "2"),
+            ("token_dim", r#""wide""#),
+            ("modules_to_save", r#"["lm_head"]"#),
+            ("target_modules", r#"["q_proj"]"#),
+            ("init_weights", r#""x""#),
+        ] {
+            let number = if name == "num_virtual_tokens" { "" } else { r#","num_virtual_tokens": 4"# };
+            let refusal = prelude(kind, &format!(r#"{number},"{name}": {value}"#)).unwrap_err().to_string();
+            assert!(refusal.contains(name), "{kind} {name} = {value}: {refusal}");
+        }
+    }
+    assert!(prelude("PROMPT_TUNING", r#","num_virtual_tokens": 4, "prefix_projection": true"#).is_err());
+}
+
+#[test]
+fn text_that_is_no_object_is_refused_naming_the_file() {
+    for text in ["", "{ r: 8,", "[]", "null", "\u{0}", "{}{}"] {
+        assert!(PeftConfig::parse(text.as_bytes()).unwrap_err().to_string().contains(FILE), "{text:?}");
+    }
+    assert!(refusal(r#","r": 1e999"#).contains('r'));
+}
+
+proptest! {
+    #[test]
+    fn damaged_text_never_panics(at in any::<prop::sample::Index>(), byte: u8, cut in any::<prop::sample::Index>()) {
+        let mut text = br#"{"peft_type": "LORA", "r": 8, "rank_pattern": {"q_proj": 2}, "target_modules": ["q_proj"],
+            "lora_alpha": 16, "layers_to_transform": [0, 1], "layers_pattern": "layers"}"#.to_vec();
+        let at = at.index(text.len());
+        text[at] = byte;
+        if let Ok(PeftConfig::Lora(config)) = PeftConfig::parse(&text) {
+            prop_assert!((1..=1024).contains(&config.rank(V_PROJ_3)));
+        }
+        let _ = PeftConfig::parse(&text[..cut.index(text.len())]);
+    }
+}

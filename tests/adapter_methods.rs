@@ -1,0 +1,268 @@
+//! Adapters of every method from their files: what fits is loaded wholly, what does not is refused with its cause.
+
+mod shapes;
+mod tiny;
+
+use half::f16;
+use lorry::adapter::canonical::{Adapter, HeadDelta, Method, Prelude};
+use lorry::adapter::files::AdapterFiles;
+use lorry::adapter::loader;
+use lorry::model::spec::{Architecture, ModelSpec, Module};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use serde_json::{Value, json};
+use shapes::Shapes;
+use tiny::peft::{Kind, PREFIX, PeftAdapter};
+
+fn spec() -> ModelSpec {
+    ModelSpec {
+        architecture: Architecture::Llama,
+        hidden_size: 32,
+        intermediate_size: 64,
+        num_layers: 2,
+        num_heads: 2,
+        num_kv_heads: 1,
+        head_dim: 16,
+        vocab_size: 40,
+        rope_theta: 1e4,
+        rms_norm_eps: 1e-5,
+        context_length: 64,
+    }
+}
+
+fn good(kind: Kind) -> PeftAdapter {
+    PeftAdapter::random(kind, &spec(), 1)
+}
+
+fn load(files: &AdapterFiles) -> Result<Adapter, String> {
+    loader::load("draft", files, &Shapes(spec())).map_err(|e| e.to_string())
+}
+
+#[test]
+fn every_method_reports_its_name_and_what_it_changes() {
+    for (kind, method, name, num_sites, max_rank, num_virtual_tokens) in [
+        (Kind::LoraEverywhere, Method::Lora, "lora", 16, 3, 0),
+        (Kind::RsLoraBias, Method::RsLora, "rslora", 4, 9, 0),
+        (Kind::LoraSavedHead, Method::Lora, "lora", 3, 2, 0),
+        (Kind::Dora, Method::Dora, "dora", 6, 4, 0),
+        (Kind::Ia3, Method::Ia3, "ia3", 6, 0, 0),
+        (Kind::Ia3Wide, Method::Ia3, "ia3", 12, 0, 0),
+        (Kind::PromptTuning, Method::PromptTuning, "prompt-tuning", 0, 0, 5),
+        (Kind::PTuning, Method::PTuning, "p-tuning", 0, 0, 5),
+        (Kind::PrefixTuning, Method::PrefixTuning, "prefix-tuning", 0, 0, 5),
+    ] {
+        let adapter = load(&good(kind).files()).unwrap();
+        assert_eq!((adapter.method, adapter.method.to_string().as_str()), (method, name));
+        assert_eq!(serde_json::to_value(method).unwrap(), name);
+        let coverage = &adapter.coverage;
+        assert_eq!((coverage.num_sites, coverage.num_expected_sites), (num_sites, num_sites), "{kind:?}");
+        assert_eq!((coverage.max_rank, coverage.num_virtual_tokens), (max_rank, num_virtual_tokens), "{kind:?}");
+        // At least two bytes for each number in the file, and no more than its f32 with some padding.
+        let num_values: usize = good(kind).tensors.values().map(|(_, values)| values.len()).sum();
+        assert!((2 * num_values..8 * num_values).contains(&coverage.resident_bytes), "{kind:?}: {coverage:?}");
+    }
+}
+
+#[test]
+fn every_part_goes_to_its_place() {
+    let everywhere = load(&good(Kind::LoraEverywhere).files()).unwrap();
+    assert!(matches!(&everywhere.head, Some(HeadDelta::Delta(delta)) if delta.low_rank.is_some()));
+    let embedding = everywhere.embedding.unwrap();
+    let (_, a) = &good(Kind::LoraEverywhere).tensors[&format!("{PREFIX}model.embed_tokens.lora_embedding_A")];
+    assert_eq!(embedding.a[7 * 3 + 2], f16::from_f32(a[2 * 40 + 7]));
+
+    assert!(matches!(load(&good(Kind::LoraSavedHead).files()).unwrap().head, Some(HeadDelta::Replaced(_))));
+
+    let ia3 = load(&good(Kind::Ia3).files()).unwrap();
+    let site = |module| ia3.site(1, module).unwrap();
+    assert!(site(Module::KProj).output_scale.is_some() && site(Module::KProj).input_scale.is_none());
+    assert!(site(Module::DownProj).input_scale.is_some() && site(Module::DownProj).output_scale.is_none());
+
+    let prefix = load(&good(Kind::PrefixTuning).files()).unwrap();
+    let (_, values) = &good(Kind::PrefixTuning).tensors["prompt_embeddings"];
+    let Some(Prelude::KeyValues { keys, values: v, .. }) = &prefix.prelude else { panic!("{:?}", prefix.prelude) };
+    // Token 3, layer 1, in rows of 2 layers with K and V of 16.
+    assert_eq!(keys[1][3 * 16..4 * 16], values[3 * 64 + 32..][..16]);
+    assert_eq!(v[1][3 * 16..4 * 16], values[3 * 64 + 48..][..16]);
+}
+
+#[test]
+fn a_magnitude_equal_to_the_norm_changes_nothing_but_the_low_rank_pair() {
+    let mut draft = good(Kind::Dora);
+    // Rows of the base have length 1, and a B of zeros leaves them so.
+    for (key, (_, values)) in &mut draft.tensors {
+        if key.ends_with("lora_B.weight") {
+            values.fill(0.0);
+        } else if key.ends_with("lora_magnitude_vector") {
+            values.fill(0.5);
+        }
+    }
+    let adapter = load(&draft.files()).unwrap();
+    for scale in adapter.site(0, Module::DownProj).unwrap().output_scale.as_ref().unwrap() {
+        assert!((scale - 0.5).abs() < 1e-6, "{scale}");
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_its_cause() {
+    type Change = Box<dyn Fn(&mut PeftAdapter)>;
+    fn set(name: &'static str, value: Value) -> Change {
+        Box::new(move |draft| draft.config[name] = value.clone())
+    }
+    fn without(part: &'static str) -> Change {
+        Box::new(move |draft| draft.tensors.retain(|key, _| !key.ends_with(part)))
+    }
+    fn with(key: &'static str, shape: &'static [usize], value: f32) -> Change {
+        Box::new(move |draft| {
+            let values = vec![value; shape.iter().product()];
+            draft.tensors.insert(key.to_owned(), (shape.to_vec(), values));
+        })
+    }
+    const EMBEDDING_A: &str = "base_model.model.model.embed_tokens.lora_embedding_A";
+    const HEAD: &str = "base_model.model.lm_head.weight";
+    const MAGNITUDE: &str = "base_model.model.model.layers.1.self_attn.q_proj.lora_magnitude_vector";
+    const IA3_DOWN: &str = "base_model.model.model.layers.1.mlp.down_proj.ia3_l";
+    let cases: Vec<(Kind, &str, Change)> = vec![
+        (Kind::LoraEverywhere, "lora_embedding_B is missing", without("lora_embedding_B")),
+        (
+            Kind::LoraEverywhere,
+            "embed_tokens is missing",
+            without("lora_embedding_A").also(without("lora_embedding_B")),
+        ),
+        (Kind::LoraEverywhere, "embed_tokens, which", set("exclude_modules", json!(["embed_tokens"]))),
+        (Kind::LoraEverywhere, "rank", with(EMBEDDING_A, &[2, 40], 0.5)),
+        (Kind::LoraEverywhere, "shape", with(EMBEDDING_A, &[3, 41], 0.5)),
+        (Kind::LoraEverywhere, "NaN", with(EMBEDDING_A, &[3, 40], f32::NAN)),
+        (
+            Kind::LoraEverywhere,
+            "save_embedding_layers",
+            with("base_model.model.model.embed_tokens.base_layer.weight", &[40, 32], 0.5),
+        ),
+        (Kind::LoraEverywhere, "modules_to_save", with(HEAD, &[40, 32], 0.5)),
+        (Kind::LoraEverywhere, "modules_to_save", set("modules_to_save", json!(["lm_head"]))),
+        (Kind::LoraEverywhere, "use_dora", set("use_dora", json!(true))),
+        (Kind::LoraEverywhere, "lora_bias", set("lora_bias", json!(true))),
+        (Kind::LoraSavedHead, "lm_head is incomplete", without("lm_head.weight")),
+        (Kind::LoraSavedHead, "shape", with(HEAD, &[41, 32], 0.5)),
+        (Kind::LoraSavedHead, "inf", with(HEAD, &[40, 32], f32::INFINITY)),
+        (Kind::LoraSavedHead, "modules_to_save", set("modules_to_save", json!(["lm_head", "embed_tokens"]))),
+        (Kind::Dora, "lora_magnitude_vector", without("1.self_attn.q_proj.lora_magnitude_vector")),
+        (Kind::Dora, "use_dora", set("use_dora", json!(false))),
+        (Kind::Dora, "use_dora", set("lora_bias", json!(true))),
+        (Kind::Dora, "shape", with(MAGNITUDE, &[31], 1.0)),
+        (Kind::Dora, "NaN", with(MAGNITUDE, &[32], f32::NAN)),
+        (Kind::RsLoraBias, "16-bit", with("base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias", &[32], 1e5)),
+        (Kind::Ia3, "down_proj is missing", without("1.mlp.down_proj.ia3_l")),
+        (Kind::Ia3, "v_proj, which", set("target_modules", json!(["k_proj", "down_proj"]))),
+        (Kind::Ia3, "shape", set("feedforward_modules", json!([]))),
+        (Kind::Ia3, "shape", with(IA3_DOWN, &[64, 1], 1.0)),
+        (Kind::Ia3, "NaN", with(IA3_DOWN, &[1, 64], f32::NAN)),
+        (Kind::Ia3, "lm_head", set("target_modules", json!(["k_proj", "v_proj", "down_proj", "lm_head"]))),
+        (Kind::Ia3, "no site", set("target_modules", json!(["c_attn"]))),
+        (Kind::Ia3, "surprise", with("base_model.model.surprise.ia3_l", &[1], 1.0)),
+        (Kind::Ia3, "lora_A", with("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight", &[1, 32], 1.0)),
+        (Kind::PromptTuning, "shape", set("num_virtual_tokens", json!(6))),
+        (Kind::PromptTuning, "num_virtual_tokens", set("num_virtual_tokens", json!(100_000))),
+        (Kind::PromptTuning, "shape", with("prompt_embeddings", &[5, 33], 0.5)),
+        (Kind::PromptTuning, "NaN", with("prompt_embeddings", &[5, 32], f32::NAN)),
+        (Kind::PromptTuning, "no tensor", without("prompt_embeddings")),
+        (Kind::PromptTuning, "prompt_embeddings", without("prompt_embeddings").also(with("x", &[1], 1.0))),
+        (Kind::PromptTuning, "token_dim", set("token_dim", json!(64))),
+        (Kind::PTuning, "num_layers", set("num_layers", json!(3))),
+        (Kind::PTuning, "surprise", with("surprise", &[1], 1.0)),
+        (Kind::PrefixTuning, "num_attention_heads", set("num_attention_heads", json!(2))),
+        (Kind::PrefixTuning, "shape", with("prompt_embeddings", &[5, 32], 0.5)),
+        (Kind::PrefixTuning, "16-bit", with("prompt_embeddings", &[5, 64], 7e4)),
+    ];
+    for (kind, word, change) in cases {
+        let mut draft = good(kind);
+        change(&mut draft);
+        let refusal = load(&draft.files()).map(|_| ()).expect_err(word);
+        let is_named = refusal.contains(word) || word == "prompt_embeddings" && refusal.contains("\"x\"");
+        assert!(is_named, "{kind:?} {word}: {refusal}");
+    }
+}
+
+/// One change after another.
+trait Also {
+    fn also(self, next: Self) -> Self;
+}
+
+impl Also for Box<dyn Fn(&mut PeftAdapter)> {
+    fn also(self, next: Self) -> Self {
+        Box::new(move |draft| {
+            self(draft);
+            next(draft);
+        })
+    }
+}
+
+/// Bytes that are overwritten, or a place where the file is cut.
+#[derive(Debug, Clone)]
+enum Damage {
+    Overwrite(prop::sample::Index, Vec<u8>),
+    Cut(prop::sample::Index),
+    Swap(prop::sample::Index, prop::sample::Index),
+}
+
+impl Damage {
+    fn apply(&self, bytes: &mut Vec<u8>) {
+        if bytes.is_empty() {
+            return;
+        }
+        match self {
+            Self::Overwrite(at, with) => {
+                let at = at.index(bytes.len());
+                bytes[at..].iter_mut().zip(with).for_each(|(to, from)| *to = *from);
+            }
+            Self::Cut(at) => bytes.truncate(at.index(bytes.len())),
+            Self::Swap(a, b) => {
+                let (a, b) = (a.index(bytes.len()), b.index(bytes.len()));
+                bytes.swap(a, b);
+            }
+        }
+    }
+}
+
+#[test]
+fn ten_thousand_damaged_adapters_are_refused_or_are_whole() {
+    let originals = Kind::ALL.map(|kind| (good(kind).files(), load(&good(kind).files()).unwrap().coverage));
+    let index = || any::<prop::sample::Index>();
+    // Half of the damage to weights strikes the header, where the structure is.
+    let text = prop::collection::vec(prop::sample::select(br#"0123456789-"{}[]:,.eLnulltruefas_\"#.as_slice()), 1..6);
+    let damage = prop_oneof![
+        4 => (index(), text).prop_map(|(at, text)| Damage::Overwrite(at, text)),
+        2 => (index(), prop::collection::vec(any::<u8>(), 1..10)).prop_map(|(at, bytes)| Damage::Overwrite(at, bytes)),
+        1 => index().prop_map(Damage::Cut),
+        1 => (index(), index()).prop_map(|(a, b)| Damage::Swap(a, b)),
+    ];
+    let strategy = (0..Kind::ALL.len(), 0..3_usize, prop::collection::vec(damage, 1..3));
+    let mut runner = TestRunner::new(Config { cases: 10_000, failure_persistence: None, ..Config::default() });
+    let run = runner.run(&strategy, |(kind, file, damages)| {
+        let (original, coverage) = &originals[kind];
+        let (mut config, mut weights) = (original.config.clone(), original.weights.clone());
+        let header = 8 + u64::from_le_bytes(*weights.first_chunk().unwrap()) as usize;
+        for damage in damages {
+            match file {
+                0 => damage.apply(&mut config),
+                1 => damage.apply(&mut weights),
+                _ => {
+                    let mut head: Vec<u8> = weights.drain(..header.min(weights.len())).collect();
+                    damage.apply(&mut head);
+                    weights.splice(..0, head);
+                }
+            }
+        }
+        let files = AdapterFiles { config, manifest: None, weights };
+        if let Ok(adapter) = loader::load("damaged", &files, &Shapes(spec())) {
+            // What is accepted is an adapter of what the files say, no larger than they are.
+            let size = files.weights.len() + files.config.len();
+            prop_assert!(adapter.coverage.resident_bytes <= 4 * size, "{:?}", adapter.coverage);
+            prop_assert!(adapter.coverage.num_sites <= 16 && adapter.num_virtual_tokens() <= 5);
+            // All tensors are still there, so nothing of it has been left out.
+            prop_assert_eq!(adapter.coverage.num_sites, coverage.num_sites);
+        }
+        Ok(())
+    });
+    run.unwrap();
+}
