@@ -104,19 +104,13 @@ fn load_base(path: &Path, id: &str) -> Result<Base, AppError> {
     Ok(Base { id: id.to_string(), tokenizer: Arc::new(tokenizer), chat_template, fill_in_middle })
 }
 
-fn load_adapters(config: &Config, path: &Path, metrics: &Metrics) -> Result<AdapterRegistry, AppError> {
-    let root = config.adapters.dir();
-    if let Some(root) = root.filter(|root| *root == Path::new(config::DEFAULT_ADAPTERS_DIR) && !root.exists()) {
-        warn!("there is no folder {}: serving the base alone", root.display());
-        return Ok(AdapterRegistry::default());
+fn load_adapters(config: &Config, path: &Path, metrics: &Arc<Metrics>) -> Result<AdapterRegistry, AppError> {
+    let mut root = config.adapters.dir();
+    if let Some(absent) = root.take_if(|root| *root == Path::new(config::DEFAULT_ADAPTERS_DIR) && !root.exists()) {
+        warn!("there is no folder {}: serving the base alone", absent.display());
     }
     let base = GgufWeights::open(path).map_err(|source| AppError::Model { path: path.to_path_buf(), source })?;
-    let registry = AdapterRegistry::open(root, &base)?;
-    for adapter in registry.iter() {
-        metrics.adapters_resident.inc();
-        metrics.adapter_resident_bytes.add(adapter.coverage.resident_bytes.try_into().unwrap_or(i64::MAX));
-    }
-    Ok(registry)
+    Ok(AdapterRegistry::open(root, Arc::new(base), config.adapters.limits(), metrics.clone())?)
 }
 
 fn start_engine(decoder: Decoder, config: &Config, metrics: &Arc<Metrics>) -> EngineHandle {

@@ -1,12 +1,19 @@
 //! Configuration: compiled-in defaults < `--config FILE` < environment `LORRY__SECTION__KEY` < command line.
 
+mod secret;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use config::builder::DefaultState;
 use config::{ConfigBuilder, Environment, File, FileFormat};
 use kernels::Isa;
 use serde::{Deserialize, Deserializer};
+
+use crate::adapter::registry::RegistryOptions;
+
+pub use secret::Secret;
 
 /// Where adapters are looked for when nobody says otherwise; may be absent.
 pub const DEFAULT_ADAPTERS_DIR: &str = "adapters";
@@ -40,6 +47,19 @@ pub struct ServerConfig {
     pub port: u16,
     pub max_body_bytes: usize,
     pub cors: bool,
+    pub admin_key: Secret,
+    pub keys: Vec<KeyConfig>,
+}
+
+/// A client's key and what it opens.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeyConfig {
+    /// Whose it is, for errors and logs.
+    pub name: String,
+    pub key: Secret,
+    /// Names of adapters; one that ends in `*` stands for all that begin so.
+    pub adapters: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -52,6 +72,12 @@ pub struct ModelConfig {
 #[serde(deny_unknown_fields)]
 pub struct AdaptersConfig {
     dir: PathBuf,
+    pub host_budget_mib: u64,
+    pub max_adapter_mib: u64,
+    pub min_residency_seconds: u64,
+    pub max_wait_seconds: u64,
+    pub rescan_seconds: u64,
+    pub keep_generations: usize,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -140,6 +166,9 @@ impl Config {
             ("generation.completion_max_tokens", self.generation.completion_max_tokens),
             ("generation.chat_max_tokens", self.generation.chat_max_tokens),
         ];
+        if self.adapters.rescan_seconds == 0 {
+            return Err("adapters.rescan_seconds must be at least 1".to_string());
+        }
         if let Some((key, _)) = at_least_one.into_iter().find(|(_, value)| *value == 0) {
             return Err(format!("{key} must be at least 1"));
         }
@@ -148,9 +177,33 @@ impl Config {
         {
             return Err(format!("{key} must not be empty"));
         }
+        self.server.validate_keys()?;
         let temperature = self.generation.fim_temperature;
         if !(0.0..=2.0).contains(&temperature) {
             return Err(format!("generation.fim_temperature must be between 0 and 2, not {temperature}"));
+        }
+        Ok(())
+    }
+}
+
+impl ServerConfig {
+    fn validate_keys(&self) -> Result<(), String> {
+        for (index, KeyConfig { name, key, adapters }) in self.keys.iter().enumerate() {
+            let at = format!("server.keys[{index}]");
+            if name.is_empty() || key.is_empty() {
+                return Err(format!("{at} needs a name and a key that are not empty"));
+            }
+            let others = self.keys[..index].iter();
+            if others.clone().any(|other| other.name == *name) {
+                return Err(format!("{at}.name {name:?} is taken by another key"));
+            }
+            if others.map(|other| &other.key).chain([&self.admin_key]).any(|other| other == key) {
+                return Err(format!("{at}.key, of {name:?}, is also another's"));
+            }
+            let is_pattern = |pattern: &str| !pattern.strip_suffix('*').unwrap_or(pattern).contains('*');
+            if let Some(pattern) = adapters.iter().find(|pattern| !is_pattern(pattern)) {
+                return Err(format!("{at}.adapters has {pattern:?}: a `*` may stand only at the end, and once"));
+            }
         }
         Ok(())
     }
@@ -160,6 +213,18 @@ impl AdaptersConfig {
     /// The folder with the adapters, unless the server is to run without any.
     pub fn dir(&self) -> Option<&Path> {
         (!self.dir.as_os_str().is_empty()).then_some(self.dir.as_path())
+    }
+
+    /// What adapters are kept within.
+    pub fn limits(&self) -> RegistryOptions {
+        RegistryOptions {
+            host_budget_bytes: self.host_budget_mib.saturating_mul(1 << 20),
+            max_adapter_bytes: self.max_adapter_mib.saturating_mul(1 << 20),
+            min_residency: Duration::from_secs(self.min_residency_seconds),
+            max_wait: Duration::from_secs(self.max_wait_seconds),
+            rescan: Duration::from_secs(self.rescan_seconds),
+            keep_generations: self.keep_generations,
+        }
     }
 }
 
@@ -277,6 +342,38 @@ mod tests {
         let overrides = Overrides { model: Some(String::new()), ..Overrides::default() };
         let error = load(None, &[], &overrides).unwrap_err();
         assert!(error.contains("model.id must not be empty") && error.contains("command line"), "{error}");
+    }
+
+    #[test]
+    fn keys_come_from_a_file_and_the_admin_key_also_from_the_environment() {
+        let file =
+            "[server]\nadmin_key = 'a'\n[[server.keys]]\nname = 'team'\nkey = 'k'\nadapters = ['conala', 'team-*']";
+        let config = load(Some(file), &[("LORRY__SERVER__ADMIN_KEY", "1234")], &Overrides::default()).unwrap();
+        assert!(config.server.admin_key.matches("1234") && config.server.keys[0].key.matches("k"));
+        assert_eq!(config.server.keys[0].adapters, ["conala", "team-*"]);
+        let defaults = load(None, &[], &Overrides::default()).unwrap().server;
+        assert!(defaults.admin_key.is_empty() && defaults.keys.is_empty());
+    }
+
+    #[test]
+    fn a_key_that_says_nothing_clashes_or_has_a_bad_pattern_is_refused_by_its_place() {
+        let key = |name: &str, key: &str, pattern: &str| {
+            format!("[[server.keys]]\nname = '{name}'\nkey = '{key}'\nadapters = ['{pattern}']\n")
+        };
+        for (keys, word) in [
+            (key("a", "", "*"), "server.keys[0]"),
+            (key("", "a", "*"), "server.keys[0]"),
+            (key("a", "1", "*") + &key("a", "2", "*"), "server.keys[1].name"),
+            (key("a", "1", "*") + &key("b", "1", "*"), "server.keys[1].key"),
+            (key("a", "admin", "*"), "server.keys[0].key"),
+            (key("a", "1", "a*b"), "server.keys[0].adapters"),
+            (key("a", "1", "a**"), "server.keys[0].adapters"),
+            ("[[server.keys]]\nname = 'a'\nkey = '1'".to_owned(), "adapters"),
+        ] {
+            let file = format!("[server]\nadmin_key = 'admin'\n{keys}");
+            let error = load(Some(&file), &[], &Overrides::default()).unwrap_err();
+            assert!(error.contains(word), "{keys}: {error}");
+        }
     }
 
     #[test]

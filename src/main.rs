@@ -10,10 +10,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use lorry::adapter::check;
 use lorry::app::App;
 use lorry::bench::{self, BenchArgs};
 use lorry::config::{self, Config, Overrides};
 use lorry::http;
+use lorry::model::base_weights::GgufWeights;
 use lorry::model::{catalogue, pull};
 use tokio::net::TcpListener;
 use tracing::{info, warn};
@@ -42,6 +44,11 @@ enum Command {
         /// Catalogue id or hf:owner/repo/file.gguf.
         model: String,
     },
+    /// Look at adapters without serving them.
+    Adapters {
+        #[command(subcommand)]
+        command: AdaptersCommand,
+    },
     /// Measure prefill, decode and time to first token in-process; one JSON line per run.
     Bench {
         /// Configuration file (TOML).
@@ -52,11 +59,23 @@ enum Command {
     },
 }
 
+#[derive(Debug, Subcommand)]
+enum AdaptersCommand {
+    /// Load one adapter against a base and say what it changes, or why it is refused.
+    Check {
+        /// Folder of the adapter, as PEFT's save_pretrained writes it.
+        dir: PathBuf,
+        /// Base model: catalogue id, path of a GGUF file, or hf:owner/repo/file.gguf; the configured one when absent.
+        #[arg(long, value_name = "ID|PATH")]
+        model: Option<String>,
+    },
+}
+
 /// How long requests under way may take to finish after a signal to stop.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,notify=warn"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
@@ -79,6 +98,13 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
             println!("{}", path.display());
             Ok(())
         }
+        Command::Adapters { command: AdaptersCommand::Check { dir, model } } => {
+            let config = Config::load(None, &Overrides { model, ..Overrides::default() })?;
+            let path = pull::pull(&catalogue::resolve(&config.model.id)?, &config::lorry_home()?)?;
+            let base = GgufWeights::open(&path).map_err(|e| format!("model {}: {e}", path.display()))?;
+            println!("{}", check::check(&dir, &base).map_err(|cause| format!("adapter {}: {cause}", dir.display()))?);
+            Ok(())
+        }
         Command::Bench { config, args } => {
             let adapters = args.adapters.as_ref().map(|dir| dir.display().to_string());
             let overrides = Overrides { model: args.model.clone(), adapters, ..Overrides::default() };
@@ -87,7 +113,7 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
                 config.engine.max_draft_tokens = 0;
             }
             let app = App::load(config)?;
-            let adapters: Vec<_> = app.adapters.iter().cloned().collect();
+            let adapters = app.adapters.resident();
             let model = app.state.generation.base_id();
             let run = bench::run(&app.engine, &adapters, &args, model, app.spec.vocab_size);
             Ok(tokio::runtime::Runtime::new()?.block_on(run)?)

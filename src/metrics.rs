@@ -1,8 +1,12 @@
 //! Every metric of the server, declared once. Names: `lorry_<noun>_<unit>`, base units, counters end in `_total`.
 
+use prometheus::core::{Collector, Desc};
+use prometheus::proto::MetricFamily;
 use prometheus::{
     Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
 };
+
+use crate::adapter::registry::Usage;
 
 /// Seconds, from a fast first token to a long batch job.
 const LATENCY_BUCKETS: &[f64] =
@@ -28,8 +32,10 @@ pub struct Metrics {
     pub inter_token_latency_seconds: HistogramVec,
     pub time_per_output_token_seconds: HistogramVec,
     pub request_seconds: HistogramVec,
-    pub adapters_resident: IntGauge,
-    pub adapter_resident_bytes: IntGauge,
+    pub adapter_loads_total: IntCounter,
+    pub adapter_load_seconds: Histogram,
+    pub adapter_evictions_total: IntCounter,
+    pub adapter_refusals_total: IntCounter,
 }
 
 impl Metrics {
@@ -61,11 +67,20 @@ impl Metrics {
                 "Per request: (end - first token) / (output tokens - 1).",
             ),
             request_seconds: histograms("lorry_request_seconds", "From accepted by HTTP to the end."),
-            adapters_resident: gauge("lorry_adapters_resident", "Adapters loaded in memory."),
-            adapter_resident_bytes: gauge("lorry_adapter_resident_bytes", "Bytes of adapter weights in memory."),
+            adapter_loads_total: counter("lorry_adapter_loads_total", "Adapters loaded into memory."),
+            adapter_load_seconds: Histogram::with_opts(opts(
+                "lorry_adapter_load_seconds",
+                "From opening an adapter's files to ready, or refused.",
+            ))
+            .expect("constant name"),
+            adapter_evictions_total: counter(
+                "lorry_adapter_evictions_total",
+                "Adapters that left memory to make room for others.",
+            ),
+            adapter_refusals_total: counter("lorry_adapter_refusals_total", "Adapters found that cannot be served."),
             registry,
         };
-        let collectors: Vec<Box<dyn prometheus::core::Collector>> = vec![
+        let collectors: Vec<Box<dyn Collector>> = vec![
             Box::new(m.requests_running.clone()),
             Box::new(m.requests_waiting.clone()),
             Box::new(m.kv_blocks_used.clone()),
@@ -79,13 +94,29 @@ impl Metrics {
             Box::new(m.inter_token_latency_seconds.clone()),
             Box::new(m.time_per_output_token_seconds.clone()),
             Box::new(m.request_seconds.clone()),
-            Box::new(m.adapters_resident.clone()),
-            Box::new(m.adapter_resident_bytes.clone()),
+            Box::new(m.adapter_loads_total.clone()),
+            Box::new(m.adapter_load_seconds.clone()),
+            Box::new(m.adapter_evictions_total.clone()),
+            Box::new(m.adapter_refusals_total.clone()),
         ];
         for collector in collectors {
             m.registry.register(collector).expect("metric names are distinct");
         }
         m
+    }
+
+    /// Has `usage` asked at every scrape: nobody tells when a lease ends.
+    pub fn report_adapters(&self, usage: impl Fn() -> Usage + Send + Sync + 'static) {
+        let adapters = Adapters {
+            registered: gauge("lorry_adapters_registered", "Adapters known, in memory or not."),
+            resident: gauge("lorry_adapters_resident", "Adapters and compositions in memory."),
+            resident_bytes: gauge("lorry_adapter_resident_bytes", "Bytes of adapter weights in memory."),
+            leases: gauge("lorry_adapter_leases", "Adapters held by sequences, counted once for each."),
+            usage: Box::new(usage),
+        };
+        if let Err(e) = self.registry.register(Box::new(adapters)) {
+            tracing::error!("the adapters are missing in the metrics: {e}");
+        }
     }
 
     /// The Prometheus text exposition of every metric.
@@ -97,6 +128,35 @@ impl Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+struct Adapters {
+    registered: IntGauge,
+    resident: IntGauge,
+    resident_bytes: IntGauge,
+    leases: IntGauge,
+    usage: Box<dyn Fn() -> Usage + Send + Sync>,
+}
+
+impl Adapters {
+    fn gauges(&self) -> [&IntGauge; 4] {
+        [&self.registered, &self.resident, &self.resident_bytes, &self.leases]
+    }
+}
+
+impl Collector for Adapters {
+    fn desc(&self) -> Vec<&Desc> {
+        self.gauges().into_iter().flat_map(Collector::desc).collect()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        let Usage { registered, resident, resident_bytes, leases } = (self.usage)();
+        let values = [registered as u64, resident as u64, resident_bytes, leases as u64];
+        for (gauge, value) in self.gauges().into_iter().zip(values) {
+            gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
+        }
+        self.gauges().into_iter().flat_map(Collector::collect).collect()
     }
 }
 

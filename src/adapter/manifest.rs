@@ -18,6 +18,10 @@ pub struct AdapterManifest {
     /// The base it was trained on.
     pub base: Option<String>,
     pub licence: Option<String>,
+    /// Loaded first and never evicted.
+    pub pin: bool,
+    /// SHA-256 of `adapter_model.safetensors`, hexadecimal.
+    pub sha256: Option<String>,
     /// Template over `instruction` that renders the prompt it was trained with.
     pub prompt: Option<String>,
     /// Texts that end its output.
@@ -54,6 +58,9 @@ impl AdapterManifest {
         if max_tokens == Some(0) {
             return refuse("sampling.max_tokens", "must be at least 1");
         }
+        if manifest.sha256.as_deref().is_some_and(|sha256| !is_sha256(sha256)) {
+            return refuse("sha256", "must be 64 hexadecimal digits");
+        }
         if manifest.stop.iter().any(String::is_empty) {
             return refuse("stop", "an empty text would end every output at once");
         }
@@ -62,6 +69,10 @@ impl AdapterManifest {
         }
         Ok(manifest)
     }
+}
+
+fn is_sha256(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 #[cfg(test)]
@@ -76,6 +87,8 @@ mod tests {
             description = "Intent to code"
             base = "qwen2.5-coder:0.5b"
             licence = "MIT"
+            pin = true
+            sha256 = "00112233445566778899aabbccddeeff00112233445566778899AABBCCDDEEFF"
             prompt = "{{ instruction }}\n"
             stop = ["\n", "```"]
             [sampling]
@@ -86,6 +99,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(manifest.prompt.as_deref(), Some("{{ instruction }}\n"));
+        assert!(manifest.pin && manifest.sha256.is_some());
         assert_eq!(manifest.stop, ["\n", "```"]);
         let sampling = SamplingDefaults { temperature: Some(0.0), top_p: Some(0.95), max_tokens: Some(64) };
         assert_eq!(manifest.sampling, sampling);
@@ -101,6 +115,8 @@ mod tests {
         for (text, name) in [
             ("promt = 'x'", "promt"),
             ("stop = 'x'", "stop"),
+            ("pin = 1", "pin"),
+            ("sha256 = '00'", "sha256"),
             ("stop = ['']", "stop"),
             ("[sampling]\ntop_k = 3", "top_k"),
             ("[sampling]\ntemperature = -0.1", "temperature"),

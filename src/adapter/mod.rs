@@ -1,11 +1,19 @@
 //! Adapters: what is in their files, what they become in memory, and which are there.
 
 pub mod canonical;
+pub mod check;
+pub mod compose;
 pub mod error;
 pub mod files;
+mod generations;
+mod hub;
 pub mod loader;
 pub mod manifest;
 pub mod methods;
 pub mod peft_config;
 pub mod registry;
+pub mod residency;
+mod root;
 pub mod sites;
+pub mod tensors;
+mod weights_header;

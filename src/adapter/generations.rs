@@ -1,0 +1,112 @@
+//! The files of earlier generations, kept as hard links so that an adapter can be rolled back.
+//!
+//! `.lorry/generations/<name>/<generation>/` holds the files, and a record of their fingerprint: files that were
+//! rewritten in place changed with their links, and are no longer that generation.
+
+use std::cmp::Reverse;
+use std::io;
+
+use cap_std::fs::Dir;
+
+use super::files::{FILES, Fingerprint};
+use super::root::Root;
+
+const FOLDER: &str = ".lorry/generations";
+const RECORD: &str = "fingerprint.json";
+
+/// Keeps the files in `folder` as `generation` of `name`, and `num_kept` others.
+pub fn keep(root: &Root, name: &str, generation: &str, folder: &Dir, num_kept: usize) -> io::Result<()> {
+    let path = format!("{FOLDER}/{name}/{generation}");
+    if root.dir.exists(&path) && !is_intact(&root.dir.open_dir(&path)?) {
+        root.dir.remove_dir_all(&path)?;
+    }
+    if !root.dir.exists(&path) {
+        root.dir.create_dir_all(&path)?;
+        let kept = root.dir.open_dir(&path)?;
+        for file in FILES {
+            link(folder, file, &kept)?;
+        }
+    }
+    // Written even if it is there: its time says when the generation was last in use.
+    let kept = root.dir.open_dir(&path)?;
+    kept.write(RECORD, serde_json::to_vec(&Fingerprint::of(&kept))?)?;
+    for (old, _) in list(root, name).iter().filter(|(old, _)| old != generation).skip(num_kept) {
+        root.dir.remove_dir_all(format!("{FOLDER}/{name}/{old}"))?;
+    }
+    Ok(())
+}
+
+/// A link where that is possible, else a copy.
+fn link(from: &Dir, file: &str, to: &Dir) -> io::Result<()> {
+    match from.symlink_metadata(file) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Ok(metadata) if metadata.is_file() && from.hard_link(file, to, file).is_ok() => Ok(()),
+        _ => from.copy(file, to, file).map(drop),
+    }
+}
+
+/// The kept generations of `name` and their files, the one last in use first.
+pub fn list(root: &Root, name: &str) -> Vec<(String, Fingerprint)> {
+    let Ok(entries) = root.dir.read_dir(format!("{FOLDER}/{name}")) else { return Vec::new() };
+    let mut kept: Vec<_> = entries
+        .flatten()
+        .filter_map(|entry| {
+            let folder = entry.open_dir().ok().filter(is_intact)?;
+            let last_used = folder.metadata(RECORD).and_then(|record| record.modified()).ok()?.into_std();
+            Some((last_used, entry.file_name().into_string().ok()?, Fingerprint::of(&folder)))
+        })
+        .collect();
+    kept.sort_unstable_by_key(|(last_used, ..)| Reverse(*last_used));
+    kept.into_iter().map(|(_, generation, fingerprint)| (generation, fingerprint)).collect()
+}
+
+/// The folder of a kept generation; its content is for the caller to verify.
+pub fn open(root: &Root, name: &str, generation: &str) -> io::Result<Dir> {
+    root.dir.open_dir(format!("{FOLDER}/{name}/{generation}"))
+}
+
+fn is_intact(kept: &Dir) -> bool {
+    let record = kept.read(RECORD).ok().and_then(|record| serde_json::from_slice(&record).ok());
+    record == Some(Fingerprint::of(kept))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kept(root: &Root, name: &str) -> Vec<String> {
+        list(root, name).into_iter().map(|(generation, _)| generation).collect()
+    }
+
+    fn write(root: &Root, text: &str) -> Dir {
+        let staging = root.staging().unwrap();
+        staging.dir().unwrap().write(FILES[0], text).unwrap();
+        staging.replace("a").unwrap();
+        root.dir.open_dir("a").unwrap()
+    }
+
+    #[test]
+    fn the_latest_generations_are_kept_in_order_of_their_use() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::open(dir.path()).unwrap();
+        for generation in ["1", "2", "3", "2", "4"] {
+            keep(&root, "a", generation, &write(&root, generation), 2).unwrap();
+        }
+        assert_eq!(kept(&root, "a"), ["4", "2", "3"]);
+        assert_eq!(open(&root, "a", "2").unwrap().read_to_string(FILES[0]).unwrap(), "2");
+        assert!(kept(&root, "b").is_empty() && open(&root, "a", "1").is_err());
+    }
+
+    #[test]
+    fn a_generation_that_was_written_over_is_no_longer_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::open(dir.path()).unwrap();
+        let folder = write(&root, "1");
+        keep(&root, "a", "1", &folder, 2).unwrap();
+        assert_eq!(kept(&root, "a"), ["1"]);
+        folder.write(FILES[0], "changed").unwrap();
+        assert!(kept(&root, "a").is_empty());
+        keep(&root, "a", "1", &write(&root, "1"), 2).unwrap();
+        assert_eq!(kept(&root, "a"), ["1"]);
+    }
+}

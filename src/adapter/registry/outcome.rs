@@ -1,0 +1,286 @@
+//! What the registry makes of what was found in the folder and of what was loaded.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::error::AcquireError;
+use super::state::{CompositionKey, Entry, Load, State, Target};
+use crate::adapter::canonical::Adapter;
+use crate::adapter::files::{Fingerprint, Glance};
+use crate::adapter::residency::{ItemId, Reservation, Urgency};
+
+/// A folder that is replaced by two renames is missing in between.
+const REMOVAL_GRACE: Duration = Duration::from_millis(50);
+
+/// A folder with an adapter, not seen before or changed since.
+#[derive(Debug)]
+pub struct Noticed {
+    pub name: String,
+    pub fingerprint: Option<Fingerprint>,
+    pub glance: Result<Glance, String>,
+    /// Where the files are known from before.
+    pub generation: Option<String>,
+    pub previous_generations: Vec<String>,
+}
+
+/// What the files of an adapter turned into.
+#[derive(Debug)]
+pub struct Loaded {
+    pub fingerprint: Option<Fingerprint>,
+    pub generation: Option<String>,
+    pub adapter: Result<Adapter, String>,
+}
+
+/// Of the folder.
+impl State {
+    /// Takes up a folder, and plans to load it.
+    pub fn record(&mut self, noticed: Noticed, urgency: Urgency, now: Duration) {
+        let Noticed { name, fingerprint, glance, generation, previous_generations } = noticed;
+        let num_ids = &mut self.num_ids;
+        let entry = self.entries.entry(name.clone()).or_insert_with(|| {
+            *num_ids += 1;
+            Entry { id: *num_ids - 1, ..Entry::default() }
+        });
+        entry.fingerprint = fingerprint;
+        entry.generation = generation;
+        (entry.method, entry.coverage) = (None, None);
+        entry.previous_generations = previous_generations;
+        entry.is_missing = false;
+        match glance {
+            Err(cause) => self.refuse(&name, cause),
+            Ok(glance) => {
+                entry.failure = None;
+                entry.resident_bytes = glance.resident_bytes;
+                entry.manifest = Arc::new(glance.manifest);
+                let is_resident = entry.item.is_some_and(|item| self.resident.contains_key(&item));
+                entry.is_stale = is_resident;
+                // Until it is loaded the old generation is served: that must not wait behind others.
+                let urgency = match urgency {
+                    _ if is_resident => Urgency::Request,
+                    Urgency::Fill if entry.manifest.pin => Urgency::Prefetch,
+                    urgency => urgency,
+                };
+                self.load_of(Target::Adapter(name), urgency, now);
+            }
+        }
+    }
+
+    pub fn set_previous_generations(&mut self, name: &str, previous: Vec<String>) {
+        if let Some(entry) = self.entries.get_mut(name) {
+            entry.previous_generations = previous;
+        }
+    }
+
+    pub fn rescan_within(&mut self, time: Duration, now: Duration) {
+        self.rescan_at = self.rescan_at.min(now + time);
+    }
+
+    /// Lets go of every adapter that is not among `present`, if it was not there the last time either.
+    pub fn remove_missing(&mut self, present: &[String], now: Duration) {
+        let mut gone = Vec::new();
+        for (name, entry) in &mut self.entries {
+            let is_missing = present.binary_search(name).is_err();
+            if is_missing && entry.is_missing {
+                gone.push(name.clone());
+            } else if is_missing {
+                self.rescan_at = self.rescan_at.min(now + REMOVAL_GRACE);
+            }
+            entry.is_missing = is_missing;
+        }
+        for name in gone {
+            self.forget(&name);
+        }
+    }
+
+    pub fn forget(&mut self, name: &str) {
+        self.retire_current(name);
+        self.entries.remove(name);
+        if let Some(load) = self.take_load(&Target::Adapter(name.to_owned())) {
+            load.end(&Err(AcquireError::Unknown(name.to_owned())));
+        }
+        tracing::info!("adapter {name} removed");
+    }
+}
+
+/// Of loading.
+impl State {
+    /// An adapter that was loaded before it was put in the folder, if there is room for it.
+    pub fn adopt(&mut self, name: &str, loaded: Loaded, bytes: u64, now: Duration) {
+        let target = Target::Adapter(name.to_owned());
+        let item = self.load_of(target, Urgency::Prefetch, now).item;
+        if let Reservation::Granted { .. } = self.reserve(item, bytes, Urgency::Prefetch, now) {
+            self.finish_adapter(name, loaded, now);
+        }
+    }
+
+    pub fn finish_adapter(&mut self, name: &str, loaded: Loaded, now: Duration) {
+        let Some(load) = self.take_load(&Target::Adapter(name.to_owned())) else { return };
+        let Some(entry) = self.entries.get_mut(name) else {
+            self.residency.remove(load.item);
+            return load.end(&Err(AcquireError::Unknown(name.to_owned())));
+        };
+        entry.fingerprint = loaded.fingerprint;
+        entry.generation = loaded.generation;
+        match loaded.adapter {
+            Ok(adapter) => self.settle(name, load, adapter, now),
+            Err(cause) => {
+                self.residency.remove(load.item);
+                self.refuse(name, cause.clone());
+                load.end(&Err(AcquireError::Refused { name: name.to_owned(), cause }));
+            }
+        }
+    }
+
+    fn settle(&mut self, name: &str, load: Load, adapter: Adapter, now: Duration) {
+        let Some(entry) = self.entries.get_mut(name) else { return };
+        let bytes = adapter.coverage.resident_bytes as u64;
+        entry.resident_bytes = bytes;
+        entry.method = Some(adapter.method);
+        entry.coverage = Some(adapter.coverage.clone());
+        entry.manifest = Arc::new(adapter.manifest.clone());
+        entry.failure = None;
+        let (pinned, old) = (adapter.manifest.pin, entry.item);
+        let adapter = Arc::new(adapter);
+        if let Some(same) =
+            old.and_then(|old| self.resident.get(&old)).filter(|old| old.generation == adapter.generation)
+        {
+            entry.is_stale = false;
+            self.residency.remove(load.item);
+            load.end(&Ok(same.clone()));
+            return self.trash.push(adapter);
+        }
+        match self.reserve(load.item, bytes, load.urgency, now) {
+            Reservation::Granted { .. } => {
+                self.retire_all_but(name, &adapter.generation);
+                self.residency.commit(load.item, bytes, pinned, now);
+                if let Some(entry) = self.entries.get_mut(name) {
+                    (entry.item, entry.is_stale) = (Some(load.item), false);
+                }
+                let coverage = &adapter.coverage;
+                tracing::info!(
+                    "adapter {name}: {} of {} sites, rank {}, {:.1} MB, generation {:.8}",
+                    coverage.num_sites,
+                    coverage.num_expected_sites,
+                    coverage.max_rank,
+                    bytes as f64 / 1e6,
+                    adapter.generation
+                );
+                self.metrics.adapter_loads_total.inc();
+                self.resident.insert(load.item, adapter.clone());
+                load.end(&Ok(adapter));
+            }
+            // More than was estimated: again, now that the size is known.
+            Reservation::Wait => {
+                self.residency.remove(load.item);
+                self.trash.push(adapter);
+                self.loads.push(load);
+            }
+            Reservation::TooLarge => {
+                self.residency.remove(load.item);
+                self.trash.push(adapter);
+                let cause = self.too_large(bytes);
+                self.refuse(name, cause.clone());
+                load.end(&Err(AcquireError::Refused { name: name.to_owned(), cause }));
+            }
+        }
+    }
+
+    pub fn finish_composition(&mut self, key: CompositionKey, composed: Result<Adapter, String>, now: Duration) {
+        let Some(load) = self.take_load(&Target::Composition(key.clone(), Vec::new())) else { return };
+        let adapter = match composed {
+            Ok(adapter) => Arc::new(adapter),
+            Err(cause) => {
+                self.residency.remove(load.item);
+                return load.end(&Err(AcquireError::Composition(cause)));
+            }
+        };
+        let bytes = adapter.coverage.resident_bytes as u64;
+        match self.reserve(load.item, bytes, load.urgency, now) {
+            Reservation::Granted { .. } => {
+                self.residency.commit(load.item, bytes, false, now);
+                self.resident.insert(load.item, adapter.clone());
+                self.compositions.insert(key, load.item);
+                load.end(&Ok(adapter));
+            }
+            Reservation::Wait | Reservation::TooLarge => {
+                self.residency.remove(load.item);
+                self.trash.push(adapter);
+                self.end_without_memory(load);
+            }
+        }
+    }
+
+    /// Larger than the whole budget: it will never fit.
+    pub(super) fn refuse_size(&mut self, index: usize) {
+        let load = self.loads.remove(index);
+        match load.target.clone() {
+            Target::Adapter(name) => {
+                let cause = self.too_large(self.entries.get(&name).map_or(0, |entry| entry.resident_bytes));
+                self.refuse(&name, cause.clone());
+                load.end(&Err(AcquireError::Refused { name, cause }));
+            }
+            Target::Composition(_, members) => {
+                let bytes = members.iter().map(|(member, _)| member.coverage.resident_bytes as u64).sum();
+                let cause = self.too_large(bytes);
+                load.end(&Err(AcquireError::Composition(cause)));
+            }
+        }
+    }
+
+    fn too_large(&self, bytes: u64) -> String {
+        let budget = self.residency.budget();
+        format!("it takes {bytes} bytes of memory, adapters.host_budget_mib allows {budget} for all: raise it")
+    }
+
+    /// From now on the name is an error; what runs goes on.
+    fn refuse(&mut self, name: &str, cause: String) {
+        tracing::error!("adapter {name} refused: {cause}");
+        self.metrics.adapter_refusals_total.inc();
+        self.retire_current(name);
+        let Some(entry) = self.entries.get_mut(name) else { return };
+        entry.failure = Some(cause.clone());
+        if let Some(load) = self.take_load(&Target::Adapter(name.to_owned())) {
+            self.residency.remove(load.item);
+            load.end(&Err(AcquireError::Refused { name: name.to_owned(), cause }));
+        }
+    }
+
+    fn take_load(&mut self, target: &Target) -> Option<Load> {
+        let index = self.loads.iter().position(|load| load.target.is(target))?;
+        Some(self.loads.remove(index))
+    }
+
+    /// The old generation may not be served for ever because there is no memory for the new one.
+    pub(super) fn retire_stale(&mut self, name: &str) {
+        if self.entries.get(name).is_some_and(|entry| entry.is_stale) {
+            self.retire_current(name);
+        }
+    }
+
+    /// Nobody gets what is resident of `name` any more, nor a composition with it.
+    fn retire_current(&mut self, name: &str) {
+        self.retire_all_but(name, "");
+    }
+
+    fn retire_all_but(&mut self, name: &str, generation: &str) {
+        if let Some(entry) = self.entries.get_mut(name) {
+            entry.is_stale = false;
+            if let Some(item) = entry.item.take() {
+                self.retire(item, vec![name.to_owned()]);
+            }
+        }
+        let is_old =
+            |(member, its_generation, _): &(String, String, u32)| member == name && its_generation != generation;
+        let composed: Vec<_> = self.compositions.extract_if(|key, _| key.iter().any(is_old)).collect();
+        for (key, item) in composed {
+            self.retire(item, key.into_iter().map(|(member, ..)| member).collect());
+        }
+    }
+
+    fn retire(&mut self, item: ItemId, names: Vec<String>) {
+        if let Some(adapter) = self.resident.remove(&item) {
+            self.residency.retire(item);
+            self.retired.push((item, adapter, names));
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! What the registry says about itself and about one adapter.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::adapter::canonical::{Coverage, Method};
+use crate::adapter::manifest::AdapterManifest;
+
+/// Where the files of an adapter to install come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A folder under the root of the adapters, relative to it or absolute.
+    Folder(PathBuf),
+    /// A repository on the hub.
+    Hub { repo: String, revision: Option<String> },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Its files are known; loaded at the first request.
+    Registered,
+    Loading,
+    Ready,
+    /// Refused: `error` says why.
+    Failed,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tier {
+    Disk,
+    Host,
+}
+
+/// What an adapter does to the logits of a fixed prompt, against the base.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct SelfTest {
+    pub max_logit_change: f32,
+    pub mean_logit_change: f32,
+}
+
+impl SelfTest {
+    /// Whether the adapter changes nothing.
+    pub fn is_inert(&self) -> bool {
+        self.max_logit_change == 0.0
+    }
+}
+
+/// What is known of one adapter at this moment.
+#[derive(Debug, Clone)]
+pub struct AdapterStatus {
+    /// Stays the same for as long as the server runs, in order of arrival.
+    pub id: usize,
+    pub name: String,
+    pub phase: Phase,
+    pub tier: Tier,
+    /// Content hash; `None` until the files have been read once.
+    pub generation: Option<String>,
+    /// Earlier generations that it can be rolled back to, the latest first.
+    pub previous_generations: Vec<String>,
+    /// `None`, as the coverage, until the files have been loaded once.
+    pub method: Option<Method>,
+    pub coverage: Option<Coverage>,
+    /// Sequences that hold it now, in any generation, alone or in a composition.
+    pub in_flight: usize,
+    pub error: Option<String>,
+    pub manifest: Arc<AdapterManifest>,
+    /// `None` until this generation has been measured.
+    pub self_test: Option<SelfTest>,
+    /// Measured, and found to change nothing.
+    pub is_inert: bool,
+}
+
+/// What all adapters together take at this moment; all but `registered` is 0 again when nothing is loaded and held.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub registered: usize,
+    /// Adapters and compositions in memory.
+    pub resident: usize,
+    /// With what is being loaded, and what was replaced and is still held.
+    pub resident_bytes: u64,
+    pub leases: usize,
+}

@@ -1,0 +1,184 @@
+//! Changes of the folder of adapters that clients ask for: safe, atomic, and possible to take back.
+
+mod folder;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use folder::{Fixture, Shapes, eventually, generation, install, status, write};
+use lorry::adapter::registry::{AcquireError, AdapterRegistry, ChangeError, Phase};
+use lorry::metrics::Metrics;
+
+#[tokio::test]
+async fn a_change_is_made_only_to_the_generation_it_was_meant_for() {
+    let fixture = Fixture::new(&[]);
+    let registry = fixture.registry();
+    write(&fixture.path(".staging/1"), 1.0, "");
+    write(&fixture.path(".staging/2"), 2.0, "");
+    let first = install(&registry, "a", ".staging/1", Some("")).await.unwrap();
+    assert_eq!(status(&registry, "a").phase, Phase::Ready);
+    let conflict =
+        |expected: &str, found: &str| ChangeError::Conflict { expected: expected.to_owned(), found: found.to_owned() };
+    assert_eq!(install(&registry, "a", ".staging/2", Some("")).await, Err(conflict("", &first)));
+    assert_eq!(install(&registry, "b", ".staging/2", Some(&first)).await, Err(conflict(&first, "")));
+    assert_eq!(registry.remove("a", Some("0")).await, Err(conflict("0", &first)));
+    let second = install(&registry, "a", ".staging/2", Some(&first)).await.unwrap();
+    assert_ne!(first, second);
+    assert_eq!(registry.acquire("a").await.unwrap().generation, second);
+    assert_eq!(registry.remove("a", Some(&second)).await, Ok(()));
+    assert!(registry.status("a").is_none() && !fixture.path("a").exists());
+    assert_eq!(registry.remove("a", None).await, Err(ChangeError::Unknown("a".to_owned())));
+}
+
+#[tokio::test]
+async fn the_same_content_again_changes_nothing() {
+    let fixture = Fixture::new(&["a"]);
+    let registry = fixture.registry();
+    let before = (generation(&registry, "a"), fs::metadata(fixture.path("a")).unwrap().modified().unwrap());
+    write(&fixture.path(".staging/1"), 1.0, "");
+    for source in [".staging/1", "a"] {
+        install(&registry, "a", source, None).await.unwrap();
+    }
+    let after = (generation(&registry, "a"), fs::metadata(fixture.path("a")).unwrap().modified().unwrap());
+    assert_eq!(after, before);
+    assert_eq!(fixture.num_loads(), 1);
+}
+
+#[tokio::test]
+async fn what_cannot_be_served_is_not_installed() {
+    let fixture = Fixture::new(&["a"]);
+    let registry = fixture.registry();
+    let before = generation(&registry, "a");
+    write(&fixture.path(".staging/bad"), f32::NAN, "");
+    write(&fixture.path(".staging/digest"), 1.0, &format!("sha256 = '{}'", "0".repeat(64)));
+    fs::create_dir(fixture.path("notes")).unwrap();
+    for (folder, word) in [(".staging/bad", "NaN"), (".staging/digest", "sha256"), ("notes", "adapter_config.json")] {
+        for name in ["a", "b"] {
+            let error = install(&registry, name, folder, None).await.unwrap_err();
+            assert!(matches!(&error, ChangeError::Refused(cause) if cause.contains(word)), "{error}");
+        }
+    }
+    let outside = tempfile::tempdir().unwrap();
+    write(&outside.path().join("x"), 1.0, "");
+    let outside = outside.path().join("x");
+    std::os::unix::fs::symlink(&outside, fixture.path(".link")).unwrap();
+    for folder in ["none", "..", ".link", outside.to_str().unwrap()] {
+        let error = install(&registry, "b", folder, None).await.unwrap_err();
+        assert!(matches!(&error, ChangeError::Source(cause) if !cause.contains('/')), "{error}");
+    }
+    for name in ["..", "", "a/b", ".hidden", "é"] {
+        assert!(matches!(install(&registry, name, "a", None).await, Err(ChangeError::InvalidName(_))), "{name}");
+    }
+    assert!(matches!(install(&registry, "notes", "a", None).await, Err(ChangeError::Folder(_))));
+    assert_eq!((generation(&registry, "a"), registry.list().len()), (before, 1));
+    assert!(fs::read_dir(fixture.path(".lorry/staging")).map_or(true, |mut left| left.next().is_none()));
+}
+
+#[tokio::test]
+async fn earlier_generations_can_be_installed_again() {
+    let fixture = Fixture::new(&["a"]);
+    let registry = fixture.registry();
+    let mut generations = vec![generation(&registry, "a").unwrap()];
+    for value in [2.0, 3.0] {
+        let latest = generations.last().cloned();
+        fixture.write("a", value);
+        eventually("a is replaced", || generation(&registry, "a") != latest);
+        generations.extend(generation(&registry, "a"));
+    }
+    write(&fixture.path(".staging/4"), 4.0, "");
+    generations.push(install(&registry, "a", ".staging/4", None).await.unwrap());
+    let [_, second, third, fourth] = &generations[..] else { panic!("{generations:?}") };
+    assert_eq!(status(&registry, "a").previous_generations, [third.clone(), second.clone()]);
+
+    let rolled_back = registry.roll_back("a", None).await.unwrap();
+    assert_eq!(rolled_back.generation.as_ref(), Some(third));
+    assert_eq!(registry.acquire("a").await.unwrap().generation, *third);
+    assert_eq!(rolled_back.previous_generations, [fourth.clone(), second.clone()]);
+    assert_eq!(registry.roll_back("a", Some(second)).await.unwrap().generation.as_ref(), Some(second));
+    let error = registry.roll_back("a", Some(&generations[0])).await.unwrap_err();
+    assert!(matches!(error, ChangeError::Source(_)), "{error}");
+
+    registry.remove("a", None).await.unwrap();
+    assert_eq!(registry.acquire("a").await.unwrap_err(), AcquireError::Unknown("a".to_owned()));
+    assert_eq!(registry.roll_back("a", None).await.unwrap().generation.as_ref(), Some(second));
+    assert_eq!(registry.roll_back("b", None).await.unwrap_err(), ChangeError::Unknown("b".to_owned()));
+}
+
+#[tokio::test]
+async fn a_restart_finds_everything_as_it_was() {
+    let mut fixture = Fixture::new(&["a", "b"]);
+    let registry = fixture.registry();
+    let first = generation(&registry, "a").unwrap();
+    write(&fixture.path(".staging/2"), 2.0, "");
+    install(&registry, "a", ".staging/2", None).await.unwrap();
+    let before: Vec<_> = registry.list().into_iter().map(|a| (a.name, a.generation, a.previous_generations)).collect();
+    assert_eq!(before[0].2, [first]);
+    drop(registry);
+    // The second time nothing is loaded: what is known is known from the folder alone.
+    for budget in [1 << 30, 1] {
+        fixture.options.host_budget_bytes = budget;
+        fixture.metrics = Arc::new(Metrics::new());
+        let registry = fixture.registry();
+        let after: Vec<_> =
+            registry.list().into_iter().map(|a| (a.name, a.generation, a.previous_generations)).collect();
+        assert_eq!((after, fixture.num_loads()), (before.clone(), if budget == 1 { 0 } else { 2 }));
+    }
+}
+
+/// The fixtures lie beside the repository.
+fn bad_adapters() -> Option<Vec<(String, PathBuf, String)>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/fixtures/bad_adapters");
+    let Ok(entries) = fs::read_dir(&root) else {
+        println!("skipped: the fixtures are not here");
+        return None;
+    };
+    let bad = entries.map(|entry| {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        let word = fs::read_to_string(path.join("EXPECT.txt")).unwrap().trim().to_owned();
+        (name, path, word)
+    });
+    Some(bad.collect())
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn every_bad_adapter_is_refused_at_start_by_hot_add_and_by_install_with_its_word() {
+    let Some(bad) = bad_adapters() else { return };
+    let fixture = Fixture::new(&[]);
+    let smollm2 = || Shapes::new(49_152, 576, 1536, 30, (9, 3));
+    let check = |registry: &AdapterRegistry, name: &str, word: &str| {
+        eventually(name, || registry.status(name).is_some_and(|status| status.error.is_some()));
+        let cause = status(registry, name).error.unwrap();
+        assert!(cause.contains(word), "{name}: {cause:?} does not mention {word:?}");
+    };
+    let registry = fixture.registry_of(fixture.dir.path(), smollm2());
+    for (name, path, word) in &bad {
+        copy(path, &fixture.path(".staging").join(name));
+        let error = install(&registry, name, &format!(".staging/{name}"), None).await.unwrap_err();
+        assert!(matches!(&error, ChangeError::Refused(cause) if cause.contains(word)), "{name}: {error}");
+        assert!(!fixture.path(name).exists());
+        copy(path, &fixture.path(name));
+    }
+    bad.iter().for_each(|(name, _, word)| check(&registry, name, word));
+    drop(registry);
+    let registry = fixture.registry_of(fixture.dir.path(), smollm2());
+    bad.iter().for_each(|(name, _, word)| check(&registry, name, word));
+    assert!(registry.resident().is_empty());
+}
+
+#[tokio::test]
+async fn without_a_folder_there_is_nothing_to_change() {
+    let registry = AdapterRegistry::default();
+    assert!(registry.list().is_empty());
+    assert!(matches!(registry.acquire("a").await, Err(AcquireError::Unknown(_))));
+    assert!(matches!(install(&registry, "a", "b", None).await, Err(ChangeError::Folder(_))));
+}
