@@ -41,7 +41,7 @@ fn start() -> Server {
     let adapters = if fixtures.exists() { fixtures.to_string_lossy().into_owned() } else { String::new() };
     let overrides = Overrides { model: Some(MODEL.to_owned()), adapters: Some(adapters), ..Overrides::default() };
     let app = App::load(Config::load(None, &overrides).expect("the defaults are valid")).expect("the model loads");
-    let adapters = app.adapters.iter().map(|adapter| adapter.name.clone()).collect();
+    let adapters = app.adapters.resident().iter().map(|adapter| adapter.name.clone()).collect();
     let (engine, state) = (app.engine, app.state);
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port is free");
     listener.set_nonblocking(true).expect("tokio can use it");

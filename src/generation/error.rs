@@ -4,11 +4,17 @@ use thiserror::Error;
 
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum GenerationError {
-    /// No base and no adapter of this name; `hint` says what to do.
+    /// No base and no adapter of this name, as `param` of the request says it; `hint` says what to do.
     #[error("the model `{model}` does not exist: {hint}")]
-    UnknownModel { model: String, hint: String },
+    UnknownModel { param: String, model: String, hint: String },
     #[error("{message}")]
     InvalidParameter { param: &'static str, message: String },
+    /// The adapters named in `param` of the request contradict each other or its model.
+    #[error("{message}")]
+    InvalidSelection { param: String, message: String },
+    /// No memory became free for an adapter: worth trying again.
+    #[error("{0}")]
+    OutOfMemory(String),
     /// The prompt leaves no room for even one token.
     #[error(
         "the prompt has {num_prompt_tokens} tokens and the context ends at {context_length}: shorten `{param}`, or ask \

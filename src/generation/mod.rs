@@ -5,19 +5,23 @@ mod error;
 mod model_name;
 mod prompt;
 mod recorder;
+mod resolve;
+mod selection;
+pub mod self_test;
 mod text_stream;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, RwLock};
 use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 
 pub use error::GenerationError;
 pub use prompt::Prompt;
+pub use resolve::ResolvedModel;
+pub use selection::{Access, AdapterEntry, AdapterField, AdapterRef, Selection};
 pub use text_stream::{Completed, SequenceUsage, TextDelta, TextEvent, TextStream, TokenRecord};
 
-use crate::adapter::canonical::Adapter;
 use crate::adapter::registry::AdapterRegistry;
 use crate::config::Config;
 use crate::engine::EngineHandle;
@@ -26,7 +30,6 @@ use crate::metrics::Metrics;
 use crate::prompt::chat::ChatTemplate;
 use crate::prompt::fim::FillInMiddle;
 use crate::tokenizer::Tokenizer;
-use model_name::ModelName;
 use prompt::EncodedPrompt;
 use recorder::Recorder;
 use text_stream::{Echo, TextStreamOptions};
@@ -47,6 +50,8 @@ pub struct Base {
 pub struct Generation {
     base: Arc<Base>,
     adapters: Arc<AdapterRegistry>,
+    /// Names and strengths of the adapters that a request to the base gets when it says nothing of adapters.
+    default_scales: RwLock<Vec<(String, f32)>>,
     engine: EngineHandle,
     metrics: Arc<Metrics>,
     config: Arc<Config>,
@@ -81,13 +86,6 @@ pub struct GenerationOptions {
     pub echo: bool,
 }
 
-/// The model a request was promised, under the name its reply uses.
-#[derive(Debug, Clone)]
-pub struct ResolvedModel {
-    pub id: String,
-    pub adapter: Option<Arc<Adapter>>,
-}
-
 /// A request under way.
 #[derive(Debug)]
 pub struct Generated {
@@ -108,12 +106,17 @@ impl Generation {
         config: Arc<Config>,
     ) -> Self {
         let in_flight = watch::Sender::new(());
-        let shutting_down = AtomicBool::new(false);
-        Self { base: Arc::new(base), adapters, engine, metrics, config, shutting_down, in_flight }
+        let (default_scales, shutting_down) = (RwLock::default(), AtomicBool::new(false));
+        Self { base: Arc::new(base), adapters, default_scales, engine, metrics, config, shutting_down, in_flight }
     }
 
     pub fn base_id(&self) -> &str {
         &self.base.id
+    }
+
+    /// Where adapters are registered, loaded and changed.
+    pub fn adapters(&self) -> &Arc<AdapterRegistry> {
+        &self.adapters
     }
 
     pub fn tokenizer(&self) -> &Arc<Tokenizer> {
@@ -125,53 +128,24 @@ impl Generation {
         self.engine.context_length()
     }
 
-    /// The base, then every adapter by name.
-    pub fn models(&self) -> impl Iterator<Item = ResolvedModel> {
-        let adapters = self.adapters.iter().map(|adapter| self.served(Some(adapter.clone())));
-        std::iter::once(self.served(None)).chain(adapters)
-    }
-
-    /// # Errors
-    /// [`GenerationError::UnknownModel`]; nothing falls back to the base.
-    pub fn resolve(&self, name: Option<&str>) -> Result<ResolvedModel, GenerationError> {
-        let adapter_name = match ModelName::parse(name, &self.base.id) {
-            ModelName::Base => return Ok(self.served(None)),
-            ModelName::Adapter(name) => name,
-        };
-        if let Some(adapter) = self.adapters.get(adapter_name) {
-            return Ok(self.served(Some(adapter)));
-        }
-        let refused = self.adapters.refused().iter().find(|(name, _)| name == adapter_name);
-        let hint = match refused {
-            Some((_, cause)) => format!("the adapter was refused when the server loaded it: {cause}"),
-            None => "GET /v1/models lists what is served".to_owned(),
-        };
-        Err(GenerationError::UnknownModel { model: name.unwrap_or_default().to_owned(), hint })
-    }
-
-    fn served(&self, adapter: Option<Arc<Adapter>>) -> ResolvedModel {
-        let id = match &adapter {
-            Some(adapter) => format!("{}-{}", self.base.id, adapter.name),
-            None => self.base.id.clone(),
-        };
-        ResolvedModel { id, adapter }
-    }
-
     /// Starts every choice of every prompt; they run side by side in the engine. Dropping the result cancels them.
     ///
     /// # Errors
     /// Any but [`GenerationError::Failed`]; then nothing was started.
     pub async fn start(
         &self,
-        model: Option<&str>,
+        selection: &Selection,
+        access: &Access,
         prompts: Vec<Prompt>,
         options: GenerationOptions,
     ) -> Result<Generated, GenerationError> {
         let accepted = Instant::now();
+        // A request that waits for its adapter is under way.
+        let in_flight = self.in_flight.subscribe();
         if self.shutting_down.load(Ordering::Relaxed) {
             return Err(GenerationError::ShuttingDown);
         }
-        let model = self.resolve(model)?;
+        let model = self.resolve(selection, access).await?;
         let permits = self.take_permits(prompts.len(), options.num_choices)?;
         let prompts = self.encode(&model, prompts, options.max_tokens).await?;
         self.check_logit_bias(&options)?;
@@ -184,6 +158,7 @@ impl Generation {
                 self.submit(&model, prompt, &options, sampling, permit, accepted)
             })
             .collect::<Result<_, _>>()?;
+        drop(in_flight);
         Ok(Generated { model, seed, sequences, num_choices: options.num_choices })
     }
 
@@ -268,7 +243,6 @@ impl Generation {
         permit: OwnedSemaphorePermit,
         accepted: Instant,
     ) -> Result<TextStream, GenerationError> {
-        let adapter_label = model.adapter.as_ref().map_or("base", |adapter| adapter.name.as_str());
         let mut stop = options.stop.clone();
         stop.extend(model.adapter.iter().flat_map(|adapter| adapter.manifest.stop.iter().cloned()));
         let stream_options = TextStreamOptions {
@@ -297,7 +271,7 @@ impl Generation {
             permit,
         };
         self.engine.submit(request).map_err(|_| GenerationError::EngineStopped)?;
-        let recorder = Recorder::new(self.metrics.clone(), adapter_label, accepted);
+        let recorder = Recorder::new(self.metrics.clone(), model.metric_label(), accepted);
         Ok(TextStream::new(receiver, stream_options, recorder, self.in_flight.subscribe()))
     }
 

@@ -58,7 +58,10 @@ impl Prompt {
                 Prompt::Chat(_) => limits.config.chat_max_tokens,
                 _ => limits.config.completion_max_tokens,
             });
-        let max_tokens = fit(tokens.len(), max_tokens, limits.context_length, self.param())?;
+        // What stands before the prompt takes its room, though no client sees it.
+        let context_length =
+            limits.context_length.saturating_sub(adapter.map_or(0, |adapter| adapter.num_virtual_tokens()));
+        let max_tokens = fit(tokens.len(), max_tokens, context_length, self.param())?;
         let is_fill_in_middle = matches!(self, Prompt::FillInMiddle { .. });
         Ok(EncodedPrompt { tokens, num_added_tokens, max_tokens, is_fill_in_middle })
     }

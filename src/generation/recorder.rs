@@ -21,7 +21,7 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// `adapter` is a registered name or `base`; `accepted` is when HTTP had read the request.
+    /// `adapter` is a registered name, `base` or `composition`; `accepted` is when HTTP had read the request.
     pub fn new(metrics: Arc<Metrics>, adapter: &str, accepted: Instant) -> Self {
         Self {
             inter_token_latency: metrics.inter_token_latency_seconds.with_label_values(&[adapter]),

@@ -3,16 +3,19 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
 use serde_json::Value;
 
 use super::AppState;
+use super::auth::Caller;
 use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
 use super::logprobs::chat_logprobs;
 use super::reply::{ReplyShape, respond};
 use super::sampling::{Delivery, parse_options};
+use super::selection::parse_selection;
 use super::types::{ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs, ChatMessage};
 use crate::engine::request::FinishReason;
 use crate::generation::{Completed, GenerationOptions, Prompt, TextDelta, TokenRecord};
@@ -21,17 +24,22 @@ use crate::tokenizer::Tokenizer;
 const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
 const MAX_TOP_LOGPROBS: u32 = 20;
 
-pub async fn chat_completions(State(state): State<AppState>, fields: Fields) -> Result<Response, ApiError> {
+pub async fn chat_completions(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    fields: Fields,
+) -> Result<Response, ApiError> {
     refuse_unsupported(&fields)?;
     let delivery = Delivery::parse(&fields)?;
     let options = options(&fields)?;
+    let selection = parse_selection(&fields)?;
     let prompt = Prompt::Chat(messages(&fields)?);
     let shape = ChatShape {
         tokenizer: state.generation.tokenizer().clone(),
         logprobs: options.top_logprobs.is_some(),
         begun: HashSet::new(),
     };
-    let generated = state.generation.start(fields.string("model")?, vec![prompt], options).await?;
+    let generated = state.generation.start(&selection, &caller.access, vec![prompt], options).await?;
     respond(&state, shape, generated, delivery).await
 }
 

@@ -2,16 +2,19 @@
 
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
 use serde_json::Value;
 
 use super::AppState;
+use super::auth::Caller;
 use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
 use super::logprobs::completion_logprobs;
 use super::reply::{ReplyShape, respond};
 use super::sampling::{Delivery, parse_options};
+use super::selection::parse_selection;
 use super::types::CompletionChoice;
 use crate::engine::request::FinishReason;
 use crate::generation::{Completed, GenerationOptions, Prompt, TextDelta, TokenRecord};
@@ -20,13 +23,18 @@ use crate::tokenizer::Tokenizer;
 /// Alternatives per token; OpenAI's own interface ends at 5.
 const MAX_LOGPROBS: u32 = 20;
 
-pub async fn completions(State(state): State<AppState>, fields: Fields) -> Result<Response, ApiError> {
+pub async fn completions(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    fields: Fields,
+) -> Result<Response, ApiError> {
     let delivery = Delivery::parse(&fields)?;
     let options = options(&fields)?;
+    let selection = parse_selection(&fields)?;
     let prompts = prompts(&fields, options.echo)?;
     let shape =
         CompletionShape { tokenizer: state.generation.tokenizer().clone(), logprobs: options.top_logprobs.is_some() };
-    let generated = state.generation.start(fields.string("model")?, prompts, options).await?;
+    let generated = state.generation.start(&selection, &caller.access, prompts, options).await?;
     respond(&state, shape, generated, delivery).await
 }
 

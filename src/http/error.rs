@@ -5,6 +5,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
+use crate::adapter::registry::{AcquireError, ChangeError};
 use crate::generation::GenerationError;
 
 #[derive(Debug, Clone, PartialEq)]
@@ -52,14 +53,48 @@ impl ApiError {
 
     /// 400 that names the field at fault.
     pub fn invalid(param: &str, message: impl Into<String>) -> Self {
-        let mut error = Self::malformed(message);
-        error.body.param = Some(param.to_owned());
-        error
+        Self::malformed(message).naming(param)
+    }
+
+    fn naming(mut self, param: &str) -> Self {
+        self.body.param = Some(param.to_owned());
+        self
     }
 
     /// 400 for a body that is no JSON object at all.
     pub fn malformed(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", None, message.into())
+    }
+
+    /// 401.
+    pub fn unauthorized(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::UNAUTHORIZED, "authentication_error", Some("invalid_api_key"), message.into())
+    }
+
+    /// 403.
+    pub fn forbidden(code: &'static str, message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "permission_error", Some(code), message.into())
+    }
+
+    /// 404, also for an adapter that the caller may not know of.
+    pub fn adapter_not_found(name: &str) -> Self {
+        Self::unknown_adapter(format!("there is no adapter {name:?}"))
+    }
+
+    fn unknown_adapter(message: String) -> Self {
+        let error = Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some("adapter_not_found"), message);
+        error.naming("name")
+    }
+
+    /// 412.
+    pub fn conflict(message: impl Into<String>) -> Self {
+        let status = StatusCode::PRECONDITION_FAILED;
+        Self::new(status, "invalid_request_error", Some("generation_conflict"), message.into())
+    }
+
+    /// 422 for files that cannot be served.
+    fn refused(message: String) -> Self {
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_request_error", Some("adapter_refused"), message)
     }
 
     /// 404 for a path that is not served.
@@ -100,13 +135,12 @@ impl From<GenerationError> for ApiError {
     fn from(error: GenerationError) -> Self {
         let message = error.to_string();
         match error {
-            GenerationError::UnknownModel { .. } => {
-                let mut api =
-                    Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some("model_not_found"), message);
-                api.body.param = Some("model".to_owned());
-                api
+            GenerationError::UnknownModel { param, .. } => {
+                let api = Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some("model_not_found"), message);
+                api.naming(&param)
             }
             GenerationError::InvalidParameter { param, .. } => Self::invalid(param, message),
+            GenerationError::InvalidSelection { param, .. } => Self::invalid(&param, message),
             GenerationError::ContextLengthExceeded { param, num_prompt_tokens, context_length } => {
                 let mut api = Self::invalid(param, message);
                 api.body.code = Some("context_length_exceeded");
@@ -114,7 +148,9 @@ impl From<GenerationError> for ApiError {
                 api.body.n_ctx = Some(context_length);
                 api
             }
-            GenerationError::Overloaded | GenerationError::ShuttingDown => Self::unavailable(message),
+            GenerationError::Overloaded | GenerationError::ShuttingDown | GenerationError::OutOfMemory(_) => {
+                Self::unavailable(message)
+            }
             GenerationError::EngineStopped => {
                 Self { rejection: Some(Rejection("internal")), ..Self::unavailable(message) }
             }
@@ -122,6 +158,32 @@ impl From<GenerationError> for ApiError {
                 let api = Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, message);
                 Self { rejection: None, ..api }
             }
+        }
+    }
+}
+
+impl From<ChangeError> for ApiError {
+    fn from(error: ChangeError) -> Self {
+        let message = error.to_string();
+        match error {
+            ChangeError::InvalidName(_) => Self::invalid("name", message),
+            ChangeError::Unknown(_) => Self::unknown_adapter(message),
+            ChangeError::Conflict { .. } => Self::conflict(message),
+            ChangeError::Refused(_) => Self::refused(message),
+            ChangeError::Source(_) => Self::invalid("source", message),
+            ChangeError::Folder(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, message),
+        }
+    }
+}
+
+impl From<AcquireError> for ApiError {
+    fn from(error: AcquireError) -> Self {
+        let message = error.to_string();
+        match error {
+            AcquireError::Unknown(_) => Self::unknown_adapter(message),
+            AcquireError::Refused { .. } => Self::refused(message),
+            AcquireError::Composition(_) => Self::malformed(message),
+            AcquireError::OutOfMemory(_) => Self::unavailable(message),
         }
     }
 }
@@ -135,6 +197,9 @@ impl IntoResponse for ApiError {
         }
         if status == StatusCode::SERVICE_UNAVAILABLE {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        if status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
     }

@@ -6,7 +6,8 @@ use std::ops::RangeInclusive;
 
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, FailedToBufferBody};
-use axum::extract::{FromRequest, Request};
+use axum::extract::{FromRequest, FromRequestParts, OptionalFromRequest, Path, Request};
+use axum::http::request::Parts;
 use serde_json::{Map, Value};
 
 use super::AppState;
@@ -20,24 +21,68 @@ impl FromRequest<AppState> for Fields {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
-        let body = Bytes::from_request(request, state).await.map_err(|rejection| match rejection {
-            BytesRejection::FailedToBufferBody(FailedToBufferBody::LengthLimitError(_)) => {
-                ApiError::body_too_large(state.config.server.max_body_bytes)
-            }
-            other => ApiError::malformed(format!("the request body could not be read: {other}")),
-        })?;
-        Self::parse(&body)
+        Self::parse(&read_body(request, state).await?)
     }
+}
+
+/// `None` when there is no body.
+impl OptionalFromRequest<AppState> for Fields {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &AppState) -> Result<Option<Self>, ApiError> {
+        let body = read_body(request, state).await?;
+        if body.is_empty() { Ok(None) } else { Self::parse(&body).map(Some) }
+    }
+}
+
+/// The JSON of a request that need not be an object.
+#[derive(Debug)]
+pub struct JsonBody(pub Value);
+
+impl FromRequest<AppState> for JsonBody {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
+        parse_json(&read_body(request, state).await?).map(Self)
+    }
+}
+
+/// The name that a path ends in or has in its middle.
+#[derive(Debug)]
+pub struct PathName(pub String);
+
+impl FromRequestParts<AppState> for PathName {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, ApiError> {
+        match Path::from_request_parts(parts, state).await {
+            Ok(Path(name)) => Ok(Self(name)),
+            Err(_) => Err(ApiError::malformed("the path has a name that is not UTF-8")),
+        }
+    }
+}
+
+async fn read_body(request: Request, state: &AppState) -> Result<Bytes, ApiError> {
+    Bytes::from_request(request, state).await.map_err(|rejection| match rejection {
+        BytesRejection::FailedToBufferBody(FailedToBufferBody::LengthLimitError(_)) => {
+            ApiError::body_too_large(state.config.server.max_body_bytes)
+        }
+        other => ApiError::malformed(format!("the request body could not be read: {other}")),
+    })
+}
+
+fn parse_json(body: &[u8]) -> Result<Value, ApiError> {
+    serde_json::from_slice(body)
+        .map_err(|error| ApiError::malformed(format!("the request body is not valid JSON: {error}")))
 }
 
 impl Fields {
     /// # Errors
     /// 400 when `body` is no JSON object.
     pub fn parse(body: &[u8]) -> Result<Self, ApiError> {
-        match serde_json::from_slice(body) {
-            Ok(Value::Object(fields)) => Ok(Self(fields)),
-            Ok(_) => Err(ApiError::malformed("the request body must be a JSON object")),
-            Err(error) => Err(ApiError::malformed(format!("the request body is not valid JSON: {error}"))),
+        match parse_json(body)? {
+            Value::Object(fields) => Ok(Self(fields)),
+            _ => Err(ApiError::malformed("the request body must be a JSON object")),
         }
     }
 

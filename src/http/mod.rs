@@ -1,18 +1,24 @@
-//! The HTTP interface: OpenAI's routes over [`Generation`], probes, and one shape for every error.
+//! The HTTP interface: OpenAI's routes over [`Generation`], the life of the adapters, probes, and one shape for every
+//! error.
 
+mod adapters;
+mod auth;
 mod chat;
 mod completions;
 mod error;
 mod fields;
+mod llama_cpp;
 mod logprobs;
 mod models;
 mod probes;
 mod reply;
 mod sampling;
+mod selection;
 mod sse;
 #[cfg(test)]
 mod tests;
 mod types;
+mod vllm;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -32,8 +38,9 @@ use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetReques
 use tower_http::trace::TraceLayer;
 
 use crate::config::Config;
-use crate::generation::Generation;
+use crate::generation::{Generation, self_test};
 use crate::metrics::Metrics;
+use auth::{Keys, authenticate};
 use error::{ApiError, Rejection};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -44,6 +51,7 @@ pub struct AppState {
     pub generation: Arc<Generation>,
     pub metrics: Arc<Metrics>,
     pub config: Arc<Config>,
+    keys: Arc<Keys>,
     /// Unix seconds.
     started: u64,
 }
@@ -51,7 +59,8 @@ pub struct AppState {
 impl AppState {
     pub fn new(generation: Arc<Generation>, metrics: Arc<Metrics>, config: Arc<Config>) -> Self {
         let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        Self { generation, metrics, config, started }
+        let keys = Arc::new(Keys::new(&config.server));
+        Self { generation, metrics, config, keys, started }
     }
 }
 
@@ -66,11 +75,16 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
     let generation = state.generation.clone();
+    let draining = generation.clone();
     let drained = async move {
         shutdown.await;
-        generation.drain().await;
+        draining.drain().await;
     };
-    axum::serve(listener, router(state)).with_graceful_shutdown(drained).await
+    let served = axum::serve(listener, router(state)).with_graceful_shutdown(drained);
+    tokio::select! {
+        ended = served => ended,
+        () = self_test::run(&generation) => Ok(()),
+    }
 }
 
 /// Every route, with and without `/v1`, behind the layers that all of them share.
@@ -79,10 +93,21 @@ pub fn router(state: AppState) -> Router {
         .route("/completions", post(completions::completions))
         .route("/chat/completions", post(chat::chat_completions))
         .route_layer(from_fn_with_state(state.clone(), count_rejection));
-    let openai = generating.route("/models", get(models::list)).route("/models/{*id}", get(models::get));
+    let adapter = get(adapters::get).put(adapters::put).delete(adapters::delete);
+    let api = generating
+        .route("/models", get(models::list))
+        .route("/models/{*id}", get(models::get))
+        .route("/adapters", get(adapters::list))
+        .route("/adapters/{name}", adapter)
+        .route("/adapters/{name}/load", post(adapters::load))
+        .route("/adapters/{name}/rollback", post(adapters::roll_back))
+        .route("/load_lora_adapter", post(vllm::load_lora_adapter))
+        .route("/unload_lora_adapter", post(vllm::unload_lora_adapter))
+        .route("/lora-adapters", get(llama_cpp::list).post(llama_cpp::set))
+        .route_layer(from_fn_with_state(state.clone(), authenticate));
     let routes = Router::new()
-        .nest("/v1", openai.clone())
-        .merge(openai)
+        .nest("/v1", api.clone())
+        .merge(api)
         .route("/health", get(probes::health))
         .route("/metrics", get(probes::metrics))
         .fallback(unknown_route)

@@ -1,12 +1,14 @@
-//! `GET /v1/models`: the base and every adapter.
+//! `GET /v1/models`: the base and every adapter that can be asked for, in memory or not.
 
-use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
+use axum::{Extension, Json};
 use serde::Serialize;
 
 use super::AppState;
+use super::auth::Caller;
 use super::error::ApiError;
-use crate::generation::ResolvedModel;
+use super::fields::PathName;
+use crate::adapter::registry::{AdapterStatus, Phase};
 
 #[derive(Debug, Serialize)]
 pub struct ModelList {
@@ -30,48 +32,55 @@ pub struct ModelCard {
     adapter: Option<AdapterCard>,
 }
 
+/// What is not known before the adapter has been read is `null`.
 #[derive(Debug, Serialize)]
 struct AdapterCard {
     name: String,
-    generation: String,
+    generation: Option<String>,
     task: Option<String>,
     description: Option<String>,
-    num_sites: usize,
-    max_rank: usize,
-    resident_bytes: usize,
+    num_sites: Option<usize>,
+    max_rank: Option<usize>,
+    resident_bytes: Option<usize>,
 }
 
-pub async fn list(State(state): State<AppState>) -> Json<ModelList> {
-    let data = state.generation.models().map(|model| card(&state, model)).collect();
+pub async fn list(State(state): State<AppState>, Extension(caller): Extension<Caller>) -> Json<ModelList> {
+    let adapters = state.generation.visible_adapters(&caller.access).into_iter();
+    let servable = adapters.filter(|adapter| adapter.phase != Phase::Failed);
+    let data = std::iter::once(None).chain(servable.map(Some)).map(|adapter| card(&state, adapter)).collect();
     Json(ModelList { object: "list", data })
 }
 
 /// Ids may contain `/`, and every name that a request accepts finds its model.
-pub async fn get(State(state): State<AppState>, Path(id): Path<String>) -> Result<Json<ModelCard>, ApiError> {
-    let model = state.generation.resolve(Some(&id))?;
-    Ok(Json(card(&state, model)))
+pub async fn get(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    PathName(id): PathName,
+) -> Result<Json<ModelCard>, ApiError> {
+    let adapter = state.generation.find_model(&id, &caller.access)?;
+    Ok(Json(card(&state, adapter)))
 }
 
-fn card(state: &AppState, model: ResolvedModel) -> ModelCard {
+fn card(state: &AppState, adapter: Option<AdapterStatus>) -> ModelCard {
     let base_id = state.generation.base_id().to_owned();
     let context_length = state.generation.context_length();
     ModelCard {
-        id: model.id,
+        id: adapter.as_ref().map_or(base_id.clone(), |adapter| state.generation.model_id(&adapter.name)),
         object: "model",
         created: state.started,
         owned_by: "lorry",
-        parent: model.adapter.is_some().then(|| base_id.clone()),
+        parent: adapter.is_some().then(|| base_id.clone()),
         root: base_id,
         max_model_len: context_length,
         context_length,
-        adapter: model.adapter.map(|adapter| AdapterCard {
-            name: adapter.name.clone(),
-            generation: adapter.generation.clone(),
+        adapter: adapter.map(|adapter| AdapterCard {
+            name: adapter.name,
+            generation: adapter.generation,
             task: adapter.manifest.task.clone(),
             description: adapter.manifest.description.clone(),
-            num_sites: adapter.coverage.num_sites,
-            max_rank: adapter.coverage.max_rank,
-            resident_bytes: adapter.coverage.resident_bytes,
+            num_sites: adapter.coverage.as_ref().map(|coverage| coverage.num_sites),
+            max_rank: adapter.coverage.as_ref().map(|coverage| coverage.max_rank),
+            resident_bytes: adapter.coverage.as_ref().map(|coverage| coverage.resident_bytes),
         }),
     }
 }

@@ -16,7 +16,7 @@ use super::sampling::Delivery;
 use super::sse;
 use super::types::{AdapterName, Reply, ReplyHead, Usage};
 use crate::engine::request::FinishReason;
-use crate::generation::{Completed, Generated, GenerationError, TextDelta, TextEvent};
+use crate::generation::{Completed, Generated, GenerationError, ResolvedModel, TextDelta, TextEvent};
 
 /// How one interface words its choices.
 pub trait ReplyShape: Send + 'static {
@@ -60,9 +60,16 @@ fn stream<S: ReplyShape>(state: &AppState, shape: S, generated: Generated, inclu
     let head = reply_head::<S>(state, &generated, S::CHUNK_OBJECT);
     let events = generated.sequences.into_iter().enumerate();
     let events = select_all(events.map(|(index, sequence)| sequence.map(move |event| (index, event)).boxed()));
-    let num_choices = generated.num_choices;
-    let chunks =
-        Chunks { shape, head, events, num_choices, include_usage, usage: Usage::default(), state: ChunkState::Choices };
+    let chunks = Chunks {
+        shape,
+        head,
+        events,
+        num_choices: generated.num_choices,
+        include_usage,
+        usage: Usage::default(),
+        state: ChunkState::Choices,
+        _model: generated.model,
+    };
     sse::respond(futures::stream::unfold(chunks, async |mut chunks| Some((chunks.next().await?, chunks))))
 }
 
@@ -74,6 +81,7 @@ fn reply_head<S: ReplyShape>(state: &AppState, generated: &Generated, object: &'
         model: generated.model.id.clone(),
         system_fingerprint: system_fingerprint(state.generation.base_id()),
         adapter: AdapterName::of(&generated.model),
+        adapters: generated.model.applied.clone(),
         seed: generated.seed,
     }
 }
@@ -93,6 +101,8 @@ struct Chunks<S> {
     include_usage: bool,
     usage: Usage,
     state: ChunkState,
+    /// The weights are held until the reply has ended.
+    _model: ResolvedModel,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Serialize, Serializer};
 
+use crate::adapter::canonical::Member;
 use crate::engine::request::FinishReason;
 use crate::generation::{ResolvedModel, SequenceUsage};
 
@@ -29,19 +30,35 @@ pub struct ReplyHead {
     pub system_fingerprint: String,
     /// `null` when the base alone answered.
     pub adapter: Option<AdapterName>,
+    /// What `adapter` is made of.
+    pub adapters: Vec<Member>,
     pub seed: i64,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+/// What was applied, as one.
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct AdapterName {
+    /// Of several adapters, their names with `+` in between.
     pub name: String,
+    /// Of several adapters, the identity of the composition.
     pub generation: String,
+    /// Of several adapters, 1.
+    pub scale: f32,
 }
 
 impl AdapterName {
     pub fn of(model: &ResolvedModel) -> Option<Self> {
-        let adapter = model.adapter.as_ref()?;
-        Some(Self { name: adapter.name.clone(), generation: adapter.generation.clone() })
+        let composition = model.adapter.as_ref()?;
+        Some(match model.applied.as_slice() {
+            [Member { name, generation, scale }] => {
+                Self { name: name.clone(), generation: generation.clone(), scale: *scale }
+            }
+            several => Self {
+                name: several.iter().map(|adapter| adapter.name.as_str()).collect::<Vec<_>>().join("+"),
+                generation: composition.generation.clone(),
+                scale: 1.0,
+            },
+        })
     }
 }
 
@@ -174,6 +191,7 @@ mod tests {
             model: "m".to_owned(),
             system_fingerprint: "f".to_owned(),
             adapter: None,
+            adapters: Vec::new(),
             seed: 7,
         };
         let reply = |usage| serde_json::to_value(Reply::<()> { head: &head, choices: vec![], usage }).unwrap();

@@ -1,0 +1,166 @@
+//! Who is asking, and what that opens: `Authorization: Bearer KEY` against the keys of the configuration.
+
+use std::sync::Arc;
+
+use axum::extract::{FromRequestParts, Request, State};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+
+use super::AppState;
+use super::error::ApiError;
+use crate::config::{Secret, ServerConfig};
+use crate::generation::Access;
+
+#[derive(Debug)]
+pub struct Keys {
+    admin: Secret,
+    /// None of them: the API is open, except for changes.
+    clients: Vec<(Secret, Access)>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Role {
+    Anyone,
+    Client,
+    Admin,
+}
+
+/// In the extensions of every request behind [`authenticate`].
+#[derive(Debug, Clone)]
+pub struct Caller {
+    role: Role,
+    /// The adapters it may know of.
+    pub access: Access,
+}
+
+impl Keys {
+    pub fn new(config: &ServerConfig) -> Self {
+        let clients = config.keys.iter().map(|key| (key.key.clone(), Access::Only(Arc::from(key.adapters.as_slice()))));
+        Self { admin: config.admin_key.clone(), clients: clients.collect() }
+    }
+
+    fn caller(&self, given: Option<&str>) -> Result<Caller, ApiError> {
+        if given.is_some_and(|given| self.admin.matches(given)) {
+            return Ok(Caller { role: Role::Admin, access: Access::All });
+        }
+        if self.clients.is_empty() {
+            // Clients send a key whether one is needed or not.
+            return Ok(Caller { role: Role::Anyone, access: Access::All });
+        }
+        let client = given.and_then(|given| self.clients.iter().find(|(key, _)| key.matches(given)));
+        match client {
+            Some((_, access)) => Ok(Caller { role: Role::Client, access: access.clone() }),
+            None => Err(ApiError::unauthorized("this server needs a key: send `Authorization: Bearer KEY`")),
+        }
+    }
+
+    fn check_admin(&self, role: &Role) -> Result<(), ApiError> {
+        match role {
+            _ if self.admin.is_empty() => Err(ApiError::forbidden(
+                "changes_off",
+                "changes to the adapters are off on this server: set server.admin_key to allow them",
+            )),
+            Role::Admin => Ok(()),
+            Role::Client => {
+                Err(ApiError::forbidden("admin_key_required", "changes need the admin key, not a client's"))
+            }
+            Role::Anyone => {
+                Err(ApiError::unauthorized("changes need the admin key: send it as `Authorization: Bearer KEY`"))
+            }
+        }
+    }
+}
+
+/// Lets a request through with its [`Caller`], or answers 401.
+pub async fn authenticate(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
+    match state.keys.caller(bearer(request.headers())) {
+        Ok(caller) => {
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
+        Err(error) => error.into_response(),
+    }
+}
+
+/// An argument of every handler that changes something: without the admin key the handler is not called.
+#[derive(Debug)]
+pub struct Admin;
+
+impl FromRequestParts<AppState> for Admin {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, ApiError> {
+        let caller = state.keys.caller(bearer(&parts.headers))?;
+        state.keys.check_admin(&caller.role).map(|()| Self)
+    }
+}
+
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let (scheme, key) = headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::StatusCode;
+
+    use super::*;
+    use crate::config::{Config, Overrides};
+
+    fn keys(admin: &str, clients: &str) -> Keys {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lorry.toml");
+        std::fs::write(&path, format!("[server]\nadmin_key = '{admin}'\n{clients}")).unwrap();
+        Keys::new(&Config::load(Some(&path), &Overrides::default()).unwrap().server)
+    }
+
+    const CLIENT: &str = "[[server.keys]]\nname = 'c'\nkey = 'client'\nadapters = ['a*']";
+
+    fn may_change(keys: &Keys, given: Option<&str>) -> Result<(), StatusCode> {
+        let allowed = keys.caller(given).and_then(|caller| keys.check_admin(&caller.role));
+        allowed.map_err(|error| error.into_response().status())
+    }
+
+    #[test]
+    fn without_keys_anyone_may_ask_and_nobody_may_change() {
+        let keys = keys("", "");
+        for given in [None, Some(""), Some("none")] {
+            assert_eq!(keys.caller(given).unwrap().access, Access::All);
+            assert_eq!(may_change(&keys, given), Err(StatusCode::FORBIDDEN));
+        }
+    }
+
+    #[test]
+    fn with_an_admin_key_anyone_may_ask_and_it_alone_may_change() {
+        let keys = keys("admin", "");
+        assert!(keys.caller(None).is_ok() && keys.caller(Some("wrong")).is_ok());
+        assert_eq!(may_change(&keys, None), Err(StatusCode::UNAUTHORIZED));
+        assert_eq!(may_change(&keys, Some("wrong")), Err(StatusCode::UNAUTHORIZED));
+        assert_eq!(may_change(&keys, Some("admin")), Ok(()));
+    }
+
+    #[test]
+    fn with_client_keys_each_opens_its_own_adapters_and_nothing_else_gets_in() {
+        let keys = keys("admin", CLIENT);
+        for given in [None, Some(""), Some("wrong")] {
+            assert_eq!(keys.caller(given).unwrap_err().into_response().status(), StatusCode::UNAUTHORIZED);
+        }
+        let client = keys.caller(Some("client")).unwrap().access;
+        assert!(client.allows("ab") && !client.allows("b"));
+        assert_eq!(may_change(&keys, Some("client")), Err(StatusCode::FORBIDDEN));
+        assert_eq!(may_change(&keys, Some("admin")), Ok(()));
+    }
+
+    #[test]
+    fn the_scheme_is_read_in_any_case_and_other_schemes_are_no_key() {
+        let bearer_of = |value: &str| {
+            let headers = HeaderMap::from_iter([(header::AUTHORIZATION, value.parse().unwrap())]);
+            bearer(&headers).map(str::to_owned)
+        };
+        assert_eq!(bearer_of("Bearer k").as_deref(), Some("k"));
+        assert_eq!(bearer_of("bearer  k ").as_deref(), Some("k"));
+        assert_eq!((bearer_of("Basic k"), bearer_of("k")), (None, None));
+    }
+}
