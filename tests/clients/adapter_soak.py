@@ -62,7 +62,7 @@ class Weights:
     def __init__(self, seed):
         rng = random.Random(seed)
         # Slices of a pool are random enough, and quick.
-        values = {name: [struct.pack("<e", rng.gauss(0, std)) for _ in range(4096)] for name, std in (("A", 0.04), ("B", 0.02))}
+        values = {name: [struct.pack("<e", rng.gauss(0, std)) for _ in range(4096)] for name, std in (("A", 0.04), ("B", 0.08))}
         self.pool = {name: b"".join(rng.choices(packed, k=400_000)) for name, packed in values.items()}
         header, offset = {"__metadata__": {"format": "pt"}}, 0
         self.parts = []
@@ -91,12 +91,13 @@ class Weights:
 
 
 def complete(url, model):
-    """`(generation, text)` of the reply."""
-    body = {"model": model, "prompt": PROMPT, "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True}
+    """`(generation, (text, log-probabilities))` of the reply; the numbers tell apart what says the same."""
+    body = {"model": model, "prompt": PROMPT, "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True, "logprobs": 0}
     request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as response:
         reply = json.load(response)
-    return reply["adapter"]["generation"], reply["choices"][0]["text"]
+    choice = reply["choices"][0]
+    return reply["adapter"]["generation"], (choice["text"], tuple(choice["logprobs"]["token_logprobs"]))
 
 
 def metrics(url):
@@ -117,7 +118,7 @@ def server(root, host_budget_mib):
 
 
 def known_texts(folders, host_budget_mib):
-    """What each adapter says, `{generation: text}`, from a server in which nothing changes."""
+    """What each adapter says, `{generation: (text, log-probabilities)}`, from a server in which nothing changes."""
     with tempfile.TemporaryDirectory(dir=folders[0].parent.parent) as root:
         for folder in folders:
             shutil.copytree(folder, Path(root) / folder.name, copy_function=os.link)
@@ -141,10 +142,14 @@ class World:
     def name(self, index):
         return f"soak-{index}"
 
+    def unused(self, folder):
+        """A path in `folder` where nothing was ever."""
+        self.num_moves += 1
+        return folder / f"moved-{self.num_moves}"
+
     def put(self, index, number):
         """Adds or replaces a folder, whole at once."""
-        fresh = self.workspace / f"fresh-{self.num_moves}"
-        self.num_moves += 1
+        fresh = self.unused(self.workspace)
         shutil.copytree(self.variants[number], fresh, copy_function=os.link)
         name = self.name(index)
         with self.lock:
@@ -155,7 +160,7 @@ class World:
             spans.append((number, now, None))
         target = self.root / name
         if target.exists():
-            target.rename(self.trash / f"{name}-{self.num_moves}")
+            target.rename(self.unused(self.trash))
         fresh.rename(target)
 
     def take(self, index):
@@ -164,8 +169,7 @@ class World:
             self.leaving.add(name)
             number, since, _ = self.history[name][-1]
             self.history[name][-1] = (number, since, time.monotonic())
-        (self.root / name).rename(self.trash / f"{name}-{self.num_moves}")
-        self.num_moves += 1
+        (self.root / name).rename(self.unused(self.trash))
 
     def present(self):
         """Names that have been there for long enough to be known, and are to stay."""
@@ -206,6 +210,14 @@ def client(world, url, generations, report, lock, deadline, seed):
 
 
 def change(world, report, deadline, seed):
+    try:
+        change_until(world, report, deadline, seed)
+    except Exception as error:
+        # A soak in which nothing changes any more shows nothing.
+        report.faults.append(f"the changes ended: {error!r}")
+
+
+def change_until(world, report, deadline, seed):
     rng = random.Random(seed)
     count = world.soak.num_adapters
     gone = set()
@@ -241,8 +253,8 @@ def run(soak):
         # A little more than the weights: manifests and rounding to whole MiB.
         budget_mib = -(-soak.num_resident * ADAPTER_BYTES // (1 << 20))
         known = known_texts(world.variants, 4096)
-        if len(set(known.values())) < 0.9 * len(known):
-            raise RuntimeError("the adapters say too much alike to be told apart")
+        if len(set(known.values())) < len(known):
+            raise RuntimeError("two adapters cannot be told apart")
         # The same bytes have the same generation, whatever the folder is called; order is that of the variants.
         generations = {g: (number, text) for number, (g, text) in enumerate(known.items())}
         if len(generations) != len(world.variants):
@@ -266,7 +278,7 @@ def run(soak):
                     report.faults.append(f"{resident:.0f} bytes are resident, the budget is {budget_mib} MiB")
             for folder in world.root.iterdir():
                 if not folder.name.startswith("."):
-                    folder.rename(world.trash / f"end-{folder.name}")
+                    folder.rename(world.unused(world.trash))
             end = time.monotonic() + 30
             while time.monotonic() < end:
                 values = metrics(url)
