@@ -1,9 +1,12 @@
 //! The engine over a model whose logits are a pure function of its adapter and the tokens it finds in the KV store.
 
+mod events;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use events::next_event;
 use kernels::attention::{BLOCK_SIZE, BlockId, KvStore};
 use lorry::adapter::canonical::{Adapter, Prelude};
 use lorry::engine::request::{Event, FinishReason, PromptOutput, Request, SamplingParams};
@@ -171,13 +174,6 @@ impl Ask {
         })?;
         Ok(receiver)
     }
-}
-
-/// The next event; a request that is never answered, for want of blocks that leaked say, fails the test.
-fn next_event(receiver: &mut UnboundedReceiver<Event>) -> Option<Event> {
-    let next = async { tokio::time::timeout(Duration::from_secs(120), receiver.recv()).await };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime starts");
-    runtime.block_on(next).expect("a request is answered within two minutes")
 }
 
 /// Every event but `Started`, whose content depends on the clock and the cache.

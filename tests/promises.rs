@@ -1,5 +1,6 @@
 //! The promises of the design, kept by the real decoder: on a tiny random model, and on `smollm2:135m` where it is there.
 
+mod events;
 mod shapes;
 mod tiny;
 
@@ -7,9 +8,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use candle_core::quantized::GgmlDType;
+use events::next_event;
 use kernels::attention::{BLOCK_SIZE, BlockId};
 use kernels::{Cpu, Isa};
 use lorry::adapter::canonical::Adapter;
@@ -219,13 +220,6 @@ impl Ask {
     fn run(&self, engine: &EngineHandle) -> Reply {
         Reply::of(self.submit(engine))
     }
-}
-
-/// The next event; a request that is never answered, for want of blocks that leaked say, fails the test.
-fn next_event(receiver: &mut UnboundedReceiver<Event>) -> Option<Event> {
-    let next = async { tokio::time::timeout(Duration::from_secs(120), receiver.recv()).await };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime starts");
-    runtime.block_on(next).expect("a request is answered within two minutes")
 }
 
 /// What came back: every token with its log-probabilities, and how it ended.

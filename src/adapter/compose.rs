@@ -6,6 +6,7 @@ use kernels::low_rank::LowRank;
 use sha2::{Digest, Sha256};
 
 use super::canonical::{Adapter, Coverage, EmbeddingDelta, HeadDelta, Member, Method, SiteDelta};
+use super::files::hexadecimal;
 use super::manifest::AdapterManifest;
 use crate::model::spec::Module;
 
@@ -122,7 +123,7 @@ fn generation(members: &[(Arc<Adapter>, f32)]) -> String {
         hasher.update(&member.generation);
         hasher.update(strength.to_bits().to_le_bytes());
     }
-    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    hexadecimal(hasher)
 }
 
 #[cfg(test)]

@@ -19,8 +19,11 @@ use crate::model::BaseWeights;
 /// # Errors
 /// When a file is damaged, or the adapter asks for what this server or this base cannot do.
 pub fn load(name: &str, files: &AdapterFiles, base: &dyn BaseWeights) -> Result<Adapter, AdapterError> {
-    let config = PeftConfig::parse(&files.config)?;
     let manifest = files.manifest.as_deref().map(AdapterManifest::parse).transpose()?.unwrap_or_default();
+    if let Some(expected) = &manifest.sha256 {
+        files.check_digest(expected)?;
+    }
+    let config = PeftConfig::parse(&files.config)?;
     let weights = parse_weights(&files.weights)?;
     let tensors = Tensors::of(&weights)?;
     let mut adapter = match &config {

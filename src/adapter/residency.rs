@@ -63,8 +63,15 @@ impl Residency {
         Self { budget, min_residency, items: BTreeMap::new(), used: 0 }
     }
 
-    pub fn budget(&self) -> u64 {
-        self.budget
+    /// Whether so much can ever fit.
+    pub fn can_hold(&self, bytes: u64) -> bool {
+        bytes <= self.budget
+    }
+
+    /// What to say of what cannot.
+    pub fn too_large(&self, bytes: u64) -> String {
+        let budget = self.budget;
+        format!("it takes {bytes} bytes of memory, adapters.host_budget_mib allows {budget} for all: raise it")
     }
 
     /// Bytes of everything that is loaded, being loaded, or gone and still held.
@@ -81,7 +88,7 @@ impl Residency {
         now: Duration,
         is_held: impl Fn(ItemId) -> bool,
     ) -> Reservation {
-        if bytes > self.budget {
+        if !self.can_hold(bytes) {
             return Reservation::TooLarge;
         }
         let others = self.used - self.items.get(&item).map_or(0, |reserved| reserved.bytes);

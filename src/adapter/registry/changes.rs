@@ -47,11 +47,7 @@ impl Worker {
         }
         check_expected(present.as_ref(), expected)?;
         let adapter = self.assemble(name, files).map_err(ChangeError::Refused)?;
-        let (bytes, budget) = (adapter.coverage.resident_bytes as u64, self.options.host_budget_bytes);
-        if bytes > budget {
-            let cause = format!("it takes {bytes} bytes of memory, adapters.host_budget_mib allows {budget} for all");
-            return Err(ChangeError::Refused(cause));
-        }
+        self.check_size(adapter.coverage.resident_bytes as u64)?;
         let staging = root.staging().map_err(folder_error)?;
         staging.dir().and_then(|folder| files.write(&folder)).map_err(folder_error)?;
         if let Some(present) = present.filter(|present| present.generation != UNREADABLE) {
@@ -96,6 +92,11 @@ impl Worker {
             return Err(ChangeError::Source(format!("the files of the generation {generation} have changed")));
         }
         self.install(name, &files, None)
+    }
+
+    fn check_size(&self, bytes: u64) -> Result<(), ChangeError> {
+        let residency = &self.shared.lock().residency;
+        if residency.can_hold(bytes) { Ok(()) } else { Err(ChangeError::Refused(residency.too_large(bytes))) }
     }
 
     fn open(&self) -> Result<Root, ChangeError> {

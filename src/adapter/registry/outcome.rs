@@ -178,7 +178,7 @@ impl State {
             Reservation::TooLarge => {
                 self.residency.remove(load.item);
                 self.trash.push(adapter);
-                let cause = self.too_large(bytes);
+                let cause = self.residency.too_large(bytes);
                 self.refuse(name, cause.clone());
                 load.end(&Err(AcquireError::Refused { name: name.to_owned(), cause }));
             }
@@ -213,23 +213,14 @@ impl State {
     /// Larger than the whole budget: it will never fit.
     pub(super) fn refuse_size(&mut self, index: usize) {
         let load = self.loads.remove(index);
+        let cause = self.residency.too_large(self.bytes_of(&load.target));
         match load.target.clone() {
             Target::Adapter(name) => {
-                let cause = self.too_large(self.entries.get(&name).map_or(0, |entry| entry.resident_bytes));
                 self.refuse(&name, cause.clone());
                 load.end(&Err(AcquireError::Refused { name, cause }));
             }
-            Target::Composition(_, members) => {
-                let bytes = members.iter().map(|(member, _)| member.coverage.resident_bytes as u64).sum();
-                let cause = self.too_large(bytes);
-                load.end(&Err(AcquireError::Composition(cause)));
-            }
+            Target::Composition(..) => load.end(&Err(AcquireError::Composition(cause))),
         }
-    }
-
-    fn too_large(&self, bytes: u64) -> String {
-        let budget = self.residency.budget();
-        format!("it takes {bytes} bytes of memory, adapters.host_budget_mib allows {budget} for all: raise it")
     }
 
     /// From now on the name is an error; what runs goes on.

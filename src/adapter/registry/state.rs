@@ -381,13 +381,18 @@ impl State {
     /// Takes the memory for a load, as far as that is known before.
     fn begin(&mut self, index: usize, now: Duration) -> Reservation {
         let Load { item, urgency, ref target, .. } = self.loads[index];
-        let bytes = match target {
+        let bytes = self.bytes_of(target);
+        self.reserve(item, bytes, urgency, now)
+    }
+
+    /// What a target takes in memory, as far as that is known before it is loaded.
+    pub(super) fn bytes_of(&self, target: &Target) -> u64 {
+        match target {
             Target::Adapter(name) => self.entries.get(name).map_or(0, |entry| entry.resident_bytes),
             Target::Composition(_, members) => {
                 members.iter().map(|(member, _)| member.coverage.resident_bytes as u64).sum()
             }
-        };
-        self.reserve(item, bytes, urgency, now)
+        }
     }
 
     /// A load that gets no memory now: whether it goes on waiting.
