@@ -26,6 +26,9 @@ const VECTOR: usize = ROWS_PER_TILE * 4;
 /// Bytes of the unpacked weights of one block.
 const UNPACKED_BLOCK: usize = 8 * VECTOR;
 
+/// Bytes ahead of the record at hand that are asked for from memory.
+const PREFETCH: usize = 4096;
+
 thread_local! {
     /// The unpacked weights of the tile at hand; grows to the widest layer once.
     static UNPACKED: RefCell<Vec<__m256i>> = const { RefCell::new(Vec::new()) };
@@ -147,16 +150,19 @@ fn all_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPAC
 ) {
     let bulk = out.len() / ROWS_PER_PASS * ROWS_PER_PASS;
     let (passes, rest) = out.split_at_mut(bulk);
+    // The first pass asks for what comes next in memory: while it multiplies weights that were unpacked, the next tile.
+    let mut ahead = Some(if UNPACKED { tile.records.len() } else { PREFETCH });
     for (i, out) in passes.chunks_exact_mut(ROWS_PER_PASS).enumerate() {
-        some_rows::<BITS, GROUPS, MIN, UNPACKED, ROWS_PER_PASS>(tile, unpacked, first_row + i * ROWS_PER_PASS, out);
+        let first_row = first_row + i * ROWS_PER_PASS;
+        some_rows::<BITS, GROUPS, MIN, UNPACKED, ROWS_PER_PASS>(tile, unpacked, first_row, ahead.take(), out);
     }
     let first_row = first_row + bulk;
     match rest.len() {
-        1 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 1>(tile, unpacked, first_row, rest),
-        2 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 2>(tile, unpacked, first_row, rest),
-        3 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 3>(tile, unpacked, first_row, rest),
-        4 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 4>(tile, unpacked, first_row, rest),
-        5 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 5>(tile, unpacked, first_row, rest),
+        1 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 1>(tile, unpacked, first_row, ahead, rest),
+        2 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 2>(tile, unpacked, first_row, ahead, rest),
+        3 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 3>(tile, unpacked, first_row, ahead, rest),
+        4 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 4>(tile, unpacked, first_row, ahead, rest),
+        5 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 5>(tile, unpacked, first_row, ahead, rest),
         _ => {}
     }
 }
@@ -167,6 +173,7 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
     tile: &Tile<'_>,
     unpacked: &[__m256i],
     first_row: usize,
+    ahead: Option<usize>,
     out: &mut TileOut,
 ) {
     let layout = layout_of::<BITS, GROUPS, MIN>();
@@ -196,6 +203,12 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
                 rows.map(|row| *row.scales.get_unchecked(b)),
             )
         };
+        if let Some(ahead) = ahead {
+            for line in 0..layout.record_bytes().div_ceil(64) {
+                // A prefetch reads nothing, wherever it points.
+                _mm_prefetch::<_MM_HINT_T0>(record.wrapping_add(ahead + line * 64).cast());
+            }
+        }
         for g in 0..GROUPS {
             let mut dot = [[_mm256_setzero_si256(); 2]; ROWS];
             for first_quad in (g * quads_per_group..(g + 1) * quads_per_group).step_by(run) {
