@@ -131,6 +131,7 @@ async fn run_once(
         let max_tokens = args.max_tokens;
         handle.submit(Request {
             prompt_tokens,
+            num_pinned_tokens: 0,
             adapter,
             sampling: SamplingParams::GREEDY,
             max_tokens,

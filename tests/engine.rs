@@ -67,6 +67,14 @@ impl Model for HashModel {
         on_logits: &mut dyn FnMut(usize, &mut [f32]),
     ) -> Result<(), StepError> {
         drop(self.gate.lock());
+        for copy in batch.copies {
+            for offset in 0..BLOCK_SIZE {
+                match self.states.get(&(copy.from, offset)).copied() {
+                    Some(state) => self.states.insert((copy.to, offset), state),
+                    None => self.states.remove(&(copy.to, offset)),
+                };
+            }
+        }
         let mut row_states = vec![0; batch.tokens.len()];
         for sequence in batch.sequences {
             let slot = |position: usize| (sequence.block_table[position / BLOCK_SIZE], position % BLOCK_SIZE);
@@ -153,6 +161,7 @@ impl Ask {
         let (events, receiver) = mpsc::unbounded_channel();
         handle.submit(Request {
             prompt_tokens: self.prompt_tokens.clone(),
+            num_pinned_tokens: 0,
             adapter: self.adapter.clone(),
             sampling: SamplingParams {
                 temperature: self.temperature,

@@ -20,7 +20,7 @@ use lorry::app::App;
 use lorry::config::{self, Config, Overrides};
 use lorry::engine::request::{Event, PromptOutput, Request, SamplingParams};
 use lorry::engine::{EngineConfig, EngineHandle, EngineState};
-use lorry::generation::{Access, GenerationError, Selection};
+use lorry::generation::{Access, GenerationError, GenerationOptions, GenerationRequest, Selection};
 use lorry::metrics::Metrics;
 use lorry::model::base_weights::GgufWeights;
 use lorry::model::decoder::Decoder;
@@ -104,7 +104,13 @@ fn logits_together(decoder: &mut Decoder, members: &[Member], chunk: usize) -> V
             sequences.push(SequenceRows { rows, first_position, block_table: &tables[i] });
         }
         let logits_rows: Vec<usize> = (0..tokens.len()).collect();
-        let batch = ForwardBatch { tokens: &tokens, sequences: &sequences, groups: &groups, logits_rows: &logits_rows };
+        let batch = ForwardBatch {
+            copies: &[],
+            tokens: &tokens,
+            sequences: &sequences,
+            groups: &groups,
+            logits_rows: &logits_rows,
+        };
         decoder.forward(&batch, &mut kv, &mut |row, logits| all[owners[row]].push(logits.to_vec())).unwrap();
         step += 1;
     }
@@ -204,6 +210,7 @@ impl Ask {
             SamplingParams { temperature: 0.8, logit_bias: self.logit_bias.clone(), seed: 7, ..SamplingParams::GREEDY };
         let request = Request {
             prompt_tokens: self.prompt_tokens.clone(),
+            num_pinned_tokens: 0,
             adapter: self.adapter.clone(),
             sampling,
             max_tokens: self.max_tokens,
@@ -324,8 +331,9 @@ async fn a_refused_or_unknown_model_is_an_error_and_never_the_base() {
     assert!(resolve("tiny").await.is_none());
     for (name, cause) in [("homeless", "layers.2"), ("tiny-homeless", "layers.2"), ("nobody", "/v1/models")] {
         assert!(app.adapters.acquire(name).await.is_err());
-        let selection = Selection::model(name);
-        let error = generation.start(&selection, &Access::All, Vec::new(), Default::default()).await.unwrap_err();
+        let (selection, options) = (Selection::model(name), GenerationOptions::default());
+        let request = GenerationRequest { selection, icl: None, prompt_format: None, prompts: Vec::new(), options };
+        let error = generation.start(request, &Access::All).await.unwrap_err();
         assert!(matches!(error, GenerationError::UnknownModel { .. }), "{error}");
         assert!(error.to_string().contains(cause), "{error}");
     }
@@ -396,14 +404,35 @@ fn the_prefix_cache_never_crosses_generations_that_differ_in_one_weight() {
     let expected = asks.each_ref().map(|ask| ask.run(&start_roomy(&model)).events);
     assert!(expected[0] != expected[1] && expected[1] != expected[2]);
     let engine = start_roomy(&model);
-    for cached_tokens in [0, 32] {
+    for cached_tokens in [0, 39] {
         for (ask, expected) in asks.iter().zip(&expected) {
             assert_eq!(ask.run(&engine), Reply { cached_tokens, events: expected.clone() });
         }
     }
     // The new generation again from its file: the same bytes are the same identity.
     let again = Ask { adapter: Some(load(&lora)), ..asks[2].clone() };
-    assert_eq!(again.run(&engine).cached_tokens, 32);
+    assert_eq!(again.run(&engine).cached_tokens, 39);
+}
+
+#[test]
+fn a_prompt_that_parts_within_a_cached_block_has_the_bits_of_one_alone() {
+    let model = tiny_model();
+    let adapters = random_adapters(&model.spec);
+    let whole = random_tokens(&model.spec, 60, 5);
+    for adapter in [None, Some(&adapters[0])] {
+        let engine = start_roomy(&model);
+        Ask::new(whole.clone(), adapter).run(&engine);
+        for (num_shared, num_more) in [(27, 1), (27, 9), (1, 30), (59, 1), (47, 40)] {
+            let more = random_tokens(&model.spec, num_more, 6 + num_more as u64);
+            let prompt: Vec<u32> = whole[..num_shared].iter().chain(&more).copied().collect();
+            assert_ne!(prompt[num_shared], whole[num_shared], "they part where the test says");
+            let ask = Ask::new(prompt, adapter);
+            let expected = ask.run(&start_roomy(&model));
+            let reply = ask.run(&engine);
+            assert_eq!(reply.events, expected.events);
+            assert!(reply.cached_tokens >= num_shared.min(31) && expected.cached_tokens == 0, "{reply:?}");
+        }
+    }
 }
 
 #[test]

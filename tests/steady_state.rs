@@ -44,7 +44,13 @@ fn a_step_allocates_nothing_after_the_first_of_its_size() {
     }
     let logits_rows: Vec<usize> =
         sequences.iter().flat_map(|sequence| sequence.rows.end - 4..sequence.rows.end).collect();
-    let batch = ForwardBatch { tokens: &tokens, sequences: &sequences, groups: &groups, logits_rows: &logits_rows };
+    let batch = ForwardBatch {
+        copies: &[],
+        tokens: &tokens,
+        sequences: &sequences,
+        groups: &groups,
+        logits_rows: &logits_rows,
+    };
 
     for isa in Isa::available() {
         let mut decoder = model.load(Cpu::new(isa, 2));

@@ -170,6 +170,7 @@ fn a_token_that_is_in_no_vocabulary_and_no_prelude_is_an_error() {
     ] {
         let groups: Vec<_> = adapter.map(|a| AdapterGroup { rows: 0..1, adapter: a.clone() }).into_iter().collect();
         let batch = ForwardBatch {
+            copies: &[],
             tokens: &[token],
             sequences: &[SequenceRows { rows: 0..1, first_position: 0, block_table: &[BlockId(0)] }],
             groups: &groups,

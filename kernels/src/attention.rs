@@ -78,6 +78,19 @@ impl KvStore {
         }
     }
 
+    /// Replaces all of `to` by `from`, in every layer.
+    ///
+    /// # Panics
+    /// When one of them lies outside the store.
+    pub fn copy_block(&mut self, from: BlockId, to: BlockId) {
+        let block_len = self.num_kv_heads * self.head_len();
+        let (from, to) = (from.0 as usize * block_len, to.0 as usize * block_len);
+        for LayerKv { k, v } in &mut self.layers {
+            k.copy_within(from..from + block_len, to);
+            v.copy_within(from..from + block_len, to);
+        }
+    }
+
     fn head_len(&self) -> usize {
         self.head_dim * BLOCK_SIZE
     }

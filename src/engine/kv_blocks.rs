@@ -51,34 +51,56 @@ impl BlockPool {
     /// A share in the cached block of this identity, if there is one. Its positions must not be written again.
     pub fn acquire_cached(&mut self, hash: &ChainHash) -> Option<BlockId> {
         let block = self.cache.get(hash)?;
+        self.share(block);
+        Some(block)
+    }
+
+    /// A share in a cached block that begins as `tokens` do behind the chain `parent`, and for how many of them: its
+    /// content is to be copied, and [`BlockPool::release_shared`] to be called.
+    pub fn acquire_partial(&mut self, parent: &ChainHash, tokens: &[u32]) -> Option<(BlockId, usize)> {
+        let (block, num_shared) = self.cache.get_partial(parent, tokens)?;
+        self.share(block);
+        Some((block, num_shared))
+    }
+
+    fn share(&mut self, block: BlockId) {
         let ref_count = &mut self.ref_counts[block.0 as usize];
         if *ref_count == 0 {
             self.cache.mark_used(block);
         }
         *ref_count += 1;
-        Some(block)
     }
 
-    /// Makes a block whose positions are all computed available to others.
-    pub fn register(&mut self, block: BlockId, hash: ChainHash) {
+    /// Makes a block whose positions are all computed available to others: `tokens` behind the chain `parent`.
+    pub fn register(&mut self, block: BlockId, parent: ChainHash, tokens: [u32; BLOCK_SIZE]) {
         if !self.cache.contains(block) {
-            self.cache.insert(hash, block);
+            self.cache.insert(parent, tokens, block);
         }
+    }
+
+    /// A cached block of a sequence is to be evicted after all others.
+    pub fn pin(&mut self, block: BlockId) {
+        self.cache.pin(block);
     }
 
     /// Takes every block away from a sequence, the last first, so that the start of a chain is evicted after its end.
     pub fn release(&mut self, block_table: &mut Vec<BlockId>) {
         while let Some(block) = block_table.pop() {
-            let ref_count = &mut self.ref_counts[block.0 as usize];
-            *ref_count -= 1;
-            if *ref_count > 0 {
-                continue;
-            }
-            if self.cache.contains(block) {
-                self.cache.mark_idle(block);
-            } else {
-                self.free.push(block);
-            }
+            self.release_shared(block);
+        }
+    }
+
+    /// Takes one share away.
+    pub fn release_shared(&mut self, block: BlockId) {
+        let ref_count = &mut self.ref_counts[block.0 as usize];
+        *ref_count -= 1;
+        if *ref_count > 0 {
+            return;
+        }
+        if self.cache.contains(block) {
+            self.cache.mark_idle(block);
+        } else {
+            self.free.push(block);
         }
     }
 }
@@ -88,14 +110,18 @@ mod tests {
     use super::*;
 
     fn hash(token: u32) -> ChainHash {
-        ChainHash::root(None).extend(&[token])
+        ChainHash::root(None).extend(&[token; BLOCK_SIZE])
+    }
+
+    fn register(pool: &mut BlockPool, block: BlockId, token: u32) {
+        pool.register(block, ChainHash::root(None), [token; BLOCK_SIZE]);
     }
 
     #[test]
     fn a_shared_block_is_used_until_its_last_holder_lets_go() {
         let mut pool = BlockPool::new(2);
         let mut first = vec![pool.allocate().unwrap()];
-        pool.register(first[0], hash(1));
+        register(&mut pool, first[0], 1);
         let mut second = vec![pool.acquire_cached(&hash(1)).unwrap()];
         assert_eq!(first, second);
         pool.release(&mut first);
@@ -109,7 +135,7 @@ mod tests {
     fn idle_blocks_are_taken_only_when_no_free_one_is_left() {
         let mut pool = BlockPool::new(2);
         let mut table = vec![pool.allocate().unwrap()];
-        pool.register(table[0], hash(1));
+        register(&mut pool, table[0], 1);
         pool.release(&mut table);
         let mut fresh = vec![pool.allocate().unwrap()];
         let cached = pool.acquire_cached(&hash(1)).unwrap();
@@ -126,8 +152,8 @@ mod tests {
     fn the_end_of_a_chain_is_evicted_before_its_start() {
         let mut pool = BlockPool::new(2);
         let mut table = vec![pool.allocate().unwrap(), pool.allocate().unwrap()];
-        pool.register(table[0], hash(1));
-        pool.register(table[1], hash(2));
+        register(&mut pool, table[0], 1);
+        register(&mut pool, table[1], 2);
         pool.release(&mut table);
         pool.allocate().unwrap();
         assert!(pool.acquire_cached(&hash(2)).is_none());
@@ -138,8 +164,8 @@ mod tests {
     fn equal_content_computed_twice_is_cached_once() {
         let mut pool = BlockPool::new(2);
         let mut table = vec![pool.allocate().unwrap(), pool.allocate().unwrap()];
-        pool.register(table[0], hash(1));
-        pool.register(table[1], hash(1));
+        register(&mut pool, table[0], 1);
+        register(&mut pool, table[1], 1);
         assert_eq!(pool.acquire_cached(&hash(1)), Some(table[0]));
         table.push(table[0]);
         pool.release(&mut table);

@@ -75,7 +75,7 @@ struct Shared {
 }
 
 enum Command {
-    Submit(Box<Request>, Instant),
+    Submit(Vec<Request>, Instant),
     Stop,
 }
 
@@ -108,6 +108,11 @@ impl EngineHandle {
         }))
     }
 
+    /// How many requests would be accepted now.
+    pub fn num_free_places(&self) -> usize {
+        self.0.permits.available_permits()
+    }
+
     /// A place among the accepted requests, without waiting for one.
     pub fn try_permit(&self) -> Result<OwnedSemaphorePermit, Overloaded> {
         self.0.permits.clone().try_acquire_owned().map_err(|_| Overloaded { max_queued: self.0.max_queued })
@@ -116,10 +121,15 @@ impl EngineHandle {
     /// Hands a request to the engine. Its events end with [`Event::Finished`] or [`Event::Failed`], except that the
     /// channel closes without either when the engine stops at this very moment.
     pub fn submit(&self, request: Request) -> Result<(), EngineStopped> {
+        self.submit_together(vec![request])
+    }
+
+    /// As [`EngineHandle::submit`], for requests that are to be in one batch: no step is made between them.
+    pub fn submit_together(&self, requests: Vec<Request>) -> Result<(), EngineStopped> {
         if !self.is_alive() {
             return Err(EngineStopped);
         }
-        self.0.commands.send(Command::Submit(Box::new(request), Instant::now())).map_err(|_| EngineStopped)
+        self.0.commands.send(Command::Submit(requests, Instant::now())).map_err(|_| EngineStopped)
     }
 
     /// Longest sequence, prompt and output together, in tokens.
@@ -173,7 +183,9 @@ impl fmt::Debug for Shared {
 fn run(mut engine: Engine, commands: &mpsc::Receiver<Command>, is_alive: &AtomicBool) {
     let reason = loop {
         match next_command(&engine, commands) {
-            Some(Command::Submit(request, accepted)) => engine.enqueue(*request, accepted),
+            Some(Command::Submit(requests, accepted)) => {
+                requests.into_iter().for_each(|request| engine.enqueue(request, accepted));
+            }
             Some(Command::Stop) => break "the server is shutting down".to_owned(),
             // A panic must not leave clients waiting for ever; the engine is not used after one.
             None => match catch_unwind(AssertUnwindSafe(|| engine.step())) {
@@ -186,7 +198,8 @@ fn run(mut engine: Engine, commands: &mpsc::Receiver<Command>, is_alive: &Atomic
     is_alive.store(false, Ordering::Release);
     engine.abort(&reason);
     for command in commands.try_iter() {
-        if let Command::Submit(request, _) = command {
+        let Command::Submit(requests, _) = command else { continue };
+        for request in requests {
             drop(request.permit);
             let _ = request.events.send(Event::Failed(reason.clone()));
         }

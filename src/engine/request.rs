@@ -12,6 +12,8 @@ use crate::adapter::canonical::Adapter;
 pub struct Request {
     /// Not empty, and with `max_tokens` within the engine's context length.
     pub prompt_tokens: Vec<u32>,
+    /// The first tokens of the prompt, as far as many prompts will begin so: the last to leave the prefix cache.
+    pub num_pinned_tokens: usize,
     /// The adapter generation this request holds until it ends; `None` is the base.
     pub adapter: Option<Arc<Adapter>>,
     pub sampling: SamplingParams,

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::kv_blocks::BlockPool;
 use super::sequence::{LogitsUse, Sequence, SequenceId};
-use crate::model::AdapterGroup;
+use crate::model::{AdapterGroup, BlockCopy};
 
 /// Rows of a step up to which guessing is worth its rows: about where the arithmetic of the rows begins to take longer
 /// than reading the weights (docs/performance.md).
@@ -34,6 +34,7 @@ pub struct Scheduler {
 /// One step: its rows, in the order of [`crate::model::ForwardBatch`].
 #[derive(Debug, Default)]
 pub struct Plan {
+    pub copies: Vec<BlockCopy>,
     pub tokens: Vec<u32>,
     pub sequences: Vec<PlannedSequence>,
     pub groups: Vec<AdapterGroup>,
@@ -146,6 +147,9 @@ impl Scheduler {
             let num_rows = planned.rows.len() - sequence.draft().len();
             sequence.advance(num_rows, &mut self.pool);
         }
+        for copy in self.plan.copies.drain(..) {
+            self.pool.release_shared(copy.from);
+        }
         // An idle engine must not keep adapters alive.
         self.plan.groups.clear();
     }
@@ -187,15 +191,26 @@ impl Scheduler {
     fn admit(&mut self) {
         while self.running.len() < self.max_sequences && self.pool.blocks_available() > self.running.len() {
             let Some(mut sequence) = self.waiting.pop_front() else { return };
-            sequence.match_prefix(&mut self.pool);
+            let mut partial = sequence.match_prefix(&mut self.pool);
             let num_blocks = BlockPool::num_blocks_for(sequence.tokens().len()) - sequence.block_table().len();
-            if num_blocks + self.running.len() > self.pool.blocks_available() {
+            let is_room = |pool: &BlockPool| num_blocks + self.running.len() <= pool.blocks_available();
+            // The share in a block to copy from must not be what keeps the sequence waiting.
+            if let Some((shared, _)) = partial.take_if(|_| !is_room(&self.pool)) {
+                self.pool.release_shared(shared);
+            }
+            if !is_room(&self.pool) {
                 sequence.release(&mut self.pool);
                 self.waiting.push_front(sequence);
                 return;
             }
             for block in std::iter::repeat_with(|| self.pool.allocate()).take(num_blocks).flatten() {
-                sequence.push_block(block);
+                match partial.take() {
+                    Some((from, num_positions)) => {
+                        self.plan.copies.push(BlockCopy { from, to: block });
+                        sequence.push_copy(block, num_positions);
+                    }
+                    None => sequence.push_block(block),
+                }
             }
             self.running.push(sequence);
         }

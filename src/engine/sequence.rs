@@ -31,6 +31,8 @@ pub struct Sequence {
     /// Identity of the last block known to the prefix cache, and how many are.
     chain: ChainHash,
     num_chained_blocks: usize,
+    /// Tokens at the start, virtual ones included, whose blocks are pinned in the prefix cache.
+    num_pinned_tokens: usize,
     prompt_output: PromptOutput,
     /// Prompt tokens whose log-probability has been asked for, virtual ones included.
     num_scored_tokens: usize,
@@ -63,11 +65,18 @@ impl Sequence {
             max_tokens,
             num_computed_tokens: 0,
             num_chained_blocks: 0,
+            num_pinned_tokens: num_virtual_tokens,
             prompt_output,
             // Nothing that was said predicts the first token.
             num_scored_tokens: num_virtual_tokens + 1,
             speculation: Speculation::default(),
         }
+    }
+
+    /// Pins the first `num_tokens` of the prompt in the prefix cache. The prelude before them is pinned in any case.
+    #[must_use]
+    pub fn with_pinned_prefix(self, num_tokens: usize) -> Self {
+        Self { num_pinned_tokens: self.num_virtual_tokens + num_tokens, ..self }
     }
 
     pub fn id(&self) -> SequenceId {
@@ -179,20 +188,31 @@ impl Sequence {
         self.block_table.push(block);
     }
 
-    /// Takes the longest chain of cached blocks, always leaving at least one token to compute.
-    pub(super) fn match_prefix(&mut self, pool: &mut BlockPool) {
+    /// Takes the longest chain of cached blocks, always leaving at least one token to compute. Returns a block that begins
+    /// as the next one would, with a share in it, and for how many positions.
+    pub(super) fn match_prefix(&mut self, pool: &mut BlockPool) -> Option<(BlockId, usize)> {
         if self.prompt_output == PromptOutput::Logprobs {
-            return; // A cached position has no logits.
+            return None; // A cached position has no logits.
         }
-        let max_blocks = (self.tokens.len() - 1) / BLOCK_SIZE;
-        for tokens in self.tokens.chunks_exact(BLOCK_SIZE).take(max_blocks) {
+        let to_match = &self.tokens[..self.tokens.len() - 1];
+        for tokens in to_match.chunks_exact(BLOCK_SIZE) {
             let chain = self.chain.extend(tokens);
             let Some(block) = pool.acquire_cached(&chain) else { break };
             self.block_table.push(block);
             self.chain = chain;
             self.num_chained_blocks += 1;
+            if self.num_chained_blocks * BLOCK_SIZE <= self.num_pinned_tokens {
+                pool.pin(block);
+            }
         }
         self.num_computed_tokens = self.num_chained_blocks * BLOCK_SIZE;
+        pool.acquire_partial(&self.chain, &to_match[self.num_computed_tokens..])
+    }
+
+    /// Takes `block` as its next one, whose first `num_positions` will be a copy of another's.
+    pub(super) fn push_copy(&mut self, block: BlockId, num_positions: usize) {
+        self.block_table.push(block);
+        self.num_computed_tokens += num_positions;
     }
 
     /// The next `num_rows` tokens have gone through the model: their full blocks become known to the prefix cache.
@@ -200,10 +220,18 @@ impl Sequence {
         self.num_computed_tokens += num_rows;
         self.num_scored_tokens = self.num_scored_tokens.max(self.num_prompt_tokens.min(self.num_computed_tokens + 1));
         for index in self.num_chained_blocks..self.num_computed_tokens / BLOCK_SIZE {
-            self.chain = self.chain.extend(&self.tokens[index * BLOCK_SIZE..(index + 1) * BLOCK_SIZE]);
-            pool.register(self.block_table[index], self.chain);
+            let (block, tokens) = (self.block_table[index], self.block_tokens(index));
+            pool.register(block, self.chain, tokens);
+            self.chain = self.chain.extend(&tokens);
             self.num_chained_blocks = index + 1;
+            if self.num_chained_blocks * BLOCK_SIZE <= self.num_pinned_tokens {
+                pool.pin(block);
+            }
         }
+    }
+
+    fn block_tokens(&self, index: usize) -> [u32; BLOCK_SIZE] {
+        std::array::from_fn(|offset| self.tokens[index * BLOCK_SIZE + offset])
     }
 
     /// Gives every block back; the tokens stay, to be computed again.

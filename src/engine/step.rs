@@ -119,10 +119,11 @@ impl Engine {
             prompt_output: request.prompt_output,
         };
         self.clients.insert(id, client);
-        let Request { prompt_tokens, adapter, prompt_output, .. } = request;
+        let Request { prompt_tokens, num_pinned_tokens, adapter, prompt_output, .. } = request;
         let max_tokens =
             request.max_tokens.min(self.context_length - num_positions(&prompt_tokens, adapter.as_deref()));
-        self.scheduler.enqueue(Sequence::new(id, &prompt_tokens, max_tokens, adapter, prompt_output));
+        let sequence = Sequence::new(id, &prompt_tokens, max_tokens, adapter, prompt_output);
+        self.scheduler.enqueue(sequence.with_pinned_prefix(num_pinned_tokens));
     }
 
     /// One pass of the model over the rows of this step. After an error the engine can only be aborted.
@@ -217,6 +218,7 @@ impl Engine {
             block_table: scheduler.sequence(planned).block_table(),
         }));
         let batch = ForwardBatch {
+            copies: &plan.copies,
             tokens: &plan.tokens,
             sequences: &rows,
             groups: &plan.groups,

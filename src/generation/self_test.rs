@@ -86,6 +86,7 @@ async fn logits(
     let (events, mut receiver) = mpsc::unbounded_channel();
     let request = Request {
         prompt_tokens: prompt.to_vec(),
+        num_pinned_tokens: 0,
         adapter,
         sampling: SamplingParams::GREEDY,
         max_tokens: 0,

@@ -308,6 +308,9 @@ impl Model for Decoder {
         kv: &mut KvStore,
         on_logits: &mut dyn FnMut(usize, &mut [f32]),
     ) -> Result<(), StepError> {
+        for copy in batch.copies {
+            kv.copy_block(copy.from, copy.to);
+        }
         self.run(batch, kv, on_logits)
     }
 }

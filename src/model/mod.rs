@@ -24,6 +24,8 @@ use spec::{ModelSpec, Module};
 /// Rows of one sequence are contiguous and in position order; sequences of one adapter are contiguous.
 #[derive(Debug)]
 pub struct ForwardBatch<'a> {
+    /// Blocks to be copied in the KV store before any row is computed.
+    pub copies: &'a [BlockCopy],
     /// Token ids, `[rows]`.
     pub tokens: &'a [u32],
     /// The sequences in row order; their ranges cover `0..rows` without gaps.
@@ -32,6 +34,13 @@ pub struct ForwardBatch<'a> {
     pub groups: &'a [AdapterGroup],
     /// Rows whose logits are wanted, ascending.
     pub logits_rows: &'a [usize],
+}
+
+/// The block `to` is to begin as the block `from` does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockCopy {
+    pub from: BlockId,
+    pub to: BlockId,
 }
 
 /// One sequence's share of a batch.

@@ -249,6 +249,7 @@ pub fn logits_alone(decoder: &mut Decoder, tokens: &[u32], adapter: Option<&Arc<
     let groups: Vec<_> =
         adapter.map(|adapter| AdapterGroup { rows: rows.clone(), adapter: adapter.clone() }).into_iter().collect();
     let batch = ForwardBatch {
+        copies: &[],
         tokens,
         sequences: &[SequenceRows { rows: rows.clone(), first_position: 0, block_table: &block_table }],
         groups: &groups,

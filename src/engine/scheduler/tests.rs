@@ -128,9 +128,57 @@ fn a_wholly_cached_prompt_still_computes_its_last_token() {
     for id in 0..2 {
         scheduler.enqueue(Sequence::new(SequenceId(id), &[5; 2 * BLOCK_SIZE], 1, None, PromptOutput::Nothing));
         scheduler.schedule();
-        assert_eq!(scheduler.plan().sequences[0].first_position, if id == 0 { 0 } else { BLOCK_SIZE });
+        let last = 2 * BLOCK_SIZE - 1;
+        assert_eq!(scheduler.plan().sequences[0].first_position, if id == 0 { 0 } else { last });
         finish_step(&mut scheduler);
     }
+}
+
+#[test]
+fn a_block_that_begins_as_a_cached_one_begins_as_a_copy_of_it() {
+    let mut scheduler = Scheduler::new(64, 4, 5);
+    let mut prompt: Vec<u32> = (0..40).collect();
+    for id in 0..2 {
+        scheduler.enqueue(Sequence::new(SequenceId(id), &prompt, 1, None, PromptOutput::Nothing));
+        scheduler.schedule();
+        let plan = scheduler.plan();
+        assert_eq!((plan.copies.len(), plan.sequences[0].first_position), if id == 0 { (0, 0) } else { (1, 20) });
+        let num_used = scheduler.blocks_used();
+        assert_eq!(num_used, if id == 0 { 3 } else { 4 }, "the block to copy from is held until then");
+        finish_step(&mut scheduler);
+        prompt[20..].fill(7);
+    }
+    assert_eq!((scheduler.blocks_used(), scheduler.plan().copies.len()), (0, 0));
+}
+
+#[test]
+fn a_block_to_copy_from_keeps_nobody_waiting() {
+    let mut scheduler = Scheduler::new(64, 4, 2);
+    for (id, last) in [(0, 7), (1, 8)] {
+        let mut prompt = vec![5; 2 * BLOCK_SIZE];
+        prompt[BLOCK_SIZE - 1] = last;
+        scheduler.enqueue(Sequence::new(SequenceId(id), &prompt, 1, None, PromptOutput::Nothing));
+        assert_eq!(step(&mut scheduler), [SequenceId(id)]);
+    }
+}
+
+#[test]
+fn pinned_prefixes_outlive_prompts_that_came_after_them() {
+    let pinned: Vec<u32> = (0..40).collect();
+    let mut scheduler = Scheduler::new(128, 4, 8);
+    let mut first_position = |id, prompt: &[u32], num_pinned_tokens| {
+        let sequence = Sequence::new(SequenceId(id), prompt, 1, None, PromptOutput::Nothing);
+        scheduler.enqueue(sequence.with_pinned_prefix(num_pinned_tokens));
+        scheduler.schedule();
+        let first_position = scheduler.plan().sequences[0].first_position;
+        finish_step(&mut scheduler);
+        first_position
+    };
+    first_position(0, &pinned, 32);
+    (1..9).for_each(|id| assert_eq!(first_position(id, &[100 + id as u32; 50], 0), 0));
+    assert_eq!(first_position(9, &pinned, 32), 32);
+    (10..19).for_each(|id| assert_eq!(first_position(id, &[100 + id as u32; 100], 0), 0));
+    assert_eq!(first_position(19, &pinned, 0), 16, "a block that was needed by all is given up too");
 }
 
 #[test]
