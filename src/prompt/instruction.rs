@@ -6,34 +6,41 @@ use minijinja::{Environment, Error, UndefinedBehavior, context};
 
 use super::PromptError;
 
-const NAME: &str = "prompt";
+pub(super) const NAME: &str = "prompt";
 
 /// Refuses a template that has no place for the instruction, wants more than that, or is not Jinja.
 pub fn check(template: &str) -> Result<(), PromptError> {
-    let environment = compile(template)?;
-    let mut variables = environment.get_template(NAME).map_err(invalid)?.undeclared_variables(false);
-    if !variables.remove("instruction") {
-        return Err(PromptError::Instruction("it does not use {{ instruction }}".to_string()));
-    }
-    match variables.iter().min() {
-        Some(name) => Err(PromptError::Instruction(format!("it uses {name}, but only instruction is known"))),
-        None => Ok(()),
-    }
+    let environment = compile(template).map_err(invalid)?;
+    check_variables(&environment, &["instruction"]).map_err(PromptError::Instruction)
 }
 
 /// The prompt text.
 pub fn render(template: &str, instruction: &str) -> Result<String, PromptError> {
-    let environment = compile(template)?;
+    let environment = compile(template).map_err(invalid)?;
     environment.get_template(NAME).and_then(|template| template.render(context! { instruction })).map_err(invalid)
 }
 
-fn compile(template: &str) -> Result<Environment<'_>, PromptError> {
+/// An environment with this one template, called [`NAME`].
+pub(super) fn compile(template: &str) -> Result<Environment<'static>, Error> {
     let mut environment = Environment::new();
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
-    environment.set_syntax(SyntaxConfig::builder().keep_trailing_newline(true).build().map_err(invalid)?);
+    environment.set_syntax(SyntaxConfig::builder().keep_trailing_newline(true).build()?);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.add_template(NAME, template).map_err(invalid)?;
+    environment.add_template_owned(NAME, template.to_owned())?;
     Ok(environment)
+}
+
+/// Whether the template uses the first of `known`, and nothing but them.
+pub(super) fn check_variables(environment: &Environment<'_>, known: &[&str]) -> Result<(), String> {
+    let template = environment.get_template(NAME).map_err(|error| error.to_string())?;
+    let used = template.undeclared_variables(false);
+    if let Some(required) = known.first().filter(|name| !used.contains(**name)) {
+        return Err(format!("it does not use {{{{ {required} }}}}"));
+    }
+    match used.iter().filter(|name| !known.contains(&name.as_str())).min() {
+        Some(name) => Err(format!("it uses {name}, but knows only {}", known.join(" and "))),
+        None => Ok(()),
+    }
 }
 
 fn invalid(error: Error) -> PromptError {

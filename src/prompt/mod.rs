@@ -1,7 +1,9 @@
-//! From what a client asks to the prompt a model was trained on: chat, an adapter's instruction, fill-in-the-middle.
+//! From what a client asks to the prompt a model was trained on: chat, an adapter's instruction, in-context examples,
+//! fill-in-the-middle.
 
 pub mod chat;
 pub mod fim;
+pub mod formats;
 pub mod instruction;
 
 #[derive(Debug, thiserror::Error)]
@@ -16,4 +18,9 @@ pub enum PromptError {
     ChatTemplate(String),
     #[error("the prompt template of the adapter cannot be used: {0}")]
     Instruction(String),
+    /// At the start, or when the values of a request break a template.
+    #[error("prompt_formats.{name}.template: {reason}")]
+    Format { name: String, reason: String },
+    #[error("`prompt_format` is `{name}`, which is not known; there are: {known}")]
+    UnknownFormat { name: String, known: String },
 }
