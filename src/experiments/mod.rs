@@ -1,0 +1,304 @@
+//! Experiments: a model alias whose traffic is split over arms, what users thought of the results, and a canary that is
+//! taken out of traffic when it breaks its bounds.
+//!
+//! Nothing here makes a request wait: an arm is chosen by hashing, and what is recorded goes through a bounded channel to
+//! the one thread that writes. Only a vote waits, for its own commit.
+
+mod assignment;
+mod canary;
+mod model;
+mod report;
+mod settings;
+mod statistics;
+mod store;
+mod vote;
+mod writer;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::thread::JoinHandle;
+
+use tokio::sync::{oneshot, watch};
+
+pub use report::{ArmReport, CanaryReport, CanaryState, PairReport, Percentiles, Report};
+pub use settings::{ArmConfig, Bounds, ExperimentConfig, ExperimentsConfig};
+pub use statistics::Rate;
+pub use store::Unavailable;
+pub use vote::{Outcome, Record, StoredVote, Vote, VoteError, VoteKind, prompt_hash};
+
+use crate::metrics::Metrics;
+use canary::CanaryStatus;
+use store::{Store, StoreError};
+use writer::{Command, Writer};
+
+/// Called on the writer's thread with the name of an adapter whose canary has broken a bound; must not block.
+pub type OnRollBack = Box<dyn Fn(&str) + Send>;
+
+/// The arm that a request to an alias gets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Assignment {
+    pub experiment: String,
+    pub arm: String,
+    pub model: String,
+    /// To be run beside it, recorded, and not returned.
+    pub shadows: Vec<Shadow>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shadow {
+    pub arm: String,
+    pub model: String,
+}
+
+/// Why a canary was not reset.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ResetError {
+    #[error("there is no experiment {0:?}: GET /v1/experiments lists them")]
+    UnknownExperiment(String),
+    #[error("the experiment {0:?} has no canary")]
+    NoCanary(String),
+    #[error(transparent)]
+    Unavailable(#[from] Unavailable),
+}
+
+pub struct Experiments {
+    experiments: Arc<[Experiment]>,
+    base_id: String,
+    path: PathBuf,
+    keep_text: bool,
+    metrics: Arc<Metrics>,
+    // Dropped in this order: without a sender the thread writes what is left and ends.
+    commands: SyncSender<Command>,
+    _writer: WriterThread,
+}
+
+#[derive(Debug)]
+struct Experiment {
+    config: ExperimentConfig,
+    /// Of each arm, in full.
+    models: Vec<String>,
+    /// The configuration as one string.
+    definition: String,
+    /// Changed by the writer only.
+    canary: Option<watch::Sender<CanaryStatus>>,
+}
+
+impl Experiments {
+    /// Starts the writer. A database that cannot be opened is logged and stops nothing: it is tried again at each write.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn start(
+        config: &ExperimentsConfig,
+        path: PathBuf,
+        base_id: &str,
+        metrics: Arc<Metrics>,
+        on_roll_back: OnRollBack,
+    ) -> std::io::Result<Self> {
+        let experiments: Arc<[_]> = config.run.iter().map(|config| Experiment::new(config, base_id)).collect();
+        let (commands, receiver) = sync_channel(config.max_queued);
+        let writer = Writer::new(
+            path.clone(),
+            config.max_mib,
+            base_id.to_owned(),
+            experiments.clone(),
+            on_roll_back,
+            metrics.clone(),
+        );
+        let thread =
+            std::thread::Builder::new().name("lorry-experiments".to_owned()).spawn(move || writer.run(&receiver))?;
+        let (base_id, keep_text) = (base_id.to_owned(), config.keep_text);
+        Ok(Self { experiments, base_id, path, keep_text, metrics, commands, _writer: WriterThread(Some(thread)) })
+    }
+
+    /// What clients may send as `model`, beside names of models.
+    pub fn aliases(&self) -> impl Iterator<Item = &str> {
+        self.experiments.iter().map(|experiment| experiment.config.alias.as_str())
+    }
+
+    pub fn is_alias(&self, model: &str) -> bool {
+        self.aliases().any(|alias| alias == model)
+    }
+
+    /// The arm of the experiment on `alias`, among those whose adapter `may_use` allows; `None` if there is no such alias
+    /// or arm. The same `sticky_key` gets the same arm for as long as the weights stay: the user where clients name one,
+    /// else the key they authenticate with, else something of the request's own.
+    pub fn assign(&self, alias: &str, sticky_key: &str, may_use: impl Fn(&str) -> bool) -> Option<Assignment> {
+        let experiment = self.experiments.iter().find(|experiment| experiment.config.alias == alias)?;
+        let config = &experiment.config;
+        let is_out = |arm: &ArmConfig| {
+            let is_hidden = model::adapter(&self.base_id, &arm.model).is_some_and(|adapter| !may_use(adapter));
+            is_hidden || (arm.canary && experiment.is_rolled_back())
+        };
+        let arm = assignment::choose(&config.name, &config.arms, sticky_key, is_out)?;
+        let shadows = config.arms.iter().filter(|arm| arm.shadow);
+        Some(Assignment {
+            experiment: config.name.clone(),
+            arm: arm.name.clone(),
+            model: arm.model.clone(),
+            shadows: shadows.map(|arm| Shadow { arm: arm.name.clone(), model: arm.model.clone() }).collect(),
+        })
+    }
+
+    /// Whether an arm is a canary that broke a bound and gets no traffic.
+    pub fn is_rolled_back(&self, experiment: &str, arm: &str) -> bool {
+        self.find(experiment).is_some_and(|(_, experiment)| {
+            experiment.config.arms.iter().any(|known| known.canary && known.name == arm) && experiment.is_rolled_back()
+        })
+    }
+
+    /// Queues a finished run for writing. Never waits: when the queue is full the record is dropped and counted.
+    pub fn record(&self, mut record: Record) {
+        record.model = model::full_name(&self.base_id, &record.model);
+        record.text = record.text.filter(|_| self.keep_text);
+        if self.commands.try_send(Command::Record(Box::new(record))).is_err() {
+            self.metrics.experiment_writes_total.with_label_values(&["dropped"]).inc();
+        }
+    }
+
+    /// Returns when the vote is on disk.
+    ///
+    /// # Errors
+    /// The database cannot be written, or the winner is no arm of the comparison. Nothing is recorded then.
+    pub async fn vote(&self, vote: Vote) -> Result<(), VoteError> {
+        self.answered(|reply| Command::Vote(vote, reply)).await
+    }
+
+    /// Lets a canary serve again, judged by what happens from now on.
+    ///
+    /// # Errors
+    /// See [`ResetError`]; nothing has changed then.
+    pub async fn reset(&self, experiment: &str) -> Result<(), ResetError> {
+        let (index, found) =
+            self.find(experiment).ok_or_else(|| ResetError::UnknownExperiment(experiment.to_owned()))?;
+        if found.canary.is_none() {
+            return Err(ResetError::NoCanary(experiment.to_owned()));
+        }
+        match self.answered(|reply| Command::Reset(index, reply)).await {
+            Ok(()) => Ok(()),
+            Err(VoteError::Unavailable(cause)) => Err(cause.into()),
+            Err(VoteError::UnknownArm { .. }) => Err(Unavailable::Failed.into()),
+        }
+    }
+
+    async fn answered(
+        &self,
+        command: impl FnOnce(oneshot::Sender<Result<(), VoteError>>) -> Command,
+    ) -> Result<(), VoteError> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.try_send(command(reply)).map_err(|error| match error {
+            TrySendError::Full(_) => Unavailable::Busy,
+            TrySendError::Disconnected(_) => Unavailable::Failed,
+        })?;
+        answer.await.unwrap_or(Err(Unavailable::Failed.into()))
+    }
+
+    /// The votes on an id, in order of time; none if it is unknown.
+    ///
+    /// # Errors
+    /// The database cannot be read.
+    pub async fn votes(&self, id: &str) -> Result<Vec<StoredVote>, Unavailable> {
+        let id = id.to_owned();
+        self.read(move |store| store.map_or(Ok(Vec::new()), |store| store.votes(&id))).await
+    }
+
+    /// Of one experiment; `None` if there is none of this name.
+    ///
+    /// # Errors
+    /// The database cannot be read.
+    pub async fn report(&self, experiment: &str) -> Result<Option<Report>, Unavailable> {
+        let Some((index, _)) = self.find(experiment) else { return Ok(None) };
+        let experiments = self.experiments.clone();
+        self.read(move |store| experiments[index].report(store)).await.map(Some)
+    }
+
+    /// Of every experiment, in the order of the configuration.
+    ///
+    /// # Errors
+    /// The database cannot be read.
+    pub async fn reports(&self) -> Result<Vec<Report>, Unavailable> {
+        let experiments = self.experiments.clone();
+        self.read(move |store| experiments.iter().map(|experiment| experiment.report(store)).collect()).await
+    }
+
+    async fn read<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(Option<&Store>) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, Unavailable> {
+        let path = self.path.clone();
+        let task = tokio::task::spawn_blocking(move || read_file(&path, read));
+        task.await.unwrap_or(Err(Unavailable::Failed))
+    }
+
+    fn find(&self, name: &str) -> Option<(usize, &Experiment)> {
+        self.experiments.iter().enumerate().find(|(_, experiment)| experiment.config.name == name)
+    }
+}
+
+fn read_file<T>(path: &Path, read: impl FnOnce(Option<&Store>) -> Result<T, StoreError>) -> Result<T, Unavailable> {
+    let result = Store::open_for_reading(path).and_then(|store| read(store.as_ref()));
+    result.map_err(|error| {
+        tracing::error!("the experiments database {} cannot be read: {error}", path.display());
+        Unavailable::from(&error)
+    })
+}
+
+impl fmt::Debug for Experiments {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Experiments").field("path", &self.path).field("experiments", &self.experiments).finish()
+    }
+}
+
+impl Experiment {
+    fn new(config: &ExperimentConfig, base_id: &str) -> Self {
+        Self {
+            models: config.arms.iter().map(|arm| model::full_name(base_id, &arm.model)).collect(),
+            definition: format!("{base_id} {config:?}"),
+            canary: config.bounds.is_some().then(|| watch::Sender::new(CanaryStatus::begin(writer::now_ms()))),
+            config: config.clone(),
+        }
+    }
+
+    fn is_rolled_back(&self) -> bool {
+        self.canary.as_ref().is_some_and(|canary| canary.borrow().rolled_back.is_some())
+    }
+
+    /// The arm with this name and this model, in full: one whose model was changed begins anew.
+    fn arm(&self, name: &str, model: &str) -> Option<&ArmConfig> {
+        let mut arms = self.config.arms.iter().zip(&self.models);
+        arms.find(|(arm, full)| arm.name == name && *full == model).map(|(arm, _)| arm)
+    }
+
+    fn canary_arm(&self) -> Option<&ArmConfig> {
+        self.config.arms.iter().find(|arm| arm.canary)
+    }
+
+    fn report(&self, store: Option<&Store>) -> Result<Report, StoreError> {
+        report::report(&self.config, &self.models, store, self.canary_report())
+    }
+
+    fn canary_report(&self) -> Option<CanaryReport> {
+        let (arm, bounds) = (self.canary_arm()?, self.config.bounds.clone()?);
+        let CanaryStatus { since_ms, rolled_back } = self.canary.as_ref()?.borrow().clone();
+        Some(CanaryReport {
+            arm: arm.name.clone(),
+            state: if rolled_back.is_some() { CanaryState::RolledBack } else { CanaryState::Watching },
+            bounds,
+            since: since_ms / 1000,
+            rolled_back_at: rolled_back.as_ref().map(|rolled_back| rolled_back.at_ms / 1000),
+            cause: rolled_back.map(|rolled_back| rolled_back.cause),
+        })
+    }
+}
+
+/// Ends with the last sender; what was queued is written first.
+struct WriterThread(Option<JoinHandle<()>>);
+
+impl Drop for WriterThread {
+    fn drop(&mut self) {
+        // A panic has been printed by its thread.
+        self.0.take().map(JoinHandle::join);
+    }
+}

@@ -1,0 +1,214 @@
+//! `[experiments]` of the configuration, checked as far as that is possible without knowing the models.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::generation::model_name::ModelName;
+use crate::icl;
+
+/// Where the database lies below the folder for models, unless the configuration says otherwise.
+const DEFAULT_PATH: &str = "state/experiments.db";
+
+const MAX_NAME_LEN: usize = 64;
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExperimentsConfig {
+    path: PathBuf,
+    pub max_mib: u32,
+    pub max_queued: usize,
+    pub keep_text: bool,
+    pub run: Vec<ExperimentConfig>,
+}
+
+/// One model alias whose traffic is split.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExperimentConfig {
+    pub name: String,
+    /// What clients send as `model`.
+    pub alias: String,
+    pub arms: Vec<ArmConfig>,
+    /// When the canary arm is rolled back; there must be one exactly if an arm is the canary.
+    pub bounds: Option<Bounds>,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ArmConfig {
+    pub name: String,
+    /// Any name that a request could send, except an alias.
+    pub model: String,
+    /// Share of the traffic, against the weights of the other arms.
+    #[serde(default)]
+    pub weight: f64,
+    /// Runs with every request of the alias, and is not returned.
+    #[serde(default)]
+    pub shadow: bool,
+    #[serde(default)]
+    pub canary: bool,
+}
+
+/// What a canary must keep to; what is absent is not asked of it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Bounds {
+    pub max_error_rate: Option<f64>,
+    /// Of what was shown to a user.
+    pub min_acceptance: Option<f64>,
+    /// Against the p95 of the other serving arms together.
+    pub max_ttft_p95_ratio: Option<f64>,
+    /// Fewer samples than this prove nothing.
+    pub min_samples: usize,
+}
+
+impl ExperimentsConfig {
+    /// The database file; `home` is the folder for models.
+    pub fn path(&self, home: &Path) -> PathBuf {
+        if self.path.as_os_str().is_empty() { home.join(DEFAULT_PATH) } else { self.path.clone() }
+    }
+
+    /// # Errors
+    /// The first key that makes no sense; `base_id` is the id of the base.
+    pub fn validate(&self, base_id: &str) -> Result<(), String> {
+        if self.max_mib == 0 || self.max_queued == 0 {
+            return Err("experiments.max_mib and experiments.max_queued must be at least 1".to_owned());
+        }
+        for (index, experiment) in self.run.iter().enumerate() {
+            let at = format!("experiments.run[{index}]");
+            experiment.validate(&at)?;
+            if ModelName::parse(Some(&experiment.alias), base_id) == ModelName::Base || experiment.alias.contains('+') {
+                let alias = &experiment.alias;
+                return Err(format!("{at}.alias {alias:?} is a name of the base or has a `+`: choose another"));
+            }
+            let before = &self.run[..index];
+            if before.iter().any(|other| other.name == experiment.name || other.alias == experiment.alias) {
+                return Err(format!("{at}: its name or alias is taken by another experiment"));
+            }
+            let is_alias = |model: &str| self.run.iter().any(|experiment| experiment.alias == model);
+            if let Some(arm) = experiment.arms.iter().find(|arm| is_alias(&arm.model)) {
+                return Err(format!("{at}: the model {:?} of the arm {:?} is itself an alias", arm.model, arm.name));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl ExperimentConfig {
+    fn validate(&self, at: &str) -> Result<(), String> {
+        if !is_name(&self.name) || self.alias.is_empty() {
+            return Err(format!("{at} needs an alias, and a name of {NAME_RULE}"));
+        }
+        for (index, arm) in self.arms.iter().enumerate() {
+            if !is_name(&arm.name) || arm.model.is_empty() {
+                return Err(format!("{at}.arms[{index}] needs a model, and a name of {NAME_RULE}"));
+            }
+            icl::Selection::split_model_name(&arm.model)
+                .map_err(|error| format!("{at}.arms[{index}].model: {error}"))?;
+            if self.arms[..index].iter().any(|other| other.name == arm.name || other.model == arm.model) {
+                return Err(format!("{at}.arms[{index}]: its name or model is taken by another arm"));
+            }
+            if !arm.weight.is_finite() || arm.weight < 0.0 {
+                return Err(format!("{at}.arms[{index}].weight must be 0 or more, not {}", arm.weight));
+            }
+            if arm.shadow && (arm.canary || arm.weight > 0.0) {
+                return Err(format!("{at}.arms[{index}] is a shadow: it can have no weight and be no canary"));
+            }
+        }
+        if !self.arms.iter().any(|arm| arm.weight > 0.0 && !arm.canary) {
+            return Err(format!("{at}.arms needs an arm with a weight above 0 that is no canary"));
+        }
+        match (self.arms.iter().filter(|arm| arm.canary).count(), &self.bounds) {
+            (0, None) => Ok(()),
+            (1, Some(bounds)) => bounds.validate(at),
+            _ => Err(format!("{at}: `bounds` and one arm with `canary = true` belong together")),
+        }
+    }
+}
+
+impl Bounds {
+    fn validate(&self, at: &str) -> Result<(), String> {
+        let rates = [("max_error_rate", self.max_error_rate), ("min_acceptance", self.min_acceptance)];
+        for (key, rate) in rates {
+            if rate.is_some_and(|rate| !(0.0..=1.0).contains(&rate)) {
+                return Err(format!("{at}.bounds.{key} must be from 0 to 1"));
+            }
+        }
+        if self.max_ttft_p95_ratio.is_some_and(|ratio| !(ratio.is_finite() && ratio > 0.0)) {
+            return Err(format!("{at}.bounds.max_ttft_p95_ratio must be above 0"));
+        }
+        if self.min_samples == 0 || self.min_samples > super::canary::WINDOW {
+            return Err(format!("{at}.bounds.min_samples must be from 1 to {}", super::canary::WINDOW));
+        }
+        Ok(())
+    }
+}
+
+const NAME_RULE: &str = "1 to 64 letters, digits, dots, dashes and underscores";
+
+fn is_name(name: &str) -> bool {
+    (1..=MAX_NAME_LEN).contains(&name.len())
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEAD: &str = "path = ''\nmax_mib = 1\nmax_queued = 1\nkeep_text = true\n";
+
+    fn check(run: &str) -> Result<(), String> {
+        let config: ExperimentsConfig = toml::from_str(&format!("{HEAD}{run}")).unwrap();
+        config.validate("base")
+    }
+
+    fn run(name: &str, alias: &str, arms: &str, rest: &str) -> String {
+        format!("[[run]]\nname = '{name}'\nalias = '{alias}'\narms = [{arms}]\n{rest}\n")
+    }
+
+    const ARMS: &str = "{name = 'a', model = 'base', weight = 1}, {name = 'b', model = 'x', weight = 1, canary = true}";
+
+    #[test]
+    fn shadows_canaries_and_several_experiments_are_accepted() {
+        let shadow = "{name = 'a', model = 'base', weight = 0.5}, {name = 'b', model = 'x', shadow = true}";
+        check(&(run("one", "coder", ARMS, "bounds = {min_samples = 20}") + &run("two", "chat", shadow, ""))).unwrap();
+        check("run = []").unwrap();
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_by_its_place() {
+        let bounds = "bounds = {min_samples = 20}";
+        let two = |arms: &str| run("one", "coder", &format!("{{name = 'a', model = 'm', weight = 1}}, {arms}"), "");
+        for (config, word) in [
+            (run("one", "coder", "", ""), "arms"),
+            (run("o e", "coder", ARMS, bounds), "name"),
+            (run("one", "", ARMS, bounds), "alias"),
+            (run("one", "base", ARMS, bounds), "alias"),
+            (run("one", "x", ARMS, bounds), "itself an alias"),
+            (run("one", "coder", ARMS, ""), "bounds"),
+            (run("one", "coder", ARMS, "bounds = {min_samples = 0}"), "min_samples"),
+            (run("one", "coder", ARMS, "bounds = {min_samples = 9, max_error_rate = 2}"), "max_error_rate"),
+            (run("one", "c", ARMS, bounds) + &run("two", "c", ARMS, bounds), "run[1]"),
+            (two("{name = 'a', model = 'n', weight = 1}"), "arms[1]"),
+            (two("{name = 'b', model = 'm', weight = 1}"), "arms[1]"),
+            (two("{name = 'b', model = 'n+icl:x', weight = 1}"), "arms[1].model"),
+            (run("one", "c+icl:x@1", ARMS, bounds), "alias"),
+            (run("one", "BASE", ARMS, bounds), "alias"),
+            (two("{name = 'b', model = 'n', weight = -1}"), "arms[1].weight"),
+            (two("{name = 'b', model = 'n', weight = 1, shadow = true}"), "arms[1]"),
+        ] {
+            let error = check(&config).unwrap_err();
+            assert!(error.contains(word), "{config}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_empty_path_is_below_the_folder_for_models() {
+        let config = |path: &str| -> ExperimentsConfig {
+            toml::from_str(&format!("{}run = []", HEAD.replace("''", &format!("'{path}'")))).unwrap()
+        };
+        assert_eq!(config("").path(Path::new("/home")), Path::new("/home/state/experiments.db"));
+        assert_eq!(config("/x/y.db").path(Path::new("/home")), Path::new("/x/y.db"));
+    }
+}

@@ -1,0 +1,270 @@
+//! The thread that writes: it alone changes the file, watches the canaries, and answers a vote when that is on disk.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rusqlite::Transaction;
+use tokio::sync::oneshot;
+
+use super::canary::{CanaryStatus, Monitor, RollBack, WINDOW};
+use super::store::{self, PastRequest, Store, StoreError, Unavailable};
+use super::vote::{Record, Vote, VoteError};
+use super::{Experiment, OnRollBack, model};
+use crate::metrics::Metrics;
+
+/// Commands that share a commit, and so a sync of the disk.
+const MAX_BATCH: usize = 256;
+
+#[derive(Debug)]
+pub enum Command {
+    Record(Box<Record>),
+    Vote(Vote, oneshot::Sender<Result<(), VoteError>>),
+    /// Lets the canary of an experiment, by index, begin anew.
+    Reset(usize, oneshot::Sender<Result<(), VoteError>>),
+}
+
+pub struct Writer {
+    path: PathBuf,
+    max_mib: u32,
+    base_id: String,
+    experiments: Arc<[Experiment]>,
+    /// One per experiment that has a canary.
+    monitors: Vec<Option<Monitor>>,
+    on_roll_back: OnRollBack,
+    metrics: Arc<Metrics>,
+    /// `None` while the file cannot be opened, or before it is needed.
+    store: Option<Store>,
+    /// Whether what the file says of canaries has been read.
+    restored: bool,
+    /// Experiments whose canary has a status that is not in the file yet.
+    unsaved: BTreeSet<usize>,
+    /// Why the last write failed.
+    failing: Option<Unavailable>,
+}
+
+impl Writer {
+    pub fn new(
+        path: PathBuf,
+        max_mib: u32,
+        base_id: String,
+        experiments: Arc<[Experiment]>,
+        on_roll_back: OnRollBack,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let monitors =
+            experiments.iter().map(|experiment| experiment.config.bounds.clone().map(Monitor::new)).collect();
+        let mut writer = Self {
+            path,
+            max_mib,
+            base_id,
+            experiments,
+            monitors,
+            on_roll_back,
+            metrics,
+            store: None,
+            restored: false,
+            unsaved: BTreeSet::new(),
+            failing: None,
+        };
+        // Before the first request: a canary that was rolled back gets none. Without experiments there may never be a file.
+        if !writer.experiments.is_empty() {
+            // Has been logged, and is tried again.
+            let _ = writer.write(&[]);
+        }
+        writer
+    }
+
+    /// Until every sender is gone.
+    pub fn run(mut self, commands: &Receiver<Command>) {
+        while let Ok(first) = commands.recv() {
+            let mut batch = vec![first];
+            batch.extend(commands.try_iter().take(MAX_BATCH - 1));
+            self.handle(batch);
+        }
+    }
+
+    fn handle(&mut self, batch: Vec<Command>) {
+        let answers = match self.write(&batch) {
+            Ok(answers) => answers,
+            Err(cause) => vec![Err(VoteError::Unavailable(cause)); batch.len()],
+        };
+        let mut replies = Vec::new();
+        for (command, answer) in batch.into_iter().zip(answers) {
+            let result = match &answer {
+                Ok(()) => "written",
+                Err(VoteError::UnknownArm { .. }) => "refused",
+                Err(VoteError::Unavailable(_)) => "failed",
+            };
+            self.metrics.experiment_writes_total.with_label_values(&[result]).inc();
+            match command {
+                Command::Record(record) => self.observe(*record),
+                Command::Vote(vote, reply) => {
+                    if answer.is_ok() {
+                        let monitors = self.monitors.iter_mut().flatten();
+                        monitors.for_each(|monitor| monitor.observe_vote(&vote.id, vote.kind));
+                    }
+                    replies.push((reply, answer));
+                }
+                Command::Reset(index, reply) => {
+                    if answer.is_ok() {
+                        self.begin(index, CanaryStatus::begin(now_ms()));
+                    }
+                    replies.push((reply, answer));
+                }
+            }
+        }
+        self.check_canaries();
+        // Whoever has an answer sees all that followed from the vote. A client that has gone away needs none.
+        replies.into_iter().for_each(|(reply, answer)| drop(reply.send(answer)));
+    }
+
+    /// The whole batch in one commit, or nothing of it.
+    fn write(&mut self, batch: &[Command]) -> Result<Vec<Result<(), VoteError>>, Unavailable> {
+        match self.try_write(batch) {
+            Ok(answers) => {
+                if self.failing.take().is_some() {
+                    tracing::info!("the experiments database is written again");
+                }
+                Ok(answers)
+            }
+            Err(error) => {
+                let cause = Unavailable::from(&error);
+                if self.failing.replace(cause) != Some(cause) {
+                    tracing::error!("votes and requests are not recorded: {cause} ({}: {error})", self.path.display());
+                }
+                Err(cause)
+            }
+        }
+    }
+
+    fn try_write(&mut self, batch: &[Command]) -> Result<Vec<Result<(), VoteError>>, StoreError> {
+        // Taken out, so that a connection that fails is not used again. Nor is one to a file that was moved away: what
+        // goes there would be lost.
+        let mut store = match self.store.take().filter(|_| self.path.exists()) {
+            Some(store) => store,
+            None => Store::open(&self.path, self.max_mib)?,
+        };
+        self.restore(&store)?;
+        let now_ms = now_ms();
+        let answers = store.transaction(|transaction| {
+            for &index in &self.unsaved {
+                self.save(transaction, index)?;
+            }
+            batch.iter().map(|command| self.apply(transaction, command, now_ms)).collect()
+        })?;
+        self.unsaved.clear();
+        self.store = Some(store);
+        Ok(answers)
+    }
+
+    fn apply(
+        &self,
+        transaction: &Transaction<'_>,
+        command: &Command,
+        now_ms: i64,
+    ) -> rusqlite::Result<Result<(), VoteError>> {
+        match command {
+            Command::Record(record) => store::insert_record(transaction, record, now_ms)?,
+            Command::Vote(vote, _) => {
+                if let Some(arm) = &vote.arm {
+                    let arms = store::arms_of(transaction, &vote.id)?;
+                    // Of an id that was never recorded, nothing is known.
+                    if !arms.is_empty() && !arms.contains(arm) {
+                        return Ok(Err(VoteError::UnknownArm { arm: arm.clone(), arms }));
+                    }
+                }
+                store::insert_vote(transaction, vote, now_ms)?;
+            }
+            Command::Reset(index, _) => {
+                let experiment = &self.experiments[*index];
+                let status = CanaryStatus::begin(now_ms);
+                store::save_canary(transaction, &experiment.config.name, &experiment.definition, &status)?;
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    fn save(&self, transaction: &Transaction<'_>, index: usize) -> rusqlite::Result<()> {
+        let experiment = &self.experiments[index];
+        let Some(canary) = &experiment.canary else { return Ok(()) };
+        store::save_canary(transaction, &experiment.config.name, &experiment.definition, &canary.borrow())
+    }
+
+    /// Once: what became of the canaries before the server was started.
+    fn restore(&mut self, store: &Store) -> Result<(), StoreError> {
+        if self.restored {
+            return Ok(());
+        }
+        for (index, (experiment, monitor)) in self.experiments.iter().zip(&mut self.monitors).enumerate() {
+            let (Some(canary), Some(monitor)) = (&experiment.canary, monitor) else { continue };
+            let Some(status) = store.canary(&experiment.config.name, &experiment.definition)? else {
+                self.unsaved.insert(index);
+                continue;
+            };
+            let Some(arm) = experiment.canary_arm() else { continue };
+            let past =
+                |of_others| store.past_requests(&experiment.config.name, &arm.name, of_others, status.since_ms, WINDOW);
+            past(false)?.into_iter().for_each(|request| monitor.observe_canary(request));
+            past(true)?.into_iter().for_each(|request| monitor.observe_other(request.ttft_ms));
+            // Not if it broke a bound while the file could not be read.
+            if !experiment.is_rolled_back() {
+                canary.send_replace(status);
+            }
+        }
+        self.restored = true;
+        Ok(())
+    }
+
+    fn observe(&mut self, record: Record) {
+        let named = |experiment: &Experiment| Some(&experiment.config.name) == record.experiment.as_ref();
+        let Some(index) = self.experiments.iter().position(named) else { return };
+        let Some(monitor) = &mut self.monitors[index] else { return };
+        match self.experiments[index].arm(&record.arm, &record.model) {
+            Some(arm) if arm.canary => {
+                let Record { id, generation, outcome, ttft_ms, .. } = record;
+                monitor.observe_canary(PastRequest { id, generation, outcome, ttft_ms, shown: false, accepted: false });
+            }
+            Some(arm) if !arm.shadow => monitor.observe_other(record.ttft_ms),
+            _ => {}
+        }
+    }
+
+    fn check_canaries(&mut self) {
+        for (index, experiment) in self.experiments.clone().iter().enumerate() {
+            let (Some(canary), Some(arm)) = (&experiment.canary, experiment.canary_arm()) else { continue };
+            if experiment.is_rolled_back() {
+                continue;
+            }
+            let Some(cause) = self.monitors[index].as_ref().and_then(Monitor::broken_bound) else { continue };
+            let name = &experiment.config.name;
+            tracing::error!("experiment {name}: the canary {} is rolled back: {cause}", arm.name);
+            self.metrics.canary_rollbacks_total.with_label_values(&[name]).inc();
+            canary.send_modify(|status| status.rolled_back = Some(RollBack { at_ms: now_ms(), cause }));
+            self.unsaved.insert(index);
+            if let Some(adapter) = model::adapter(&self.base_id, &arm.model) {
+                (self.on_roll_back)(adapter);
+            }
+        }
+        if !self.unsaved.is_empty() {
+            // Has been logged, and is tried again with the next batch.
+            let _ = self.write(&[]);
+        }
+    }
+
+    fn begin(&mut self, index: usize, status: CanaryStatus) {
+        if let Some(canary) = &self.experiments[index].canary {
+            canary.send_replace(status);
+        }
+        self.monitors[index] = self.experiments[index].config.bounds.clone().map(Monitor::new);
+        self.unsaved.remove(&index);
+    }
+}
+
+/// Unix milliseconds.
+pub fn now_ms() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    since.as_millis().try_into().unwrap_or(i64::MAX)
+}

@@ -1,0 +1,240 @@
+//! Experiments on the way of a request: the arm that answers for an alias, the shadows beside it, and what is recorded
+//! of each.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::stream::select_all;
+use serde_json::json;
+
+use super::AppState;
+use super::auth::Caller;
+use super::error::ApiError;
+use super::reply::random_id;
+use crate::experiments::{Assignment, Experiments, Outcome, Record, Shadow, prompt_hash};
+use crate::generation::{
+    Access, Generated, Generation, GenerationError, GenerationRequest, Prompt, ResolvedModel, SequenceUsage, TextEvent,
+    Timing,
+};
+use crate::icl::{self, Select};
+use crate::metrics::Metrics;
+
+/// One run of an arm, recorded when this is dropped: as cancelled, unless it was told how the run ended. That of a
+/// request without an experiment records nothing.
+#[derive(Default)]
+pub struct Trial(Option<Run>);
+
+struct Run {
+    experiments: Arc<Experiments>,
+    record: Record,
+    /// To be run once this arm has ended, so that nobody waits longer for it.
+    shadows: Vec<ShadowRun>,
+}
+
+struct ShadowRun {
+    generation: Arc<Generation>,
+    metrics: Arc<Metrics>,
+    experiments: Arc<Experiments>,
+    request: GenerationRequest,
+    record: Record,
+}
+
+/// Where `request` names an experiment's alias, puts the arm's model in its place. `user` is who the request says it is
+/// for; arms that the caller may not know of are not for it.
+///
+/// # Errors
+/// 400 when the request says more of weights or examples than the alias, which is all the arm is there to say; 404 when
+/// no arm is left for the caller.
+pub fn choose_arm(
+    state: &AppState,
+    caller: &Caller,
+    user: Option<&str>,
+    request: &mut GenerationRequest,
+) -> Result<Option<Assignment>, ApiError> {
+    let Some(alias) = request.selection.model.clone() else { return Ok(None) };
+    if !state.experiments.is_alias(&alias) {
+        return Ok(None);
+    }
+    let field = match (&request.selection.adapters, &request.icl) {
+        (Some(adapters), _) => Some(adapters.name),
+        (None, Some(_)) => Some("icl"),
+        (None, None) => None,
+    };
+    if let Some(field) = field {
+        let message = format!("`{alias}` is an experiment, whose arms say what `{field}` would: leave it out");
+        return Err(ApiError::invalid(field, message));
+    }
+    let sticky_key = user.map(str::to_owned).or_else(|| caller.identity.clone());
+    let sticky_key = sticky_key.unwrap_or_else(|| random_id("once"));
+    let assignment = state.experiments.assign(&alias, &sticky_key, |adapter| caller.access.allows(adapter));
+    let assignment = assignment.ok_or_else(|| {
+        let hint = "GET /v1/models lists what is served".to_owned();
+        ApiError::from(GenerationError::UnknownModel { param: "model".to_owned(), model: alias, hint })
+    })?;
+    set_model(request, &assignment.model)?;
+    Ok(Some(assignment))
+}
+
+fn set_model(request: &mut GenerationRequest, model: &str) -> Result<(), ApiError> {
+    let (model, icl) = icl::Selection::split_model_name(model)?;
+    (request.selection.model, request.icl) = (Some(model.to_owned()), icl);
+    Ok(())
+}
+
+impl Trial {
+    /// Of a request that was assigned to an arm, before anything of it has run; `id` is that of its reply.
+    pub fn assigned(
+        state: &AppState,
+        id: &str,
+        assignment: Assignment,
+        request: &GenerationRequest,
+    ) -> Result<Self, ApiError> {
+        let Assignment { experiment, arm, model, shadows } = assignment;
+        let record = Record {
+            experiment: Some(experiment),
+            model,
+            prompt_hash: Some(hash_of(&request.prompts)),
+            ..Record::begin(id, &arm)
+        };
+        let shadows = shadows.into_iter().map(|Shadow { arm, model }| {
+            let mut request = request.clone();
+            set_model(&mut request, &model)?;
+            Ok(ShadowRun {
+                generation: state.generation.clone(),
+                metrics: state.metrics.clone(),
+                experiments: state.experiments.clone(),
+                request,
+                record: Record { arm, model, shadow: true, ..record.clone() },
+            })
+        });
+        let shadows = shadows.collect::<Result<_, ApiError>>()?;
+        Ok(Self(Some(Run { experiments: state.experiments.clone(), record, shadows })))
+    }
+
+    /// Of an arm of the comparison `id`, which votes may name.
+    pub fn compared(state: &AppState, id: &str, arm: &str, request: &GenerationRequest) -> Self {
+        let record = Record { prompt_hash: Some(hash_of(&request.prompts)), ..Record::begin(id, arm) };
+        Self(Some(Run { experiments: state.experiments.clone(), record, shadows: Vec::new() }))
+    }
+
+    /// What the arm turned out to be.
+    pub fn started(&mut self, model: &ResolvedModel, icl: Option<&icl::Chosen>) {
+        let Some(Run { record, .. }) = &mut self.0 else { return };
+        record.generation = model.adapter.as_ref().map(|adapter| adapter.generation.clone());
+        // An arm of an experiment is known by the name that its configuration gives.
+        if record.experiment.is_none() {
+            record.model = full_name(&model.id, icl);
+        }
+    }
+
+    /// Output of the choice `index`; only that of the first is kept.
+    pub fn push(&mut self, index: usize, text: &str) {
+        if let (Some(Run { record, .. }), 0) = (&mut self.0, index) {
+            record.text.get_or_insert_default().push_str(text);
+        }
+    }
+
+    /// The choice `index` has ended. The clock is that of the first.
+    pub fn ended(&mut self, index: usize, usage: SequenceUsage, timing: Timing) {
+        let Some(Run { record, .. }) = &mut self.0 else { return };
+        let tokens = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        record.completion_tokens = record.completion_tokens.saturating_add(tokens(usage.num_output_tokens));
+        if index == 0 {
+            let milliseconds = |duration: Duration| duration.as_secs_f64() * 1e3;
+            record.prompt_tokens = tokens(usage.num_prompt_tokens);
+            record.ttft_ms = timing.first_token.map(milliseconds);
+            record.tpot_ms = timing.per_output_token.map(milliseconds);
+        }
+    }
+
+    /// Everything has ended well: records it, and runs the shadows.
+    pub fn completed(&mut self) {
+        let shadows = self.0.as_mut().map(|run| {
+            run.record.outcome = Outcome::Completed;
+            std::mem::take(&mut run.shadows)
+        });
+        self.record();
+        shadows.into_iter().flatten().for_each(|shadow| drop(tokio::spawn(shadow.run())));
+    }
+
+    /// The server has broken off.
+    pub fn failed(&mut self) {
+        if let Some(run) = &mut self.0 {
+            run.record.outcome = Outcome::Failed;
+        }
+        self.record();
+    }
+
+    /// Nothing has begun. What no arm could have served is not held against this one.
+    pub fn refused(&mut self, error: &GenerationError) {
+        match error {
+            GenerationError::Overloaded
+            | GenerationError::ShuttingDown
+            | GenerationError::InvalidParameter { .. }
+            | GenerationError::ContextLengthExceeded { .. } => self.0 = None,
+            GenerationError::UnknownModel { .. }
+            | GenerationError::InvalidSelection { .. }
+            | GenerationError::Icl(_)
+            | GenerationError::OutOfMemory(_)
+            | GenerationError::EngineStopped
+            | GenerationError::Failed(_) => self.failed(),
+        }
+    }
+
+    fn record(&mut self) {
+        if let Some(Run { experiments, record, .. }) = self.0.take() {
+            experiments.record(record);
+        }
+    }
+}
+
+impl Drop for Trial {
+    fn drop(&mut self) {
+        self.record();
+    }
+}
+
+impl ShadowRun {
+    /// Only with room to spare: a shadow must not be why a user is turned away.
+    async fn run(self) {
+        let Self { generation, metrics, experiments, request, record } = self;
+        if !generation.is_half_free() {
+            metrics.experiment_writes_total.with_label_values(&["skipped"]).inc();
+            return;
+        }
+        let mut trial = Trial(Some(Run { experiments, record, shadows: Vec::new() }));
+        let Generated { model, icl, sequences, .. } = match generation.start(request, &Access::All).await {
+            Ok(generated) => generated,
+            Err(error) => return trial.refused(&error),
+        };
+        trial.started(&model, icl.as_ref());
+        let sequences = sequences.into_iter().enumerate();
+        let mut events = select_all(sequences.map(|(index, s)| s.map(move |event| (index, event)).boxed()));
+        while let Some((index, event)) = events.next().await {
+            match event {
+                Ok(TextEvent::Delta(delta)) => trial.push(index, &delta.text),
+                Ok(TextEvent::Finished { usage, timing, .. }) => trial.ended(index, usage, timing),
+                Err(_) => return trial.failed(),
+            }
+        }
+        trial.completed();
+    }
+}
+
+/// As a model name asks for it; ways of choosing that no name asks for stand behind the number.
+fn full_name(model: &str, icl: Option<&icl::Chosen>) -> String {
+    let Some(icl) = icl else { return model.to_owned() };
+    let select = match icl.select {
+        Select::Fixed => "",
+        Select::Random => ",random",
+        Select::Bm25 => ",bm25",
+        Select::Hybrid => ",hybrid",
+    };
+    format!("{model}+icl:{}@{}{select}", icl.store.name(), icl.ids.len())
+}
+
+/// Of the prompts as the client sent them.
+fn hash_of(prompts: &[Prompt]) -> i64 {
+    prompt_hash(&json!(prompts).to_string())
+}
