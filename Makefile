@@ -3,16 +3,17 @@
 LORRY       := target/release/lorry
 TEST_MODELS := smollm2:135m qwen2.5-coder:0.5b
 VENV        := .venv
+PAGE        := tests/page
 BENCH       ?= --prompt-tokens 128 --batch 8 --num-adapters 1
 
-.PHONY: serve test build fmt lint unit clients models bench clean-venv
+.PHONY: serve test build fmt lint unit clients page browser models bench clean-venv
 
 ## serve: the default model and the adapters of ./adapters on 127.0.0.1:8080
 serve: build
 	$(LORRY) serve
 
 ## test: everything that CI checks
-test: lint unit clients
+test: lint unit clients page
 
 build:
 	cargo build --release --locked
@@ -32,8 +33,19 @@ unit: models
 	cargo test --release --locked --workspace
 
 ## clients: the OpenAI client library and other clients against the running binary
-clients: models $(VENV)/ready
+clients: models $(VENV)/ready browser $(PAGE)/node_modules/ready
 	$(VENV)/bin/python -m pytest tests/clients
+
+## page: the compare page in a real Chromium with made-up models, or with those of a running server: LORRY_URL=http://…
+page: browser $(PAGE)/node_modules/ready
+	for test in $(PAGE)/*.test.mjs; do node --test $$test || exit 1; done
+
+# Chromium and Node.js; installed where that is allowed.
+browser:
+	@{ command -v chromium && command -v npm; } > /dev/null \
+		|| { [ "$$(id -u)" = 0 ] && apt-get update -qq \
+			&& apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core $$(command -v npm > /dev/null || echo nodejs npm); } \
+		|| { echo "make page needs Chromium and Node.js: apt-get install chromium nodejs npm" >&2; exit 1; }
 
 ## models: fetch what the tests need
 models: build
@@ -50,4 +62,8 @@ clean-venv:
 $(VENV)/ready: tests/clients/requirements.txt
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
+$(PAGE)/node_modules/ready: $(PAGE)/package.json | browser
+	cd $(PAGE) && npm install --no-package-lock --no-audit --no-fund --ignore-scripts
 	touch $@

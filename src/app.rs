@@ -1,5 +1,6 @@
 //! The one place that wires everything: model file → decoder → engine, adapters, tokenizer → generation → HTTP.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
@@ -7,13 +8,15 @@ use std::time::Instant;
 
 use kernels::attention::{BLOCK_SIZE, KvStore};
 use kernels::{Cpu, Isa};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::adapter::registry::{AdapterRegistry, RegistryError};
 use crate::config::{self, Config, ConfigError};
 use crate::engine::{EngineConfig, EngineHandle};
+use crate::experiments::{Experiments, OnRollBack};
 use crate::generation::{Base, Generation};
 use crate::http::AppState;
+use crate::icl::{IclStores, OpenError};
 use crate::metrics::Metrics;
 use crate::model::Model;
 use crate::model::base_weights::GgufWeights;
@@ -25,6 +28,7 @@ use crate::model::spec::ModelSpec;
 use crate::prompt::PromptError;
 use crate::prompt::chat::ChatTemplate;
 use crate::prompt::fim::FillInMiddle;
+use crate::prompt::formats::PromptFormats;
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +47,12 @@ pub enum AppError {
     ChatTemplate { path: PathBuf, source: PromptError },
     #[error(transparent)]
     Adapters(#[from] RegistryError),
+    #[error(transparent)]
+    Icl(#[from] OpenError),
+    #[error(transparent)]
+    PromptFormats(PromptError),
+    #[error("no thread can be started for the experiments: {0}")]
+    Experiments(io::Error),
 }
 
 /// Everything that runs, loaded and ready to serve.
@@ -58,8 +68,12 @@ impl App {
     /// Downloads the model where it is missing, loads it and its adapters, and starts the engine. Blocks for as long as
     /// that takes.
     pub fn load(config: Config) -> Result<Self, AppError> {
+        // First what is quick to find wrong.
+        let icl = Arc::new(IclStores::open(&config.icl)?);
+        let formats = PromptFormats::new(&config.prompt_formats).map_err(AppError::PromptFormats)?;
+        let home = config::lorry_home()?;
         let source = catalogue::resolve(&config.model.id)?;
-        let path = pull::pull(&source, &config::lorry_home()?)?;
+        let path = pull::pull(&source, &home)?;
         let metrics = Arc::new(Metrics::new());
 
         let started = Instant::now();
@@ -77,9 +91,14 @@ impl App {
         let adapters = Arc::new(load_adapters(&config, &path, &metrics)?);
         let engine = start_engine(decoder, &config, &metrics);
 
+        let (database, on_roll_back) = (config.experiments.path(&home), roll_back_adapter(&adapters));
+        let experiments = Experiments::start(&config.experiments, database, &source.id, metrics.clone(), on_roll_back)
+            .map_err(AppError::Experiments)?;
+
         let config = Arc::new(config);
-        let generation = Generation::new(base, adapters.clone(), engine.clone(), metrics.clone(), config.clone());
-        let state = AppState::new(Arc::new(generation), metrics, config);
+        let generation =
+            Generation::new(base, adapters.clone(), icl, formats, engine.clone(), metrics.clone(), config.clone());
+        let state = AppState::new(Arc::new(generation), Arc::new(experiments), metrics, config);
         Ok(Self { state, engine, adapters, spec })
     }
 }
@@ -111,6 +130,21 @@ fn load_adapters(config: &Config, path: &Path, metrics: &Arc<Metrics>) -> Result
     }
     let base = GgufWeights::open(path).map_err(|source| AppError::Model { path: path.to_path_buf(), source })?;
     Ok(AdapterRegistry::open(root, Arc::new(base), config.adapters.limits(), metrics.clone())?)
+}
+
+/// Reads files, and must not keep the experiments' writer waiting: each roll-back has a thread.
+fn roll_back_adapter(adapters: &Arc<AdapterRegistry>) -> OnRollBack {
+    let adapters = adapters.clone();
+    Box::new(move |name| {
+        let (adapters, name) = (adapters.clone(), name.to_owned());
+        let roll_back = move || match futures::executor::block_on(adapters.roll_back(&name, None)) {
+            Ok(status) => info!("adapter {name}: back to generation {}", status.generation.unwrap_or_default()),
+            Err(e) => error!("adapter {name} is out of its experiment, but stays as it is: {e}"),
+        };
+        if let Err(e) = thread::Builder::new().name("lorry-roll-back".to_owned()).spawn(roll_back) {
+            error!("no thread can be started to roll an adapter back: {e}");
+        }
+    })
 }
 
 fn start_engine(decoder: Decoder, config: &Config, metrics: &Arc<Metrics>) -> EngineHandle {

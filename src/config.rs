@@ -2,7 +2,7 @@
 
 mod secret;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,11 +12,14 @@ use kernels::Isa;
 use serde::{Deserialize, Deserializer};
 
 use crate::adapter::registry::RegistryOptions;
+use crate::experiments::ExperimentsConfig;
 
 pub use secret::Secret;
 
 /// Where adapters are looked for when nobody says otherwise; may be absent.
 pub const DEFAULT_ADAPTERS_DIR: &str = "adapters";
+/// Where example stores are kept when nobody says otherwise; may be absent.
+pub const DEFAULT_ICL_DIR: &str = "config/icl";
 
 /// Every key with its default and its meaning.
 const DEFAULTS: &str = include_str!("../config/default.toml");
@@ -38,6 +41,10 @@ pub struct Config {
     pub adapters: AdaptersConfig,
     pub engine: EngineConfig,
     pub generation: GenerationConfig,
+    pub icl: IclConfig,
+    /// By name.
+    pub prompt_formats: BTreeMap<String, PromptFormatConfig>,
+    pub experiments: ExperimentsConfig,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -100,6 +107,21 @@ pub struct GenerationConfig {
     pub completion_max_tokens: usize,
     pub chat_max_tokens: usize,
     pub fim_temperature: f32,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IclConfig {
+    dir: PathBuf,
+    pub nearest_last: bool,
+    pub embedding_url: String,
+    pub embedding_model: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PromptFormatConfig {
+    pub template: String,
 }
 
 /// `auto`, or the name of an instruction set.
@@ -178,9 +200,14 @@ impl Config {
             return Err(format!("{key} must not be empty"));
         }
         self.server.validate_keys()?;
+        self.experiments.validate(&self.model.id)?;
         let temperature = self.generation.fim_temperature;
         if !(0.0..=2.0).contains(&temperature) {
             return Err(format!("generation.fim_temperature must be between 0 and 2, not {temperature}"));
+        }
+        let url = &self.icl.embedding_url;
+        if !(url.is_empty() || url.starts_with("http://") || url.starts_with("https://")) {
+            return Err("icl.embedding_url must begin with http:// or https://".to_owned());
         }
         Ok(())
     }
@@ -225,6 +252,13 @@ impl AdaptersConfig {
             rescan: Duration::from_secs(self.rescan_seconds),
             keep_generations: self.keep_generations,
         }
+    }
+}
+
+impl IclConfig {
+    /// The folder with the example stores, unless the server is to run without any.
+    pub fn dir(&self) -> Option<&Path> {
+        (!self.dir.as_os_str().is_empty()).then_some(self.dir.as_path())
     }
 }
 
@@ -306,6 +340,21 @@ mod tests {
     }
 
     #[test]
+    fn a_prompt_format_keeps_its_name_and_its_white_space() {
+        let file = "[prompt_formats.My-Format_2]\ntemplate = \"\"\"\n  {{ instruction }}\n\"\"\"";
+        let config = load(Some(file), &[], &Overrides::default()).unwrap();
+        assert_eq!(config.prompt_formats["My-Format_2"].template, "  {{ instruction }}\n");
+        assert_eq!(load(None, &[], &Overrides::default()).unwrap().prompt_formats.len(), 0);
+    }
+
+    #[test]
+    fn an_embedding_endpoint_must_be_a_url() {
+        let error = load(Some("[icl]\nembedding_url = \"localhost:8081\""), &[], &Overrides::default()).unwrap_err();
+        assert!(error.contains("icl.embedding_url"), "{error}");
+        assert!(load(Some("[icl]\nembedding_url = \"http://localhost:8081\""), &[], &Overrides::default()).is_ok());
+    }
+
+    #[test]
     fn every_override_reaches_its_key() {
         let overrides =
             Overrides { model: Some("m".into()), adapters: Some("a".into()), host: Some("h".into()), port: Some(9) };
@@ -374,6 +423,19 @@ mod tests {
             let error = load(Some(&file), &[], &Overrides::default()).unwrap_err();
             assert!(error.contains(word), "{keys}: {error}");
         }
+    }
+
+    #[test]
+    fn experiments_come_from_a_file_and_are_checked_with_it() {
+        let run = |weight: &str| {
+            let arms = format!("arms = [{{name = 'Base', model = 'm', weight = {weight}}}]");
+            format!("[experiments]\nmax_mib = 7\n[[experiments.run]]\nname = 'One'\nalias = 'Coder'\n{arms}")
+        };
+        let experiments = load(Some(&run("0.5")), &[], &Overrides::default()).unwrap().experiments;
+        assert_eq!((experiments.max_mib, experiments.run[0].alias.as_str()), (7, "Coder"));
+        assert_eq!(experiments.run[0].arms[0].weight, 0.5);
+        let error = load(Some(&run("-1")), &[], &Overrides::default()).unwrap_err();
+        assert!(error.contains("experiments.run[0].arms[0].weight") && error.contains("lorry.toml"), "{error}");
     }
 
     #[test]

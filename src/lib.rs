@@ -10,10 +10,13 @@
 pub mod adapter;
 pub mod app;
 pub mod bench;
+pub mod compare;
 pub mod config;
 pub mod engine;
+pub mod experiments;
 pub mod generation;
 pub mod http;
+pub mod icl;
 pub mod metrics;
 pub mod model;
 pub mod prompt;

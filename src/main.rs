@@ -13,6 +13,7 @@ use clap::{Parser, Subcommand};
 use lorry::adapter::check;
 use lorry::app::App;
 use lorry::bench::{self, BenchArgs};
+use lorry::compare::terminal::{self, CompareArgs};
 use lorry::config::{self, Config, Overrides};
 use lorry::http;
 use lorry::model::base_weights::GgufWeights;
@@ -44,6 +45,8 @@ enum Command {
         /// Catalogue id or hf:owner/repo/file.gguf.
         model: String,
     },
+    /// Put one prompt to several arms of a running server and show the outcome as a table.
+    Compare(CompareArgs),
     /// Look at adapters without serving them.
     Adapters {
         #[command(subcommand)]
@@ -98,6 +101,7 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
             println!("{}", path.display());
             Ok(())
         }
+        Command::Compare(args) => Ok(terminal::run(&args)?),
         Command::Adapters { command: AdaptersCommand::Check { dir, model } } => {
             let config = Config::load(None, &Overrides { model, ..Overrides::default() })?;
             let path = pull::pull(&catalogue::resolve(&config.model.id)?, &config::lorry_home()?)?;

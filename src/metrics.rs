@@ -36,6 +36,11 @@ pub struct Metrics {
     pub adapter_load_seconds: Histogram,
     pub adapter_evictions_total: IntCounter,
     pub adapter_refusals_total: IntCounter,
+    /// `result`: `written`, `refused` (a vote for an arm that was not there), `failed` (the database cannot be written),
+    /// `dropped` (its queue was full), `skipped` (a shadow was not run for want of room).
+    pub experiment_writes_total: IntCounterVec,
+    /// `experiment`: configured names.
+    pub canary_rollbacks_total: IntCounterVec,
 }
 
 impl Metrics {
@@ -78,6 +83,16 @@ impl Metrics {
                 "Adapters that left memory to make room for others.",
             ),
             adapter_refusals_total: counter("lorry_adapter_refusals_total", "Adapters found that cannot be served."),
+            experiment_writes_total: counters(
+                "lorry_experiment_writes_total",
+                "Requests and votes for the experiments database.",
+                &["result"],
+            ),
+            canary_rollbacks_total: counters(
+                "lorry_canary_rollbacks_total",
+                "Canaries that broke a bound.",
+                &["experiment"],
+            ),
             registry,
         };
         let collectors: Vec<Box<dyn Collector>> = vec![
@@ -98,6 +113,8 @@ impl Metrics {
             Box::new(m.adapter_load_seconds.clone()),
             Box::new(m.adapter_evictions_total.clone()),
             Box::new(m.adapter_refusals_total.clone()),
+            Box::new(m.experiment_writes_total.clone()),
+            Box::new(m.canary_rollbacks_total.clone()),
         ];
         for collector in collectors {
             m.registry.register(collector).expect("metric names are distinct");

@@ -2,7 +2,9 @@
 
 use thiserror::Error;
 
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+use crate::icl::IclError;
+
+#[derive(Debug, Error)]
 pub enum GenerationError {
     /// No base and no adapter of this name, as `param` of the request says it; `hint` says what to do.
     #[error("the model `{model}` does not exist: {hint}")]
@@ -12,6 +14,9 @@ pub enum GenerationError {
     /// The adapters named in `param` of the request contradict each other or its model.
     #[error("{message}")]
     InvalidSelection { param: String, message: String },
+    /// The in-context examples that a request asks for.
+    #[error(transparent)]
+    Icl(Box<IclError>),
     /// No memory became free for an adapter: worth trying again.
     #[error("{0}")]
     OutOfMemory(String),

@@ -1,15 +1,19 @@
 //! From what a client sent to the tokens the model reads.
 
-use serde_json::Value;
+use serde::Serialize;
+use serde_json::{Value, json};
 
 use super::{Base, GenerationError};
 use crate::adapter::canonical::Adapter;
 use crate::config::GenerationConfig;
+use crate::icl::{self, Example, IclError, IclStores, Select, TokenBudget};
+use crate::prompt::formats::{PromptFormat, Reader, Rendered, split_system, with_example_turns};
 use crate::prompt::instruction;
-use crate::tokenizer::{Specials, Tokenizer};
+use crate::tokenizer::Specials;
 
 /// One prompt of a request.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(untagged)]
 pub enum Prompt {
     /// Already templated by the client: special tokens written in it are special tokens.
     Text(String),
@@ -23,8 +27,14 @@ pub enum Prompt {
     Chat(Vec<Value>),
 }
 
-/// What a prompt must fit into.
-pub(super) struct Limits<'a> {
+/// What prompts are made for, made of, and must fit into.
+pub(super) struct Encoder<'a> {
+    pub base: &'a Base,
+    pub adapter: Option<&'a Adapter>,
+    pub stores: &'a IclStores,
+    pub icl: Option<&'a icl::Selection>,
+    /// The one that the request names.
+    pub format: Option<&'a PromptFormat>,
     /// As the client asked.
     pub max_tokens: Option<usize>,
     pub context_length: usize,
@@ -32,7 +42,7 @@ pub(super) struct Limits<'a> {
 }
 
 /// A prompt ready for the engine.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub(super) struct EncodedPrompt {
     /// Not empty, and with `max_tokens` within the context length.
     pub tokens: Vec<u32>,
@@ -40,78 +50,212 @@ pub(super) struct EncodedPrompt {
     pub num_added_tokens: usize,
     pub max_tokens: usize,
     pub is_fill_in_middle: bool,
+    /// How many of the first tokens stand before every question to the same fixed examples.
+    pub num_pinned_tokens: usize,
+    /// The examples in it.
+    pub icl: Option<icl::Chosen>,
 }
 
-impl Prompt {
-    /// Renders, encodes and checks the prompt; `adapter` is the one it is for.
-    pub(super) fn encode(
-        &self,
-        base: &Base,
-        adapter: Option<&Adapter>,
-        limits: &Limits<'_>,
-    ) -> Result<EncodedPrompt, GenerationError> {
-        let (tokens, num_added_tokens) = self.tokens(base, adapter)?;
-        let max_tokens = limits
+/// What is to be encoded, and who words it.
+enum Wording<'a> {
+    Tokens(&'a [u32]),
+    FillInMiddle {
+        prefix: &'a str,
+        suffix: &'a str,
+    },
+    /// As the client wrote it.
+    Text(&'a str),
+    /// By the model's chat template.
+    Messages(&'a [Value]),
+    /// By the template that the adapter was trained with.
+    Adapter {
+        template: &'a str,
+        instruction: String,
+    },
+    Format {
+        format: &'a PromptFormat,
+        instruction: String,
+    },
+}
+
+impl Encoder<'_> {
+    /// Chooses examples, renders, encodes and checks the prompt.
+    pub fn encode(&self, prompt: &Prompt) -> Result<EncodedPrompt, GenerationError> {
+        let max_tokens = self
             .max_tokens
-            .or(adapter.and_then(|adapter| adapter.manifest.sampling.max_tokens))
-            .unwrap_or(match self {
-                Prompt::Chat(_) => limits.config.chat_max_tokens,
-                _ => limits.config.completion_max_tokens,
+            .or(self.adapter.and_then(|adapter| adapter.manifest.sampling.max_tokens))
+            .unwrap_or(match prompt {
+                Prompt::Chat(_) => self.config.chat_max_tokens,
+                _ => self.config.completion_max_tokens,
             });
         // What stands before the prompt takes its room, though no client sees it.
         let context_length =
-            limits.context_length.saturating_sub(adapter.map_or(0, |adapter| adapter.num_virtual_tokens()));
-        let max_tokens = fit(tokens.len(), max_tokens, context_length, self.param())?;
-        let is_fill_in_middle = matches!(self, Prompt::FillInMiddle { .. });
-        Ok(EncodedPrompt { tokens, num_added_tokens, max_tokens, is_fill_in_middle })
+            self.context_length.saturating_sub(self.adapter.map_or(0, |adapter| adapter.num_virtual_tokens()));
+        let wording = self.wording(prompt)?;
+        let max_prompt_tokens = context_length.saturating_sub(max_tokens.min(1));
+        let icl = self.icl.map(|icl| self.choose(icl, prompt, &wording, max_prompt_tokens)).transpose()?;
+        let examples = icl.as_ref().map(icl::Chosen::examples).unwrap_or_default();
+        let (tokens, num_added_tokens) = self.tokens(prompt, &wording, &examples)?;
+        let max_tokens = fit(tokens.len(), max_tokens, context_length, prompt.param())?;
+        let is_fill_in_middle = matches!(prompt, Prompt::FillInMiddle { .. });
+        let is_fixed = icl.as_ref().is_some_and(|icl| icl.select == Select::Fixed);
+        let num_pinned_tokens = if is_fixed { self.num_shared_tokens(prompt, &examples, &tokens)? } else { 0 };
+        Ok(EncodedPrompt { tokens, num_added_tokens, max_tokens, is_fill_in_middle, num_pinned_tokens, icl })
+    }
+
+    /// How many of the first `tokens` another question would leave as they are. Rendered and compared, because no format
+    /// says where its examples end and no tokenizer where it cuts.
+    fn num_shared_tokens(
+        &self,
+        prompt: &Prompt,
+        examples: &[&Example],
+        tokens: &[u32],
+    ) -> Result<usize, GenerationError> {
+        let other = prompt.with_other_question();
+        let (other, _) = self.tokens(&other, &self.wording(&other)?, examples)?;
+        Ok(tokens.iter().zip(&other).take_while(|(a, b)| a == b).count())
+    }
+
+    /// The format that the request names; else the adapter's own for what is an instruction, and it is one with examples
+    /// or in chat; else the chat template.
+    fn wording<'a>(&'a self, prompt: &'a Prompt) -> Result<Wording<'a>, GenerationError> {
+        let template = self.adapter.and_then(|adapter| adapter.manifest.prompt.as_deref());
+        let wording = match (prompt, self.format, template) {
+            (Prompt::Tokens(ids), ..) => Wording::Tokens(ids),
+            (Prompt::FillInMiddle { prefix, suffix }, ..) => Wording::FillInMiddle { prefix, suffix },
+            (Prompt::Chat(messages), Some(PromptFormat::Chat), _) | (Prompt::Chat(messages), None, None) => {
+                Wording::Messages(messages)
+            }
+            (_, Some(format), _) => Wording::Format { format, instruction: prompt.instruction()? },
+            (Prompt::Text(text), None, _) if self.icl.is_none() => Wording::Text(text),
+            (_, None, Some(template)) => Wording::Adapter { template, instruction: prompt.instruction()? },
+            (_, None, None) => Wording::Format { format: &PromptFormat::Chat, instruction: prompt.instruction()? },
+        };
+        let is_given = [("icl", self.icl.is_some()), ("prompt_format", self.format.is_some())];
+        match (&wording, is_given.into_iter().find(|(_, is_given)| *is_given)) {
+            (Wording::Tokens(_) | Wording::FillInMiddle { .. }, Some((param, _))) => {
+                let message =
+                    format!("`{param}` needs an instruction: a `prompt` of text without `suffix`, or `messages`");
+                Err(GenerationError::InvalidParameter { param, message })
+            }
+            _ => Ok(wording),
+        }
+    }
+
+    fn choose(
+        &self,
+        icl: &icl::Selection,
+        prompt: &Prompt,
+        wording: &Wording<'_>,
+        max_prompt_tokens: usize,
+    ) -> Result<icl::Chosen, GenerationError> {
+        let count = |examples: &[&Example]| match self.tokens(prompt, wording, examples) {
+            Ok((tokens, _)) => Ok(tokens.len()),
+            Err(error) => Err(error.into()),
+        };
+        let budget = TokenBudget { max_prompt_tokens, count: &count };
+        self.stores.select(icl, &prompt.instruction()?, &budget).map_err(|error| match error {
+            // What cannot be rendered with examples names its own field.
+            IclError::Count(error) => match error.downcast() {
+                Ok(error) => *error,
+                Err(error) => GenerationError::Icl(Box::new(IclError::Count(error))),
+            },
+            error => GenerationError::Icl(Box::new(error)),
+        })
     }
 
     /// The tokens, and how many of the first were added to what the client wrote.
-    fn tokens(&self, base: &Base, adapter: Option<&Adapter>) -> Result<(Vec<u32>, usize), GenerationError> {
-        let tokenizer = &base.tokenizer;
-        let encoded = match self {
-            Prompt::Text(text) => return self.encode_after_bos(text, tokenizer),
-            Prompt::Tokens(ids) => check_ids(ids, tokenizer.vocab_size())?,
-            Prompt::FillInMiddle { prefix, suffix } => {
-                let Some(fill_in_middle) = &base.fill_in_middle else {
+    fn tokens(
+        &self,
+        prompt: &Prompt,
+        wording: &Wording<'_>,
+        examples: &[&Example],
+    ) -> Result<(Vec<u32>, usize), GenerationError> {
+        let tokenizer = &self.base.tokenizer;
+        let encoded = match wording {
+            Wording::Tokens(ids) => check_ids(ids, tokenizer.vocab_size())?,
+            Wording::FillInMiddle { prefix, suffix } => {
+                let Some(fill_in_middle) = &self.base.fill_in_middle else {
                     let message = format!(
                         "`suffix` needs a model trained for fill-in-the-middle, which `{}` is not: leave it out",
-                        base.id
+                        self.base.id
                     );
                     return Err(GenerationError::InvalidParameter { param: "suffix", message });
                 };
-                fill_in_middle.render(tokenizer, prefix, suffix).map_err(|error| self.invalid(error))?
+                fill_in_middle.render(tokenizer, prefix, suffix).map_err(|error| prompt.invalid(error))?
             }
-            Prompt::Chat(messages) => {
-                if let Some(template) = adapter.and_then(|adapter| adapter.manifest.prompt.as_deref()) {
-                    // An adapter tuned on its own prompt knows nothing of roles: it gets the last thing the user said.
-                    let instruction =
-                        last_user_text(messages).ok_or_else(|| self.invalid("no message has the role `user`"))?;
-                    let text = instruction::render(template, &instruction).map_err(|error| self.invalid(error))?;
-                    return self.encode_after_bos(&text, tokenizer);
-                }
-                let Some(template) = &base.chat_template else {
-                    return Err(self.invalid(format!("`{}` has no chat template: use /v1/completions", base.id)));
+            Wording::Text(text) => return self.encode_after_bos(prompt, text),
+            Wording::Messages(messages) => self.encode_messages(prompt, &with_example_turns(messages, examples))?,
+            Wording::Adapter { template, instruction } => {
+                let render = |instruction: &str| {
+                    instruction::render(template, instruction).map_err(|error| prompt.invalid(error))
                 };
-                // The template writes every special token itself, the first one included.
-                let text = template.render(messages, true, None).map_err(|error| self.invalid(error))?;
-                tokenizer.encode(&text, Specials::Parse).map_err(|error| self.invalid(error))?
+                let mut text = String::new();
+                for Example { instruction, code } in examples {
+                    text.extend([&render(instruction)?, code, "\n\n"]);
+                }
+                text.push_str(&render(instruction)?);
+                return self.encode_after_bos(prompt, &text);
+            }
+            Wording::Format { format, instruction } => {
+                let reader = if self.adapter.is_some() { Reader::Adapter } else { Reader::Base };
+                match format.render(instruction, examples, reader).map_err(|error| prompt.invalid(error))? {
+                    Rendered::Text(text) => return self.encode_after_bos(prompt, &text),
+                    Rendered::Messages(messages) => self.encode_messages(prompt, &messages)?,
+                }
             }
         };
         if encoded.is_empty() {
-            return Err(self.invalid(format!("`{}` has no tokens", self.param())));
+            return Err(prompt.invalid(format!("`{}` has no tokens", prompt.param())));
         }
         Ok((encoded, 0))
     }
 
-    fn encode_after_bos(&self, text: &str, tokenizer: &Tokenizer) -> Result<(Vec<u32>, usize), GenerationError> {
+    fn encode_messages(&self, prompt: &Prompt, messages: &[Value]) -> Result<Vec<u32>, GenerationError> {
+        let Some(template) = &self.base.chat_template else {
+            let hint = match prompt {
+                Prompt::Chat(_) => "use /v1/completions",
+                _ => "name another `prompt_format`",
+            };
+            return Err(prompt.invalid(format!("`{}` has no chat template: {hint}", self.base.id)));
+        };
+        // The template writes every special token itself, the first one included.
+        let text = template.render(messages, true, None).map_err(|error| prompt.invalid(error))?;
+        self.base.tokenizer.encode(&text, Specials::Parse).map_err(|error| prompt.invalid(error))
+    }
+
+    fn encode_after_bos(&self, prompt: &Prompt, text: &str) -> Result<(Vec<u32>, usize), GenerationError> {
+        let tokenizer = &self.base.tokenizer;
         let mut tokens: Vec<u32> = tokenizer.bos().into_iter().collect();
         let num_added_tokens = tokens.len();
-        tokens.extend(tokenizer.encode(text, Specials::Parse).map_err(|error| self.invalid(error))?);
+        tokens.extend(tokenizer.encode(text, Specials::Parse).map_err(|error| prompt.invalid(error))?);
         if tokens.is_empty() {
-            return Err(self.invalid(format!("`{}` is empty", self.param())));
+            return Err(prompt.invalid(format!("`{}` is empty", prompt.param())));
         }
         Ok((tokens, num_added_tokens))
+    }
+}
+
+impl Prompt {
+    /// What the user wants: the text, or the last thing they said. Formats know nothing of roles.
+    fn instruction(&self) -> Result<String, GenerationError> {
+        let instruction = match self {
+            Self::Text(text) => Some(text.clone()),
+            Self::Chat(messages) => last_user_text(messages),
+            Self::Tokens(_) | Self::FillInMiddle { .. } => None,
+        };
+        instruction.ok_or_else(|| self.invalid("no message has the role `user`"))
+    }
+
+    /// Another question, to which no conversation has led.
+    fn with_other_question(&self) -> Self {
+        match self {
+            Self::Chat(messages) => {
+                let question = json!({"role": "user", "content": "?"});
+                Self::Chat(split_system(messages).0.iter().cloned().chain([question]).collect())
+            }
+            _ => Self::Text("?".to_owned()),
+        }
     }
 
     fn param(&self) -> &'static str {
@@ -156,29 +300,25 @@ fn last_user_text(messages: &[Value]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]
     fn max_tokens_is_cut_to_the_room_that_is_left() {
-        assert_eq!(fit(90, 100, 100, "prompt"), Ok(10));
-        assert_eq!(fit(90, 5, 100, "prompt"), Ok(5));
+        assert_eq!(fit(90, 100, 100, "prompt").unwrap(), 10);
+        assert_eq!(fit(90, 5, 100, "prompt").unwrap(), 5);
     }
 
     #[test]
     fn a_prompt_without_room_for_a_token_is_too_long_unless_none_is_wanted() {
-        let too_long = |num_prompt_tokens| {
-            Err(GenerationError::ContextLengthExceeded { param: "prompt", num_prompt_tokens, context_length: 100 })
-        };
-        assert_eq!(fit(100, 1, 100, "prompt"), too_long(100));
-        assert_eq!(fit(100, 0, 100, "prompt"), Ok(0));
-        assert_eq!(fit(101, 0, 100, "prompt"), too_long(101));
+        let refusal = |num_prompt_tokens, max_tokens| fit(num_prompt_tokens, max_tokens, 100, "prompt").unwrap_err();
+        assert!(refusal(100, 1).to_string().contains("has 100 tokens and the context ends at 100"));
+        assert_eq!(fit(100, 0, 100, "prompt").unwrap(), 0);
+        assert!(refusal(101, 0).to_string().contains("101 tokens"));
     }
 
     #[test]
     fn a_token_id_beyond_the_vocabulary_is_named() {
-        assert_eq!(check_ids(&[0, 9], 10), Ok(vec![0, 9]));
+        assert_eq!(check_ids(&[0, 9], 10).unwrap(), [0, 9]);
         assert!(check_ids(&[10], 10).unwrap_err().to_string().contains("token 10"));
     }
 

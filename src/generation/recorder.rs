@@ -1,11 +1,22 @@
 //! The clock of one sequence: what it reports to the metrics, also when nobody waits for its end.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use prometheus::Histogram;
 
 use crate::metrics::Metrics;
+
+/// How long a sequence took, from when HTTP had read its request.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Timing {
+    /// To the first token (TTFT); `None` without any.
+    pub first_token: Option<Duration>,
+    /// For each token after the first (TPOT), on average; `None` with less than two.
+    pub per_output_token: Option<Duration>,
+    /// To the end.
+    pub total: Duration,
+}
 
 /// Counts the sequence when dropped; one that nothing has finished by then was cancelled by its client.
 #[derive(Debug)]
@@ -52,6 +63,19 @@ impl Recorder {
     pub fn finish(&mut self, finish_reason: &'static str) {
         self.finish_reason = finish_reason;
     }
+
+    pub fn timing(&self) -> Timing {
+        Timing {
+            first_token: self.first_token.map(|first_token| first_token - self.accepted),
+            per_output_token: self.per_output_token(),
+            total: self.accepted.elapsed(),
+        }
+    }
+
+    fn per_output_token(&self) -> Option<Duration> {
+        let num_gaps = self.num_output_tokens.checked_sub(1).filter(|num_gaps| *num_gaps > 0)?;
+        Some((self.last_token - self.first_token?) / num_gaps)
+    }
 }
 
 impl Drop for Recorder {
@@ -60,10 +84,9 @@ impl Drop for Recorder {
         self.metrics.requests_total.with_label_values(&[adapter, self.finish_reason]).inc();
         let e2e = self.metrics.request_seconds.with_label_values(&[adapter]);
         e2e.observe(self.accepted.elapsed().as_secs_f64());
-        if let Some(first_token) = self.first_token.filter(|_| self.num_output_tokens > 1) {
-            let gaps = f64::from(self.num_output_tokens - 1);
+        if let Some(per_output_token) = self.per_output_token() {
             let tpot = self.metrics.time_per_output_token_seconds.with_label_values(&[adapter]);
-            tpot.observe((self.last_token - first_token).as_secs_f64() / gaps);
+            tpot.observe(per_output_token.as_secs_f64());
         }
     }
 }

@@ -9,7 +9,7 @@ use futures::{Stream, StreamExt};
 use tokio::sync::{mpsc, watch};
 
 use super::GenerationError;
-use super::recorder::Recorder;
+use super::recorder::{Recorder, Timing};
 use crate::engine::request::{Event, FinishReason, TokenLogprob};
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::detokenize::{Detokenizer, StopOutcome, StopStrings};
@@ -31,7 +31,7 @@ pub enum TextEvent {
     /// Never without text, except where token records are wanted and their text came to nothing.
     Delta(TextDelta),
     /// The last event.
-    Finished { reason: FinishReason, usage: SequenceUsage },
+    Finished { reason: FinishReason, usage: SequenceUsage, timing: Timing },
 }
 
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -67,6 +67,7 @@ pub struct Completed {
     pub tokens: Vec<TokenRecord>,
     pub reason: FinishReason,
     pub usage: SequenceUsage,
+    pub timing: Timing,
 }
 
 /// What a [`TextStream`] must know of its sequence.
@@ -107,7 +108,9 @@ impl TextStream {
                     text.push_str(&delta.text);
                     tokens.extend(delta.tokens);
                 }
-                TextEvent::Finished { reason, usage } => return Ok(Completed { text, tokens, reason, usage }),
+                TextEvent::Finished { reason, usage, timing } => {
+                    return Ok(Completed { text, tokens, reason, usage, timing });
+                }
             }
         }
         Err(GenerationError::EngineStopped)
@@ -147,7 +150,8 @@ impl TextStream {
             FinishReason::Stop => "stop",
             FinishReason::Length => "length",
         });
-        self.ready.push_back(Ok(TextEvent::Finished { reason, usage: self.assembler.usage }));
+        let (usage, timing) = (self.assembler.usage, self.recorder.timing());
+        self.ready.push_back(Ok(TextEvent::Finished { reason, usage, timing }));
         self.end();
     }
 
@@ -399,7 +403,7 @@ mod tests {
         let (events, stream, metrics) = stream(&[]);
         events.send(Event::Token { id: THE, logprob: None }).unwrap();
         drop(events);
-        assert_eq!(stream.collect().await, Err(GenerationError::EngineStopped));
+        assert!(matches!(stream.collect().await, Err(GenerationError::EngineStopped)));
         assert_eq!(metrics.requests_total.with_label_values(&["base", "error"]).get(), 1);
     }
 }

@@ -7,6 +7,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use sha2::{Digest, Sha256};
 
 use super::AppState;
 use super::error::ApiError;
@@ -33,6 +34,8 @@ pub struct Caller {
     role: Role,
     /// The adapters it may know of.
     pub access: Access,
+    /// Tells callers apart: a digest of the key they send, needed or not.
+    pub identity: Option<String>,
 }
 
 impl Keys {
@@ -42,16 +45,17 @@ impl Keys {
     }
 
     fn caller(&self, given: Option<&str>) -> Result<Caller, ApiError> {
+        let identity = given.map(identity);
         if given.is_some_and(|given| self.admin.matches(given)) {
-            return Ok(Caller { role: Role::Admin, access: Access::All });
+            return Ok(Caller { role: Role::Admin, access: Access::All, identity });
         }
         if self.clients.is_empty() {
             // Clients send a key whether one is needed or not.
-            return Ok(Caller { role: Role::Anyone, access: Access::All });
+            return Ok(Caller { role: Role::Anyone, access: Access::All, identity });
         }
         let client = given.and_then(|given| self.clients.iter().find(|(key, _)| key.matches(given)));
         match client {
-            Some((_, access)) => Ok(Caller { role: Role::Client, access: access.clone() }),
+            Some((_, access)) => Ok(Caller { role: Role::Client, access: access.clone(), identity }),
             None => Err(ApiError::unauthorized("this server needs a key: send `Authorization: Bearer KEY`")),
         }
     }
@@ -60,7 +64,7 @@ impl Keys {
         match role {
             _ if self.admin.is_empty() => Err(ApiError::forbidden(
                 "changes_off",
-                "changes to the adapters are off on this server: set server.admin_key to allow them",
+                "changes are off on this server: set server.admin_key to allow them",
             )),
             Role::Admin => Ok(()),
             Role::Client => {
@@ -95,6 +99,10 @@ impl FromRequestParts<AppState> for Admin {
         let caller = state.keys.caller(bearer(&parts.headers))?;
         state.keys.check_admin(&caller.role).map(|()| Self)
     }
+}
+
+fn identity(key: &str) -> String {
+    Sha256::digest(key).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn bearer(headers: &HeaderMap) -> Option<&str> {

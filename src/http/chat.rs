@@ -13,12 +13,12 @@ use super::auth::Caller;
 use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
 use super::logprobs::chat_logprobs;
-use super::reply::{ReplyShape, respond};
-use super::sampling::{Delivery, parse_options};
+use super::reply::{ReplyShape, answer};
+use super::sampling::parse_options;
 use super::selection::parse_selection;
 use super::types::{ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs, ChatMessage};
 use crate::engine::request::FinishReason;
-use crate::generation::{Completed, GenerationOptions, Prompt, TextDelta, TokenRecord};
+use crate::generation::{Completed, GenerationOptions, GenerationRequest, Prompt, TextDelta, TokenRecord};
 use crate::tokenizer::Tokenizer;
 
 const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
@@ -29,18 +29,7 @@ pub async fn chat_completions(
     Extension(caller): Extension<Caller>,
     fields: Fields,
 ) -> Result<Response, ApiError> {
-    refuse_unsupported(&fields)?;
-    let delivery = Delivery::parse(&fields)?;
-    let options = options(&fields)?;
-    let selection = parse_selection(&fields)?;
-    let prompt = Prompt::Chat(messages(&fields)?);
-    let shape = ChatShape {
-        tokenizer: state.generation.tokenizer().clone(),
-        logprobs: options.top_logprobs.is_some(),
-        begun: HashSet::new(),
-    };
-    let generated = state.generation.start(&selection, &caller.access, vec![prompt], options).await?;
-    respond(&state, shape, generated, delivery).await
+    answer::<ChatShape>(&state, &caller, &fields).await
 }
 
 /// What would change the output and is not served must not be ignored.
@@ -119,7 +108,7 @@ fn check_part(at: &str, part: &Value) -> Result<(), ApiError> {
     }
 }
 
-struct ChatShape {
+pub struct ChatShape {
     tokenizer: Arc<Tokenizer>,
     logprobs: bool,
     /// Choices whose first delta, the one with the role, was sent.
@@ -142,6 +131,19 @@ impl ReplyShape for ChatShape {
     const CHUNK_OBJECT: &'static str = "chat.completion.chunk";
     type Choice = ChatChoice;
     type ChunkChoice = ChatChunkChoice;
+
+    fn parse(fields: &Fields) -> Result<GenerationRequest, ApiError> {
+        refuse_unsupported(fields)?;
+        let options = options(fields)?;
+        let (selection, icl) = parse_selection(fields)?;
+        let prompt_format = fields.string("prompt_format")?.map(str::to_owned);
+        let prompts = vec![Prompt::Chat(messages(fields)?)];
+        Ok(GenerationRequest { selection, icl, prompt_format, prompts, options })
+    }
+
+    fn new(tokenizer: Arc<Tokenizer>, logprobs: bool) -> Self {
+        Self { tokenizer, logprobs, begun: HashSet::new() }
+    }
 
     fn choice(&self, index: usize, completed: Completed) -> ChatChoice {
         let message = ChatMessage { role: "assistant", content: completed.text, refusal: None };

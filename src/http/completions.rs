@@ -12,12 +12,12 @@ use super::auth::Caller;
 use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
 use super::logprobs::completion_logprobs;
-use super::reply::{ReplyShape, respond};
-use super::sampling::{Delivery, parse_options};
+use super::reply::{ReplyShape, answer};
+use super::sampling::parse_options;
 use super::selection::parse_selection;
 use super::types::CompletionChoice;
 use crate::engine::request::FinishReason;
-use crate::generation::{Completed, GenerationOptions, Prompt, TextDelta, TokenRecord};
+use crate::generation::{Completed, GenerationOptions, GenerationRequest, Prompt, TextDelta, TokenRecord};
 use crate::tokenizer::Tokenizer;
 
 /// Alternatives per token; OpenAI's own interface ends at 5.
@@ -28,14 +28,7 @@ pub async fn completions(
     Extension(caller): Extension<Caller>,
     fields: Fields,
 ) -> Result<Response, ApiError> {
-    let delivery = Delivery::parse(&fields)?;
-    let options = options(&fields)?;
-    let selection = parse_selection(&fields)?;
-    let prompts = prompts(&fields, options.echo)?;
-    let shape =
-        CompletionShape { tokenizer: state.generation.tokenizer().clone(), logprobs: options.top_logprobs.is_some() };
-    let generated = state.generation.start(&selection, &caller.access, prompts, options).await?;
-    respond(&state, shape, generated, delivery).await
+    answer::<CompletionShape>(&state, &caller, &fields).await
 }
 
 fn options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
@@ -92,7 +85,7 @@ fn token_ids(name: &str, items: &[Value]) -> Result<Vec<u32>, ApiError> {
         .collect()
 }
 
-struct CompletionShape {
+pub struct CompletionShape {
     tokenizer: Arc<Tokenizer>,
     logprobs: bool,
 }
@@ -116,6 +109,18 @@ impl ReplyShape for CompletionShape {
     const CHUNK_OBJECT: &'static str = "text_completion";
     type Choice = CompletionChoice;
     type ChunkChoice = CompletionChoice;
+
+    fn parse(fields: &Fields) -> Result<GenerationRequest, ApiError> {
+        let options = options(fields)?;
+        let (selection, icl) = parse_selection(fields)?;
+        let prompt_format = fields.string("prompt_format")?.map(str::to_owned);
+        let prompts = prompts(fields, options.echo)?;
+        Ok(GenerationRequest { selection, icl, prompt_format, prompts, options })
+    }
+
+    fn new(tokenizer: Arc<Tokenizer>, logprobs: bool) -> Self {
+        Self { tokenizer, logprobs }
+    }
 
     fn choice(&self, index: usize, completed: Completed) -> CompletionChoice {
         self.words(index, completed.text, &completed.tokens, Some(completed.reason))

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::adapter::registry::{AcquireError, ChangeError};
 use crate::generation::GenerationError;
+use crate::icl::{IclError, StoreError};
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct ApiError {
@@ -54,6 +55,17 @@ impl ApiError {
     /// 400 that names the field at fault.
     pub fn invalid(param: &str, message: impl Into<String>) -> Self {
         Self::malformed(message).naming(param)
+    }
+
+    /// The field at fault.
+    pub fn param(&self) -> Option<&str> {
+        self.body.param.as_deref()
+    }
+
+    /// The error of one of several requests that were sent as one: `part` says of which, `param` where its field is.
+    pub fn of_part(mut self, part: &str, param: &str) -> Self {
+        self.body.message = format!("{part}: {}", self.body.message);
+        self.naming(param)
     }
 
     fn naming(mut self, param: &str) -> Self {
@@ -126,6 +138,18 @@ impl ApiError {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded_error", Some("overloaded"), message.into())
     }
 
+    /// 503 that says what is wrong with the experiments' database.
+    pub fn storage_unavailable(message: impl Into<String>) -> Self {
+        let (status, code) = (StatusCode::SERVICE_UNAVAILABLE, "storage_unavailable");
+        Self::new(status, "server_error", Some(code), message.into())
+    }
+
+    /// 404.
+    pub fn unknown_experiment(message: impl Into<String>) -> Self {
+        let code = "experiment_not_found";
+        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some(code), message.into())
+    }
+
     pub fn into_envelope(self) -> ErrorEnvelope {
         ErrorEnvelope { error: self.body }
     }
@@ -141,6 +165,7 @@ impl From<GenerationError> for ApiError {
             }
             GenerationError::InvalidParameter { param, .. } => Self::invalid(param, message),
             GenerationError::InvalidSelection { param, .. } => Self::invalid(&param, message),
+            GenerationError::Icl(error) => (*error).into(),
             GenerationError::ContextLengthExceeded { param, num_prompt_tokens, context_length } => {
                 let mut api = Self::invalid(param, message);
                 api.body.code = Some("context_length_exceeded");
@@ -176,6 +201,24 @@ impl From<ChangeError> for ApiError {
     }
 }
 
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        let message = error.to_string();
+        let kind = "invalid_request_error";
+        match error {
+            StoreError::Unknown { .. } => Self::new(StatusCode::NOT_FOUND, kind, Some("store_not_found"), message),
+            StoreError::InvalidName(_) => Self::invalid("name", message),
+            StoreError::Example { index, field, .. } => Self::invalid(&format!("examples[{index}].{field}"), message),
+            StoreError::NumExamples { .. } | StoreError::TooLarge { .. } => Self::invalid("examples", message),
+            StoreError::TooManyStores { .. } => Self::malformed(message),
+            StoreError::NoFolder => Self::new(StatusCode::CONFLICT, kind, Some("no_store_folder"), message),
+            StoreError::NotWritable { .. } => {
+                Self::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", Some("not_writable"), message)
+            }
+        }
+    }
+}
+
 impl From<AcquireError> for ApiError {
     fn from(error: AcquireError) -> Self {
         let message = error.to_string();
@@ -185,6 +228,30 @@ impl From<AcquireError> for ApiError {
             AcquireError::Composition(_) => Self::malformed(message),
             AcquireError::OutOfMemory(_) => Self::unavailable(message),
         }
+    }
+}
+
+impl From<IclError> for ApiError {
+    fn from(error: IclError) -> Self {
+        let message = error.to_string();
+        let Some(field) = error.field() else {
+            return Self::new(StatusCode::BAD_GATEWAY, "server_error", Some("embedding_failed"), message);
+        };
+        let mut api = Self::invalid(field, message);
+        match error {
+            IclError::UnknownStore { .. } => {
+                api.status = StatusCode::NOT_FOUND;
+                api.rejection = Some(Rejection("not_found"));
+                api.body.code = Some("store_not_found");
+            }
+            IclError::PromptTooLong { num_prompt_tokens, max_prompt_tokens, .. } => {
+                api.body.code = Some("context_length_exceeded");
+                api.body.n_prompt_tokens = Some(num_prompt_tokens);
+                api.body.n_ctx = Some(max_prompt_tokens);
+            }
+            _ => {}
+        }
+        api
     }
 }
 
@@ -230,6 +297,32 @@ mod tests {
         assert_eq!(error["code"], "context_length_exceeded");
         assert_eq!(error["param"], "messages");
         assert_eq!((&error["n_prompt_tokens"], &error["n_ctx"]), (&json!(9), &json!(8)));
+    }
+
+    #[test]
+    fn an_unknown_store_is_not_found_and_too_many_examples_say_by_how_much() {
+        let unknown = IclError::UnknownStore { store: "s".to_owned(), known: "there are none".to_owned() };
+        let unknown = ApiError::from(unknown);
+        assert_eq!(unknown.status, StatusCode::NOT_FOUND);
+        assert_eq!(envelope(unknown)["error"]["param"], "icl.store");
+        let too_long = IclError::PromptTooLong {
+            store: "s".to_owned(),
+            k: 3,
+            num_prompt_tokens: 9,
+            max_prompt_tokens: 8,
+            num_fitting: 2,
+        };
+        let error = envelope(too_long.into())["error"].clone();
+        assert_eq!(
+            (&error["param"], &error["n_prompt_tokens"], &error["n_ctx"]),
+            (&json!("icl.k"), &json!(9), &json!(8))
+        );
+    }
+
+    #[test]
+    fn an_embedding_endpoint_that_fails_is_not_the_requests_fault() {
+        let error = ApiError::from(IclError::Embedding("it answered with status 500".to_owned()));
+        assert_eq!(error.status, StatusCode::BAD_GATEWAY);
     }
 
     #[test]

@@ -25,6 +25,12 @@ impl FromRequest<AppState> for Fields {
     }
 }
 
+impl From<Map<String, Value>> for Fields {
+    fn from(fields: Map<String, Value>) -> Self {
+        Self(fields)
+    }
+}
+
 /// `None` when there is no body.
 impl OptionalFromRequest<AppState> for Fields {
     type Rejection = ApiError;
@@ -84,6 +90,11 @@ impl Fields {
             Value::Object(fields) => Ok(Self(fields)),
             _ => Err(ApiError::malformed("the request body must be a JSON object")),
         }
+    }
+
+    /// Every field that is there, `null` or not.
+    pub fn iter(&self) -> impl Iterator<Item = (&String, &Value)> + Clone {
+        self.0.iter()
     }
 
     pub fn get(&self, name: &str) -> Option<&Value> {

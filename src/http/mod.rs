@@ -4,12 +4,17 @@
 mod adapters;
 mod auth;
 mod chat;
+mod compare;
 mod completions;
 mod error;
+mod experiments;
+mod feedback;
 mod fields;
+mod icl;
 mod llama_cpp;
 mod logprobs;
 mod models;
+mod page;
 mod probes;
 mod reply;
 mod sampling;
@@ -17,6 +22,7 @@ mod selection;
 mod sse;
 #[cfg(test)]
 mod tests;
+mod trials;
 mod types;
 mod vllm;
 
@@ -38,6 +44,7 @@ use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetReques
 use tower_http::trace::TraceLayer;
 
 use crate::config::Config;
+use crate::experiments::Experiments;
 use crate::generation::{Generation, self_test};
 use crate::metrics::Metrics;
 use auth::{Keys, authenticate};
@@ -49,6 +56,7 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 #[derive(Debug, Clone)]
 pub struct AppState {
     pub generation: Arc<Generation>,
+    pub experiments: Arc<Experiments>,
     pub metrics: Arc<Metrics>,
     pub config: Arc<Config>,
     keys: Arc<Keys>,
@@ -57,10 +65,15 @@ pub struct AppState {
 }
 
 impl AppState {
-    pub fn new(generation: Arc<Generation>, metrics: Arc<Metrics>, config: Arc<Config>) -> Self {
+    pub fn new(
+        generation: Arc<Generation>,
+        experiments: Arc<Experiments>,
+        metrics: Arc<Metrics>,
+        config: Arc<Config>,
+    ) -> Self {
         let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let keys = Arc::new(Keys::new(&config.server));
-        Self { generation, metrics, config, keys, started }
+        Self { generation, experiments, metrics, config, keys, started }
     }
 }
 
@@ -92,11 +105,20 @@ pub fn router(state: AppState) -> Router {
     let generating = Router::new()
         .route("/completions", post(completions::completions))
         .route("/chat/completions", post(chat::chat_completions))
+        .route("/compare", post(compare::compare))
         .route_layer(from_fn_with_state(state.clone(), count_rejection));
     let adapter = get(adapters::get).put(adapters::put).delete(adapters::delete);
     let api = generating
         .route("/models", get(models::list))
         .route("/models/{*id}", get(models::get))
+        .route("/icl", get(icl::list))
+        .route("/icl/{name}", get(icl::get).put(icl::put).delete(icl::delete))
+        .route("/feedback", post(feedback::vote))
+        .route("/feedback/{id}", get(feedback::votes))
+        .route("/events", post(feedback::event))
+        .route("/experiments", get(experiments::list))
+        .route("/experiments/{name}", get(experiments::get))
+        .route("/experiments/{name}/reset", post(experiments::reset))
         .route("/adapters", get(adapters::list))
         .route("/adapters/{name}", adapter)
         .route("/adapters/{name}/load", post(adapters::load))
@@ -108,6 +130,7 @@ pub fn router(state: AppState) -> Router {
     let routes = Router::new()
         .nest("/v1", api.clone())
         .merge(api)
+        .merge(page::routes())
         .route("/health", get(probes::health))
         .route("/metrics", get(probes::metrics))
         .fallback(unknown_route)

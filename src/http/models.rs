@@ -1,4 +1,5 @@
-//! `GET /v1/models`: the base and every adapter that can be asked for, in memory or not.
+//! `GET /v1/models`: the base and every adapter that can be asked for, in memory or not, and the aliases of
+//! experiments.
 
 use axum::extract::State;
 use axum::{Extension, Json};
@@ -9,6 +10,7 @@ use super::auth::Caller;
 use super::error::ApiError;
 use super::fields::PathName;
 use crate::adapter::registry::{AdapterStatus, Phase};
+use crate::icl;
 
 #[derive(Debug, Serialize)]
 pub struct ModelList {
@@ -47,8 +49,9 @@ struct AdapterCard {
 pub async fn list(State(state): State<AppState>, Extension(caller): Extension<Caller>) -> Json<ModelList> {
     let adapters = state.generation.visible_adapters(&caller.access).into_iter();
     let servable = adapters.filter(|adapter| adapter.phase != Phase::Failed);
-    let data = std::iter::once(None).chain(servable.map(Some)).map(|adapter| card(&state, adapter)).collect();
-    Json(ModelList { object: "list", data })
+    let models = std::iter::once(None).chain(servable.map(Some)).map(|adapter| card(&state, adapter));
+    let aliases = state.experiments.aliases().map(|alias| alias_card(&state, alias));
+    Json(ModelList { object: "list", data: models.chain(aliases).collect() })
 }
 
 /// Ids may contain `/`, and every name that a request accepts finds its model.
@@ -57,8 +60,17 @@ pub async fn get(
     Extension(caller): Extension<Caller>,
     PathName(id): PathName,
 ) -> Result<Json<ModelCard>, ApiError> {
-    let adapter = state.generation.find_model(&id, &caller.access)?;
+    if state.experiments.is_alias(&id) {
+        return Ok(Json(alias_card(&state, &id)));
+    }
+    let (model, _) = icl::Selection::split_model_name(&id)?;
+    let adapter = state.generation.find_model(model, &caller.access)?;
     Ok(Json(card(&state, adapter)))
+}
+
+/// Of an experiment, of which a client sees no more than that it can be asked.
+fn alias_card(state: &AppState, alias: &str) -> ModelCard {
+    ModelCard { id: alias.to_owned(), ..card(state, None) }
 }
 
 fn card(state: &AppState, adapter: Option<AdapterStatus>) -> ModelCard {

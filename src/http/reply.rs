@@ -1,5 +1,6 @@
 //! From a generation under way to a reply, whole or streamed; completions and chat differ only in their [`ReplyShape`].
 
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Json;
@@ -11,53 +12,89 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use super::AppState;
+use super::auth::Caller;
 use super::error::ApiError;
+use super::fields::Fields;
 use super::sampling::Delivery;
 use super::sse;
-use super::types::{AdapterName, Reply, ReplyHead, Usage};
+use super::trials::{Trial, choose_arm};
+use super::types::{AdapterName, IclReply, Reply, ReplyHead, Usage};
 use crate::engine::request::FinishReason;
-use crate::generation::{Completed, Generated, GenerationError, ResolvedModel, TextDelta, TextEvent};
+use crate::generation::{
+    Completed, Generated, GenerationError, GenerationRequest, ResolvedModel, TextDelta, TextEvent,
+};
+use crate::tokenizer::Tokenizer;
 
-/// How one interface words its choices.
-pub trait ReplyShape: Send + 'static {
+/// How one interface reads a request and words its choices.
+pub trait ReplyShape: Send + Sized + 'static {
     const ID_PREFIX: &'static str;
     const OBJECT: &'static str;
     const CHUNK_OBJECT: &'static str;
     type Choice: Serialize;
     type ChunkChoice: Serialize;
 
+    /// Everything but the way of the reply.
+    fn parse(fields: &Fields) -> Result<GenerationRequest, ApiError>;
+    /// `logprobs` is whether the request asks for them.
+    fn new(tokenizer: Arc<Tokenizer>, logprobs: bool) -> Self;
     fn choice(&self, index: usize, completed: Completed) -> Self::Choice;
     fn delta(&mut self, index: usize, delta: TextDelta) -> Self::ChunkChoice;
     fn finish(&mut self, index: usize, reason: FinishReason) -> Self::ChunkChoice;
 }
 
-/// Answers in the way the client asked for. The generation lives in the response: dropping that cancels it.
-pub async fn respond<S: ReplyShape>(
-    state: &AppState,
-    shape: S,
-    generated: Generated,
-    delivery: Delivery,
-) -> Result<Response, ApiError> {
+/// Answers in the way the client asks for. The generation lives in the response: dropping that cancels it.
+pub async fn answer<S: ReplyShape>(state: &AppState, caller: &Caller, fields: &Fields) -> Result<Response, ApiError> {
+    let delivery = Delivery::parse(fields)?;
+    let mut request = S::parse(fields)?;
+    let id = random_id(S::ID_PREFIX);
+    let mut trial = match choose_arm(state, caller, fields.string("user")?, &mut request)? {
+        Some(assignment) => Trial::assigned(state, &id, assignment, &request)?,
+        None => Trial::default(),
+    };
+    let shape = S::new(state.generation.tokenizer().clone(), request.options.top_logprobs.is_some());
+    let generated = match state.generation.start(request, &caller.access).await {
+        Ok(generated) => generated,
+        Err(error) => {
+            trial.refused(&error);
+            return Err(error.into());
+        }
+    };
+    trial.started(&generated.model, generated.icl.as_ref());
+    let head = |object| reply_head(state, id, object, &generated);
     match delivery {
-        Delivery::Plain => plain(state, shape, generated).await,
-        Delivery::Stream { include_usage } => Ok(stream(state, shape, generated, include_usage)),
+        Delivery::Plain => plain(shape, head(S::OBJECT), generated, trial).await,
+        Delivery::Stream { include_usage } => Ok(stream(shape, head(S::CHUNK_OBJECT), generated, trial, include_usage)),
     }
 }
 
-async fn plain<S: ReplyShape>(state: &AppState, shape: S, generated: Generated) -> Result<Response, ApiError> {
-    let head = reply_head::<S>(state, &generated, S::OBJECT);
+async fn plain<S: ReplyShape>(
+    shape: S,
+    mut head: ReplyHead,
+    generated: Generated,
+    mut trial: Trial,
+) -> Result<Response, ApiError> {
     let sequences = generated.sequences.into_iter().map(|sequence| sequence.collect());
+    let completed = try_join_all(sequences).await.inspect_err(|_| trial.failed())?;
     let mut usage = Usage::default();
     let mut choices = Vec::new();
-    for (index, completed) in try_join_all(sequences).await?.into_iter().enumerate() {
+    for (index, completed) in completed.into_iter().enumerate() {
+        trial.push(index, &completed.text);
+        trial.ended(index, completed.usage, completed.timing);
+        IclReply::saved(&mut head.icl, completed.usage);
         usage.add(completed.usage, index.is_multiple_of(generated.num_choices));
         choices.push(shape.choice(index, completed));
     }
+    trial.completed();
     Ok(Json(Reply { head: &head, choices, usage: Some(Some(usage)) }).into_response())
 }
 
-fn stream<S: ReplyShape>(state: &AppState, shape: S, generated: Generated, include_usage: bool) -> Response {
-    let head = reply_head::<S>(state, &generated, S::CHUNK_OBJECT);
+fn stream<S: ReplyShape>(
+    shape: S,
+    head: ReplyHead,
+    generated: Generated,
+    trial: Trial,
+    include_usage: bool,
+) -> Response {
     let events = generated.sequences.into_iter().enumerate();
     let events = select_all(events.map(|(index, sequence)| sequence.map(move |event| (index, event)).boxed()));
     let chunks = Chunks {
@@ -67,23 +104,34 @@ fn stream<S: ReplyShape>(state: &AppState, shape: S, generated: Generated, inclu
         num_choices: generated.num_choices,
         include_usage,
         usage: Usage::default(),
+        trial,
         state: ChunkState::Choices,
         _model: generated.model,
     };
     sse::respond(futures::stream::unfold(chunks, async |mut chunks| Some((chunks.next().await?, chunks))))
 }
 
-fn reply_head<S: ReplyShape>(state: &AppState, generated: &Generated, object: &'static str) -> ReplyHead {
+fn reply_head(state: &AppState, id: String, object: &'static str, generated: &Generated) -> ReplyHead {
     ReplyHead {
-        id: format!("{}-{:032x}", S::ID_PREFIX, rand::random::<u128>()),
+        id,
         object,
-        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        created: unix_seconds(),
         model: generated.model.id.clone(),
         system_fingerprint: system_fingerprint(state.generation.base_id()),
         adapter: AdapterName::of(&generated.model),
         adapters: generated.model.applied.clone(),
+        icl: generated.icl.as_ref().map(IclReply::of),
         seed: generated.seed,
     }
+}
+
+/// What a reply is called from now on, such as in feedback.
+pub fn random_id(prefix: &str) -> String {
+    format!("{prefix}-{:032x}", rand::random::<u128>())
+}
+
+pub fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// The same for as long as the same base is served.
@@ -100,6 +148,7 @@ struct Chunks<S> {
     num_choices: usize,
     include_usage: bool,
     usage: Usage,
+    trial: Trial,
     state: ChunkState,
     /// The weights are held until the reply has ended.
     _model: ResolvedModel,
@@ -120,14 +169,18 @@ impl<S: ReplyShape> Chunks<S> {
                 Some((index, Ok(event))) => Some(self.choice(index, event)),
                 Some((_, Err(error))) => {
                     self.events.clear();
+                    self.trial.failed();
                     self.state = ChunkState::Closed;
                     Some(sse::json(&ApiError::from(error).into_envelope()))
                 }
-                None if self.include_usage => {
+                None => {
+                    self.trial.completed();
+                    if !self.include_usage {
+                        return self.done();
+                    }
                     self.state = ChunkState::Done;
                     Some(self.chunk(vec![], Some(self.usage)))
                 }
-                None => self.done(),
             },
             ChunkState::Done => self.done(),
             ChunkState::Closed => None,
@@ -136,8 +189,13 @@ impl<S: ReplyShape> Chunks<S> {
 
     fn choice(&mut self, index: usize, event: TextEvent) -> String {
         let choice = match event {
-            TextEvent::Delta(delta) => self.shape.delta(index, delta),
-            TextEvent::Finished { reason, usage } => {
+            TextEvent::Delta(delta) => {
+                self.trial.push(index, &delta.text);
+                self.shape.delta(index, delta)
+            }
+            TextEvent::Finished { reason, usage, timing } => {
+                self.trial.ended(index, usage, timing);
+                IclReply::saved(&mut self.head.icl, usage);
                 self.usage.add(usage, index.is_multiple_of(self.num_choices));
                 self.shape.finish(index, reason)
             }

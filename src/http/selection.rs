@@ -5,14 +5,33 @@ use serde_json::{Map, Value};
 use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
 use crate::generation::{AdapterEntry, AdapterField, AdapterRef, Selection};
+use crate::icl;
 
 /// Strengths beyond this only make noise.
 const MAX_SCALE: f64 = 4.0;
 const MAX_ADAPTERS: usize = 16;
 const FIELDS: [&str; 3] = ["adapters", "lora", "adapter"];
 
-pub fn parse_selection(fields: &Fields) -> Result<Selection, ApiError> {
-    let model = fields.string("model")?.map(str::to_owned);
+/// The weights, and the in-context examples of `icl` or of a model name that ends in `+icl:<store>@<k>`.
+pub fn parse_selection(fields: &Fields) -> Result<(Selection, Option<icl::Selection>), ApiError> {
+    let (model, by_name) = match fields.string("model")? {
+        None => (None, None),
+        Some(name) => {
+            let (model, icl) = icl::Selection::split_model_name(name)?;
+            (Some(model.to_owned()), icl)
+        }
+    };
+    let by_field = fields.object("icl")?.map(icl::Selection::parse).transpose()?;
+    if by_name.is_some() && by_field.is_some() {
+        return Err(ApiError::invalid(
+            "icl",
+            "`model` names in-context examples too: leave them out of one of the two",
+        ));
+    }
+    Ok((parse_weights(fields, model)?, by_field.or(by_name)))
+}
+
+fn parse_weights(fields: &Fields, model: Option<String>) -> Result<Selection, ApiError> {
     let mut given = FIELDS.into_iter().filter(|name| fields.get(name).is_some());
     let Some(name) = given.next() else { return Ok(Selection { model, adapters: None }) };
     if let Some(other) = given.next() {
@@ -80,7 +99,7 @@ mod tests {
     use super::*;
 
     fn parse(json: &str) -> Result<Selection, ApiError> {
-        parse_selection(&Fields::parse(json.as_bytes()).unwrap())
+        parse_selection(&Fields::parse(json.as_bytes()).unwrap()).map(|(selection, _)| selection)
     }
 
     fn entries(json: &str) -> Vec<AdapterEntry> {

@@ -1,10 +1,17 @@
 //! The whole interface over a real socket, with an engine whose model continues the alphabet.
 
+mod compare;
+mod icl;
+mod trials;
+mod votes;
+
+use std::path::Path;
 use std::time::Duration;
 
 use kernels::attention::KvStore;
 use reqwest::{Client, Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
@@ -13,13 +20,19 @@ use crate::adapter::registry::AdapterRegistry;
 use crate::config::Overrides;
 use crate::engine::{EngineConfig, EngineHandle, EngineState};
 use crate::generation::Base;
+use crate::icl::IclStores;
 use crate::model::spec::{Architecture, ModelSpec};
 use crate::model::{ForwardBatch, Model, StepError};
 use crate::prompt::fim::FillInMiddle;
+use crate::prompt::formats::PromptFormats;
 use crate::tokenizer::Tokenizer;
 
 const CONTEXT_LENGTH: usize = 64;
 const MAX_QUEUED: usize = 4;
+const BASE: &str = "tiny-coder:1b";
+/// And a database that nobody can open.
+const NO_EXPERIMENTS: &str =
+    "path = '/dev/null/experiments.db'\nmax_mib = 1\nmax_queued = 8\nkeep_text = true\nrun = []";
 
 /// After each letter the next one, after `z` the end; `0` for ever; after `<` the two bytes of `é`; else `a`.
 struct Alphabet {
@@ -67,13 +80,21 @@ struct Server {
     url: String,
     client: Client,
     metrics: Arc<Metrics>,
+    experiments: Arc<Experiments>,
     engine: EngineHandle,
     shutdown: oneshot::Sender<()>,
     served: JoinHandle<std::io::Result<()>>,
+    /// Holds `icl`, the folder of the example stores.
+    dir: TempDir,
 }
 
 impl Server {
     async fn start(control_tokens: &[&str], step: Duration) -> Self {
+        Self::start_with(control_tokens, step, NO_EXPERIMENTS).await
+    }
+
+    /// `experiments` is that section of the configuration, in TOML.
+    async fn start_with(control_tokens: &[&str], step: Duration, experiments: &str) -> Self {
         let tokenizer = Arc::new(Tokenizer::tiny(control_tokens));
         let spec = ModelSpec {
             architecture: Architecture::Llama,
@@ -90,9 +111,18 @@ impl Server {
         };
         let end = tokenizer.eos().unwrap();
         let metrics = Arc::new(Metrics::new());
-        let mut config = Config::load(None, &Overrides::default()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let (file, stores) = (dir.path().join("lorry.toml"), dir.path().join("icl"));
+        std::fs::create_dir(&stores).unwrap();
+        let short = "{% for example in examples %}{{ example.code }}{% endfor %}{{ instruction }}";
+        let toml = format!(
+            "[server]\nadmin_key = 'admin'\n[icl]\ndir = {stores:?}\n[prompt_formats.short]\ntemplate = '{short}'"
+        );
+        std::fs::write(&file, toml).unwrap();
+        let mut config = Config::load(Some(&file), &Overrides::default()).unwrap();
         config.engine.max_queued = MAX_QUEUED;
         config.server.max_body_bytes = 10_000;
+        config.experiments = toml::from_str(experiments).unwrap();
         let config = Arc::new(config);
         let limits = EngineConfig {
             max_batch_rows: 32,
@@ -104,17 +134,23 @@ impl Server {
         let kv = KvStore::new(1, 1, 2, 32);
         let engine = EngineHandle::start(Box::new(Alphabet { spec, end, step }), kv, limits, metrics.clone());
         let fill_in_middle = FillInMiddle::detect(&tokenizer);
-        let base = Base { id: "tiny-coder:1b".to_owned(), tokenizer, chat_template: None, fill_in_middle };
+        let base = Base { id: BASE.to_owned(), tokenizer, chat_template: None, fill_in_middle };
         let adapters = Arc::new(AdapterRegistry::default());
-        let generation = Generation::new(base, adapters, engine.clone(), metrics.clone(), config.clone());
-        let state = AppState::new(Arc::new(generation), metrics.clone(), config);
+        let icl = Arc::new(IclStores::open(&config.icl).unwrap());
+        let formats = PromptFormats::new(&config.prompt_formats).unwrap();
+        let generation = Generation::new(base, adapters, icl, formats, engine.clone(), metrics.clone(), config.clone());
+        let database = config.experiments.path(Path::new("unused"));
+        let experiments =
+            Experiments::start(&config.experiments, database, BASE, metrics.clone(), Box::new(|_| {})).unwrap();
+        let experiments = Arc::new(experiments);
+        let state = AppState::new(Arc::new(generation), experiments.clone(), metrics.clone(), config);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (shutdown, stopped) = oneshot::channel();
         let stopped = async move { stopped.await.unwrap_or_default() };
         let served = tokio::spawn(serve(listener, state, stopped));
         let client = Client::builder().no_proxy().build().unwrap();
-        Self { url, client, metrics, engine, shutdown, served }
+        Self { url, client, metrics, experiments, engine, shutdown, served, dir }
     }
 
     async fn quick() -> Self {
@@ -306,7 +342,7 @@ async fn every_refusal_has_the_right_status_and_names_the_field() {
         (Method::GET, "/v1/completions", "", 405, json!(null), json!("method_not_allowed")),
         (post, "/v1/embeddings", "{}", 404, json!(null), json!("not_found")),
         (Method::GET, "/v1/models/none", "", 404, json!("model"), json!("model_not_found")),
-        (Method::GET, "/", "", 404, json!(null), json!("not_found")),
+        (Method::GET, "/nowhere", "", 404, json!(null), json!("not_found")),
     ] {
         let response = server.request(method, path).body(body.to_owned()).send().await.unwrap();
         let shown = &body[..body.len().min(80)];
@@ -318,6 +354,16 @@ async fn every_refusal_has_the_right_status_and_names_the_field() {
     }
     assert_eq!(server.metrics.rejected_total.with_label_values(&["not_found"]).get(), 1);
     server.until_idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_and_its_files_are_served_beside_the_api() {
+    let server = Server::quick().await;
+    for (path, content) in [("/", "<!doctype html>"), ("//", "<!doctype html>"), ("/assets/main.js", "import")] {
+        let response = server.request(Method::GET, path).send().await.unwrap();
+        assert_eq!(response.status(), 200, "{path}");
+        assert!(response.text().await.unwrap().contains(content), "{path}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,6 +7,7 @@ use serde::{Serialize, Serializer};
 use crate::adapter::canonical::Member;
 use crate::engine::request::FinishReason;
 use crate::generation::{ResolvedModel, SequenceUsage};
+use crate::icl;
 
 /// A whole reply or one chunk of a stream, with its choices.
 #[derive(Debug, Serialize)]
@@ -32,7 +33,46 @@ pub struct ReplyHead {
     pub adapter: Option<AdapterName>,
     /// What `adapter` is made of.
     pub adapters: Vec<Member>,
+    /// `null` without in-context examples.
+    pub icl: Option<IclReply>,
     pub seed: i64,
+}
+
+/// The in-context examples of a reply, enough to ask for the same again.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct IclReply {
+    store: String,
+    version: String,
+    /// Examples in the prompt: with a token budget there may be less than were asked for.
+    k: usize,
+    select: icl::Select,
+    /// `null` where nothing was drawn.
+    seed: Option<u64>,
+    /// Places in the store, in the order of the prompt.
+    examples: Vec<usize>,
+    /// Prompt tokens that were not computed again; `null` while the reply is under way.
+    cached_tokens: Option<usize>,
+}
+
+impl IclReply {
+    pub fn of(chosen: &icl::Chosen) -> Self {
+        Self {
+            store: chosen.store.name().to_owned(),
+            version: chosen.store.version().to_owned(),
+            k: chosen.ids.len(),
+            select: chosen.select,
+            seed: chosen.seed,
+            examples: chosen.ids.clone(),
+            cached_tokens: None,
+        }
+    }
+
+    /// Fills in what only the end of a sequence tells.
+    pub fn saved(icl: &mut Option<Self>, usage: SequenceUsage) {
+        if let Some(icl) = icl {
+            icl.cached_tokens.get_or_insert(usage.num_cached_tokens);
+        }
+    }
 }
 
 /// What was applied, as one.
@@ -159,7 +199,7 @@ pub struct TokenAlternative {
     pub bytes: Vec<u8>,
 }
 
-fn finish_reason<S: Serializer>(reason: &Option<FinishReason>, serializer: S) -> Result<S::Ok, S::Error> {
+pub fn finish_reason<S: Serializer>(reason: &Option<FinishReason>, serializer: S) -> Result<S::Ok, S::Error> {
     let name = reason.map(|reason| match reason {
         FinishReason::Stop => "stop",
         FinishReason::Length => "length",
@@ -192,6 +232,7 @@ mod tests {
             system_fingerprint: "f".to_owned(),
             adapter: None,
             adapters: Vec::new(),
+            icl: None,
             seed: 7,
         };
         let reply = |usage| serde_json::to_value(Reply::<()> { head: &head, choices: vec![], usage }).unwrap();

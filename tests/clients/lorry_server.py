@@ -22,27 +22,30 @@ MAX_STOP_SECONDS = 40
 class Server:
     url: str
     log_path: Path
+    process: subprocess.Popen
 
     def log(self):
         return self.log_path.read_text(errors="replace")
 
 
 @contextmanager
-def serving(*arguments):
+def serving(*arguments, environment={}):
     """`lorry serve ARGUMENTS` on a free port; yields when it serves, and stops it whatever happens."""
     with tempfile.TemporaryDirectory() as folder:
         log_path = Path(folder) / "lorry.log"
+        # A test that says nothing of votes leaves none in the user's own file.
+        environment = {"LORRY__EXPERIMENTS__PATH": str(Path(folder) / "experiments.db"), **environment}
         with log_path.open("wb") as log:
             process = subprocess.Popen(
                 [BINARY, "serve", "--port", "0", *map(str, arguments)],
                 cwd=REPOSITORY,
-                env={**os.environ, "NO_COLOR": "1", "RUST_LOG": "info"},
+                env={**os.environ, "NO_COLOR": "1", "RUST_LOG": "info", **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
             )
         try:
-            yield Server(wait_until_serving(process, log_path), log_path)
+            yield Server(wait_until_serving(process, log_path), log_path, process)
         finally:
             process.terminate()
             try:

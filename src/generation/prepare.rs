@@ -1,0 +1,241 @@
+//! From a request to sequences in the engine, in three steps that several requests can take together: places in the
+//! queue for all, everything that can fail or take time, and the start of all in one batch.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+
+use super::prompt::{EncodedPrompt, Encoder};
+use super::recorder::Recorder;
+use super::text_stream::{Echo, TextStream, TextStreamOptions};
+use super::{Access, Generated, Generation, GenerationError, GenerationOptions, GenerationRequest, ResolvedModel};
+use crate::engine::request::{PromptOutput, Request, SamplingParams};
+
+/// Places in the queue, one a sequence. Dropping gives them back.
+#[derive(Debug)]
+pub struct Places {
+    permits: Vec<OwnedSemaphorePermit>,
+    accepted: Instant,
+    /// A request that waits for its adapter is under way.
+    in_flight: watch::Receiver<()>,
+}
+
+impl Places {
+    /// Takes up to `num_places` of them out, for one of several requests.
+    #[must_use]
+    pub fn take(&mut self, num_places: usize) -> Self {
+        let rest = self.permits.len().saturating_sub(num_places);
+        Self { permits: self.permits.split_off(rest), accepted: self.accepted, in_flight: self.in_flight.clone() }
+    }
+}
+
+/// A request that can start at once: its weights are in memory, its prompts encoded and checked.
+#[derive(Debug)]
+pub struct Prepared {
+    model: ResolvedModel,
+    prompts: Vec<EncodedPrompt>,
+    options: GenerationOptions,
+    seed: i64,
+    places: Places,
+}
+
+impl Generation {
+    /// Places for `num_sequences`, all or none, and before anything expensive, so that a full server says so at once.
+    /// `param` is the field of the request that asks for so many.
+    ///
+    /// # Errors
+    /// The server is full or stopping, or never has so many places.
+    pub fn reserve(&self, num_sequences: usize, param: &'static str) -> Result<Places, GenerationError> {
+        let (accepted, in_flight) = (Instant::now(), self.in_flight.subscribe());
+        if self.shutting_down.load(Ordering::Relaxed) {
+            return Err(GenerationError::ShuttingDown);
+        }
+        let max_queued = self.config.engine.max_queued;
+        if num_sequences > max_queued {
+            let message = format!(
+                "`{param}` asks for {num_sequences} sequences at once, more than the {max_queued} places in the queue: \
+                 send fewer"
+            );
+            return Err(GenerationError::InvalidParameter { param, message });
+        }
+        let permits = (0..num_sequences).map(|_| self.engine.try_permit().map_err(|_| GenerationError::Overloaded));
+        Ok(Places { permits: permits.collect::<Result<_, _>>()?, accepted, in_flight })
+    }
+
+    /// Finds and loads the weights, encodes the prompts and checks that they fit. `places` has one for each choice of
+    /// each prompt.
+    ///
+    /// # Errors
+    /// What is wrong with the request; its places are given back.
+    pub async fn prepare(
+        &self,
+        request: GenerationRequest,
+        access: &Access,
+        places: Places,
+    ) -> Result<Prepared, GenerationError> {
+        let model = self.resolve(&request.selection, access).await?;
+        let options = request.options.clone();
+        self.check_logit_bias(&options)?;
+        let prompts = self.encode(&model, request).await?;
+        let seed = options.seed.unwrap_or_else(random_seed);
+        Ok(Prepared { model, prompts, options, seed, places })
+    }
+
+    /// Starts every sequence. Dropping the result cancels them.
+    ///
+    /// # Errors
+    /// The engine has stopped.
+    pub fn launch(&self, prepared: Prepared) -> Result<Generated, GenerationError> {
+        let (generated, requests) = self.sequences(prepared);
+        self.submit(requests)?;
+        Ok(generated)
+    }
+
+    /// As [`Generation::launch`] of each, in one batch as far as there is room.
+    ///
+    /// # Errors
+    /// The engine has stopped.
+    pub fn launch_together(&self, prepared: Vec<Prepared>) -> Result<Vec<Generated>, GenerationError> {
+        let (generated, requests): (_, Vec<_>) = prepared.into_iter().map(|one| self.sequences(one)).unzip();
+        self.submit(requests.into_iter().flatten().collect())?;
+        Ok(generated)
+    }
+
+    fn submit(&self, requests: Vec<Request>) -> Result<(), GenerationError> {
+        self.engine.submit_together(requests).map_err(|_| GenerationError::EngineStopped)
+    }
+
+    /// Choosing examples, rendering and encoding a long prompt takes milliseconds: not on a thread that serves
+    /// connections.
+    async fn encode(
+        &self,
+        model: &ResolvedModel,
+        request: GenerationRequest,
+    ) -> Result<Vec<EncodedPrompt>, GenerationError> {
+        let GenerationRequest { icl, prompt_format, prompts, options, .. } = request;
+        if icl.is_some() && prompts.len() != 1 {
+            let message = format!("`icl` takes one prompt at a time, not {}", prompts.len());
+            return Err(GenerationError::InvalidParameter { param: "icl", message });
+        }
+        let format = prompt_format.map(|name| self.prompt_formats.get(&name)).transpose().map_err(|error| {
+            GenerationError::InvalidParameter { param: "prompt_format", message: error.to_string() }
+        })?;
+        let (base, adapter, stores) = (self.base.clone(), model.adapter.clone(), self.icl.clone());
+        let (config, context_length) = (self.config.clone(), self.context_length());
+        let encode = move || {
+            let encoder = Encoder {
+                base: &base,
+                adapter: adapter.as_deref(),
+                stores: &stores,
+                icl: icl.as_ref(),
+                format: format.as_ref(),
+                max_tokens: options.max_tokens,
+                context_length,
+                config: &config.generation,
+            };
+            prompts.iter().map(|prompt| encoder.encode(prompt)).collect()
+        };
+        match tokio::task::spawn_blocking(encode).await {
+            Ok(encoded) => encoded,
+            Err(panic) => Err(GenerationError::Failed(format!("the prompt could not be encoded: {panic}"))),
+        }
+    }
+
+    fn check_logit_bias(&self, options: &GenerationOptions) -> Result<(), GenerationError> {
+        let vocab_size = self.base.tokenizer.vocab_size();
+        match options.logit_bias.iter().find(|(id, _)| *id as usize >= vocab_size) {
+            None => Ok(()),
+            Some((id, _)) => Err(GenerationError::InvalidParameter {
+                param: "logit_bias",
+                message: format!("`logit_bias` names the token {id}, but the vocabulary has {vocab_size}"),
+            }),
+        }
+    }
+
+    /// What is sent to the engine, and what comes back from it.
+    fn sequences(&self, prepared: Prepared) -> (Generated, Vec<Request>) {
+        let Prepared { model, prompts, options, seed, places: Places { permits, accepted, in_flight: _in_flight } } =
+            prepared;
+        let choices = prompts.iter().flat_map(|prompt| (0..options.num_choices).map(move |choice| (prompt, choice)));
+        let sequence = |((prompt, choice), permit)| {
+            let sampling = self.sampling(&model, prompt, &options, seed.wrapping_add_unsigned(choice as u64));
+            self.sequence(&model, prompt, &options, sampling, permit, accepted)
+        };
+        let (sequences, requests) = choices.zip(permits).map(sequence).unzip();
+        let (icl, num_choices) = (prompts.into_iter().find_map(|prompt| prompt.icl), options.num_choices);
+        (Generated { model, icl, seed, sequences, num_choices }, requests)
+    }
+
+    fn sampling(
+        &self,
+        model: &ResolvedModel,
+        prompt: &EncodedPrompt,
+        options: &GenerationOptions,
+        seed: i64,
+    ) -> SamplingParams {
+        let manifest = model.adapter.as_ref().map(|adapter| &adapter.manifest.sampling);
+        let default_temperature = if prompt.is_fill_in_middle { self.config.generation.fim_temperature } else { 1.0 };
+        SamplingParams {
+            temperature: options
+                .temperature
+                .or(manifest.and_then(|sampling| sampling.temperature))
+                .unwrap_or(default_temperature),
+            top_k: options.top_k.unwrap_or(0),
+            top_p: options.top_p.or(manifest.and_then(|sampling| sampling.top_p)).unwrap_or(1.0),
+            min_p: options.min_p.unwrap_or(0.0),
+            repetition_penalty: options.repetition_penalty.unwrap_or(1.0),
+            presence_penalty: options.presence_penalty.unwrap_or(0.0),
+            frequency_penalty: options.frequency_penalty.unwrap_or(0.0),
+            logit_bias: options.logit_bias.clone(),
+            seed: seed.cast_unsigned(),
+        }
+    }
+
+    fn sequence(
+        &self,
+        model: &ResolvedModel,
+        prompt: &EncodedPrompt,
+        options: &GenerationOptions,
+        sampling: SamplingParams,
+        permit: OwnedSemaphorePermit,
+        accepted: Instant,
+    ) -> (TextStream, Request) {
+        let mut stop = options.stop.clone();
+        stop.extend(model.adapter.iter().flat_map(|adapter| adapter.manifest.stop.iter().cloned()));
+        let stream_options = TextStreamOptions {
+            tokenizer: self.base.tokenizer.clone(),
+            num_prompt_tokens: prompt.tokens.len(),
+            stop,
+            logprobs: options.top_logprobs.is_some(),
+            echo: options
+                .echo
+                .then(|| Echo { prompt_tokens: prompt.tokens.clone(), num_added_tokens: prompt.num_added_tokens }),
+        };
+        let (events, receiver) = mpsc::unbounded_channel();
+        let request = Request {
+            prompt_tokens: prompt.tokens.clone(),
+            num_pinned_tokens: prompt.num_pinned_tokens,
+            adapter: model.adapter.clone(),
+            sampling,
+            max_tokens: prompt.max_tokens,
+            stop_tokens: if options.ignore_eos { Arc::from([]) } else { self.base.tokenizer.stop_tokens() },
+            top_logprobs: options.top_logprobs,
+            prompt_output: if options.echo && options.top_logprobs.is_some() {
+                PromptOutput::Logprobs
+            } else {
+                PromptOutput::Nothing
+            },
+            events,
+            permit,
+        };
+        let recorder = Recorder::new(self.metrics.clone(), model.metric_label(), accepted);
+        (TextStream::new(receiver, stream_options, recorder, self.in_flight.subscribe()), request)
+    }
+}
+
+/// Below 2^53, which every JSON client reads back exactly.
+pub fn random_seed() -> i64 {
+    (rand::random::<u64>() >> 11).cast_signed()
+}
