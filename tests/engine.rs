@@ -267,10 +267,10 @@ fn a_prelude_takes_positions_and_no_prompt_tokens() {
     let adapter = Adapter { generation: "with prelude".to_owned(), prelude, ..Adapter::default() };
     let handle = start_roomy();
     let ask = Ask { adapter: Some(Arc::new(adapter)), ..Ask::new((0..30).collect(), 4) };
-    for cached in [0, 27] {
+    for cached in [0, 29] {
         let mut receiver = ask.submit(&handle);
         let Some(Event::Started { cached_tokens, .. }) = next_event(&mut receiver) else { panic!("it starts") };
-        // Two whole blocks, five positions of which no client has sent.
+        // All but the last of thirty tokens; the five positions before them no client has sent.
         assert_eq!(cached_tokens, cached);
         assert_eq!(output_tokens(&collect(receiver)).len(), 4);
     }
@@ -351,7 +351,7 @@ fn a_repeated_prompt_reports_its_cached_tokens() {
             other => panic!("{other:?} before the start"),
         }
     };
-    assert_eq!([cached(), cached()], [0, 32]);
+    assert_eq!([cached(), cached()], [0, 39]);
 }
 
 #[test]

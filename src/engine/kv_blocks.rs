@@ -71,11 +71,16 @@ impl BlockPool {
         *ref_count += 1;
     }
 
-    /// Makes a block whose positions are all computed available to others: `tokens` behind the chain `parent`.
-    pub fn register(&mut self, block: BlockId, parent: ChainHash, tokens: [u32; BLOCK_SIZE]) {
-        if !self.cache.contains(block) {
-            self.cache.insert(parent, tokens, block);
+    /// Makes a block available to others in which `tokens` behind the chain `parent` are computed: all of its positions, or
+    /// the first ones, if nobody will write the others any more.
+    pub fn register(&mut self, block: BlockId, parent: ChainHash, tokens: &[u32]) {
+        if self.cache.contains(block) {
+            return;
         }
+        while let Some(superseded) = self.cache.take_superseded(&parent, tokens) {
+            self.free.push(superseded);
+        }
+        self.cache.insert(parent, tokens, block);
     }
 
     /// A cached block of a sequence is to be evicted after all others.
@@ -114,7 +119,7 @@ mod tests {
     }
 
     fn register(pool: &mut BlockPool, block: BlockId, token: u32) {
-        pool.register(block, ChainHash::root(None), [token; BLOCK_SIZE]);
+        pool.register(block, ChainHash::root(None), &[token; BLOCK_SIZE]);
     }
 
     #[test]

@@ -114,8 +114,9 @@ impl EngineHandle {
     }
 
     /// A place among the accepted requests, without waiting for one.
-    pub fn try_permit(&self) -> Result<OwnedSemaphorePermit, Overloaded> {
-        self.0.permits.clone().try_acquire_owned().map_err(|_| Overloaded { max_queued: self.0.max_queued })
+    pub fn try_permit(&self) -> Result<Arc<OwnedSemaphorePermit>, Overloaded> {
+        let permit = self.0.permits.clone().try_acquire_owned();
+        permit.map(Arc::new).map_err(|_| Overloaded { max_queued: self.0.max_queued })
     }
 
     /// Hands a request to the engine. Its events end with [`Event::Finished`] or [`Event::Failed`], except that the

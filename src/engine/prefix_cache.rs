@@ -1,4 +1,4 @@
-//! Which full KV blocks can be used again: blocks found by what was computed into them, and the order they go in.
+//! Which KV blocks can be used again: blocks found by what was computed into them, and the order they go in.
 
 use std::collections::hash_map::{self, HashMap};
 
@@ -38,13 +38,13 @@ impl ChainHash {
     }
 }
 
-/// Full blocks by identity. Those that no sequence holds are *idle*: in a list from the least recently used, to evict.
+/// Full blocks by identity, and the last ones of ended sequences, which are full to a part (*tails*). Those that no sequence holds are *idle*: in a list from the least recently used, to evict.
 /// *Pinned* ones are evicted after all others.
 #[derive(Debug)]
 pub struct PrefixCache {
     by_hash: HashMap<ChainHash, BlockId>,
-    /// The block that was cached last behind each chain.
-    latest_child: HashMap<ChainHash, BlockId>,
+    /// The blocks behind each chain, in the order they came.
+    children: HashMap<ChainHash, Vec<BlockId>>,
     /// `[num_blocks]`; `None` for blocks that are not in the cache.
     entries: Vec<Option<Entry>>,
     idle: IdleList,
@@ -56,9 +56,12 @@ pub struct PrefixCache {
 #[derive(Debug)]
 struct Entry {
     parent: ChainHash,
-    hash: ChainHash,
-    tokens: [u32; BLOCK_SIZE],
+    /// `None` for a tail.
+    hash: Option<ChainHash>,
+    /// [`BLOCK_SIZE`] of them, or less in a tail.
+    tokens: Vec<u32>,
     is_pinned: bool,
+    is_idle: bool,
     /// Neighbours in the list of idle blocks.
     older: Option<BlockId>,
     newer: Option<BlockId>,
@@ -74,7 +77,7 @@ impl PrefixCache {
     pub fn new(num_blocks: usize) -> Self {
         Self {
             by_hash: HashMap::with_capacity(num_blocks),
-            latest_child: HashMap::with_capacity(num_blocks),
+            children: HashMap::with_capacity(num_blocks),
             entries: std::iter::repeat_with(|| None).take(num_blocks).collect(),
             idle: IdleList::default(),
             idle_pinned: IdleList::default(),
@@ -87,13 +90,16 @@ impl PrefixCache {
         self.by_hash.get(hash).copied()
     }
 
-    /// A block behind the chain `parent` that begins as `tokens` do, and for how many of them. Where several do, it is
-    /// the latest: behind examples that many prompts share, any of them will do.
+    /// The block behind the chain `parent` that begins as `tokens` do for longest, and for how many of them; of equals the
+    /// latest.
     pub fn get_partial(&self, parent: &ChainHash, tokens: &[u32]) -> Option<(BlockId, usize)> {
-        let block = *self.latest_child.get(parent)?;
-        let cached = &self.entries[block.0 as usize].as_ref()?.tokens;
-        let num_shared = cached.iter().zip(tokens).take_while(|(a, b)| a == b).count();
-        (num_shared > 0).then_some((block, num_shared))
+        let num_shared = |block: &BlockId| {
+            let cached = self.entries[block.0 as usize].iter().flat_map(|entry| &entry.tokens);
+            cached.zip(tokens).take_while(|(a, b)| a == b).count()
+        };
+        let children = self.children.get(parent)?.iter();
+        let longest = children.map(|block| (*block, num_shared(block))).max_by_key(|(_, num_shared)| *num_shared);
+        longest.filter(|(_, num_shared)| *num_shared > 0)
     }
 
     pub fn contains(&self, block: BlockId) -> bool {
@@ -104,16 +110,37 @@ impl PrefixCache {
         self.num_idle
     }
 
-    /// Adds a block in use: `tokens` behind the chain `parent`. The first block of an identity stays: a second one with the
-    /// same content is not cached.
-    pub fn insert(&mut self, parent: ChainHash, tokens: [u32; BLOCK_SIZE], block: BlockId) {
-        let hash = parent.extend(&tokens);
-        if let hash_map::Entry::Vacant(vacant) = self.by_hash.entry(hash) {
-            vacant.insert(block);
-            self.latest_child.insert(parent, block);
-            self.entries[block.0 as usize] =
-                Some(Entry { parent, hash, tokens, is_pinned: false, older: None, newer: None });
+    /// Adds a block in use: `tokens` behind the chain `parent`, a whole block of them or a tail. What is cached already is
+    /// not cached again: the first block of an identity stays, and so does what begins with a whole tail.
+    pub fn insert(&mut self, parent: ChainHash, tokens: &[u32], block: BlockId) {
+        let hash = (tokens.len() == BLOCK_SIZE).then(|| parent.extend(tokens));
+        let is_known = match &hash {
+            Some(hash) => self.by_hash.contains_key(hash),
+            None => self.get_partial(&parent, tokens).is_some_and(|(_, num_shared)| num_shared == tokens.len()),
+        };
+        if is_known {
+            return;
         }
+        if let Some(hash) = hash {
+            self.by_hash.insert(hash, block);
+        }
+        self.children.entry(parent).or_default().push(block);
+        let tokens = tokens.to_vec();
+        self.entries[block.0 as usize] =
+            Some(Entry { parent, hash, tokens, is_pinned: false, is_idle: false, older: None, newer: None });
+    }
+
+    /// Forgets an idle tail that `tokens` go on from, and gives it away: what is cached for them says all that it said.
+    pub fn take_superseded(&mut self, parent: &ChainHash, tokens: &[u32]) -> Option<BlockId> {
+        let is_superseded = |block: &&BlockId| {
+            let entry = &self.entries[block.0 as usize];
+            entry.as_ref().is_some_and(|entry| {
+                entry.is_idle && entry.tokens.len() < tokens.len() && tokens.starts_with(&entry.tokens)
+            })
+        };
+        let block = *self.children.get(parent)?.iter().find(is_superseded)?;
+        self.forget(block);
+        Some(block)
     }
 
     /// Pins a cached block in use. At most half of all blocks are pinned: beyond that the least recently used of them is
@@ -135,7 +162,7 @@ impl PrefixCache {
     pub fn mark_idle(&mut self, block: BlockId) {
         let older = self.list(block).newest.replace(block);
         if let Some(entry) = &mut self.entries[block.0 as usize] {
-            (entry.older, entry.newer) = (older, None);
+            (entry.older, entry.newer, entry.is_idle) = (older, None, true);
         }
         match older {
             Some(older) => self.set_newer(older, Some(block)),
@@ -148,6 +175,7 @@ impl PrefixCache {
     pub fn mark_used(&mut self, block: BlockId) {
         let Some(entry) = &mut self.entries[block.0 as usize] else { return };
         let (older, newer) = (entry.older.take(), entry.newer.take());
+        entry.is_idle = false;
         match older {
             Some(older) => self.set_newer(older, newer),
             None => self.list(block).oldest = newer,
@@ -162,15 +190,24 @@ impl PrefixCache {
     /// Forgets the least recently used idle block and gives it away.
     pub fn evict(&mut self) -> Option<BlockId> {
         let block = self.idle.oldest.or(self.idle_pinned.oldest)?;
+        self.forget(block);
+        Some(block)
+    }
+
+    /// Of an idle block.
+    fn forget(&mut self, block: BlockId) {
         self.mark_used(block);
         self.set_pinned(block, false);
-        if let Some(Entry { parent, hash, .. }) = self.entries[block.0 as usize].take() {
+        let Some(Entry { parent, hash, .. }) = self.entries[block.0 as usize].take() else { return };
+        if let Some(hash) = hash {
             self.by_hash.remove(&hash);
-            if self.latest_child.get(&parent) == Some(&block) {
-                self.latest_child.remove(&parent);
+        }
+        if let hash_map::Entry::Occupied(mut children) = self.children.entry(parent) {
+            children.get_mut().retain(|child| *child != block);
+            if children.get().is_empty() {
+                children.remove();
             }
         }
-        Some(block)
     }
 
     /// Where `block` is while it is idle.
@@ -223,7 +260,7 @@ mod tests {
     fn cache(num_blocks: u32) -> (PrefixCache, Vec<ChainHash>) {
         let (mut cache, root) = (PrefixCache::new(num_blocks as usize), ChainHash::root(None));
         let hashes = (0..num_blocks).map(|index| {
-            cache.insert(root, [index; BLOCK_SIZE], BlockId(index));
+            cache.insert(root, &[index; BLOCK_SIZE], BlockId(index));
             root.extend(&[index; BLOCK_SIZE])
         });
         let hashes = hashes.collect();
@@ -271,7 +308,7 @@ mod tests {
         let (mut cache, root) = (PrefixCache::new(2), ChainHash::root(None));
         let mut tokens = [7; BLOCK_SIZE];
         tokens[5] = 8;
-        cache.insert(root, tokens, BlockId(1));
+        cache.insert(root, &tokens, BlockId(1));
         assert_eq!(cache.get_partial(&root, &[7; BLOCK_SIZE]), Some((BlockId(1), 5)));
         assert_eq!(cache.get_partial(&root, &[7; 3]), Some((BlockId(1), 3)));
         assert_eq!(cache.get_partial(&root, &[8; BLOCK_SIZE]), None);
@@ -279,5 +316,23 @@ mod tests {
         cache.mark_idle(BlockId(1));
         cache.evict();
         assert_eq!(cache.get_partial(&root, &[7; BLOCK_SIZE]), None);
+    }
+
+    #[test]
+    fn a_tail_is_found_until_one_that_goes_on_from_it_takes_its_place() {
+        let (mut cache, root) = (PrefixCache::new(3), ChainHash::root(None));
+        cache.insert(root, &[1, 2], BlockId(0));
+        cache.insert(root, &[1, 2], BlockId(1));
+        assert!(!cache.contains(BlockId(1)), "the same twice");
+        cache.mark_idle(BlockId(0));
+        assert_eq!(cache.get_partial(&root, &[1, 2, 3, 4]), Some((BlockId(0), 2)));
+        assert_eq!(cache.take_superseded(&root, &[1, 2]), None);
+        assert_eq!(cache.take_superseded(&root, &[1, 9, 3]), None);
+        assert_eq!(cache.take_superseded(&root, &[1, 2, 3]), Some(BlockId(0)));
+        cache.insert(root, &[1, 2, 3], BlockId(1));
+        cache.insert(root, &[1, 2, 4], BlockId(2));
+        assert_eq!(cache.get_partial(&root, &[1, 2, 3, 4]), Some((BlockId(1), 3)));
+        assert_eq!(cache.get_partial(&root, &[1, 2, 9]), Some((BlockId(2), 2)), "of equals the latest");
+        assert_eq!((cache.num_idle(), cache.evict()), (0, None));
     }
 }

@@ -26,7 +26,8 @@ pub struct Request {
     pub prompt_output: PromptOutput,
     pub events: mpsc::UnboundedSender<Event>,
     /// The place in the bounded queue, given back when the request ends in any way.
-    pub permit: OwnedSemaphorePermit,
+    /// Requests that share one have it until the last of them ends.
+    pub permit: Arc<OwnedSemaphorePermit>,
 }
 
 /// What is reported of the prompt itself.
@@ -99,6 +100,8 @@ pub enum Event {
         id: u32,
         logprob: Option<TokenLogprob>,
     },
+    /// What a beam search gives its output, before the end.
+    Score(f32),
     Finished(FinishReason),
     /// The engine could not go on with this request (an internal error, named).
     Failed(String),

@@ -220,9 +220,9 @@ impl Sequence {
         self.num_computed_tokens += num_rows;
         self.num_scored_tokens = self.num_scored_tokens.max(self.num_prompt_tokens.min(self.num_computed_tokens + 1));
         for index in self.num_chained_blocks..self.num_computed_tokens / BLOCK_SIZE {
-            let (block, tokens) = (self.block_table[index], self.block_tokens(index));
+            let (block, tokens) = (self.block_table[index], &self.tokens[index * BLOCK_SIZE..][..BLOCK_SIZE]);
             pool.register(block, self.chain, tokens);
-            self.chain = self.chain.extend(&tokens);
+            self.chain = self.chain.extend(tokens);
             self.num_chained_blocks = index + 1;
             if self.num_chained_blocks * BLOCK_SIZE <= self.num_pinned_tokens {
                 pool.pin(block);
@@ -230,12 +230,12 @@ impl Sequence {
         }
     }
 
-    fn block_tokens(&self, index: usize) -> [u32; BLOCK_SIZE] {
-        std::array::from_fn(|offset| self.tokens[index * BLOCK_SIZE + offset])
-    }
-
-    /// Gives every block back; the tokens stay, to be computed again.
+    /// Gives every block back, the last one as a tail of the prefix cache; the tokens stay, to be computed again.
     pub(super) fn release(&mut self, pool: &mut BlockPool) {
+        let tail = &self.tokens[self.num_chained_blocks * BLOCK_SIZE..self.num_computed_tokens];
+        if let (false, Some(&block)) = (tail.is_empty(), self.block_table.get(self.num_chained_blocks)) {
+            pool.register(block, self.chain, tail);
+        }
         pool.release(&mut self.block_table);
         self.num_computed_tokens = 0;
         self.num_chained_blocks = 0;

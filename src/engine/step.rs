@@ -34,7 +34,7 @@ pub(super) struct Engine {
 /// The other end of a sequence: who waits for it, and how its tokens are drawn.
 struct Client {
     events: mpsc::UnboundedSender<Event>,
-    permit: OwnedSemaphorePermit,
+    permit: Arc<OwnedSemaphorePermit>,
     accepted: Instant,
     is_started: bool,
     sampler: Sampler,

@@ -115,10 +115,10 @@ fn a_common_prefix_is_computed_once() {
         first_position
     };
     assert_eq!(cached_tokens(0, None, false), 0);
-    assert_eq!(cached_tokens(1, None, false), 32);
+    assert_eq!(cached_tokens(1, None, false), 39);
     assert_eq!(cached_tokens(2, Some(adapter("a")), false), 0, "another adapter never hits");
     assert_eq!(cached_tokens(3, Some(adapter("b")), false), 0, "another generation never hits");
-    assert_eq!(cached_tokens(4, Some(adapter("a")), false), 32);
+    assert_eq!(cached_tokens(4, Some(adapter("a")), false), 39);
     assert_eq!(cached_tokens(5, None, true), 0, "a scored prompt needs the logits of every position");
 }
 
