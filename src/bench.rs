@@ -155,7 +155,11 @@ async fn token_times(mut events: mpsc::UnboundedReceiver<Event>, start: Instant)
             Event::Token { .. } => times.push(start.elapsed()),
             Event::Finished(_) if !times.is_empty() => return Ok(times),
             Event::Failed(reason) => return Err(BenchError::Failed(reason)),
-            Event::Started { .. } | Event::PromptToken(_) | Event::PromptLogits(_) | Event::Finished(_) => {}
+            Event::Started { .. }
+            | Event::PromptToken(_)
+            | Event::PromptLogits(_)
+            | Event::Score(_)
+            | Event::Finished(_) => {}
         }
     }
     Err(BenchError::Failed("it ended without a token".to_owned()))

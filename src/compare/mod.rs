@@ -111,7 +111,7 @@ impl Comparison {
                     self.ready.push_back((index, ArmEvent::Delta(delta.text)));
                 }
             }
-            Ok(TextEvent::Finished { reason, usage, timing }) => {
+            Ok(TextEvent::Finished { reason, usage, timing, .. }) => {
                 arm.state = ArmState::Finished(reason, usage, timing);
                 self.tell_finished();
             }

@@ -1,6 +1,8 @@
 //! The service between HTTP and the engine: finds the model, renders and encodes the prompt, checks that it fits, takes
 //! a place in the queue, and turns the engine's tokens into text.
 
+mod beam_search;
+mod beams;
 mod error;
 pub(crate) mod model_name;
 mod prepare;
@@ -16,6 +18,7 @@ use std::sync::{Arc, RwLock};
 
 use tokio::sync::watch;
 
+pub use beam_search::BeamOptions;
 pub use error::GenerationError;
 pub use prepare::{Places, Prepared, random_seed};
 pub use prompt::Prompt;
@@ -74,6 +77,14 @@ pub struct GenerationRequest {
     pub options: GenerationOptions,
 }
 
+impl GenerationRequest {
+    /// Places in the queue that it takes.
+    pub fn num_sequences(&self) -> usize {
+        let GenerationOptions { num_choices, beams, .. } = &self.options;
+        self.prompts.len() * beams.map_or(*num_choices, |beams| beams.num_beams)
+    }
+}
+
 /// What a request asked for beside its prompts, ranges already checked; `None` takes the default of the adapter, else
 /// of the configuration.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -94,6 +105,8 @@ pub struct GenerationOptions {
     pub stop: Vec<String>,
     /// Go on where the model would end.
     pub ignore_eos: bool,
+    /// The choices are the best of a beam search, in which nothing is drawn.
+    pub beams: Option<BeamOptions>,
     /// Alternatives per token; `None` is no log-probabilities.
     pub top_logprobs: Option<usize>,
     /// Repeat the prompt before the output.
@@ -165,7 +178,7 @@ impl Generation {
     /// # Errors
     /// Any but [`GenerationError::Failed`]; then nothing was started.
     pub async fn start(&self, request: GenerationRequest, access: &Access) -> Result<Generated, GenerationError> {
-        let places = self.reserve(request.prompts.len() * request.options.num_choices, "n")?;
+        let places = self.reserve(request.num_sequences(), "n")?;
         let prepared = self.prepare(request, access, places).await?;
         self.launch(prepared)
     }

@@ -7,16 +7,18 @@ use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 
+use super::beam_search::{BeamOptions, BeamSearch};
+use super::beams::BeamRun;
 use super::prompt::{EncodedPrompt, Encoder};
 use super::recorder::Recorder;
 use super::text_stream::{Echo, TextStream, TextStreamOptions};
 use super::{Access, Generated, Generation, GenerationError, GenerationOptions, GenerationRequest, ResolvedModel};
-use crate::engine::request::{PromptOutput, Request, SamplingParams};
+use crate::engine::request::{Event, PromptOutput, Request, SamplingParams};
 
-/// Places in the queue, one a sequence. Dropping gives them back.
+/// Places in the queue, one a sequence or beam. Dropping gives them back.
 #[derive(Debug)]
 pub struct Places {
-    permits: Vec<OwnedSemaphorePermit>,
+    permits: Vec<Arc<OwnedSemaphorePermit>>,
     accepted: Instant,
     /// A request that waits for its adapter is under way.
     in_flight: watch::Receiver<()>,
@@ -158,12 +160,23 @@ impl Generation {
     fn sequences(&self, prepared: Prepared) -> (Generated, Vec<Request>) {
         let Prepared { model, prompts, options, seed, places: Places { permits, accepted, in_flight: _in_flight } } =
             prepared;
-        let choices = prompts.iter().flat_map(|prompt| (0..options.num_choices).map(move |choice| (prompt, choice)));
-        let sequence = |((prompt, choice), permit)| {
-            let sampling = self.sampling(&model, prompt, &options, seed.wrapping_add_unsigned(choice as u64));
-            self.sequence(&model, prompt, &options, sampling, permit, accepted)
+        let (sequences, requests) = match options.beams {
+            Some(beams) => {
+                let searched = prompts.iter().zip(permits.chunks(beams.num_beams));
+                let searched = searched
+                    .flat_map(|(prompt, permits)| self.beam_search(&model, prompt, &options, beams, permits, accepted));
+                (searched.collect(), Vec::new())
+            }
+            None => {
+                let choices =
+                    prompts.iter().flat_map(|prompt| (0..options.num_choices).map(move |choice| (prompt, choice)));
+                let sequence = |((prompt, choice), permit)| {
+                    let sampling = self.sampling(&model, prompt, &options, seed.wrapping_add_unsigned(choice as u64));
+                    self.sequence(&model, prompt, &options, sampling, permit, accepted)
+                };
+                choices.zip(permits).map(sequence).unzip()
+            }
         };
-        let (sequences, requests) = choices.zip(permits).map(sequence).unzip();
         let (icl, num_choices) = (prompts.into_iter().find_map(|prompt| prompt.icl), options.num_choices);
         (Generated { model, icl, seed, sequences, num_choices }, requests)
     }
@@ -199,9 +212,67 @@ impl Generation {
         prompt: &EncodedPrompt,
         options: &GenerationOptions,
         sampling: SamplingParams,
-        permit: OwnedSemaphorePermit,
+        permit: Arc<OwnedSemaphorePermit>,
         accepted: Instant,
     ) -> (TextStream, Request) {
+        let (stream, events) = self.stream(model, prompt, options, accepted);
+        let request = Request {
+            prompt_tokens: prompt.tokens.clone(),
+            num_pinned_tokens: prompt.num_pinned_tokens,
+            adapter: model.adapter.clone(),
+            sampling,
+            max_tokens: prompt.max_tokens,
+            stop_tokens: self.stop_tokens(options),
+            top_logprobs: options.top_logprobs,
+            prompt_output: if options.echo && options.top_logprobs.is_some() {
+                PromptOutput::Logprobs
+            } else {
+                PromptOutput::Nothing
+            },
+            events,
+            permit,
+        };
+        (stream, request)
+    }
+
+    /// Starts a search of its own accord, and returns its choices; dropping all of them ends it.
+    fn beam_search(
+        &self,
+        model: &ResolvedModel,
+        prompt: &EncodedPrompt,
+        options: &GenerationOptions,
+        beams: BeamOptions,
+        permits: &[Arc<OwnedSemaphorePermit>],
+        accepted: Instant,
+    ) -> Vec<TextStream> {
+        let streams = (0..options.num_choices).map(|_| self.stream(model, prompt, options, accepted));
+        let (streams, choices) = streams.unzip();
+        let stop_tokens = self.stop_tokens(options);
+        let run = BeamRun {
+            engine: self.engine.clone(),
+            prompt_tokens: prompt.tokens.clone(),
+            num_pinned_tokens: prompt.num_pinned_tokens,
+            adapter: model.adapter.clone(),
+            search: (prompt.max_tokens > 0).then(|| BeamSearch::new(beams, prompt.max_tokens, stop_tokens)),
+            permits: permits.to_vec(),
+            choices,
+        };
+        tokio::spawn(run.run());
+        streams
+    }
+
+    fn stop_tokens(&self, options: &GenerationOptions) -> Arc<[u32]> {
+        if options.ignore_eos { Arc::from([]) } else { self.base.tokenizer.stop_tokens() }
+    }
+
+    /// The text of one choice, and where its events go.
+    fn stream(
+        &self,
+        model: &ResolvedModel,
+        prompt: &EncodedPrompt,
+        options: &GenerationOptions,
+        accepted: Instant,
+    ) -> (TextStream, mpsc::UnboundedSender<Event>) {
         let mut stop = options.stop.clone();
         stop.extend(model.adapter.iter().flat_map(|adapter| adapter.manifest.stop.iter().cloned()));
         let stream_options = TextStreamOptions {
@@ -214,24 +285,8 @@ impl Generation {
                 .then(|| Echo { prompt_tokens: prompt.tokens.clone(), num_added_tokens: prompt.num_added_tokens }),
         };
         let (events, receiver) = mpsc::unbounded_channel();
-        let request = Request {
-            prompt_tokens: prompt.tokens.clone(),
-            num_pinned_tokens: prompt.num_pinned_tokens,
-            adapter: model.adapter.clone(),
-            sampling,
-            max_tokens: prompt.max_tokens,
-            stop_tokens: if options.ignore_eos { Arc::from([]) } else { self.base.tokenizer.stop_tokens() },
-            top_logprobs: options.top_logprobs,
-            prompt_output: if options.echo && options.top_logprobs.is_some() {
-                PromptOutput::Logprobs
-            } else {
-                PromptOutput::Nothing
-            },
-            events,
-            permit,
-        };
         let recorder = Recorder::new(self.metrics.clone(), model.metric_label(), accepted);
-        (TextStream::new(receiver, stream_options, recorder, self.in_flight.subscribe()), request)
+        (TextStream::new(receiver, stream_options, recorder, self.in_flight.subscribe()), events)
     }
 }
 

@@ -22,6 +22,7 @@ pub struct TextStream {
     recorder: Recorder,
     ready: VecDeque<Result<TextEvent, GenerationError>>,
     ended: bool,
+    score: Option<f32>,
     /// While any stream lives, the server has not drained.
     _in_flight: watch::Receiver<()>,
 }
@@ -31,7 +32,7 @@ pub enum TextEvent {
     /// Never without text, except where token records are wanted and their text came to nothing.
     Delta(TextDelta),
     /// The last event.
-    Finished { reason: FinishReason, usage: SequenceUsage, timing: Timing },
+    Finished { reason: FinishReason, usage: SequenceUsage, timing: Timing, score: Option<f32> },
 }
 
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -68,6 +69,8 @@ pub struct Completed {
     pub reason: FinishReason,
     pub usage: SequenceUsage,
     pub timing: Timing,
+    /// Only of beam search.
+    pub score: Option<f32>,
 }
 
 /// What a [`TextStream`] must know of its sequence.
@@ -96,7 +99,7 @@ impl TextStream {
         in_flight: watch::Receiver<()>,
     ) -> Self {
         let assembler = TextAssembler::new(options);
-        Self { events, assembler, recorder, ready: VecDeque::new(), ended: false, _in_flight: in_flight }
+        Self { events, assembler, recorder, ready: VecDeque::new(), ended: false, score: None, _in_flight: in_flight }
     }
 
     /// Waits for the end of the sequence.
@@ -108,8 +111,8 @@ impl TextStream {
                     text.push_str(&delta.text);
                     tokens.extend(delta.tokens);
                 }
-                TextEvent::Finished { reason, usage, timing } => {
-                    return Ok(Completed { text, tokens, reason, usage, timing });
+                TextEvent::Finished { reason, usage, timing, score } => {
+                    return Ok(Completed { text, tokens, reason, usage, timing, score });
                 }
             }
         }
@@ -130,6 +133,7 @@ impl TextStream {
                     self.finish(FinishReason::Stop);
                 }
             }
+            Event::Score(score) => self.score = Some(score),
             Event::Finished(reason) => {
                 let (delta, stopped) = self.assembler.end();
                 self.push_delta(delta);
@@ -151,7 +155,7 @@ impl TextStream {
             FinishReason::Length => "length",
         });
         let (usage, timing) = (self.assembler.usage, self.recorder.timing());
-        self.ready.push_back(Ok(TextEvent::Finished { reason, usage, timing }));
+        self.ready.push_back(Ok(TextEvent::Finished { reason, usage, timing, score: self.score }));
         self.end();
     }
 
@@ -380,6 +384,7 @@ mod tests {
             recorder,
             ready: VecDeque::new(),
             ended: false,
+            score: None,
             _in_flight: in_flight,
         };
         (events, stream, metrics)

@@ -147,18 +147,24 @@ impl ReplyShape for ChatShape {
 
     fn choice(&self, index: usize, completed: Completed) -> ChatChoice {
         let message = ChatMessage { role: "assistant", content: completed.text, refusal: None };
-        ChatChoice { index, message, logprobs: self.logprobs(&completed.tokens), finish_reason: Some(completed.reason) }
+        ChatChoice {
+            index,
+            message,
+            logprobs: self.logprobs(&completed.tokens),
+            finish_reason: Some(completed.reason),
+            score: completed.score,
+        }
     }
 
     fn delta(&mut self, index: usize, delta: TextDelta) -> ChatChunkChoice {
         let logprobs = self.logprobs(&delta.tokens);
         let delta = ChatDelta { role: self.role(index), content: Some(delta.text) };
-        ChatChunkChoice { index, delta, logprobs, finish_reason: None }
+        ChatChunkChoice { index, delta, logprobs, finish_reason: None, score: None }
     }
 
-    fn finish(&mut self, index: usize, reason: FinishReason) -> ChatChunkChoice {
+    fn finish(&mut self, index: usize, reason: FinishReason, score: Option<f32>) -> ChatChunkChoice {
         let delta = ChatDelta { role: self.role(index), content: None };
-        ChatChunkChoice { index, delta, logprobs: None, finish_reason: Some(reason) }
+        ChatChunkChoice { index, delta, logprobs: None, finish_reason: Some(reason), score }
     }
 }
 

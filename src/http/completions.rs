@@ -97,9 +97,10 @@ impl CompletionShape {
         text: String,
         tokens: &[TokenRecord],
         reason: Option<FinishReason>,
+        score: Option<f32>,
     ) -> CompletionChoice {
         let logprobs = self.logprobs.then(|| completion_logprobs(&self.tokenizer, tokens));
-        CompletionChoice { index, text, logprobs, finish_reason: reason }
+        CompletionChoice { index, text, logprobs, finish_reason: reason, score }
     }
 }
 
@@ -123,15 +124,15 @@ impl ReplyShape for CompletionShape {
     }
 
     fn choice(&self, index: usize, completed: Completed) -> CompletionChoice {
-        self.words(index, completed.text, &completed.tokens, Some(completed.reason))
+        self.words(index, completed.text, &completed.tokens, Some(completed.reason), completed.score)
     }
 
     fn delta(&mut self, index: usize, delta: TextDelta) -> CompletionChoice {
-        self.words(index, delta.text, &delta.tokens, None)
+        self.words(index, delta.text, &delta.tokens, None, None)
     }
 
-    fn finish(&mut self, index: usize, reason: FinishReason) -> CompletionChoice {
-        CompletionChoice { index, text: String::new(), logprobs: None, finish_reason: Some(reason) }
+    fn finish(&mut self, index: usize, reason: FinishReason, score: Option<f32>) -> CompletionChoice {
+        CompletionChoice { index, text: String::new(), logprobs: None, finish_reason: Some(reason), score }
     }
 }
 

@@ -39,7 +39,7 @@ pub trait ReplyShape: Send + Sized + 'static {
     fn new(tokenizer: Arc<Tokenizer>, logprobs: bool) -> Self;
     fn choice(&self, index: usize, completed: Completed) -> Self::Choice;
     fn delta(&mut self, index: usize, delta: TextDelta) -> Self::ChunkChoice;
-    fn finish(&mut self, index: usize, reason: FinishReason) -> Self::ChunkChoice;
+    fn finish(&mut self, index: usize, reason: FinishReason, score: Option<f32>) -> Self::ChunkChoice;
 }
 
 /// Answers in the way the client asks for. The generation lives in the response: dropping that cancels it.
@@ -193,11 +193,11 @@ impl<S: ReplyShape> Chunks<S> {
                 self.trial.push(index, &delta.text);
                 self.shape.delta(index, delta)
             }
-            TextEvent::Finished { reason, usage, timing } => {
+            TextEvent::Finished { reason, usage, timing, score } => {
                 self.trial.ended(index, usage, timing);
                 IclReply::saved(&mut self.head.icl, usage);
                 self.usage.add(usage, index.is_multiple_of(self.num_choices));
-                self.shape.finish(index, reason)
+                self.shape.finish(index, reason, score)
             }
         };
         self.chunk(vec![choice], None)

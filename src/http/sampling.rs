@@ -4,15 +4,17 @@ use serde_json::{Map, Value};
 
 use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
-use crate::generation::GenerationOptions;
+use crate::generation::{BeamOptions, GenerationOptions};
 
 /// Most choices per prompt, as in OpenAI's interface.
 const MAX_CHOICES: u32 = 128;
+const MAX_BEAMS: u32 = 16;
 
 /// Reads every shared parameter but the length and the log-probabilities, which the two interfaces name differently.
 pub fn parse_options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
     let num_choices = fields.count("n", 1..=MAX_CHOICES)?.unwrap_or(1);
-    if fields.count("best_of", 1..=MAX_CHOICES)?.is_some_and(|best_of| best_of != num_choices) {
+    let beams = parse_beams(fields, num_choices)?;
+    if beams.is_none() && fields.count("best_of", 1..=MAX_CHOICES)?.is_some_and(|best_of| best_of != num_choices) {
         return Err(ApiError::invalid("best_of", "`best_of` must equal `n`: choices are not ranked"));
     }
     let repetition_penalty = match fields.number("repetition_penalty", 0.01..=10.0)? {
@@ -21,6 +23,7 @@ pub fn parse_options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
     };
     Ok(GenerationOptions {
         num_choices,
+        beams,
         temperature: fields.number("temperature", 0.0..=2.0)?,
         // Some clients write -1 for "off".
         top_k: fields.integer("top_k", -1..=i64::from(i32::MAX))?.map(|top_k| top_k.max(0) as usize),
@@ -35,6 +38,42 @@ pub fn parse_options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
         ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
         ..GenerationOptions::default()
     })
+}
+
+/// `use_beam_search`, as of vLLM: `n` choices are the best of `best_of` beams (`n`, when it says nothing).
+fn parse_beams(fields: &Fields, num_choices: usize) -> Result<Option<BeamOptions>, ApiError> {
+    if !fields.boolean("use_beam_search")?.unwrap_or(false) {
+        return Ok(None);
+    }
+    let field = if fields.get("best_of").is_some() { "best_of" } else { "n" };
+    let num_beams = fields.count(field, 1..=MAX_BEAMS)?.unwrap_or(num_choices);
+    if num_beams < num_choices {
+        return Err(ApiError::invalid("best_of", "`best_of` is the number of beams: it must not be less than `n`"));
+    }
+    // Beams are ranked by the model's own probabilities.
+    for (name, neutral) in [
+        ("temperature", 0.0),
+        ("repetition_penalty", 1.0),
+        ("repeat_penalty", 1.0),
+        ("presence_penalty", 0.0),
+        ("frequency_penalty", 0.0),
+    ] {
+        if fields.number(name, f64::MIN..=f64::MAX)?.is_some_and(|value| value != neutral) {
+            let message = format!("`{name}` does not go with `use_beam_search`: leave it out, or send {neutral}");
+            return Err(ApiError::invalid(name, message));
+        }
+    }
+    if fields.object("logit_bias")?.is_some_and(|bias| !bias.is_empty()) {
+        return Err(ApiError::invalid("logit_bias", "`logit_bias` does not go with `use_beam_search`: leave it out"));
+    }
+    if fields.boolean("echo")?.unwrap_or(false) {
+        return Err(ApiError::invalid("echo", "`echo` does not go with `use_beam_search`: leave it out"));
+    }
+    Ok(Some(BeamOptions {
+        num_beams,
+        length_penalty: fields.number("length_penalty", -10.0..=10.0)?.unwrap_or(1.0),
+        early_stopping: fields.boolean("early_stopping")?.unwrap_or(false),
+    }))
 }
 
 /// `stream` and, with it, `stream_options.include_usage`.

@@ -135,6 +135,9 @@ pub struct CompletionChoice {
     pub logprobs: Option<CompletionLogprobs>,
     #[serde(serialize_with = "finish_reason")]
     pub finish_reason: Option<FinishReason>,
+    /// Of beam search: higher is better.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub score: Option<f32>,
 }
 
 /// One entry per token in each list.
@@ -153,6 +156,9 @@ pub struct ChatChoice {
     pub logprobs: Option<ChatLogprobs>,
     #[serde(serialize_with = "finish_reason")]
     pub finish_reason: Option<FinishReason>,
+    /// Of beam search: higher is better.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub score: Option<f32>,
 }
 
 #[derive(Debug, Serialize)]
@@ -170,6 +176,9 @@ pub struct ChatChunkChoice {
     pub logprobs: Option<ChatLogprobs>,
     #[serde(serialize_with = "finish_reason")]
     pub finish_reason: Option<FinishReason>,
+    /// Of beam search: higher is better.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub score: Option<f32>,
 }
 
 #[derive(Debug, Default, Serialize)]

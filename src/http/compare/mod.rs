@@ -18,7 +18,7 @@ use super::reply::{random_id, unix_seconds};
 use super::sse;
 use super::trials::{Trial, choose_arm};
 use crate::compare::{ArmEvent, Comparison};
-use crate::generation::{Places, Prepared};
+use crate::generation::{GenerationRequest, Places, Prepared};
 use arms::{ArmRequest, CompareRequest, OnError};
 use reply::{ArmHead, ArmReply, Chunk, ChunkEvent, CompareReply, End, Failure, Finished, Outcome};
 
@@ -28,11 +28,12 @@ pub async fn compare(
     fields: Fields,
 ) -> Result<Response, ApiError> {
     let CompareRequest { arms, seed, on_error, is_streamed } = CompareRequest::parse(&fields)?;
-    let mut places = state.generation.reserve(arms.len(), "arms")?;
+    let num_sequences = |arm: &ArmRequest| arm.request.as_ref().map_or(0, GenerationRequest::num_sequences);
+    let mut places = state.generation.reserve(arms.iter().map(num_sequences).sum(), "arms")?;
     let (state, caller, user) = (&state, &caller, fields.string("user")?);
     let prepared = arms.iter().map(|arm| {
-        let place = places.take(1);
-        async move { prepare(state, caller, user, arm, place).await.map_err(|error| arm.placed(error)) }
+        let places = places.take(num_sequences(arm));
+        async move { prepare(state, caller, user, arm, places).await.map_err(|error| arm.placed(error)) }
     });
     let mut prepared = join_all(prepared).await;
     if let (OnError::Fail, Some(refused)) = (on_error, prepared.iter().position(Result::is_err)) {
@@ -75,12 +76,12 @@ async fn prepare(
     caller: &Caller,
     user: Option<&str>,
     arm: &ArmRequest,
-    place: Places,
+    places: Places,
 ) -> Result<Prepared, ApiError> {
     let mut request = arm.request.clone()?;
     // An experiment's arm takes part as the model it is: what is compared here is no traffic of the experiment.
     choose_arm(state, caller, user, &mut request)?;
-    Ok(state.generation.prepare(request, &caller.access, place).await?)
+    Ok(state.generation.prepare(request, &caller.access, places).await?)
 }
 
 /// A comparison under way, as its client knows it.

@@ -43,7 +43,7 @@ async fn an_alias_is_answered_by_an_arm_that_a_user_stays_with_and_what_came_of_
     let mut requests = [0, 0];
     for user in 0..12 {
         let replies = [server.complete(body(&user.to_string())).await, server.complete(body(&user.to_string())).await];
-        assert_eq!(replies[0]["icl"], replies[1]["icl"], "a user stays with an arm");
+        assert_eq!(replies[0]["icl"].is_null(), replies[1]["icl"].is_null(), "a user stays with an arm");
         assert_eq!(replies[0]["model"], BASE);
         let arm = usize::from(!replies[0]["icl"].is_null());
         requests[arm] += 2;

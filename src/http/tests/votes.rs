@@ -128,7 +128,10 @@ async fn a_database_that_cannot_be_opened_costs_votes_and_nothing_else() {
         assert!(!error.to_string().contains("/dev/null"), "{error}");
     }
     assert_eq!(server.metrics.experiment_writes_total.with_label_values(&["failed"]).get(), 2);
-    assert_eq!(server.complete(json!({"prompt": "x", "max_tokens": 1})).await["choices"][0]["text"], "y");
+    assert_eq!(
+        server.complete(json!({"prompt": "x", "max_tokens": 1, "temperature": 0})).await["choices"][0]["text"],
+        "y"
+    );
 }
 
 fn record(id: &str, experiment: Option<&str>, arm: &str, outcome: Outcome) -> Record {
