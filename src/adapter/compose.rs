@@ -6,8 +6,8 @@ use kernels::low_rank::LowRank;
 use sha2::{Digest, Sha256};
 
 use super::canonical::{Adapter, Coverage, EmbeddingDelta, HeadDelta, Member, Method, SiteDelta};
-use super::files::hexadecimal;
 use super::manifest::AdapterManifest;
+use crate::hexadecimal::hexadecimal;
 use crate::model::spec::Module;
 
 /// Why adapters cannot be combined.

@@ -17,6 +17,7 @@ use super::error::AdapterError;
 use super::manifest::AdapterManifest;
 use super::weights_header::{self, PREFIX_BYTES};
 use super::{manifest, peft_config};
+use crate::hexadecimal::hexadecimal;
 
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub const FILES: [&str; 3] = [peft_config::FILE, WEIGHTS_FILE, manifest::FILE];
@@ -240,10 +241,6 @@ fn generation(files: &[&[u8]]) -> String {
         hasher.update(bytes);
     }
     hexadecimal(hasher)
-}
-
-pub(super) fn hexadecimal(hasher: Sha256) -> String {
-    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

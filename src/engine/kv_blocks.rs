@@ -72,15 +72,15 @@ impl BlockPool {
     }
 
     /// Makes a block available to others in which `tokens` behind the chain `parent` are computed: all of its positions, or
-    /// the first ones, if nobody will write the others any more.
-    pub fn register(&mut self, block: BlockId, parent: ChainHash, tokens: &[u32]) {
+    /// the first ones, if nobody will write the others any more. `chain` is that with the block, `None` if it is not full.
+    pub fn register(&mut self, block: BlockId, parent: ChainHash, tokens: &[u32], chain: Option<ChainHash>) {
         if self.cache.contains(block) {
             return;
         }
         while let Some(superseded) = self.cache.take_superseded(&parent, tokens) {
             self.free.push(superseded);
         }
-        self.cache.insert(parent, tokens, block);
+        self.cache.insert(parent, tokens, chain, block);
     }
 
     /// A cached block of a sequence is to be evicted after all others.
@@ -119,7 +119,7 @@ mod tests {
     }
 
     fn register(pool: &mut BlockPool, block: BlockId, token: u32) {
-        pool.register(block, ChainHash::root(None), &[token; BLOCK_SIZE]);
+        pool.register(block, ChainHash::root(None), &[token; BLOCK_SIZE], Some(hash(token)));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::hash_map::{self, HashMap};
 
-use kernels::attention::{BLOCK_SIZE, BlockId};
+use kernels::attention::BlockId;
 use sha2::{Digest, Sha256};
 
 /// Identity of a full block: SHA-256 over the adapter generation and every token up to the end of the block.
@@ -38,8 +38,8 @@ impl ChainHash {
     }
 }
 
-/// Full blocks by identity, and the last ones of ended sequences, which are full to a part (*tails*). Those that no sequence holds are *idle*: in a list from the least recently used, to evict.
-/// *Pinned* ones are evicted after all others.
+/// Full blocks by identity, and the last ones of ended sequences, which are full to a part (*tails*). Those that no
+/// sequence holds are *idle*: in a list from the least recently used, to evict. *Pinned* ones are evicted after all others.
 #[derive(Debug)]
 pub struct PrefixCache {
     by_hash: HashMap<ChainHash, BlockId>,
@@ -58,7 +58,7 @@ struct Entry {
     parent: ChainHash,
     /// `None` for a tail.
     hash: Option<ChainHash>,
-    /// [`BLOCK_SIZE`] of them, or less in a tail.
+    /// Those of a whole block, or less in a tail.
     tokens: Vec<u32>,
     is_pinned: bool,
     is_idle: bool,
@@ -110,10 +110,10 @@ impl PrefixCache {
         self.num_idle
     }
 
-    /// Adds a block in use: `tokens` behind the chain `parent`, a whole block of them or a tail. What is cached already is
-    /// not cached again: the first block of an identity stays, and so does what begins with a whole tail.
-    pub fn insert(&mut self, parent: ChainHash, tokens: &[u32], block: BlockId) {
-        let hash = (tokens.len() == BLOCK_SIZE).then(|| parent.extend(tokens));
+    /// Adds a block in use: `tokens` behind the chain `parent`, a whole block of them with its identity `hash`, or a tail.
+    /// What is cached already is not cached again: the first block of an identity stays, and so does what begins with a
+    /// whole tail.
+    pub fn insert(&mut self, parent: ChainHash, tokens: &[u32], hash: Option<ChainHash>, block: BlockId) {
         let is_known = match &hash {
             Some(hash) => self.by_hash.contains_key(hash),
             None => self.get_partial(&parent, tokens).is_some_and(|(_, num_shared)| num_shared == tokens.len()),
@@ -240,6 +240,8 @@ impl PrefixCache {
 
 #[cfg(test)]
 mod tests {
+    use kernels::attention::BLOCK_SIZE;
+
     use super::*;
 
     #[test]
@@ -260,8 +262,9 @@ mod tests {
     fn cache(num_blocks: u32) -> (PrefixCache, Vec<ChainHash>) {
         let (mut cache, root) = (PrefixCache::new(num_blocks as usize), ChainHash::root(None));
         let hashes = (0..num_blocks).map(|index| {
-            cache.insert(root, &[index; BLOCK_SIZE], BlockId(index));
-            root.extend(&[index; BLOCK_SIZE])
+            let hash = root.extend(&[index; BLOCK_SIZE]);
+            cache.insert(root, &[index; BLOCK_SIZE], Some(hash), BlockId(index));
+            hash
         });
         let hashes = hashes.collect();
         (cache, hashes)
@@ -308,7 +311,7 @@ mod tests {
         let (mut cache, root) = (PrefixCache::new(2), ChainHash::root(None));
         let mut tokens = [7; BLOCK_SIZE];
         tokens[5] = 8;
-        cache.insert(root, &tokens, BlockId(1));
+        cache.insert(root, &tokens, Some(root.extend(&tokens)), BlockId(1));
         assert_eq!(cache.get_partial(&root, &[7; BLOCK_SIZE]), Some((BlockId(1), 5)));
         assert_eq!(cache.get_partial(&root, &[7; 3]), Some((BlockId(1), 3)));
         assert_eq!(cache.get_partial(&root, &[8; BLOCK_SIZE]), None);
@@ -321,16 +324,16 @@ mod tests {
     #[test]
     fn a_tail_is_found_until_one_that_goes_on_from_it_takes_its_place() {
         let (mut cache, root) = (PrefixCache::new(3), ChainHash::root(None));
-        cache.insert(root, &[1, 2], BlockId(0));
-        cache.insert(root, &[1, 2], BlockId(1));
+        cache.insert(root, &[1, 2], None, BlockId(0));
+        cache.insert(root, &[1, 2], None, BlockId(1));
         assert!(!cache.contains(BlockId(1)), "the same twice");
         cache.mark_idle(BlockId(0));
         assert_eq!(cache.get_partial(&root, &[1, 2, 3, 4]), Some((BlockId(0), 2)));
         assert_eq!(cache.take_superseded(&root, &[1, 2]), None);
         assert_eq!(cache.take_superseded(&root, &[1, 9, 3]), None);
         assert_eq!(cache.take_superseded(&root, &[1, 2, 3]), Some(BlockId(0)));
-        cache.insert(root, &[1, 2, 3], BlockId(1));
-        cache.insert(root, &[1, 2, 4], BlockId(2));
+        cache.insert(root, &[1, 2, 3], None, BlockId(1));
+        cache.insert(root, &[1, 2, 4], None, BlockId(2));
         assert_eq!(cache.get_partial(&root, &[1, 2, 3, 4]), Some((BlockId(1), 3)));
         assert_eq!(cache.get_partial(&root, &[1, 2, 9]), Some((BlockId(2), 2)), "of equals the latest");
         assert_eq!((cache.num_idle(), cache.evict()), (0, None));

@@ -194,19 +194,15 @@ impl Sequence {
         if self.prompt_output == PromptOutput::Logprobs {
             return None; // A cached position has no logits.
         }
-        let to_match = &self.tokens[..self.tokens.len() - 1];
-        for tokens in to_match.chunks_exact(BLOCK_SIZE) {
-            let chain = self.chain.extend(tokens);
+        let num_to_match = self.tokens.len() - 1;
+        for index in 0..num_to_match / BLOCK_SIZE {
+            let chain = self.chain.extend(self.tokens_of_block(index));
             let Some(block) = pool.acquire_cached(&chain) else { break };
             self.block_table.push(block);
-            self.chain = chain;
-            self.num_chained_blocks += 1;
-            if self.num_chained_blocks * BLOCK_SIZE <= self.num_pinned_tokens {
-                pool.pin(block);
-            }
+            self.chain_block(block, chain, pool);
         }
         self.num_computed_tokens = self.num_chained_blocks * BLOCK_SIZE;
-        pool.acquire_partial(&self.chain, &to_match[self.num_computed_tokens..])
+        pool.acquire_partial(&self.chain, &self.tokens[self.num_computed_tokens..num_to_match])
     }
 
     /// Takes `block` as its next one, whose first `num_positions` will be a copy of another's.
@@ -220,13 +216,23 @@ impl Sequence {
         self.num_computed_tokens += num_rows;
         self.num_scored_tokens = self.num_scored_tokens.max(self.num_prompt_tokens.min(self.num_computed_tokens + 1));
         for index in self.num_chained_blocks..self.num_computed_tokens / BLOCK_SIZE {
-            let (block, tokens) = (self.block_table[index], &self.tokens[index * BLOCK_SIZE..][..BLOCK_SIZE]);
-            pool.register(block, self.chain, tokens);
-            self.chain = self.chain.extend(tokens);
-            self.num_chained_blocks = index + 1;
-            if self.num_chained_blocks * BLOCK_SIZE <= self.num_pinned_tokens {
-                pool.pin(block);
-            }
+            let (block, tokens) = (self.block_table[index], self.tokens_of_block(index));
+            let chain = self.chain.extend(tokens);
+            pool.register(block, self.chain, tokens, Some(chain));
+            self.chain_block(block, chain, pool);
+        }
+    }
+
+    fn tokens_of_block(&self, index: usize) -> &[u32] {
+        &self.tokens[index * BLOCK_SIZE..][..BLOCK_SIZE]
+    }
+
+    /// The next full block is known to the prefix cache, and with it the chain is `chain`.
+    fn chain_block(&mut self, block: BlockId, chain: ChainHash, pool: &mut BlockPool) {
+        self.chain = chain;
+        self.num_chained_blocks += 1;
+        if self.num_chained_blocks * BLOCK_SIZE <= self.num_pinned_tokens {
+            pool.pin(block);
         }
     }
 
@@ -234,7 +240,7 @@ impl Sequence {
     pub(super) fn release(&mut self, pool: &mut BlockPool) {
         let tail = &self.tokens[self.num_chained_blocks * BLOCK_SIZE..self.num_computed_tokens];
         if let (false, Some(&block)) = (tail.is_empty(), self.block_table.get(self.num_chained_blocks)) {
-            pool.register(block, self.chain, tail);
+            pool.register(block, self.chain, tail, None);
         }
         pool.release(&mut self.block_table);
         self.num_computed_tokens = 0;

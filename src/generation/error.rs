@@ -37,3 +37,11 @@ pub enum GenerationError {
     #[error("generation failed: {0}")]
     Failed(String),
 }
+
+impl GenerationError {
+    /// There is nothing that `param` of the request calls `model`.
+    pub fn unknown_model(param: &str, model: &str) -> Self {
+        let hint = "GET /v1/models lists what is served".to_owned();
+        Self::UnknownModel { param: param.to_owned(), model: model.to_owned(), hint }
+    }
+}

@@ -140,7 +140,7 @@ impl Generation {
             }
             AdapterRef::Id(id) => {
                 let adapter = self.visible_adapters(access).into_iter().find(|adapter| adapter.id == *id);
-                let adapter = adapter.ok_or_else(|| unknown(param, &id.to_string()))?;
+                let adapter = adapter.ok_or_else(|| GenerationError::unknown_model(param, &id.to_string()))?;
                 self.find_adapter(param, &adapter.name, &adapter.name, access)
             }
         }
@@ -155,7 +155,7 @@ impl Generation {
         access: &Access,
     ) -> Result<AdapterStatus, GenerationError> {
         let status = access.allows(name).then(|| self.adapters.status(name)).flatten();
-        let status = status.ok_or_else(|| unknown(param, model))?;
+        let status = status.ok_or_else(|| GenerationError::unknown_model(param, model))?;
         match &status.error {
             Some(cause) => Err(refused(param, model, cause)),
             None => Ok(status),
@@ -181,11 +181,6 @@ impl Generation {
     }
 }
 
-fn unknown(param: &str, model: &str) -> GenerationError {
-    let hint = "GET /v1/models lists what is served".to_owned();
-    GenerationError::UnknownModel { param: param.to_owned(), model: model.to_owned(), hint }
-}
-
 fn refused(param: &str, model: &str, cause: &str) -> GenerationError {
     let hint = format!("the adapter was refused when the server loaded it: {cause}");
     GenerationError::UnknownModel { param: param.to_owned(), model: model.to_owned(), hint }
@@ -197,7 +192,7 @@ fn acquire_error(error: AcquireError, wanted: &[Wanted], field: &str) -> Generat
         named.map_or(field, |adapter| adapter.param.as_str())
     };
     match error {
-        AcquireError::Unknown(name) => unknown(param(&name), &name),
+        AcquireError::Unknown(name) => GenerationError::unknown_model(param(&name), &name),
         AcquireError::Refused { name, cause } => refused(param(&name), &name, &cause),
         AcquireError::Composition(message) => GenerationError::InvalidSelection { param: field.to_owned(), message },
         AcquireError::OutOfMemory(_) => GenerationError::OutOfMemory(error.to_string()),

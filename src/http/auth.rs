@@ -13,6 +13,7 @@ use super::AppState;
 use super::error::ApiError;
 use crate::config::{Secret, ServerConfig};
 use crate::generation::Access;
+use crate::hexadecimal::hexadecimal;
 
 #[derive(Debug)]
 pub struct Keys {
@@ -102,7 +103,7 @@ impl FromRequestParts<AppState> for Admin {
 }
 
 fn identity(key: &str) -> String {
-    Sha256::digest(key).iter().map(|byte| format!("{byte:02x}")).collect()
+    hexadecimal(Sha256::new_with_prefix(key))
 }
 
 fn bearer(headers: &HeaderMap) -> Option<&str> {

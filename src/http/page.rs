@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::AppState;
 use super::error::ApiError;
+use crate::hexadecimal::hexadecimal;
 
 /// Nothing comes from another host, and nothing that is written into the page is run.
 const CONTENT_SECURITY_POLICY: &str =
@@ -68,8 +69,7 @@ impl Asset {
 /// One for all files: the modules of the page belong together, and a new build replaces all of them at once.
 static ETAG: LazyLock<String> = LazyLock::new(|| {
     let hash = ASSETS.iter().fold(Sha256::new(), |hash, asset| hash.chain_update(asset.bytes));
-    let hash: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-    format!("\"{hash}\"")
+    format!("\"{}\"", &hexadecimal(hash)[..16])
 });
 
 pub fn routes() -> Router<AppState> {

@@ -23,6 +23,7 @@ use crate::engine::request::FinishReason;
 use crate::generation::{
     Completed, Generated, GenerationError, GenerationRequest, ResolvedModel, TextDelta, TextEvent,
 };
+use crate::hexadecimal::hexadecimal;
 use crate::tokenizer::Tokenizer;
 
 /// How one interface reads a request and words its choices.
@@ -78,8 +79,7 @@ async fn plain<S: ReplyShape>(
     let mut usage = Usage::default();
     let mut choices = Vec::new();
     for (index, completed) in completed.into_iter().enumerate() {
-        trial.push(index, &completed.text);
-        trial.ended(index, completed.usage, completed.timing);
+        trial.choice(index, &completed);
         IclReply::saved(&mut head.icl, completed.usage);
         usage.add(completed.usage, index.is_multiple_of(generated.num_choices));
         choices.push(shape.choice(index, completed));
@@ -136,8 +136,7 @@ pub fn unix_seconds() -> u64 {
 
 /// The same for as long as the same base is served.
 fn system_fingerprint(base_id: &str) -> String {
-    let digest = Sha256::digest(base_id.as_bytes());
-    digest.iter().take(5).fold("lorry-".to_owned(), |name, byte| name + &format!("{byte:02x}"))
+    format!("lorry-{}", &hexadecimal(Sha256::new_with_prefix(base_id))[..10])
 }
 
 /// The events of one streamed reply, in order: choices, usage if asked for, `[DONE]`; or, after a failure, the error.

@@ -4,8 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt;
-use futures::stream::select_all;
+use futures::future::try_join_all;
 use serde_json::json;
 
 use super::AppState;
@@ -14,8 +13,8 @@ use super::error::ApiError;
 use super::reply::random_id;
 use crate::experiments::{Assignment, Experiments, Outcome, Record, Shadow, prompt_hash};
 use crate::generation::{
-    Access, Generated, Generation, GenerationError, GenerationRequest, Prompt, ResolvedModel, SequenceUsage, TextEvent,
-    Timing,
+    Access, Completed, Generated, Generation, GenerationError, GenerationRequest, Prompt, ResolvedModel, SequenceUsage,
+    TextStream, Timing,
 };
 use crate::icl::{self, Select};
 use crate::metrics::Metrics;
@@ -68,10 +67,7 @@ pub fn choose_arm(
     let sticky_key = user.map(str::to_owned).or_else(|| caller.identity.clone());
     let sticky_key = sticky_key.unwrap_or_else(|| random_id("once"));
     let assignment = state.experiments.assign(&alias, &sticky_key, |adapter| caller.access.allows(adapter));
-    let assignment = assignment.ok_or_else(|| {
-        let hint = "GET /v1/models lists what is served".to_owned();
-        ApiError::from(GenerationError::UnknownModel { param: "model".to_owned(), model: alias, hint })
-    })?;
+    let assignment = assignment.ok_or_else(|| GenerationError::unknown_model("model", &alias))?;
     set_model(request, &assignment.model)?;
     Ok(Some(assignment))
 }
@@ -148,6 +144,12 @@ impl Trial {
         }
     }
 
+    /// The choice `index`, whole.
+    pub fn choice(&mut self, index: usize, completed: &Completed) {
+        self.push(index, &completed.text);
+        self.ended(index, completed.usage, completed.timing);
+    }
+
     /// Everything has ended well: records it, and runs the shadows.
     pub fn completed(&mut self) {
         let shadows = self.0.as_mut().map(|run| {
@@ -209,16 +211,13 @@ impl ShadowRun {
             Err(error) => return trial.refused(&error),
         };
         trial.started(&model, icl.as_ref());
-        let sequences = sequences.into_iter().enumerate();
-        let mut events = select_all(sequences.map(|(index, s)| s.map(move |event| (index, event)).boxed()));
-        while let Some((index, event)) = events.next().await {
-            match event {
-                Ok(TextEvent::Delta(delta)) => trial.push(index, &delta.text),
-                Ok(TextEvent::Finished { usage, timing, .. }) => trial.ended(index, usage, timing),
-                Err(_) => return trial.failed(),
+        match try_join_all(sequences.into_iter().map(TextStream::collect)).await {
+            Ok(completed) => {
+                completed.iter().enumerate().for_each(|(index, completed)| trial.choice(index, completed));
+                trial.completed();
             }
+            Err(_) => trial.failed(),
         }
-        trial.completed();
     }
 }
 

@@ -9,6 +9,7 @@ use super::Example;
 use super::bm25::Bm25;
 use super::embedding::{EmbeddingEndpoint, UnitVector};
 use super::error::{IclError, OpenError, StoreError};
+use crate::hexadecimal::hexadecimal;
 
 pub(super) const MAX_EXAMPLES: usize = 10_000;
 pub(super) const MAX_STORE_BYTES: usize = 16 << 20;
@@ -43,7 +44,7 @@ impl Store {
         if jsonl.len() > MAX_STORE_BYTES {
             return Err(StoreError::TooLarge { num_bytes: jsonl.len(), max: MAX_STORE_BYTES });
         }
-        let version = Sha256::digest(&jsonl).iter().map(|byte| format!("{byte:02x}")).collect();
+        let version = hexadecimal(Sha256::new_with_prefix(&jsonl));
         let bm25 = Bm25::new(examples.iter().map(|example| example.instruction.as_str()));
         Ok(Self { name: name.to_owned(), version, examples, bm25, embeddings: Mutex::new(None) })
     }

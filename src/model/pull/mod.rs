@@ -20,6 +20,7 @@ use tempfile::TempDir;
 use tracing::{info, warn};
 
 use super::catalogue::{Digest, Download, HubFile, Location, ModelSource, Wheel};
+use crate::hexadecimal::hexadecimal;
 
 #[derive(Debug, thiserror::Error)]
 pub enum PullError {
@@ -220,10 +221,6 @@ impl Write for HashingFile<'_> {
     fn flush(&mut self) -> io::Result<()> {
         self.file.flush()
     }
-}
-
-fn hexadecimal(sha256: Sha256) -> String {
-    sha256.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Bytes on stderr, gone when the bar is dropped; hidden when that is not a terminal.

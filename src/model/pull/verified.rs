@@ -8,7 +8,8 @@ use std::time::UNIX_EPOCH;
 use sha2::{Digest as _, Sha256};
 use tracing::warn;
 
-use super::{SourceError, hexadecimal};
+use super::SourceError;
+use crate::hexadecimal::hexadecimal;
 use crate::model::catalogue::Digest;
 
 /// Whether `target` is there and unchanged since it was verified. A file without an expected digest needs no more
