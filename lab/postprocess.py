@@ -1,0 +1,50 @@
+"""From what a server returned to what is scored. Which of the two ways a score was got is said beside it."""
+
+import re
+
+# The stop strings of the paper's code of January 2024, joined into a regular expression without escaping, as it does:
+# `<|endoftext|>` is three alternatives, and every prediction ends at its first `<` or `>`. Together with the newline,
+# 49 of CoNaLa's 543 references can never be matched.
+PAPER_STOPS = re.compile("<|endoftext|>|</s>|\n")
+
+# A fence opens at the start, or with the name of a language; any other closes one that the prompt had opened.
+FENCE = re.compile(r"(?:\A\s*```\w*|```\w+)[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+BLANK_LINE = re.compile(r"\n[ \t]*\n")
+
+
+def paper_compat(text: str) -> str:
+    """What the paper's code of January 2024 scores: everything before the first of its stops, as it is."""
+    return PAPER_STOPS.split(text, maxsplit=1)[0]
+
+
+def unfenced(text: str) -> str:
+    """The code of the first fence; without one everything, up to a fence that only closes."""
+    fence = FENCE.search(text)
+    return fence[1] if fence else text.partition("```")[0]
+
+
+def answer(text: str) -> str:
+    """A short answer without what models put around it: no fence, and nothing from the first blank line on.
+
+    No reference of CoNaLa or nl2bash has a blank line; some of CoNaLa's have several lines.
+    """
+    return BLANK_LINE.split(unfenced(text).strip(), maxsplit=1)[0].strip()
+
+
+def docstring(text: str) -> str:
+    """A docstring's text without fence and quotes; unlike other answers, it may have blank lines."""
+    text = unfenced(text).strip()
+    quoted = re.match(r'[rR]?("""|\'\'\')(.*?)(?:\1|\Z)', text, re.DOTALL)
+    return (quoted[2] if quoted else text).strip()
+
+
+def before_stops(text: str, stops: tuple[str, ...]) -> str:
+    """A program: the code of the first fence, or the completion up to the first of `stops`."""
+    if fence := FENCE.search(text):
+        return fence[1]
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=None)]
+
+
+def first_line(text: str) -> str:
+    """The one line that was to be filled in: the first that is not empty, with its indentation and its end."""
+    return next((line for line in text.splitlines() if line.strip()), "") + "\n"

@@ -1,0 +1,156 @@
+"""The test sets: what is asked, where an answer ends, what it is compared with or run in."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from data_files import read_rows
+from postprocess import answer, before_stops, docstring, first_line, paper_compat
+
+
+@dataclass(frozen=True)
+class Row:
+    id: str
+    instruction: str
+    """What a chat, or a prompt format of the server, is given."""
+    prompt: str
+    """What a plain completion is given."""
+    reference: str
+    suffix: str | None = None
+    """The text behind the gap that is to be filled."""
+    program: tuple[str, str] | None = None
+    """What stands before and after the answer in the program that tests it."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    name: str
+    rows: Callable[[], list[Row]]
+    max_tokens: int
+    stop: tuple[str, ...]
+    postprocess: dict[str, Callable[[str], str]]
+    """The ways from a text to an answer, by name."""
+    metrics: frozenset[str]
+    """Of `em`, `codebleu` (Python only), `chrf`, and `pass`, for which answers are run."""
+
+
+# The prompt of the paper's adapters, which those of this repository are trained with.
+INSTRUCTION_PROMPT = "### Instruction:\n{}\n### Response:\n"
+# The next turn that a base model goes on to write.
+NEXT_INSTRUCTION = "\n###"
+
+# What follows a completed function (Chen et al., 2021), and what follows a program that begins with a docstring.
+FUNCTION_STOPS = ("\nclass", "\ndef", "\n#", "\n@", "\nif", "\nprint", "\nassert", "\n```")
+PROGRAM_STOPS = ("\nclass", "\nassert", "\nif", "\nprint", '\n"""', "\n```")
+
+
+def _instruction_rows(path: str) -> list[Row]:
+    return [
+        Row(str(index), row["nl"], INSTRUCTION_PROMPT.format(row["nl"]), row["cmd"])
+        for index, row in enumerate(read_rows(path))
+    ]
+
+
+def _docstring_rows() -> list[Row]:
+    rows = (row for row in read_rows("stdlib/docstrings.jsonl") if row["split"] == "test")
+    return [
+        Row(f"{row['module']}.{row['qualname']}", row["code"], INSTRUCTION_PROMPT.format(row["code"]), row["docstring"])
+        for row in rows
+    ]
+
+
+def _humaneval_rows() -> list[Row]:
+    return [
+        Row(
+            id=row["task_id"],
+            instruction=f"Complete this function:\n\n{row['prompt']}",
+            prompt=row["prompt"],
+            reference=row["canonical_solution"],
+            program=(row["prompt"], f"\n{row['test']}\ncheck({row['entry_point']})\n"),
+        )
+        for row in read_rows("humaneval/HumanEval.jsonl.gz")
+    ]
+
+
+def _infilling_rows() -> list[Row]:
+    return [
+        Row(
+            id=row["task_id"],
+            instruction=row["prompt"],
+            prompt=row["prompt"],
+            reference=row["canonical_solution"],
+            suffix=row["suffix"],
+            program=(row["prompt"], f"{row['suffix']}\n{row['test']}\ncheck({row['entry_point']})\n"),
+        )
+        for row in read_rows("humaneval_infilling/HumanEval-SingleLineInfilling.jsonl.gz")
+    ]
+
+
+def _mbpp_rows() -> list[Row]:
+    """The data set's own test split, of which the sanitized version kept 257 rows; each prompt shows one test."""
+    return [
+        Row(
+            id=str(row["task_id"]),
+            instruction=f"{row['prompt']}\nYour code should pass this test:\n{row['test_list'][0]}",
+            prompt=f'"""\n{row["prompt"]}\n{row["test_list"][0]}\n"""\n',
+            reference=row["code"],
+            program=("", "\n" + "\n".join(row["test_imports"] + row["test_list"]) + "\n"),
+        )
+        for row in read_rows("mbpp/sanitized-mbpp.json")
+        if 11 <= row["task_id"] <= 510
+    ]
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            name="conala",
+            rows=partial(_instruction_rows, "conala/cmd_test.oracle_man.full.json"),
+            max_tokens=64,
+            stop=(NEXT_INSTRUCTION,),
+            postprocess={"corrected": answer, "paper-compat": paper_compat},
+            metrics=frozenset({"em", "codebleu", "chrf"}),
+        ),
+        Suite(
+            name="nl2bash",
+            rows=partial(_instruction_rows, "nl2bash/test.jsonl"),
+            max_tokens=64,
+            stop=(NEXT_INSTRUCTION,),
+            postprocess={"corrected": answer},
+            metrics=frozenset({"em", "chrf"}),
+        ),
+        Suite(
+            name="docstring",
+            rows=_docstring_rows,
+            max_tokens=128,
+            stop=(NEXT_INSTRUCTION,),
+            postprocess={"corrected": docstring},
+            metrics=frozenset({"em", "chrf"}),
+        ),
+        Suite(
+            name="humaneval",
+            rows=_humaneval_rows,
+            max_tokens=512,
+            stop=FUNCTION_STOPS,
+            postprocess={"corrected": partial(before_stops, stops=FUNCTION_STOPS)},
+            metrics=frozenset({"pass"}),
+        ),
+        Suite(
+            name="humaneval-infilling",
+            rows=_infilling_rows,
+            max_tokens=64,
+            stop=("\n",),
+            postprocess={"corrected": first_line},
+            metrics=frozenset({"em", "pass"}),
+        ),
+        Suite(
+            name="mbpp",
+            rows=_mbpp_rows,
+            max_tokens=512,
+            stop=PROGRAM_STOPS,
+            postprocess={"corrected": partial(before_stops, stops=PROGRAM_STOPS)},
+            metrics=frozenset({"pass"}),
+        ),
+    )
+}
