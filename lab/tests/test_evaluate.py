@@ -1,0 +1,168 @@
+"""The command from its arguments to its scores, against a server that answers as it is told."""
+
+import json
+
+import evaluate
+import pytest
+from arms import ArmError, read_arms
+from openai_server import Refused, answering
+from postprocess import answer
+from predictions import EvaluationError, read_predictions
+from suites import SUITES, Row, Suite
+
+ROWS = [Row(str(i), f"give {i}", f"prompt {i}", f"x{i}") for i in range(4)]
+PROGRAMS = [Row(str(i), "", f"prompt {i}", "", program=("x = ", f"\nassert x == {i}")) for i in range(2)]
+
+
+@pytest.fixture(autouse=True)
+def small_suites(monkeypatch):
+    for suite in (
+        Suite("small", lambda: ROWS, 8, ("\n",), {"corrected": answer}, frozenset({"em", "chrf"})),
+        Suite("programs", lambda: PROGRAMS, 8, (), {"corrected": answer}, frozenset({"pass"})),
+    ):
+        monkeypatch.setitem(SUITES, suite.name, suite)
+
+
+def right(body):
+    return ["x" + body["prompt"].split()[-1]]
+
+
+def run(url, out, *arguments):
+    evaluate.main(["small", "--url", url, "--out", str(out), *arguments])
+    return json.loads((out / "scores.json").read_text())
+
+
+def test_every_arm_is_asked_every_row_and_scored(tmp_path):
+    with answering(lambda body: right(body) if body["model"] == "good" else ["nothing"]) as (url, asked):
+        scores = run(url, tmp_path, "--arm", "a=good", "--arm", "b=bad")
+    assert {(body["model"], body["prompt"]) for body in asked} == {
+        (model, row.prompt) for model in ("good", "bad") for row in ROWS
+    }
+    assert all(body["temperature"] == 0 and body["stop"] == ["\n"] for body in asked)
+    assert [(score["arm"], score["metrics"]["em@1"]) for score in scores] == [("a", 100), ("b", 0)]
+    assert (scores[0]["generation"], scores[0]["prompt_tokens"], scores[0]["rows"]) == ("g1", 7, 4)
+    assert scores[0]["ttft_ms"] > 0
+
+
+def test_arms_take_turns_so_that_a_server_can_batch_them(tmp_path):
+    with answering(right) as (url, asked):
+        run(url, tmp_path, "--arm", "a=good", "--arm", "b=other", "--concurrency", "1")
+    assert [body["model"] for body in asked] == ["good", "other"] * len(ROWS)
+
+
+def test_a_second_run_asks_only_what_is_missing(tmp_path):
+    file = tmp_path / "predictions.jsonl"
+    with answering(right) as (url, asked):
+        run(url, tmp_path, "--arm", "a=good", "--limit", "2")
+        assert len(asked) == 2
+        run(url, tmp_path, "--arm", "a=good")
+        assert len(asked) == 4
+        # As after a crash in the middle of a line.
+        file.write_bytes(file.read_bytes()[:-10])
+        run(url, tmp_path, "--arm", "a=good")
+        assert len(asked) == 5
+    # Nothing is missing: no server is needed.
+    assert run("http://127.0.0.1:1/v1", tmp_path, "--arm", "a=good")[0]["metrics"]["em@1"] == 100
+    assert len(read_predictions(file)) == 4
+
+
+def test_what_was_answered_before_a_failure_is_kept(tmp_path):
+    def choices(body):
+        if body["prompt"] == ROWS[2].prompt:
+            raise Refused("no")
+        return right(body)
+
+    with answering(choices) as (url, _):
+        with pytest.raises(EvaluationError, match="arm a, row 2 of small: the server answers 400: .*no"):
+            run(url, tmp_path, "--arm", "a=good", "--concurrency", "1")
+    assert [prediction.row for prediction in read_predictions(tmp_path / "predictions.jsonl").values()] == ["0", "1"]
+
+
+def test_answers_to_another_request_are_not_taken_for_this_arms(tmp_path):
+    with answering(right) as (url, _):
+        run(url, tmp_path, "--arm", "a=good")
+        with pytest.raises(EvaluationError, match="answers to other requests"):
+            run(url, tmp_path, "--arm", "a=other")
+
+
+def test_answers_of_several_generations_are_not_scored_as_one(tmp_path):
+    with answering(right, generation="g1") as (url, _):
+        run(url, tmp_path, "--arm", "a=good", "--limit", "2")
+    with answering(right, generation="g2") as (url, _):
+        with pytest.raises(EvaluationError, match="several generations"):
+            run(url, tmp_path, "--arm", "a=good")
+
+
+def test_a_seeded_arm_is_asked_with_each_of_the_papers_seeds(tmp_path):
+    with answering(right) as (url, asked):
+        scores = run(url, tmp_path, "--arm", "a=good,icl=store@3,select=random,seeds=paper", "--limit", "1")
+    assert sorted(body["icl"]["seed"] for body in asked) == [42, 97, 777, 5432, 55555]
+    assert asked[0]["icl"] | {"seed": 0} == {"store": "store", "k": 3, "select": "random", "seed": 0}
+    # The server makes the prompt, of the instruction.
+    assert asked[0]["prompt"] == ROWS[0].instruction
+    assert {score["seed"] for score in scores} == {42, 97, 777, 5432, 55555}
+
+
+def test_beams_are_scored_by_rank(tmp_path):
+    with answering(lambda body: ["wrong", *right(body), "other"]) as (url, asked):
+        scores = run(url, tmp_path, "--arm", "a=good", "--beams", "3")
+    assert asked[0]["use_beam_search"] is True and asked[0]["n"] == 3
+    assert scores[0]["metrics"] == pytest.approx({"em@1": 0, "em@2": 100, "chrf": 0}, abs=1e-9)
+    assert scores[0]["ttft_ms"] is None
+
+
+def refuse_beams(body):
+    raise Refused("use_beam_search is unknown")
+
+
+@pytest.mark.parametrize(
+    ("choices", "complaint"),
+    [
+        (refuse_beams, "answers 400: .*use_beam_search is unknown"),
+        (lambda body: right(body) * body["n"], "does not know `use_beam_search`"),
+        (right, "1 choices instead of 3"),
+    ],
+)
+def test_a_server_without_beam_search_is_not_measured_as_if_it_had_it(tmp_path, choices, complaint):
+    with answering(choices) as (url, _), pytest.raises(EvaluationError, match=complaint):
+        run(url, tmp_path, "--arm", "a=good", "--beams", "3")
+
+
+def test_programs_are_run_and_samples_counted(tmp_path):
+    def choices(body):
+        return ["0", "1", "0", "1 / 0"][: body.get("n", 1)]
+
+    with answering(choices) as (url, _):
+        evaluate.main(["programs", "--url", url, "--out", str(tmp_path), "--arm", "a=good"])
+        evaluate.main(["programs", "--url", url, "--out", str(tmp_path), "--arm", "a=good", "--samples", "4"])
+    greedy, sampled = json.loads((tmp_path / "scores.json").read_text())
+    assert greedy["metrics"] == {"pass@1": 50}
+    assert sampled["metrics"] == pytest.approx({"pass@1": (50 + 25) / 2})
+
+
+def test_arms_are_read_from_files(tmp_path):
+    file = tmp_path / "arms.toml"
+    file.write_text(
+        '[[arms]]\nname = "a"\nmodel = "m"\nstop = []\nicl = { store = "s", k = 2 }\nseeds = "paper"\n'
+        '[[arms]]\nname = "b"\nmodel = "m"\nchat = true\ninstruction = "In one line: {}"\n'
+    )
+    first, second = read_arms([file], [])
+    assert first.fields == {"model": "m", "stop": [], "icl": {"store": "s", "k": 2}}
+    assert len(first.seeds) == 5
+    assert second.chat and second.instruction == "In one line: {}"
+
+
+@pytest.mark.parametrize(
+    ("written", "complaint"),
+    [
+        (["a"], "not NAME=MODEL"),
+        (["a=m,icl=store"], "not icl=STORE@K"),
+        (["a=m,seeds=3"], "`seeds` is `paper`"),
+        (["a=m,instruction=hello"], "`instruction` must hold"),
+        (["a=m", "a=n"], "several arms are named a"),
+        ([], "at least one arm"),
+    ],
+)
+def test_a_wrong_arm_is_refused_by_name(written, complaint):
+    with pytest.raises(ArmError, match=complaint):
+        read_arms([], written)
