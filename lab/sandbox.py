@@ -75,7 +75,7 @@ PROBES = {
     "writing (Landlock)": "open('file', 'w')",
     "reading (Landlock)": "import os\nos.listdir('/')",
     "memory (rlimit)": f"bytearray({MEMORY_BYTES})",
-    "limits (rlimit, capabilities)": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (99, 99))",
+    "limits (seccomp, capabilities)": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (99, 99))",
 }
 
 

@@ -5,6 +5,7 @@ import json
 import evaluate
 import pytest
 from arms import ArmError, read_arms
+from data_files import REPOSITORY
 from openai_server import Refused, answering
 from postprocess import answer
 from predictions import EvaluationError, read_predictions
@@ -150,6 +151,11 @@ def test_arms_are_read_from_files(tmp_path):
     assert first.fields == {"model": "m", "stop": [], "icl": {"store": "s", "k": 2}}
     assert len(first.seeds) == 5
     assert second.chat and second.instruction == "In one line: {}"
+
+
+def test_the_comparisons_that_come_with_the_lab_can_be_read():
+    files = sorted((REPOSITORY / "lab" / "comparisons").glob("*.toml"))
+    assert [len(read_arms([file], [])) >= 2 for file in files] == [True] * 5
 
 
 @pytest.mark.parametrize(
