@@ -1,0 +1,134 @@
+"""What adapters are trained for: the rows of each task, their prompts, and where an answer ends."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from data_files import read_rows
+
+# The paper's prompt, as a template of adapter.toml and for Python's str.format.
+INSTRUCTION_TEMPLATE = "### Instruction:\n{{ instruction }}\n### Response:\n"
+INSTRUCTION_PROMPT = INSTRUCTION_TEMPLATE.replace("{{ instruction }}", "{}")
+# As the server renders a prompt with a suffix; the names are those of Qwen2.5-Coder's tokens.
+FIM_PROMPT = "<|fim_prefix|>{}<|fim_suffix|>{}<|fim_middle|>"
+# The token that ends an answer. Every base of the catalogue has it and the server stops there.
+END = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Example:
+    prompt: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    description: str
+    data: str
+    """What it is trained on, with its licence."""
+    licence: str
+    train: Callable[[], list[Example]]
+    dev: Callable[[], list[Example]]
+    max_tokens: int
+    """Of an answer, where a request does not say."""
+    template: str | None = INSTRUCTION_TEMPLATE
+    """The adapter's own prompt; fill-in-the-middle has none, its prompt is that of the base."""
+    pairs: Callable[[], list[tuple[str, str]]] | None = None
+    """Instructions and answers of the train split, for stores of examples."""
+
+
+def _commands(path: str) -> list[tuple[str, str]]:
+    return [(row["nl"].strip(), row["cmd"].strip()) for row in read_rows(path)]
+
+
+def _stdlib(split: str) -> list[dict[str, Any]]:
+    return [row for row in read_rows("stdlib/docstrings.jsonl") if row["split"] == split]
+
+
+def _docstrings(split: str) -> list[tuple[str, str]]:
+    return [(row["code"], row["docstring"]) for row in _stdlib(split)]
+
+
+def _examples(pairs: list[tuple[str, str]]) -> list[Example]:
+    return [Example(INSTRUCTION_PROMPT.format(instruction), answer) for instruction, answer in pairs]
+
+
+def _gaps(code: str, draw: random.Random) -> Iterator[tuple[int, int]]:
+    """Gaps in the body of a function, as character offsets: a line, the rest of a line, and one to four lines."""
+    lines = code.splitlines(keepends=True)
+    starts = [sum(map(len, lines[:index])) for index in range(len(lines) + 1)]
+    body = [index for index in range(1, len(lines)) if lines[index].strip()]
+    if len(body) < 2:
+        return
+    line = draw.choice(body)
+    yield starts[line], starts[line + 1]
+    line = draw.choice(body)
+    text = lines[line].rstrip("\n")
+    indentation = len(text) - len(text.lstrip())
+    # An editor asks from the middle of a line; what is filled in ends with the line.
+    yield starts[line] + draw.randrange(indentation, len(text)), starts[line] + len(text)
+    first = draw.choice(body)
+    yield starts[first], starts[min(len(lines), first + draw.randint(2, 4))]
+
+
+def _fim(split: str) -> list[Example]:
+    """Two thirds of the gaps end with a line: that is what an editor asks for, and what ends an answer early."""
+    examples = []
+    for row in _stdlib(split):
+        # Seeded by the function, so that the gaps do not change with what else is in the data.
+        draw = random.Random(f"{row['module']}.{row['qualname']}")
+        code = row["code"] + "\n"
+        for start, end in _gaps(code, draw):
+            examples.append(Example(FIM_PROMPT.format(code[:start], code[end:]), code[start:end]))
+    return examples
+
+
+_CPYTHON = "the source of CPython 3.11's standard library, PSF-2.0"
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            name="conala",
+            description="One line of Python from a sentence of intent",
+            data="CoNaLa in the split of DocPrompting (neulab/docprompting-conala), MIT",
+            licence="MIT",
+            train=lambda: _examples(_commands("conala/cmd_train.oracle_man.full.json")),
+            dev=lambda: _examples(_commands("conala/cmd_dev.oracle_man.full.json")),
+            max_tokens=64,
+            pairs=lambda: _commands("conala/cmd_train.oracle_man.full.json"),
+        ),
+        Task(
+            name="bash",
+            description="A shell command from a sentence of intent",
+            data="NL2Bash (TellinaTool/nl2bash), MIT",
+            licence="MIT",
+            train=lambda: _examples(_commands("nl2bash/train.jsonl")),
+            dev=lambda: _examples(_commands("nl2bash/dev.jsonl")),
+            max_tokens=64,
+            pairs=lambda: _commands("nl2bash/train.jsonl"),
+        ),
+        Task(
+            name="docstring",
+            description="The docstring of a Python function, without quotation marks; the instruction is its code",
+            data=_CPYTHON,
+            licence="PSF-2.0",
+            train=lambda: _examples(_docstrings("train")),
+            dev=lambda: _examples(_docstrings("valid")),
+            max_tokens=128,
+            pairs=lambda: _docstrings("train"),
+        ),
+        Task(
+            name="fim-python",
+            description="What is missing between a prefix and a suffix of Python",
+            data=_CPYTHON,
+            licence="PSF-2.0",
+            train=lambda: _fim("train"),
+            dev=lambda: _fim("valid"),
+            max_tokens=64,
+            template=None,
+        ),
+    )
+}

@@ -1,0 +1,339 @@
+"""Trains an adapter as a recipe says, against the GGUF that lorry serves.
+
+The loss is over the answers' tokens, and only their positions go through the output head. A run that was interrupted is
+resumed by the same command.
+"""
+
+import argparse
+import os
+import random
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType, TaskType, get_peft_model
+from peft.tuners.cartridge.utils import initialize_kv_prefix_from_text
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import Adafactor, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from adapter_folder import Figures, cut_rank, write_adapter
+from base import MissingModel, dequantised
+from data_files import REPOSITORY, MissingData
+from recipe import Recipe, RecipeError, load_recipe
+from tasks import END, TASKS, Example
+
+CHECKPOINT_SECONDS = 120
+IGNORED = -100
+
+# The ids of a prompt, and those of its answer with the token that ends it.
+Ids = tuple[list[int], list[int]]
+
+
+class TrainingError(Exception):
+    """A training cannot begin or go on."""
+
+
+def encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Ids]:
+    end = tokenizer.convert_tokens_to_ids(END)
+    prompts = tokenizer([example.prompt for example in examples], add_special_tokens=False).input_ids
+    targets = tokenizer([example.target for example in examples], add_special_tokens=False).input_ids
+    rows = [(prompt, [*target, end]) for prompt, target in zip(prompts, targets)]
+    return [row for row in rows if len(row[0]) + len(row[1]) <= max_tokens]
+
+
+def drawn(rows: list[Ids], count: int | None, seed: int) -> list[Ids]:
+    return rows if count is None or count >= len(rows) else random.Random(seed).sample(rows, count)
+
+
+def epoch_batches(rows: list[Ids], batch_size: int, seed: str) -> list[list[Ids]]:
+    """The batches of one epoch in random order, each of rows of similar length."""
+    order = random.Random(seed)
+    shuffled = order.sample(rows, len(rows))
+    batches = []
+    # Sorted within pieces only, so that a batch is another one in every epoch.
+    for start in range(0, len(rows), batch_size * 16):
+        piece = sorted(shuffled[start : start + batch_size * 16], key=lambda row: len(row[0]) + len(row[1]))
+        batches += [piece[index : index + batch_size] for index in range(0, len(piece), batch_size)]
+    order.shuffle(batches)
+    return batches
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Without such instructions a CPU emulates bf16, many times slower than f32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+class ComputeClock:
+    """Seconds of computing since it was last read. On a CPU those of this process over its threads: what the training
+    would have taken with its cores to itself."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_cpu = device.type == "cpu"
+        self.last = self._now()
+
+    def _now(self) -> float:
+        return time.process_time() / torch.get_num_threads() if self.on_cpu else time.monotonic()
+
+    def elapsed(self) -> float:
+        before, self.last = self.last, self._now()
+        return self.last - before
+
+
+class Trainee:
+    """The base with its adapter, and the loss of a batch."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        folder = dequantised(recipe.base)
+        self.device = device
+        self.bf16 = has_fast_bf16(device)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if self.bf16 else torch.float32)
+        self.head = base.get_output_embeddings().to(device)
+        # The model gives hidden states; the head is applied where there is something to learn.
+        base.set_output_embeddings(torch.nn.Identity())
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[recipe.peft["peft_type"]]](
+            task_type=TaskType.CAUSAL_LM, **{key: value for key, value in recipe.peft.items() if key != "peft_type"}
+        )
+        if hasattr(config, "tokenizer_name_or_path"):
+            config.tokenizer_name_or_path = str(folder)
+        self.model: PeftModel = get_peft_model(base, config).to(device)
+        if recipe.prefix_text is not None:
+            initialize_kv_prefix_from_text(
+                self.model, self.tokenizer, text=recipe.prefix_text, use_chat_template=False
+            )
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        for parameter in self.trained.values():
+            parameter.data = parameter.data.float()
+
+    def loss(self, batch: list[Ids]) -> tuple[torch.Tensor, int]:
+        """The sum of the loss over the answers' tokens, in nats, and how many they are."""
+        length = max(len(prompt) + len(target) for prompt, target in batch)
+        ids = torch.zeros((len(batch), length), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        labels = torch.full_like(ids, IGNORED)
+        for row, (prompt, target) in enumerate(batch):
+            end = len(prompt) + len(target)
+            ids[row, :end] = torch.tensor(prompt + target)
+            mask[row, :end] = 1
+            labels[row, len(prompt) : end] = torch.tensor(target)
+        ids, mask, labels = ids.to(self.device), mask.to(self.device), labels.to(self.device)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            # Prompt tuning gives its virtual tokens' states too, before the others.
+            hidden = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -length:]
+            predicts = labels[:, 1:] != IGNORED
+            logits = self.head(hidden[:, :-1][predicts]).float()
+        wanted = labels[:, 1:][predicts]
+        return cross_entropy(logits, wanted, reduction="sum"), wanted.numel()
+
+    @torch.no_grad()
+    def mean_loss(self, rows: list[Ids], batch_size: int) -> float:
+        """Over all target tokens of `rows`, without dropout."""
+        self.model.eval()
+        rows = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
+        total, count = 0.0, 0
+        for start in range(0, len(rows), batch_size):
+            loss, num_tokens = self.loss(rows[start : start + batch_size])
+            total += loss.item()
+            count += num_tokens
+        self.model.train()
+        return total / count
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.trained.items()}
+
+    @torch.no_grad()
+    def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self.trained.items():
+            parameter.copy_(weights[name])
+
+
+class Run:
+    """A training under way; `state` is what a checkpoint holds beside the weights."""
+
+    def __init__(self, recipe: Recipe, out: Path, device: torch.device) -> None:
+        self.recipe, self.out, self.checkpoint = recipe, out, out / "checkpoint.pt"
+        training = recipe.training
+        random.seed(training.seed)
+        torch.manual_seed(training.seed)
+        self.trainee = Trainee(recipe, device)
+        # As Hugging Face's trainer sets it: with a learning rate from outside.
+        self.optimizer = Adafactor(
+            self.trainee.trained.values(), lr=training.learning_rate, scale_parameter=False, relative_step=False
+        )
+        task, tokenizer = TASKS[recipe.task], self.trainee.tokenizer
+        self.rows = drawn(
+            encode(task.train(), tokenizer, training.max_tokens), training.max_examples, training.seed
+        )
+        self.dev = drawn(
+            encode(task.dev(), tokenizer, training.max_tokens), training.validation_examples, training.seed
+        )
+        self.steps_per_epoch = -(-len(self.rows) // training.batch_size)
+        self.state: dict[str, Any] = {
+            "step": 0, "seconds": 0.0, "tokens": 0, "losses": [], "best": None, "best_loss": float("inf"),
+            "base_loss": None,
+        }  # fmt: skip
+
+    def resume(self) -> None:
+        if not self.checkpoint.is_file():
+            return
+        saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        if saved["recipe"] != self.recipe.sha256:
+            raise TrainingError(f"{self.checkpoint} is of another recipe: remove it, or give another --out")
+        self.state = saved["state"]
+        self.trainee.set_weights(saved["weights"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+
+    def save(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        unfinished = self.checkpoint.with_suffix(".part")
+        torch.save(
+            {
+                "recipe": self.recipe.sha256,
+                "state": self.state,
+                "weights": self.trainee.weights(),
+                "optimizer": self.optimizer.state_dict(),
+                "rng": torch.get_rng_state(),
+            },
+            unfinished,
+        )
+        unfinished.replace(self.checkpoint)
+
+    def progress(self) -> float:
+        """From 0 to 1: the part of the steps or of the minutes that is done, whichever is larger."""
+        training = self.recipe.training
+        steps = self.state["step"] / (training.epochs * self.steps_per_epoch)
+        return min(1.0, max(steps, self.state["seconds"] / (60 * training.max_minutes)))
+
+    def batches(self) -> Iterator[list[Ids]]:
+        """From where the run is, to the end of the epochs."""
+        training = self.recipe.training
+        while self.state["step"] < training.epochs * self.steps_per_epoch:
+            epoch, index = divmod(self.state["step"], self.steps_per_epoch)
+            yield epoch_batches(self.rows, training.batch_size, f"{training.seed} {epoch}")[index]
+
+    def validate(self) -> None:
+        loss = self.trainee.mean_loss(self.dev, self.recipe.training.batch_size)
+        tqdm.write(f"step {self.state['step']}: loss on the dev split {loss:.4f}")
+        if loss < self.state["best_loss"]:
+            self.state["best_loss"], self.state["best"] = loss, self.trainee.weights()
+
+    def step(self, batch: list[Ids]) -> float:
+        training, progress = self.recipe.training, self.progress()
+        # The first step's rate is that at its end, or it would be 0.
+        rising = max(progress, 1 / (training.epochs * self.steps_per_epoch)) / training.warmup
+        rate = training.learning_rate * min(1.0, rising) * min(1.0, (1 - progress) / (1 - training.warmup))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total, num_tokens = self.trainee.loss(batch)
+        loss = total / num_tokens
+        if not torch.isfinite(loss):
+            raise TrainingError(f"the loss of step {self.state['step']} is not finite: lower the learning rate")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trainee.trained.values(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.state["step"] += 1
+        self.state["tokens"] += sum(len(prompt) + len(target) for prompt, target in batch)
+        self.state["losses"].append(loss.item())
+        return loss.item()
+
+    def train(self) -> None:
+        """To the end of the epochs or the minutes; leaves the weights with the lowest loss on the dev split."""
+        training, trainee = self.recipe.training, self.trainee
+        self.resume()
+        if self.state["base_loss"] is None:
+            with trainee.model.disable_adapter():
+                self.state["base_loss"] = trainee.mean_loss(self.dev, training.batch_size)
+            tqdm.write(f"loss of the base on the dev split {self.state['base_loss']:.4f}")
+        trainee.model.train()
+        total = training.epochs * self.steps_per_epoch
+        last_saved, clock = time.monotonic(), ComputeClock(trainee.device)
+        with tqdm(total=total, initial=self.state["step"], unit="step", mininterval=5) as bar:
+            for batch in self.batches():
+                if self.progress() >= 1:
+                    break
+                loss = self.step(batch)
+                self.state["seconds"] += clock.elapsed()
+                bar.update()
+                tokens_per_second = self.state["tokens"] / self.state["seconds"]
+                bar.set_postfix(loss=f"{loss:.3f}", tokens_per_second=f"{tokens_per_second:.0f}", refresh=False)
+                if self.state["step"] % self.steps_per_epoch == 0:
+                    self.validate()
+                if time.monotonic() - last_saved > CHECKPOINT_SECONDS:
+                    self.save()
+                    last_saved = time.monotonic()
+                # Validation and checkpoints are no training time.
+                clock.elapsed()
+        if self.state["step"] % self.steps_per_epoch:
+            self.validate()
+        trainee.set_weights(self.state["best"])
+
+    def write(self) -> None:
+        training, trainee, state = self.recipe.training, self.trainee, self.state
+        validation_loss = state["best_loss"]
+        if self.recipe.export_rank is not None:
+            cut_rank(trainee.model, self.recipe.export_rank)
+            validation_loss = trainee.mean_loss(self.dev, training.batch_size)
+        if trainee.device.type == "cuda":
+            peak_bytes, device = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
+        else:
+            peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            device = f"{torch.get_num_threads()} CPU cores, {'bf16' if trainee.bf16 else 'f32'}"
+        last_losses = state["losses"][-self.steps_per_epoch :]
+        figures = Figures(
+            recipe=f"lab/recipes/{self.recipe.name}.toml",
+            base=self.recipe.base,
+            seed=training.seed,
+            trainable_parameters=sum(p.numel() for p in trainee.trained.values()),
+            minutes=round(state["seconds"] / 60, 2),
+            peak_memory_mib=peak_bytes >> 20,
+            steps=state["step"],
+            train_tokens=state["tokens"],
+            train_loss=round(sum(last_losses) / len(last_losses), 4),
+            validation_loss=round(validation_loss, 4),
+            base_validation_loss=round(state["base_loss"], 4),
+            device=device,
+        )
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_adapter(trainee.model, self.recipe, figures, self.out)
+        self.checkpoint.unlink(missing_ok=True)
+        print(f"{self.out}: loss on the dev split {figures.validation_loss}, the base's {figures.base_validation_loss}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe", type=Path, help="a file of lab/recipes")
+    parser.add_argument("--out", type=Path, help="the adapter's folder; default: lab/runs/NAME")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: every core")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    try:
+        recipe = load_recipe(arguments.recipe)
+        out = arguments.out or REPOSITORY / "lab" / "runs" / recipe.name
+        run = Run(recipe, out, torch.device(arguments.device))
+        run.train()
+        run.write()
+    except (MissingData, MissingModel, RecipeError, TrainingError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
