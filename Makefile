@@ -67,3 +67,5 @@ $(VENV)/ready: tests/clients/requirements.txt
 $(PAGE)/node_modules/ready: $(PAGE)/package.json | browser
 	cd $(PAGE) && npm install --no-package-lock --no-audit --no-fund --ignore-scripts
 	touch $@
+
+include lab/lab.mk
