@@ -69,7 +69,7 @@ def load_recipe(path: Path) -> Recipe:
     if recipe.task not in TASKS:
         raise RecipeError(f"{path}: task: there is no `{recipe.task}`; known are {', '.join(TASKS)}")
     if "peft_type" not in recipe.peft:
-        raise RecipeError(f"{path}: [peft]: peft_type is missing, such as \"LORA\"")
+        raise RecipeError(f'{path}: [peft]: peft_type is missing, such as "LORA"')
     if recipe.export_rank is not None and recipe.peft.get("use_dora"):
         raise RecipeError(f"{path}: export_rank: DoRA's magnitudes belong to the rank it was trained with")
     return Recipe(**{**vars(recipe), "sha256": hashlib.sha256(text).hexdigest()})

@@ -108,9 +108,7 @@ class Trainee:
             config.tokenizer_name_or_path = str(folder)
         self.model: PeftModel = get_peft_model(base, config).to(device)
         if recipe.prefix_text is not None:
-            initialize_kv_prefix_from_text(
-                self.model, self.tokenizer, text=recipe.prefix_text, use_chat_template=False
-            )
+            initialize_kv_prefix_from_text(self.model, self.tokenizer, text=recipe.prefix_text, use_chat_template=False)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         for parameter in self.trained.values():
             parameter.data = parameter.data.float()
@@ -171,9 +169,7 @@ class Run:
             self.trainee.trained.values(), lr=training.learning_rate, scale_parameter=False, relative_step=False
         )
         task, tokenizer = TASKS[recipe.task], self.trainee.tokenizer
-        self.rows = drawn(
-            encode(task.train(), tokenizer, training.max_tokens), training.max_examples, training.seed
-        )
+        self.rows = drawn(encode(task.train(), tokenizer, training.max_tokens), training.max_examples, training.seed)
         self.dev = drawn(
             encode(task.dev(), tokenizer, training.max_tokens), training.validation_examples, training.seed
         )

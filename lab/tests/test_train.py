@@ -60,8 +60,8 @@ def test_a_recipe_that_is_wrong_is_refused_by_its_field(tmp_path: Path, text: st
 def test_a_gap_and_what_stands_around_it_are_the_function(split: str):
     task = TASKS["fim-python"]
     for example in getattr(task, split)():
-        prefix, suffix = example.prompt.removeprefix("<|fim_prefix|>").removesuffix("<|fim_middle|>").split(
-            "<|fim_suffix|>"
+        prefix, suffix = (
+            example.prompt.removeprefix("<|fim_prefix|>").removesuffix("<|fim_middle|>").split("<|fim_suffix|>")
         )
         ast.parse(prefix + example.target + suffix)
         assert example.target.strip()
