@@ -58,6 +58,8 @@ def write_adapter(model: PeftModel, recipe: Recipe, figures: Figures, out: Path)
     config = json.loads(config_file.read_text(encoding="utf-8"))
     # The folder of the dequantised base is of this machine only.
     config["base_model_name_or_path"] = recipe.base
+    if "tokenizer_name_or_path" in config:
+        config["tokenizer_name_or_path"] = recipe.base
     tensors = load_file(weights_file)
     if recipe.export_rank is not None:
         # alpha goes along, so that the scale alpha / r stays.

@@ -101,11 +101,11 @@ class Trainee:
         self.head = base.get_output_embeddings().to(device)
         # The model gives hidden states; the head is applied where there is something to learn.
         base.set_output_embeddings(torch.nn.Identity())
-        config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[recipe.peft["peft_type"]]](
-            task_type=TaskType.CAUSAL_LM, **{key: value for key, value in recipe.peft.items() if key != "peft_type"}
-        )
-        if hasattr(config, "tokenizer_name_or_path"):
-            config.tokenizer_name_or_path = str(folder)
+        settings = {key: value for key, value in recipe.peft.items() if key != "peft_type"}
+        if "prompt_tuning_init_text" in settings:
+            settings["tokenizer_name_or_path"] = str(folder)
+        config_type = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[recipe.peft["peft_type"]]]
+        config = config_type(task_type=TaskType.CAUSAL_LM, **settings)
         self.model: PeftModel = get_peft_model(base, config).to(device)
         if recipe.prefix_text is not None:
             initialize_kv_prefix_from_text(self.model, self.tokenizer, text=recipe.prefix_text, use_chat_template=False)
