@@ -1,15 +1,19 @@
-# The lab's verbs. Its Python packages are large (5 GB with torch and CUDA), so they have an environment of their own.
+# The lab's verbs. What training needs is large (5 GB with torch and CUDA), so it is installed for training alone.
 
 LAB_VENV := .venv-lab
 
-.PHONY: lab-test lab-smoke icl-stores
+.PHONY: lab-test lab-train-test lab-smoke icl-stores
 
-## lab-test: the lab's tests, lab-smoke among them
-lab-test: models $(LAB_VENV)/ready
-	$(LAB_VENV)/bin/python -m pytest lab/tests
+## lab-test: the tests of evaluation
+lab-test: $(LAB_VENV)/ready
+	$(LAB_VENV)/bin/python -m pytest lab/tests --ignore lab/tests/test_train.py
+
+## lab-train-test: the tests of training, lab-smoke among them
+lab-train-test: models $(LAB_VENV)/ready-to-train
+	$(LAB_VENV)/bin/python -m pytest lab/tests/test_train.py
 
 ## lab-smoke: train a tiny adapter, serve it, evaluate it
-lab-smoke: models $(LAB_VENV)/ready
+lab-smoke: models $(LAB_VENV)/ready-to-train
 	$(LAB_VENV)/bin/python -m pytest lab/tests/test_train.py -k served_and_evaluated
 
 ## icl-stores: stores of in-context examples from the data sets, in lab/stores (serve with LORRY__ICL__DIR=lab/stores)
@@ -18,5 +22,9 @@ icl-stores: $(LAB_VENV)/ready
 
 $(LAB_VENV)/ready: lab/requirements.txt
 	python3 -m venv $(LAB_VENV)
+	$(LAB_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
+$(LAB_VENV)/ready-to-train: lab/requirements-train.txt $(LAB_VENV)/ready
 	$(LAB_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	touch $@

@@ -6,6 +6,7 @@ from functools import partial
 
 from data_files import read_rows
 from postprocess import answer, before_stops, docstring, first_line, paper_compat
+from tasks import INSTRUCTION_PROMPT
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,6 @@ class Suite:
     """Of `em`, `codebleu` (Python only), `chrf`, and `pass`, for which answers are run."""
 
 
-# The prompt of the paper's adapters, which those of this repository are trained with.
-INSTRUCTION_PROMPT = "### Instruction:\n{}\n### Response:\n"
 # The next turn that a base model goes on to write.
 NEXT_INSTRUCTION = "\n###"
 
