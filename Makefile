@@ -3,17 +3,24 @@
 LORRY       := target/release/lorry
 TEST_MODELS := smollm2:135m qwen2.5-coder:0.5b
 VENV        := .venv
+LAB_VENV    := .venv-lab
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --requirement
 PAGE        := tests/page
 BENCH       ?= --prompt-tokens 128 --batch 8 --num-adapters 1
 
-.PHONY: serve test build fmt lint unit clients page browser models bench clean-venv
+.PHONY: serve test environments build fmt lint unit clients page browser models bench clean-venv
 
 ## serve: the default model and the adapters of ./adapters on 127.0.0.1:8080
 serve: build
 	$(LORRY) serve
 
-## test: everything that CI checks
-test: lint unit clients page
+## test: everything that CI checks. The packages of the tests come while the first crates compile.
+test:
+	$(MAKE) --jobs 3 lint environments
+	$(MAKE) unit clients page lab-test lab-train-test
+
+## environments: what the tests need beside Rust
+environments: $(VENV)/ready $(LAB_VENV)/ready-to-train browser $(PAGE)/node_modules/ready
 
 build:
 	cargo build --release --locked
@@ -55,13 +62,13 @@ models: build
 bench: build
 	$(LORRY) bench $(BENCH)
 
-## clean-venv: forget the Python environment of the tests
+## clean-venv: forget the Python environments
 clean-venv:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LAB_VENV)
 
 $(VENV)/ready: tests/clients/requirements.txt
 	python3 -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	$(VENV)/bin/python $(PIP_INSTALL) $<
 	touch $@
 
 $(PAGE)/node_modules/ready: $(PAGE)/package.json | browser

@@ -1,7 +1,5 @@
 # The lab's verbs. What training needs is large (5 GB with torch and CUDA), so it is installed for training alone.
 
-LAB_VENV := .venv-lab
-
 .PHONY: lab-test lab-train-test lab-smoke icl-stores
 
 ## lab-test: the tests of evaluation
@@ -22,9 +20,9 @@ icl-stores: $(LAB_VENV)/ready
 
 $(LAB_VENV)/ready: lab/requirements.txt
 	python3 -m venv $(LAB_VENV)
-	$(LAB_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	$(LAB_VENV)/bin/python $(PIP_INSTALL) $<
 	touch $@
 
 $(LAB_VENV)/ready-to-train: lab/requirements-train.txt $(LAB_VENV)/ready
-	$(LAB_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	$(LAB_VENV)/bin/python $(PIP_INSTALL) $<
 	touch $@
