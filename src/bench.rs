@@ -1,5 +1,6 @@
 //! `lorry bench`: the engine measured in-process, without HTTP and tokenizer.
 
+use std::io::{self, Write, stdout};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -57,6 +58,8 @@ pub enum BenchError {
     Stopped(#[from] EngineStopped),
     #[error("a request failed: {0}")]
     Failed(String),
+    #[error("the report cannot be written: {0}")]
+    Output(#[from] io::Error),
 }
 
 /// One run. Rates are in tokens per second, over all requests together.
@@ -96,7 +99,7 @@ pub async fn run(
             .map(|_| (0..args.prompt_tokens).map(|_| rng.random_range(0..vocab_size as u32)).collect())
             .collect();
         let report = run_once(handle, &adapters[..args.num_adapters], args, model_id, prompts).await?;
-        println!("{}", serde_json::json!(report));
+        writeln!(stdout(), "{}", serde_json::json!(report))?;
     }
     Ok(())
 }

@@ -4,7 +4,7 @@
 #![deny(clippy::unwrap_used)]
 
 use std::error::Error;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -98,7 +98,7 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
         Command::Serve { config, overrides } => serve(Config::load(config.as_deref(), &overrides)?),
         Command::Pull { model } => {
             let path = pull::pull(&catalogue::resolve(&model)?, &config::lorry_home()?)?;
-            println!("{}", path.display());
+            writeln!(stdout(), "{}", path.display())?;
             Ok(())
         }
         Command::Compare(args) => Ok(terminal::run(&args)?),
@@ -106,7 +106,8 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
             let config = Config::load(None, &Overrides { model, ..Overrides::default() })?;
             let path = pull::pull(&catalogue::resolve(&config.model.id)?, &config::lorry_home()?)?;
             let base = GgufWeights::open(&path).map_err(|e| format!("model {}: {e}", path.display()))?;
-            println!("{}", check::check(&dir, &base).map_err(|cause| format!("adapter {}: {cause}", dir.display()))?);
+            let report = check::check(&dir, &base).map_err(|cause| format!("adapter {}: {cause}", dir.display()))?;
+            writeln!(stdout(), "{report}")?;
             Ok(())
         }
         Command::Bench { config, args } => {

@@ -1,7 +1,7 @@
 //! `lorry compare`: a comparison on a running server, as a table.
 
 use std::fmt::Write;
-use std::io::Read;
+use std::io::{self, Read, Write as _, stdout};
 use std::str::FromStr;
 
 use clap::Args;
@@ -54,6 +54,8 @@ pub enum TerminalError {
     Refused { status: u16, message: String },
     #[error("the server's reply is no comparison: {0}")]
     Reply(#[from] serde_json::Error),
+    #[error("the comparison cannot be written: {0}")]
+    Output(#[from] io::Error),
 }
 
 /// An arm as the command line names it: the fields of the request.
@@ -135,15 +137,11 @@ struct CachedReply {
 /// Asks the server and prints. Blocks until every arm has ended.
 ///
 /// # Errors
-/// No server, or one that refuses the comparison.
+/// No server, or one that refuses the comparison; nobody who reads the table.
 pub fn run(args: &CompareArgs) -> Result<(), TerminalError> {
     let reply = ask(args)?;
-    if args.json {
-        println!("{reply:#}");
-    } else {
-        print!("{}", table(&serde_json::from_value(reply)?));
-    }
-    Ok(())
+    let text = if args.json { format!("{reply:#}\n") } else { table(&serde_json::from_value(reply)?) };
+    Ok(stdout().write_all(text.as_bytes())?)
 }
 
 fn request(args: &CompareArgs) -> Value {
