@@ -15,8 +15,8 @@ from tasks import TASKS
 
 @dataclass(frozen=True)
 class Figures:
-    """training.json. Losses are means over target tokens, in nats; minutes are of training alone, and on a CPU of its
-    cores' time."""
+    """training.json. Losses are in nats a target token, `train_loss` with dropout and over the last epoch's batches;
+    minutes are of training alone, and on a CPU of its cores' time."""
 
     recipe: str
     base: str
@@ -107,6 +107,9 @@ def _method(recipe: Recipe) -> str:
 def _card(recipe: Recipe, figures: Figures, num_bytes: int) -> str:
     task, training = TASKS[recipe.task], recipe.training
     settings = ", ".join(f"{key} {value}" for key, value in recipe.peft.items())
+    if recipe.prefix_text is not None:
+        settings += f", from the keys and values of {json.dumps(recipe.prefix_text)}"
+    steps = f" or {training.max_steps} steps" if training.max_steps is not None else ""
     return f"""---
 base_model: {recipe.base}
 library_name: peft
@@ -123,7 +126,7 @@ license: {task.licence}
 | licence | {task.licence} |
 | recipe | `{figures.recipe}`: {settings} |
 | training | Adafactor, learning rate {training.learning_rate:g}, batches of {training.batch_size}, \
-at most {training.epochs} epochs or {training.max_minutes:g} minutes, seed {training.seed} |
+at most {training.epochs} epochs{steps}, seed {training.seed} |
 | done | {figures.steps} steps, {figures.train_tokens:,} tokens, {figures.minutes:.1f} minutes on {figures.device} |
 | peak memory | {figures.peak_memory_mib:,} MiB |
 | trainable parameters | {figures.trainable_parameters:,} |

@@ -60,8 +60,11 @@ class Decoding:
 
 def request_body(suite: Suite, row: Row, arm: Arm, seed: int | None, decoding: Decoding) -> dict[str, Any]:
     """The body of the request that puts `row` to `arm`."""
+    if arm.chat and row.suffix is not None:
+        raise ArmError(f"arm {arm.name}: a chat cannot fill a gap, as {suite.name} asks")
     body: dict[str, Any] = {"max_tokens": suite.max_tokens}
-    if suite.stop:
+    # Where a program ends is known of one that goes on from its prompt; in a chat it stands in a fence.
+    if suite.stop and not (arm.chat and "pass" in suite.metrics):
         body["stop"] = list(suite.stop)
     body |= decoding.fields() | arm.fields
     if seed is not None:
@@ -72,6 +75,8 @@ def request_body(suite: Suite, row: Row, arm: Arm, seed: int | None, decoding: D
     if arm.chat:
         return body | {"messages": [{"role": "user", "content": instruction}]}
     server_makes_prompt = "prompt_format" in body or "icl" in body or "+icl:" in body["model"]
+    if arm.instruction != "{}" and not server_makes_prompt:
+        raise ArmError(f"arm {arm.name}: `instruction` is for chats and prompt formats; a plain completion has none")
     body["prompt"] = instruction if server_makes_prompt else row.prompt
     if row.suffix is not None:
         body["suffix"] = row.suffix
@@ -114,26 +119,39 @@ def _table(text: str) -> dict[str, Any]:
             store, _, count = value.rpartition("@")
             if not (store and count.isdecimal()):
                 raise ArmError(f"`icl={value}` of arm {name} is not icl=STORE@K")
-            table["icl"] = {"store": store, "k": int(count)}
+            table.setdefault("icl", {}).update(store=store, k=int(count))
         elif key == "select":
             table.setdefault("icl", {})["select"] = value
-        elif key == "chat":
-            table["chat"] = value == "true"
         else:
-            table[key] = value
+            table[key] = _value(value)
     return table
 
 
-def _arm(table: dict[str, Any], where: str) -> Arm:
+def _value(text: str) -> Any:
+    """A number, `true` or `false` as in JSON; anything else is a text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, bool | int | float) else text
+
+
+def _arm(table: Any, where: str) -> Arm:
+    if not isinstance(table, dict):
+        raise ArmError(f"{where}: arms are `[[arms]]` tables")
     fields = dict(table)
     name, seeds = fields.pop("name", None), fields.pop("seeds", (None,))
     chat, instruction = fields.pop("chat", False), fields.pop("instruction", "{}")
     if not isinstance(name, str) or not isinstance(fields.get("model"), str):
         raise ArmError(f"{where}: `name` and `model` must be texts")
-    if "{}" not in instruction:
+    if not isinstance(chat, bool):
+        raise ArmError(f"{where}: `chat` is true or false")
+    if not isinstance(instruction, str) or "{}" not in instruction:
         raise ArmError(f"{where}: `instruction` must hold {{}}, where the row's own comes in")
+    if not isinstance(fields.get("icl", {}), dict):
+        raise ArmError(f"{where}: `icl` is a table with `store` and `k`")
     if seeds == "paper":
         seeds = PAPER_SEEDS
-    elif isinstance(seeds, str):
+    elif not isinstance(seeds, list | tuple) or not seeds:
         raise ArmError(f"{where}: `seeds` is `paper`, or in a file a list of numbers")
     return Arm(name, fields, tuple(seeds), chat, instruction)

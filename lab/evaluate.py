@@ -15,6 +15,7 @@ import json
 import os
 import statistics
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -22,11 +23,11 @@ from typing import Any
 
 from arms import ArmError, Decoding, read_arms
 from data_files import MissingData
-from metrics import chrf, codebleu, exact_match_at, pass_at
+from metrics import MetricError, chrf, codebleu, exact_match_at, pass_at
 from predictions import EvaluationError, Prediction, Question, ask, missing, read_lines, read_predictions
-from report import summary_table
 from sandbox import Outcome, Sandbox, SandboxUnavailable
 from suites import SUITES, Row, Suite
+from summary import summary_table
 from tqdm import tqdm
 
 # The paper's.
@@ -60,6 +61,8 @@ def main(arguments: list[str]) -> None:
         asyncio.run(ask(options.url, api_key, to_ask, options.concurrency, file))
 
     known = read_predictions(file)
+    for arm in arms:
+        check_one_version(arm.name, known.values())
     executions = Executions(options.out / "executions.jsonl", sandbox)
     scores = []
     for suite in suites:
@@ -79,13 +82,24 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--url", default="http://127.0.0.1:8080/v1", help="the server's API (%(default)s)")
     parser.add_argument("--arms", type=Path, action="append", default=[], metavar="FILE", help="TOML file with arms")
     parser.add_argument("--arm", action="append", default=[], metavar="NAME=MODEL[,KEY=VALUE]...", help="one more arm")
-    parser.add_argument("--concurrency", type=int, default=16, help="requests under way at a time (%(default)s)")
-    parser.add_argument("--limit", type=int, help="only so many rows of each suite, evenly spaced")
+    parser.add_argument(
+        "--concurrency", type=from_one_on, default=16, help="requests under way at a time (%(default)s)"
+    )
+    parser.add_argument("--limit", type=from_one_on, help="only so many rows of each suite, evenly spaced")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--beams", type=int, default=1, help="beam search with so many beams, all returned (1: greedy)")
-    how.add_argument("--samples", type=int, default=1, help="so many samples a row, for pass@k")
+    how.add_argument(
+        "--beams", type=from_one_on, default=1, help="beam search with so many beams, all returned (1: greedy)"
+    )
+    how.add_argument("--samples", type=from_one_on, default=1, help="so many samples a row, for pass@k")
     parser.add_argument("--temperature", type=float, default=0.8, help="of --samples (%(default)s)")
     return parser.parse_args(arguments)
+
+
+def from_one_on(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
 
 
 def evenly_spaced(rows: list[Row], limit: int | None) -> list[Row]:
@@ -116,15 +130,22 @@ class Executions:
         return [self.outcomes[key].passed for key in keys]
 
 
+def check_one_version(arm: str, predictions: Iterable[Prediction]) -> None:
+    """Raises if the adapter or the store of examples behind `arm` was exchanged between its answers."""
+    of_arm = [prediction for prediction in predictions if prediction.arm == arm]
+    for what, versions in (
+        ("generations of its adapter", {(prediction.adapter, prediction.generation) for prediction in of_arm}),
+        ("versions of its store", {(p.icl["store"], p.icl.get("version")) for p in of_arm if p.icl}),
+    ):
+        if len(versions) > 1:
+            raise EvaluationError(f"arm {arm} answered with several {what}: ask again in another --out")
+
+
 def score(
     suite: Suite, rows: list[Row], num_rows: int, predictions: list[Prediction], executions: Executions
 ) -> list[dict[str, Any]]:
     """One arm's scores with one seed, for each way of post-processing; `num_rows` is the size of the whole suite."""
     first = predictions[0]
-    if len({prediction.generation for prediction in predictions}) > 1:
-        raise EvaluationError(
-            f"arm {first.arm} answered with several generations of {first.adapter}: ask again in another --out"
-        )
     timed = [prediction for prediction in predictions if prediction.ttft_ms is not None]
     rates = [
         1000 * (prediction.completion_tokens - 1) / (prediction.total_ms - prediction.ttft_ms)
@@ -142,6 +163,7 @@ def score(
         "adapter": first.adapter,
         "generation": first.generation,
         "num_examples": first.icl["k"] if first.icl else 0,
+        "store": f"{first.icl['store']} {first.icl.get('version', '')}".strip() if first.icl else None,
         "concurrency": max(prediction.concurrency for prediction in predictions),
         "prompt_tokens": statistics.mean(prediction.prompt_tokens for prediction in predictions),
         "cached_tokens": statistics.mean(prediction.cached_tokens for prediction in predictions),
@@ -186,18 +208,26 @@ def _metrics(
 
 
 def merge_scores(file: Path, scores: list[dict[str, Any]]) -> None:
-    """Puts `scores` into `file`, in place of those of the same suite, arm, seed, decoding and post-processing."""
+    """Puts `scores` into `file`, in place of those of the same suite, arm, seed, decoding and post-processing.
+
+    Those of more rows stay: a second run with a smaller --limit is a look, not a better score.
+    """
 
     def key(entry: dict[str, Any]) -> tuple:
         return tuple(entry[name] for name in ("suite", "arm", "seed", "decoding", "postprocess"))
 
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    merged = {key(entry): entry for entry in kept} | {key(entry): entry for entry in scores}
+    merged = {key(entry): entry for entry in kept}
+    for entry in scores:
+        if merged.get(key(entry), entry)["rows"] <= entry["rows"]:
+            merged[key(entry)] = entry
     file.write_text(json.dumps(list(merged.values()), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ArmError, EvaluationError, MissingData, SandboxUnavailable) as error:
+    except (ArmError, EvaluationError, MetricError, MissingData, SandboxUnavailable, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on where it was")

@@ -1,4 +1,4 @@
-# The lab's verbs. What training needs is large (5 GB with torch and CUDA), so it is installed for training alone.
+# The lab's verbs. What training needs is large, 5 GB with torch and CUDA: evaluation does without.
 
 .PHONY: lab-test lab-train-test lab-smoke icl-stores
 

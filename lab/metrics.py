@@ -18,6 +18,10 @@ json.dump(calc_codebleu(**json.load(sys.stdin)), sys.stdout)
 """
 
 
+class MetricError(Exception):
+    """A metric's package does not work."""
+
+
 def exact_match_at(k: int, predictions: Sequence[Sequence[str]], references: Sequence[str]) -> float:
     """Per cent of rows whose reference is, character for character, among the first `k` predictions of the row."""
     hits = sum(reference in row[:k] for row, reference in zip(predictions, references, strict=True))
@@ -38,7 +42,7 @@ def codebleu(predictions: Sequence[str], references: Sequence[str], language: st
         text=True,
     )
     if child.returncode != 0:
-        raise RuntimeError(f"CodeBLEU failed; are lab/requirements.txt's versions installed?\n{child.stderr}")
+        raise MetricError(f"CodeBLEU failed; are lab/requirements.txt's versions installed?\n{child.stderr}")
     return {name: 100 * score for name, score in json.loads(child.stdout).items()}
 
 

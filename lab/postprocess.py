@@ -7,8 +7,9 @@ import re
 # 49 of CoNaLa's 543 references can never be matched.
 PAPER_STOPS = re.compile("<|endoftext|>|</s>|\n")
 
-# A fence opens at the start, or with the name of a language; any other closes one that the prompt had opened.
-FENCE = re.compile(r"(?:\A\s*```\w*|```\w+)[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+# A fence opens at the start, with the name of a language, or where another one closes it; any other closes one that the
+# prompt had opened.
+FENCE = re.compile(r"(?:\A\s*```[^\n`]*|```[^\n`]+)\n(.*?)(?:```|\Z)|```[ \t]*\n(.*?)```", re.DOTALL)
 BLANK_LINE = re.compile(r"\n[ \t]*\n")
 
 
@@ -19,8 +20,12 @@ def paper_compat(text: str) -> str:
 
 def unfenced(text: str) -> str:
     """The code of the first fence; without one everything, up to a fence that only closes."""
+    return _fenced(text) or text.partition("```")[0]
+
+
+def _fenced(text: str) -> str | None:
     fence = FENCE.search(text)
-    return fence[1] if fence else text.partition("```")[0]
+    return fence and fence[fence.lastindex]
 
 
 def answer(text: str) -> str:
@@ -40,8 +45,8 @@ def docstring(text: str) -> str:
 
 def before_stops(text: str, stops: tuple[str, ...]) -> str:
     """A program: the code of the first fence, or the completion up to the first of `stops`."""
-    if fence := FENCE.search(text):
-        return fence[1]
+    if (fenced := _fenced(text)) is not None:
+        return fenced
     return text[: min((text.find(stop) for stop in stops if stop in text), default=None)]
 
 

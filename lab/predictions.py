@@ -138,16 +138,33 @@ async def _answer(client: openai.AsyncOpenAI, question: Question, concurrency: i
             reply, first_text = await client.post(path, body=body, cast_to=dict[str, Any]), None
     except openai.APIStatusError as error:
         raise EvaluationError(f"{question}: the server answers {error.status_code}: {error.message}") from error
-    except openai.APIConnectionError as error:
-        raise EvaluationError(f"{question}: no answer from {client.base_url}: {error}") from error
+    except openai.APIError as error:
+        raise EvaluationError(f"{question}: no whole answer from {client.base_url}: {error}") from error
     ended = time.perf_counter()
 
+    try:
+        return _prediction(question, body, reply, concurrency, started, first_text, ended)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{question}: the reply is not OpenAI's: {error!r} in {str(reply)[:300]}") from error
+
+
+def _prediction(
+    question: Question,
+    body: dict[str, Any],
+    reply: dict[str, Any],
+    concurrency: int,
+    started: float,
+    first_text: float | None,
+    ended: float,
+) -> Prediction:
     choices = sorted(reply["choices"], key=lambda choice: choice["index"])
     texts = [choice["message"]["content"] if "message" in choice else choice["text"] for choice in choices]
     expected = question.decoding.num_choices
     if len(texts) != expected:
         raise EvaluationError(f"{question}: {len(texts)} choices instead of {expected}")
-    if question.decoding.num_beams > 1 and len(set(texts)) == 1:
+    # Beams that end with the same stop text may be alike; their scores are not.
+    answers = {(text, choice.get("score")) for text, choice in zip(texts, choices)}
+    if question.decoding.num_beams > 1 and len(answers) == 1:
         raise EvaluationError(f"{question}: {expected} equal choices: the server does not know `use_beam_search`")
     usage, adapter = reply["usage"], reply.get("adapter") or {}
     return Prediction(

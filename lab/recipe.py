@@ -18,8 +18,8 @@ class Training:
     learning_rate: float
     epochs: int = 5
     batch_size: int = 16
-    max_minutes: float = 60.0
-    """Of computing. The learning rate reaches 0 at the end of the epochs or of these, whichever comes first."""
+    max_steps: int | None = None
+    """The learning rate reaches 0 at the end of the epochs or of these, whichever comes first."""
     max_tokens: int = 192
     """Longer examples, prompt and answer together, are left out."""
     max_examples: int | None = None
@@ -29,6 +29,16 @@ class Training:
     warmup: float = 0.05
     """Part of the training in which the learning rate rises."""
     seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "max_steps", "max_tokens", "max_examples", "validation_examples"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
+        for name, most in (("learning_rate", float("inf")), ("warmup", 1.0)):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < most:
+                raise ValueError(f"{name} must be above 0" + (f" and below {most:g}" if name == "warmup" else ""))
 
 
 @dataclass(frozen=True)
@@ -47,14 +57,28 @@ class Recipe:
     sha256: str = ""
     """Of the file: a run is only resumed with the recipe it began with."""
 
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"task: there is no `{self.task}`; known are {', '.join(TASKS)}")
+        if not isinstance(self.peft, dict) or "peft_type" not in self.peft:
+            raise ValueError('[peft]: peft_type is missing, such as "LORA"')
+        if self.export_rank is None:
+            return
+        # rsLoRA's scale goes with the root of the rank, DoRA's magnitudes belong to the rank they were trained with.
+        plain_lora = self.peft["peft_type"] == "LORA" and not (self.peft.get("use_dora") or self.peft.get("use_rslora"))
+        if not plain_lora or not 1 <= self.export_rank <= self.peft.get("r", 8):
+            raise ValueError("export_rank: only LoRA that is neither rsLoRA nor DoRA can be cut, and to at most its r")
 
-def _built(kind: type, table: dict[str, Any], where: str) -> Any:
-    known = {field.name for field in fields(kind)} - {"sha256"}
+
+def _built(kind: type, table: Any, where: str) -> Any:
+    if not isinstance(table, dict):
+        raise RecipeError(f"{where}: must be a table")
+    known = {field.name for field in fields(kind)}
     if unknown := sorted(table.keys() - known):
         raise RecipeError(f"{where}: unknown key `{unknown[0]}`; known are {', '.join(sorted(known))}")
     try:
         return kind(**table)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise RecipeError(f"{where}: {error}") from error
 
 
@@ -65,11 +89,4 @@ def load_recipe(path: Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: {error}") from error
     table["training"] = _built(Training, table.get("training", {}), f"{path}: [training]")
-    recipe = _built(Recipe, table, str(path))
-    if recipe.task not in TASKS:
-        raise RecipeError(f"{path}: task: there is no `{recipe.task}`; known are {', '.join(TASKS)}")
-    if "peft_type" not in recipe.peft:
-        raise RecipeError(f'{path}: [peft]: peft_type is missing, such as "LORA"')
-    if recipe.export_rank is not None and recipe.peft.get("use_dora"):
-        raise RecipeError(f"{path}: export_rank: DoRA's magnitudes belong to the rank it was trained with")
-    return Recipe(**{**vars(recipe), "sha256": hashlib.sha256(text).hexdigest()})
+    return _built(Recipe, table | {"sha256": hashlib.sha256(text).hexdigest()}, str(path))

@@ -9,32 +9,18 @@ server for itself (`--concurrency 1`), otherwise those of the runs themselves.
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_files import REPOSITORY
 from matplotlib import pyplot, rc_context
-from tabulate import tabulate
+from summary import METRIC_TITLES, NOTHING, Summary, SummaryError, markdown_table, summarize
 
 RESULTS = REPOSITORY / "docs" / "results.md"
 BEGIN, END = "<!-- tables of lab/report.py: begin -->", "<!-- tables of lab/report.py: end -->"
-NOTHING = "–"
 
-METRIC_TITLES = {
-    "em@1": "EM@1",
-    "em@2": "EM@2",
-    "em@5": "EM@5",
-    "em@10": "EM@10",
-    "codebleu": "CodeBLEU",
-    "chrf": "chrF",
-    "pass@1": "pass@1",
-    "pass@10": "pass@10",
-    "pass@100": "pass@100",
-}
 # Colours that people tell apart who see fewer of them (Okabe and Ito).
 FAMILY_COLOURS = {"zero-shot": "#999999", "in-context": "#0072B2", "tuned": "#D55E00"}
 PLOT_STYLE = {
@@ -48,106 +34,6 @@ PLOT_STYLE = {
 
 class ReportError(Exception):
     """What is to be reported cannot be read."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    mean: float
-    deviation: float | None
-    """Standard deviation over the seeds; None with one."""
-
-    @classmethod
-    def of(cls, values: list[float]) -> "Spread":
-        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
-
-    def __str__(self) -> str:
-        return f"{self.mean:.1f}" + (f" ± {self.deviation:.1f}" if self.deviation is not None else "")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One arm on one suite, over its seeds."""
-
-    suite: str
-    decoding: str
-    postprocess: str
-    arm: str
-    adapter: str | None
-    num_examples: int
-    rows: int
-    rows_of_suite: int
-    concurrency: int
-    metrics: dict[str, Spread]
-    prompt_tokens: float
-    ttft_ms: float | None
-    tokens_per_second: float | None
-
-    @property
-    def family(self) -> str:
-        if self.adapter:
-            return "tuned"
-        return "in-context" if self.num_examples else "zero-shot"
-
-
-def summarize(scores: Iterable[dict[str, Any]]) -> list[Summary]:
-    """Scores (entries of scores.json) with the seeds of an arm put together, in the order of their first."""
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for score in scores:
-        key = tuple(score[name] for name in ("suite", "decoding", "postprocess", "arm"))
-        groups.setdefault(key, []).append(score)
-    return [_summary(group) for group in groups.values()]
-
-
-def _summary(scores: list[dict[str, Any]]) -> Summary:
-    first = scores[0]
-
-    def mean(name: str) -> float | None:
-        values = [score[name] for score in scores if score[name] is not None]
-        return statistics.mean(values) if values else None
-
-    return Summary(
-        **{
-            name: first[name] for name in ("suite", "decoding", "postprocess", "arm", "adapter", "num_examples", "rows")
-        },
-        rows_of_suite=first["rows_of_suite"],
-        concurrency=max(score["concurrency"] for score in scores),
-        metrics={name: Spread.of([score["metrics"][name] for score in scores]) for name in first["metrics"]},
-        prompt_tokens=mean("prompt_tokens"),
-        ttft_ms=mean("ttft_ms"),
-        tokens_per_second=mean("tokens_per_second"),
-    )
-
-
-def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
-    alignment = ["left"] + ["right"] * (len(titles) - 1)
-    return tabulate(rows, titles, tablefmt="github", colalign=alignment, disable_numparse=True)
-
-
-def summary_table(scores: Iterable[dict[str, Any]]) -> str:
-    """Every score in one table, for the terminal."""
-    summaries = summarize(scores)
-    metrics = [name for name in METRIC_TITLES if any(name in summary.metrics for summary in summaries)]
-    titles = [
-        "arm",
-        "suite",
-        "decoding",
-        "post-processing",
-        *(METRIC_TITLES[name] for name in metrics),
-        "prompt tokens",
-    ]
-    rows = [
-        [
-            summary.arm,
-            summary.suite,
-            summary.decoding,
-            summary.postprocess,
-            *(str(summary.metrics.get(name, NOTHING)) for name in metrics),
-            f"{summary.prompt_tokens:.0f}",
-        ]
-        for summary in summaries
-    ]
-    return markdown_table(titles, rows)
 
 
 def quality_table(summaries: list[Summary]) -> str:
@@ -226,14 +112,14 @@ def report(scores: list[dict[str, Any]], timing: list[dict[str, Any]], adapters:
     summaries, parts = summarize(scores), []
     for suite in dict.fromkeys(summary.suite for summary in summaries):
         of_suite = [summary for summary in summaries if summary.suite == suite]
-        rows, all_rows = of_suite[0].rows, of_suite[0].rows_of_suite
-        parts.append(f"## {suite}\n\n{'All' if rows == all_rows else f'{rows} of the'} {all_rows} rows.")
+        parts.append(f"## {suite}")
         for decoding, postprocess in dict.fromkeys((summary.decoding, summary.postprocess) for summary in of_suite):
             chosen = [s for s in of_suite if (s.decoding, s.postprocess) == (decoding, postprocess)]
             metric = next(name for name in ("pass@1", "em@1", "chrf") if name in chosen[0].metrics)
             image = folder / f"{suite}-{decoding}-{postprocess}.svg"
+            title = f"### {suite}: {decoding}, post-processing `{postprocess}`, {_rows(chosen)}"
+            parts.append(f"{title}\n\n{quality_table(chosen)}")
             plot(chosen, metric, image)
-            parts.append(f"### {suite}: {decoding}, post-processing `{postprocess}`\n\n{quality_table(chosen)}")
             caption = f"{METRIC_TITLES[metric]} of each arm, and against its prompt tokens"
             parts.append(f"![{caption}]({folder.name}/{image.name})")
         timed = [s for s in summarize(timing) if s.suite == suite and s.ttft_ms is not None]
@@ -243,6 +129,16 @@ def report(scores: list[dict[str, Any]], timing: list[dict[str, Any]], adapters:
             title = f"### {suite}: what it costs, with {under_way} request{'s' if under_way > 1 else ''} under way"
             parts.append(f"{title}\n\n{cost_table(list(reversed(one_each.values())), adapters)}")
     return "\n\n".join(parts)
+
+
+def _rows(summaries: list[Summary]) -> str:
+    """Which part of the suite one table is of."""
+    first = summaries[0]
+    for summary in summaries:
+        if summary.rows != first.rows:
+            raise SummaryError(f"arms {first.arm} and {summary.arm} on {first.suite} have different numbers of rows")
+    of_all = "" if first.rows == first.rows_of_suite else f" of {first.rows_of_suite}"
+    return f"{first.rows}{of_all} rows"
 
 
 def insert_tables(text: str, tables: str) -> str:
@@ -284,5 +180,5 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ReportError as error:
+    except (ReportError, SummaryError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -1,6 +1,6 @@
-"""Builds stores of in-context examples from the train splits, in the format of docs/icl.md: one JSONL file for each task.
+"""Builds stores of in-context examples from the train splits, in the format of docs/icl.md: one JSONL file a data set.
 
-They hold data sets, which are never committed. Serve them with LORRY__ICL__DIR naming the folder.
+Data sets are never committed. Serve them with LORRY__ICL__DIR naming the folder.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 from data_files import REPOSITORY, MissingData
 from tasks import TASKS
 
-# The server's limits.
+# The server's limits; that of 16 MiB for all of a store is far from what these add up to here.
 MAX_EXAMPLES = 10_000
 MAX_INSTRUCTION_BYTES = 8 << 10
 MAX_CODE_BYTES = 32 << 10
@@ -46,8 +46,9 @@ def main() -> int:
                 continue
             examples = store(task.pairs())
             lines = (json.dumps({"instruction": i, "code": c}, ensure_ascii=False) + "\n" for i, c in examples)
-            (out / f"{task.name}.jsonl").write_text("".join(lines), encoding="utf-8")
-            print(f"{out / task.name}.jsonl: {len(examples)} examples")
+            file = out / f"{task.data_set}.jsonl"
+            file.write_text("".join(lines), encoding="utf-8")
+            print(f"{file}: {len(examples)} examples")
     except (MissingData, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -71,7 +71,7 @@ def _humaneval_rows() -> list[Row]:
     ]
 
 
-def _infilling_rows() -> list[Row]:
+def _infilling_rows(path: str) -> list[Row]:
     return [
         Row(
             id=row["task_id"],
@@ -81,7 +81,7 @@ def _infilling_rows() -> list[Row]:
             suffix=row["suffix"],
             program=(row["prompt"], f"{row['suffix']}\n{row['test']}\ncheck({row['entry_point']})\n"),
         )
-        for row in read_rows("humaneval_infilling/HumanEval-SingleLineInfilling.jsonl.gz")
+        for row in read_rows(f"humaneval_infilling/{path}")
     ]
 
 
@@ -137,10 +137,18 @@ SUITES = {
         ),
         Suite(
             name="humaneval-infilling",
-            rows=_infilling_rows,
+            rows=partial(_infilling_rows, "HumanEval-SingleLineInfilling.jsonl.gz"),
             max_tokens=64,
             stop=("\n",),
             postprocess={"corrected": first_line},
+            metrics=frozenset({"em", "pass"}),
+        ),
+        Suite(
+            name="humaneval-infilling-spans",
+            rows=partial(_infilling_rows, "HumanEval-RandomSpanInfillingLight.jsonl.gz"),
+            max_tokens=128,
+            stop=(),
+            postprocess={"corrected": str},
             metrics=frozenset({"em", "pass"}),
         ),
         Suite(

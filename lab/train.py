@@ -42,6 +42,8 @@ class TrainingError(Exception):
 
 def encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Ids]:
     end = tokenizer.convert_tokens_to_ids(END)
+    if end is None:
+        raise TrainingError(f"the base has no token {END}, with which every answer ends")
     prompts = tokenizer([example.prompt for example in examples], add_special_tokens=False).input_ids
     targets = tokenizer([example.target for example in examples], add_special_tokens=False).input_ids
     rows = [(prompt, [*target, end]) for prompt, target in zip(prompts, targets)]
@@ -104,8 +106,11 @@ class Trainee:
         settings = {key: value for key, value in recipe.peft.items() if key != "peft_type"}
         if "prompt_tuning_init_text" in settings:
             settings["tokenizer_name_or_path"] = str(folder)
-        config_type = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[recipe.peft["peft_type"]]]
-        config = config_type(task_type=TaskType.CAUSAL_LM, **settings)
+        try:
+            config_type = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[recipe.peft["peft_type"]]]
+            config = config_type(task_type=TaskType.CAUSAL_LM, **settings)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RecipeError(f"{recipe.name}: [peft]: {error}") from error
         self.model: PeftModel = get_peft_model(base, config).to(device)
         if recipe.prefix_text is not None:
             initialize_kv_prefix_from_text(self.model, self.tokenizer, text=recipe.prefix_text, use_chat_template=False)
@@ -173,13 +178,20 @@ class Run:
         self.dev = drawn(
             encode(task.dev(), tokenizer, training.max_tokens), training.validation_examples, training.seed
         )
+        if not self.rows or not self.dev:
+            raise TrainingError(
+                f"no example of task {recipe.task} has at most {training.max_tokens} tokens: max_tokens"
+            )
         self.steps_per_epoch = -(-len(self.rows) // training.batch_size)
+        self.num_steps = min(training.epochs * self.steps_per_epoch, training.max_steps or sys.maxsize)
         self.state: dict[str, Any] = {
             "step": 0, "seconds": 0.0, "tokens": 0, "losses": [], "best": None, "best_loss": float("inf"),
             "base_loss": None,
         }  # fmt: skip
 
     def resume(self) -> None:
+        if (self.out / "training.json").is_file():
+            raise TrainingError(f"{self.out} holds a trained adapter: remove it, or give another --out")
         if not self.checkpoint.is_file():
             return
         saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
@@ -189,6 +201,7 @@ class Run:
         self.trainee.set_weights(saved["weights"])
         self.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
+        torch.cuda.set_rng_state_all(saved["cuda_rng"])
 
     def save(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -200,21 +213,16 @@ class Run:
                 "weights": self.trainee.weights(),
                 "optimizer": self.optimizer.state_dict(),
                 "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all(),
             },
             unfinished,
         )
         unfinished.replace(self.checkpoint)
 
-    def progress(self) -> float:
-        """From 0 to 1: the part of the steps or of the minutes that is done, whichever is larger."""
-        training = self.recipe.training
-        steps = self.state["step"] / (training.epochs * self.steps_per_epoch)
-        return min(1.0, max(steps, self.state["seconds"] / (60 * training.max_minutes)))
-
     def batches(self) -> Iterator[list[Ids]]:
-        """From where the run is, to the end of the epochs."""
+        """From where the run is, to the end."""
         training = self.recipe.training
-        while self.state["step"] < training.epochs * self.steps_per_epoch:
+        while self.state["step"] < self.num_steps:
             epoch, index = divmod(self.state["step"], self.steps_per_epoch)
             yield epoch_batches(self.rows, training.batch_size, f"{training.seed} {epoch}")[index]
 
@@ -225,9 +233,9 @@ class Run:
             self.state["best_loss"], self.state["best"] = loss, self.trainee.weights()
 
     def step(self, batch: list[Ids]) -> float:
-        training, progress = self.recipe.training, self.progress()
+        training, progress = self.recipe.training, self.state["step"] / self.num_steps
         # The first step's rate is that at its end, or it would be 0.
-        rising = max(progress, 1 / (training.epochs * self.steps_per_epoch)) / training.warmup
+        rising = max(progress, 1 / self.num_steps) / training.warmup
         rate = training.learning_rate * min(1.0, rising) * min(1.0, (1 - progress) / (1 - training.warmup))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -245,7 +253,7 @@ class Run:
         return loss.item()
 
     def train(self) -> None:
-        """To the end of the epochs or the minutes; leaves the weights with the lowest loss on the dev split."""
+        """To the last step; leaves the weights with the lowest loss on the dev split."""
         training, trainee = self.recipe.training, self.trainee
         self.resume()
         if self.state["base_loss"] is None:
@@ -253,12 +261,9 @@ class Run:
                 self.state["base_loss"] = trainee.mean_loss(self.dev, training.batch_size)
             tqdm.write(f"loss of the base on the dev split {self.state['base_loss']:.4f}")
         trainee.model.train()
-        total = training.epochs * self.steps_per_epoch
         last_saved, clock = time.monotonic(), ComputeClock(trainee.device)
-        with tqdm(total=total, initial=self.state["step"], unit="step", mininterval=5) as bar:
+        with tqdm(total=self.num_steps, initial=self.state["step"], unit="step", mininterval=5) as bar:
             for batch in self.batches():
-                if self.progress() >= 1:
-                    break
                 loss = self.step(batch)
                 self.state["seconds"] += clock.elapsed()
                 bar.update()
@@ -273,6 +278,8 @@ class Run:
                 clock.elapsed()
         if self.state["step"] % self.steps_per_epoch:
             self.validate()
+        if self.state["best"] is None:
+            raise TrainingError("the loss on the dev split was never finite: lower the learning rate")
         trainee.set_weights(self.state["best"])
 
     def write(self) -> None:
@@ -310,7 +317,7 @@ class Run:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", type=Path, help="a file of lab/recipes")
-    parser.add_argument("--out", type=Path, help="the adapter's folder; default: lab/runs/NAME")
+    parser.add_argument("--out", type=Path, help="where the checkpoint and then the adapter go; default: lab/runs/NAME")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: every core")
     arguments = parser.parse_args()

@@ -1,10 +1,11 @@
 """The command from its arguments to its scores, against a server that answers as it is told."""
 
 import json
+from dataclasses import replace
 
 import evaluate
 import pytest
-from arms import ArmError, read_arms
+from arms import ArmError, Decoding, read_arms, request_body
 from data_files import REPOSITORY
 from openai_server import Refused, answering
 from postprocess import answer
@@ -94,9 +95,37 @@ def test_answers_of_several_generations_are_not_scored_as_one(tmp_path):
             run(url, tmp_path, "--arm", "a=good")
 
 
+def test_seeds_of_several_generations_are_not_one_arm(tmp_path):
+    file = tmp_path / "arms.toml"
+    file.write_text('arms = [{name = "a", model = "good", seeds = [1, 2]}]')
+    with answering(right, generation="g1") as (url, _):
+        run(url, tmp_path, "--arms", str(file))
+    predictions = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    of_first_seed = [line for line in predictions if json.loads(line)["seed"] == 1]
+    (tmp_path / "predictions.jsonl").write_text("\n".join(of_first_seed) + "\n")
+    with answering(right, generation="g2") as (url, _):
+        with pytest.raises(EvaluationError, match="several generations"):
+            run(url, tmp_path, "--arms", str(file))
+
+
+def test_a_look_at_fewer_rows_does_not_replace_a_score(tmp_path):
+    with answering(right) as (url, _):
+        run(url, tmp_path, "--arm", "a=good")
+        assert run(url, tmp_path, "--arm", "a=good", "--limit", "2")[0]["rows"] == len(ROWS)
+
+
+def test_a_chat_writes_a_program_to_its_end_and_fills_no_gap():
+    programs, gap = SUITES["programs"], Row("0", "give", "x = ", "1", suffix="\n")
+    suite = replace(programs, stop=("\ndef",))
+    (arm,) = read_arms([], ["a=m,chat=true"])
+    assert "stop" not in request_body(suite, PROGRAMS[0], arm, None, Decoding())
+    with pytest.raises(ArmError, match="a chat cannot fill a gap"):
+        request_body(suite, gap, arm, None, Decoding())
+
+
 def test_a_seeded_arm_is_asked_with_each_of_the_papers_seeds(tmp_path):
     with answering(right) as (url, asked):
-        scores = run(url, tmp_path, "--arm", "a=good,icl=store@3,select=random,seeds=paper", "--limit", "1")
+        scores = run(url, tmp_path, "--arm", "a=good,select=random,icl=store@3,seeds=paper", "--limit", "1")
     assert sorted(body["icl"]["seed"] for body in asked) == [42, 97, 777, 5432, 55555]
     assert asked[0]["icl"] | {"seed": 0} == {"store": "store", "k": 3, "select": "random", "seed": 0}
     # The server makes the prompt, of the instruction.
@@ -129,6 +158,7 @@ def test_a_server_without_beam_search_is_not_measured_as_if_it_had_it(tmp_path, 
         run(url, tmp_path, "--arm", "a=good", "--beams", "3")
 
 
+@pytest.mark.usefixtures("guards")
 def test_programs_are_run_and_samples_counted(tmp_path):
     def choices(body):
         return ["0", "1", "0", "1 / 0"][: body.get("n", 1)]
@@ -165,6 +195,7 @@ def test_the_comparisons_that_come_with_the_lab_can_be_read():
         (["a=m,icl=store"], "not icl=STORE@K"),
         (["a=m,seeds=3"], "`seeds` is `paper`"),
         (["a=m,instruction=hello"], "`instruction` must hold"),
+        (["a=m,chat=yes"], "`chat` is true or false"),
         (["a=m", "a=n"], "several arms are named a"),
         ([], "at least one arm"),
     ],

@@ -42,6 +42,8 @@ def test_paper_compat_cuts_at_the_first_of_its_stops(text, cut):
         "```\nx < y\n```",
         "```python\nx < y",
         "You can compare them:\n\n```python\nx < y\n```\n\nOr not.",
+        "You can compare them:\n\n```\nx < y\n```",
+        "```shell-session\nx < y\n```",
         "x < y\n```\n\nThis compares them.",
     ],
 )

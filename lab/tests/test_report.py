@@ -1,10 +1,12 @@
 """Tables and plots of made-up scores."""
 
 import json
+from pathlib import Path
 
 import pytest
 import report
-from report import BEGIN, END, ReportError, insert_tables, summarize
+from report import BEGIN, END, ReportError, insert_tables
+from summary import SummaryError, summarize
 
 
 def entry(arm, seed, em, **fields):
@@ -58,6 +60,15 @@ def test_a_page_keeps_its_own_words_and_gets_the_tables(tmp_path, adapters):
     first = plot.read_bytes()
     report.main(arguments)
     assert page.read_text() == text and plot.read_bytes() == first
+
+
+def test_scores_that_do_not_belong_together_are_no_table():
+    with pytest.raises(SummaryError, match="arm lora on conala is in several runs"):
+        summarize([*SCORES, SCORES[-1]])
+    with pytest.raises(SummaryError, match="different numbers of rows"):
+        summarize([*SCORES, entry("icl-3", 5432, 7.0, num_examples=3, rows=3)])
+    with pytest.raises(SummaryError, match="zero-shot and lora on conala have different numbers"):
+        report.report([SCORES[0], SCORES[-1] | {"rows": 3}], [], None, Path("unused"))
 
 
 def test_what_is_missing_is_named(tmp_path):

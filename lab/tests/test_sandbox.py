@@ -1,5 +1,6 @@
 """What generated code could do to this machine, and that it cannot. Effects are looked for from outside."""
 
+import os
 import resource
 import select
 import socket
@@ -12,21 +13,27 @@ import sandbox
 from sandbox import MEMORY_BYTES, Sandbox, SandboxUnavailable
 
 
+pytestmark = pytest.mark.usefixtures("guards")
+
+
 @pytest.fixture(scope="module")
-def guarded():
+def guarded(guards):
     return Sandbox(cpu_seconds=2, wall_seconds=20)
 
 
 def sandboxed_processes():
-    """Process ids of every interpreter that runs the sandbox's child, and of what it forked."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
+    """Process ids below this one: every interpreter that runs the sandbox's child, and what it forked."""
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
         try:
-            if any(argument.endswith(b"/sandbox.py") for argument in file.read_bytes().split(b"\0")):
-                found.append(int(file.parent.name))
+            # The name, in brackets, may hold anything.
+            parents[int(file.parent.name)] = int(file.read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    return found
+    below = {os.getpid()}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    return sorted(below - {os.getpid()})
 
 
 def test_a_program_that_ends_well_passes_and_one_that_raises_does_not(guarded):

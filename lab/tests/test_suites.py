@@ -15,6 +15,7 @@ from suites import SUITES
         ("docstring", 505),
         ("humaneval", 164),
         ("humaneval-infilling", 1033),
+        ("humaneval-infilling-spans", 164),
         ("mbpp", 257),
     ],
 )
@@ -31,11 +32,13 @@ def failing(rows):
         return {row.id: outcome.error for row, outcome in zip(rows, outcomes) if not outcome.passed}
 
 
+@pytest.mark.usefixtures("guards")
 def test_all_canonical_solutions_of_humaneval_pass():
     assert failing(SUITES["humaneval"].rows()) == {}
 
 
-@pytest.mark.parametrize("name", ["humaneval-infilling", "mbpp"])
+@pytest.mark.usefixtures("guards")
+@pytest.mark.parametrize("name", ["humaneval-infilling", "humaneval-infilling-spans", "mbpp"])
 def test_canonical_solutions_pass_where_they_are_cut_as_predictions_are(name):
     suite = SUITES[name]
     rows = suite.rows()[::20]
@@ -44,6 +47,7 @@ def test_canonical_solutions_pass_where_they_are_cut_as_predictions_are(name):
     assert [cut(row.reference).rstrip() for row in rows] == [row.reference.rstrip() for row in rows]
 
 
+@pytest.mark.usefixtures("guards")
 def test_a_humaneval_solution_that_does_nothing_fails():
     row = SUITES["humaneval"].rows()[0]
     assert not Sandbox().run(row.program[0] + "    pass\n" + row.program[1]).passed

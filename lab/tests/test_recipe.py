@@ -1,0 +1,41 @@
+"""Recipes: those that come with the lab, and those that are wrong."""
+
+from pathlib import Path
+
+import pytest
+from data_files import REPOSITORY
+from recipe import RecipeError, load_recipe
+
+RECIPES = sorted((REPOSITORY / "lab" / "recipes").glob("*.toml"))
+
+
+def test_every_recipe_is_valid_and_named_as_its_file():
+    assert [load_recipe(path).name for path in RECIPES] == [path.stem for path in RECIPES]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "\\[training\\]: .*learning_rate"),
+        ('name = "a"\ntask = "b"\npeft = {}\ntraining = {learning_rate = 1}', "there is no `b`"),
+        ('name = "a"\ntask = "bash"\npeft = {}\ntraining = {learning_rate = 1, epoch = 2}', "unknown key `epoch`"),
+        ('name = "a"\ntask = "bash"\npeft = {}\ntraining = {learning_rate = 1}', "peft_type is missing"),
+        ("name = ", "Invalid value"),
+        ("training = 3", "must be a table"),
+        ("[training]\nlearning_rate = 1\nepochs = 0", "epochs must be a whole number from 1 on"),
+        ("[training]\nlearning_rate = 1\nwarmup = 1", "warmup must be above 0 and below 1"),
+        (
+            'name = "a"\ntask = "bash"\nexport_rank = 4\npeft = {peft_type = "IA3"}\ntraining = {learning_rate = 1}',
+            "can be cut",
+        ),
+        (
+            'name = "a"\ntask = "bash"\nexport_rank = 9\npeft = {peft_type = "LORA"}\ntraining = {learning_rate = 1}',
+            "at most its r",
+        ),
+    ],
+)
+def test_a_recipe_that_is_wrong_is_refused_by_its_field(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)

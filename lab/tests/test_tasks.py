@@ -1,0 +1,42 @@
+"""What is trained on: gaps, splits that share nothing, stores of examples."""
+
+import ast
+
+import pytest
+from stores import MAX_EXAMPLES, store
+from suites import SUITES
+from tasks import TASKS, Task
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_a_gap_and_what_stands_around_it_are_the_function(split: str):
+    task = TASKS["fim-python"]
+    for example in getattr(task, split)():
+        prefix, suffix = (
+            example.prompt.removeprefix("<|fim_prefix|>").removesuffix("<|fim_middle|>").split("<|fim_suffix|>")
+        )
+        ast.parse(prefix + example.target + suffix)
+        assert example.target.strip()
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_what_is_measured_was_not_trained_on(task: Task):
+    train = {example.prompt for example in task.train()}
+    assert not train & {example.prompt for example in task.dev()}
+    for suite in SUITES.values():
+        assert not train & {row.prompt for row in suite.rows()}, suite.name
+
+
+def test_no_docstring_and_no_body_of_the_test_set_was_trained_on():
+    tested = SUITES["docstring"].rows()
+    answers, bodies = {row.reference for row in tested}, {row.instruction.partition("\n")[2] for row in tested}
+    for code, docstring in TASKS["docstring"].pairs():
+        assert docstring not in answers
+        assert code.partition("\n")[2] not in bodies
+
+
+def test_a_store_keeps_the_order_and_the_limits_of_the_server():
+    pairs = [(f"instruction {index}", "code") for index in range(MAX_EXAMPLES + 500)]
+    kept = store([("", "code"), ("long" * 9000, "code"), *pairs])
+    assert len(kept) == MAX_EXAMPLES
+    assert kept == sorted(kept, key=pairs.index)
