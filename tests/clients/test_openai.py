@@ -39,7 +39,9 @@ def is_python(text):
 
 
 def test_the_base_and_every_adapter_are_listed(client):
-    assert {model.id for model in client.models.list()} == {BASE, ADAPTER}
+    adapters = {f"{BASE}-{path.parent.name}" for path in REPOSITORY.glob("adapters/*/adapter_config.json")}
+    assert ADAPTER in adapters
+    assert {model.id for model in client.models.list()} == {BASE, *adapters}
     assert client.models.retrieve(ADAPTER).id == ADAPTER
 
 
