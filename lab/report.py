@@ -16,7 +16,7 @@ from typing import Any
 
 from data_files import REPOSITORY
 from matplotlib import pyplot, rc_context
-from summary import METRIC_TITLES, NOTHING, Summary, SummaryError, markdown_table, summarize
+from summary import METRIC_TITLES, NOTHING, Summary, SummaryError, markdown_table, metrics_of, summarize
 
 RESULTS = REPOSITORY / "docs" / "results.md"
 BEGIN, END = "<!-- tables of lab/report.py: begin -->", "<!-- tables of lab/report.py: end -->"
@@ -38,7 +38,7 @@ class ReportError(Exception):
 
 def quality_table(summaries: list[Summary]) -> str:
     """The metrics of one suite, decoding and post-processing."""
-    metrics = [name for name in METRIC_TITLES if any(name in summary.metrics for summary in summaries)]
+    metrics = metrics_of(summaries)
     rows = [[summary.arm, *(str(summary.metrics.get(name, NOTHING)) for name in metrics)] for summary in summaries]
     return markdown_table(["arm", *(METRIC_TITLES[name] for name in metrics)], rows)
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from data_files import read_rows
 from postprocess import answer, before_stops, docstring, first_line, paper_compat
-from tasks import INSTRUCTION_PROMPT
+from tasks import INSTRUCTION_PROMPT, stdlib_rows
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,9 @@ def _instruction_rows(path: str) -> list[Row]:
 
 
 def _docstring_rows() -> list[Row]:
-    rows = (row for row in read_rows("stdlib/docstrings.jsonl") if row["split"] == "test")
     return [
         Row(f"{row['module']}.{row['qualname']}", row["code"], INSTRUCTION_PROMPT.format(row["code"]), row["docstring"])
-        for row in rows
+        for row in stdlib_rows("test")
     ]
 
 

@@ -99,6 +99,11 @@ def _summary(scores: list[dict[str, Any]]) -> Summary:
     )
 
 
+def metrics_of(summaries: list[Summary]) -> list[str]:
+    """Those that any of `summaries` has, in the order of their titles."""
+    return [name for name in METRIC_TITLES if any(name in summary.metrics for summary in summaries)]
+
+
 def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
     """A table whose first column is text and whose others are numbers."""
     alignment = ["left"] + ["right"] * (len(titles) - 1)
@@ -108,7 +113,7 @@ def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
 def summary_table(scores: Iterable[dict[str, Any]]) -> str:
     """Every score in one table, for the terminal."""
     summaries = summarize(scores)
-    metrics = [name for name in METRIC_TITLES if any(name in summary.metrics for summary in summaries)]
+    metrics = metrics_of(summaries)
     titles = [
         "arm",
         "suite",

@@ -44,7 +44,7 @@ def _commands(path: str) -> list[tuple[str, str]]:
     return [(row["nl"].strip(), row["cmd"].strip()) for row in read_rows(path)]
 
 
-def _stdlib(split: str) -> list[dict[str, Any]]:
+def stdlib_rows(split: str) -> list[dict[str, Any]]:
     rows = read_rows("stdlib/docstrings.jsonl")
     if split != "train":
         return [row for row in rows if row["split"] == split]
@@ -60,7 +60,7 @@ def _body(row: dict[str, Any]) -> str:
 
 
 def _docstrings(split: str) -> list[tuple[str, str]]:
-    return [(row["code"], row["docstring"]) for row in _stdlib(split)]
+    return [(row["code"], row["docstring"]) for row in stdlib_rows(split)]
 
 
 def _examples(pairs: list[tuple[str, str]]) -> list[Example]:
@@ -88,7 +88,7 @@ def _gaps(code: str, draw: random.Random) -> Iterator[tuple[int, int]]:
 def _fim(split: str) -> list[Example]:
     """Two thirds of the gaps end with a line: that is what an editor asks for, and what ends an answer early."""
     examples = []
-    for row in _stdlib(split):
+    for row in stdlib_rows(split):
         # Seeded by the function, so that the gaps do not change with what else is in the data.
         draw = random.Random(f"{row['module']}.{row['qualname']}")
         code = row["code"] + "\n"
