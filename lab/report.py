@@ -23,6 +23,8 @@ BEGIN, END = "<!-- tables of lab/report.py: begin -->", "<!-- tables of lab/repo
 
 # Colours that people tell apart who see fewer of them (Okabe and Ito).
 FAMILY_COLOURS = {"zero-shot": "#999999", "in-context": "#0072B2", "tuned": "#D55E00"}
+# Figures of `adapter_cost` that adapters are plotted against, with their axes.
+TRAINING_AXES = {"minutes": "training, minutes", "megabytes": "adapter, MB"}
 PLOT_STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -77,30 +79,51 @@ def adapter_cost(folder: Path) -> dict[str, float]:
     return training | {"megabytes": weights.stat().st_size / 1e6}
 
 
-def plot(summaries: list[Summary], metric: str, file: Path) -> None:
-    """Left `metric` of each arm, right the same against what a request costs in prompt tokens. SVG."""
+def plot(summaries: list[Summary], metric: str, adapters: Path, file: Path) -> None:
+    """`metric` of each arm, the same against what a request costs in prompt tokens, and, where several adapters are
+    compared, against what each took to train and takes to keep. SVG."""
     title = f"{METRIC_TITLES[metric]}, %"
-    names = [summary.arm for summary in summaries]
-    means = [summary.metrics[metric].mean for summary in summaries]
-    deviations = [summary.metrics[metric].deviation or 0 for summary in summaries]
-    tokens = [summary.prompt_tokens for summary in summaries]
-    colours = [FAMILY_COLOURS[summary.family] for summary in summaries]
+    values = {summary.arm: summary.metrics[metric] for summary in summaries}
+    colours = {summary.arm: FAMILY_COLOURS[summary.family] for summary in summaries}
+    costs = {"prompt tokens a request": {summary.arm: summary.prompt_tokens for summary in summaries}}
+    trained = {summary.arm: adapter_cost(adapters / summary.adapter) for summary in summaries if summary.adapter}
+    if len(trained) > 1:
+        for name, axis in TRAINING_AXES.items():
+            costs[axis] = {arm: cost[name] for arm, cost in trained.items() if name in cost}
+    untuned = [summary for summary in summaries if summary.family != "tuned"]
+    best_untuned = max(untuned, key=lambda summary: values[summary.arm].mean, default=None)
 
     with rc_context(PLOT_STYLE):
-        size = (10, 0.6 + 0.32 * max(len(summaries), 8))
-        figure, (bars, scatter) = pyplot.subplots(1, 2, figsize=size, layout="constrained")
-        bars.barh(names, means, xerr=deviations, color=colours, ecolor="#333333")
+        num_rows = (len(costs) + 2) // 2
+        size = (10, num_rows * (0.6 + 0.32 * max(len(summaries), 8)))
+        figure, panels = pyplot.subplots(num_rows, 2, figsize=size, layout="constrained")
+        bars, *scatters = panels.flat
+        bars.barh(
+            list(values),
+            [value.mean for value in values.values()],
+            xerr=[value.deviation or 0 for value in values.values()],
+            color=list(colours.values()),
+            ecolor="#333333",
+        )
         bars.invert_yaxis()
         bars.set_xlabel(title)
-        scatter.scatter(tokens, means, color=colours)
-        for name, x, y in zip(names, tokens, means):
-            scatter.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
         for family in dict.fromkeys(summary.family for summary in summaries):
-            scatter.scatter([], [], color=FAMILY_COLOURS[family], label=family)
-        scatter.set_xlabel("prompt tokens a request")
-        scatter.set_ylabel(title)
-        scatter.margins(x=0.2)
-        scatter.legend(frameon=False)
+            bars.scatter([], [], color=FAMILY_COLOURS[family], label=family)
+        bars.legend(frameon=False)
+        for panel, (axis, of_arm) in zip(scatters, costs.items()):
+            for arm, cost in of_arm.items():
+                panel.scatter(cost, values[arm].mean, color=colours[arm])
+                panel.annotate(
+                    arm, (cost, values[arm].mean), xytext=(4, 3), textcoords="offset points", fontsize=7
+                )
+            if axis in TRAINING_AXES.values() and best_untuned is not None:
+                panel.axhline(values[best_untuned.arm].mean, color=FAMILY_COLOURS[best_untuned.family], linestyle=":")
+                panel.set_title(f"dotted: {best_untuned.arm}, without training", fontsize=8)
+            panel.set_xlabel(axis)
+            panel.set_ylabel(title)
+            panel.margins(x=0.2)
+        for panel in scatters[len(costs) :]:
+            panel.remove()
         file.parent.mkdir(parents=True, exist_ok=True)
         # Without a date, the same scores give the same file.
         figure.savefig(file, metadata={"Date": None})
@@ -115,12 +138,12 @@ def report(scores: list[dict[str, Any]], timing: list[dict[str, Any]], adapters:
         parts.append(f"## {suite}")
         for decoding, postprocess in dict.fromkeys((summary.decoding, summary.postprocess) for summary in of_suite):
             chosen = [s for s in of_suite if (s.decoding, s.postprocess) == (decoding, postprocess)]
-            metric = next(name for name in ("pass@1", "em@1", "chrf") if name in chosen[0].metrics)
+            metric = next(name for name in ("pass@1", "em@10", "em@1", "chrf") if name in chosen[0].metrics)
             image = folder / f"{suite}-{decoding}-{postprocess}.svg"
             title = f"### {suite}: {decoding}, post-processing `{postprocess}`, {_rows(chosen)}"
             parts.append(f"{title}\n\n{quality_table(chosen)}")
-            plot(chosen, metric, image)
-            caption = f"{METRIC_TITLES[metric]} of each arm, and against its prompt tokens"
+            plot(chosen, metric, adapters, image)
+            caption = f"{METRIC_TITLES[metric]} of each arm, and against what it costs"
             parts.append(f"![{caption}]({folder.name}/{image.name})")
         timed = [s for s in summarize(timing) if s.suite == suite and s.ttft_ms is not None]
         one_each = {summary.arm: summary for summary in reversed(timed)}

@@ -22,6 +22,7 @@ SCORES = [
     entry("zero-shot", None, 0.0),
     entry("icl-3", 42, 5.0, num_examples=3),
     entry("icl-3", 777, 7.0, num_examples=3),
+    entry("ia3", None, 9.0, adapter="conala-ia3"),
     entry("lora", None, 12.5, adapter="conala"),
 ]
 
@@ -30,16 +31,20 @@ def test_the_seeds_of_an_arm_become_a_mean_and_a_spread():
     summaries = {summary.arm: summary for summary in summarize(SCORES)}
     assert str(summaries["icl-3"].metrics["em@1"]) == "6.0 ± 1.4"
     assert str(summaries["lora"].metrics["em@1"]) == "12.5"
-    assert [summary.family for summary in summaries.values()] == ["zero-shot", "in-context", "tuned"]
+    assert [summary.family for summary in summaries.values()] == ["zero-shot", "in-context", "tuned", "tuned"]
 
 
 @pytest.fixture
 def adapters(tmp_path):
-    folder = tmp_path / "adapters" / "conala"
-    folder.mkdir(parents=True)
-    (folder / "adapter_model.safetensors").write_bytes(bytes(8_800_000))
-    (folder / "training.json").write_text(json.dumps({"trainable_parameters": 4_399_104, "minutes": 24.7}))
-    return folder.parent
+    for name, num_bytes, parameters, minutes in [
+        ("conala", 8_800_000, 4_399_104, 24.7),
+        ("conala-ia3", 400_000, 187_392, 10.0),
+    ]:
+        folder = tmp_path / "adapters" / name
+        folder.mkdir(parents=True)
+        (folder / "adapter_model.safetensors").write_bytes(bytes(num_bytes))
+        (folder / "training.json").write_text(json.dumps({"trainable_parameters": parameters, "minutes": minutes}))
+    return tmp_path / "adapters"
 
 
 def test_a_page_keeps_its_own_words_and_gets_the_tables(tmp_path, adapters):
@@ -58,6 +63,9 @@ def test_a_page_keeps_its_own_words_and_gets_the_tables(tmp_path, adapters):
     plot = tmp_path / "results" / "conala-greedy-corrected.svg"
     assert f"](results/{plot.name})" in text
     first = plot.read_bytes()
+    # Text is drawn, and named in a comment.
+    for axis in ("EM@1, %", "prompt tokens a request", "training, minutes", "adapter, MB"):
+        assert f"<!-- {axis} -->".encode() in first
     report.main(arguments)
     assert page.read_text() == text and plot.read_bytes() == first
 
