@@ -63,8 +63,13 @@ def _docstrings(split: str) -> list[tuple[str, str]]:
     return [(row["code"], row["docstring"]) for row in stdlib_rows(split)]
 
 
-def _examples(pairs: list[tuple[str, str]]) -> list[Example]:
-    return [Example(INSTRUCTION_PROMPT.format(instruction), answer) for instruction, answer in pairs]
+def _of_instructions(read: Callable[[str], list[tuple[str, str]]], train: str, dev: str) -> dict[str, Any]:
+    """What a task of instructions and answers, which `read` gives for `train` and for `dev`, has of them."""
+
+    def examples(source: str) -> list[Example]:
+        return [Example(INSTRUCTION_PROMPT.format(instruction), answer) for instruction, answer in read(source)]
+
+    return {"train": lambda: examples(train), "dev": lambda: examples(dev), "pairs": lambda: read(train)}
 
 
 def _gaps(code: str, draw: random.Random) -> Iterator[tuple[int, int]]:
@@ -107,10 +112,10 @@ TASKS = {
             description="One line of Python from a sentence of intent",
             data="CoNaLa in the split of DocPrompting (neulab/docprompting-conala), MIT",
             licence="MIT",
-            train=lambda: _examples(_commands("conala/cmd_train.oracle_man.full.json")),
-            dev=lambda: _examples(_commands("conala/cmd_dev.oracle_man.full.json")),
+            **_of_instructions(
+                _commands, "conala/cmd_train.oracle_man.full.json", "conala/cmd_dev.oracle_man.full.json"
+            ),
             max_tokens=64,
-            pairs=lambda: _commands("conala/cmd_train.oracle_man.full.json"),
             data_set="conala",
         ),
         Task(
@@ -118,10 +123,8 @@ TASKS = {
             description="A shell command from a sentence of intent",
             data="NL2Bash (TellinaTool/nl2bash), MIT",
             licence="MIT",
-            train=lambda: _examples(_commands("nl2bash/train.jsonl")),
-            dev=lambda: _examples(_commands("nl2bash/dev.jsonl")),
+            **_of_instructions(_commands, "nl2bash/train.jsonl", "nl2bash/dev.jsonl"),
             max_tokens=64,
-            pairs=lambda: _commands("nl2bash/train.jsonl"),
             data_set="nl2bash",
         ),
         Task(
@@ -129,10 +132,8 @@ TASKS = {
             description="The docstring of a Python function, without quotation marks; the instruction is its code",
             data=_CPYTHON,
             licence="PSF-2.0",
-            train=lambda: _examples(_docstrings("train")),
-            dev=lambda: _examples(_docstrings("valid")),
+            **_of_instructions(_docstrings, "train", "valid"),
             max_tokens=128,
-            pairs=lambda: _docstrings("train"),
             data_set="stdlib",
         ),
         Task(
