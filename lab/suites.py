@@ -124,7 +124,7 @@ SUITES = {
             max_tokens=128,
             stop=(NEXT_INSTRUCTION,),
             postprocess={"corrected": docstring},
-            metrics=frozenset({"em", "chrf"}),
+            metrics=frozenset({"chrf"}),
         ),
         Suite(
             name="humaneval",
