@@ -1,4 +1,5 @@
-"""Where the public data sets lie: `../shared/data` beside the repository, or the folder that LORRY_DATA names."""
+"""Where data is read from: public data sets in `../shared/data` beside the repository or the folder that LORRY_DATA
+names, and files of one's own."""
 
 import gzip
 import json
@@ -34,6 +35,10 @@ def data_file(path: str) -> Path:
     return file
 
 
+class BadData(Exception):
+    """A file of one's own is not written as it should be."""
+
+
 def read_rows(path: str) -> list[dict[str, Any]]:
     """The rows of a JSON list, a JSONL file or a gzipped JSONL file."""
     file = data_file(path)
@@ -41,3 +46,20 @@ def read_rows(path: str) -> list[dict[str, Any]]:
         return json.loads(file.read_text(encoding="utf-8"))
     with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
+
+
+def read_pairs(file: Path) -> list[tuple[str, str]]:
+    """Instructions and answers of a file of one's own, in the format of stores of in-context examples (docs/icl.md)."""
+    pairs = []
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            pair = row["instruction"], row["code"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadData(f'{file}: line {number} must be {{"instruction": …, "code": …}}: {error!r}') from error
+        if not all(isinstance(text, str) and text for text in pair):
+            raise BadData(f"{file}: line {number}: `instruction` and `code` must be texts, and not empty")
+        pairs.append(pair)
+    if not pairs:
+        raise BadData(f"{file} is empty")
+    return pairs

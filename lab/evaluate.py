@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from arms import ArmError, Decoding, read_arms
-from data_files import MissingData
+from data_files import BadData, MissingData
 from metrics import MetricError, chrf, codebleu, exact_match_at, pass_at
 from predictions import EvaluationError, Prediction, Question, ask, missing, read_lines, read_predictions
 from sandbox import Outcome, Sandbox, SandboxUnavailable
-from suites import SUITES, Row, Suite
+from suites import SUITES, Row, Suite, suite_named
 from summary import summary_table
 from tqdm import tqdm
 
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
     options = _options(arguments)
     decoding = Decoding(options.beams, options.samples, options.temperature if options.samples > 1 else 0.0)
     arms = read_arms(options.arms, options.arm)
-    suites = [SUITES[name] for name in dict.fromkeys(options.suites)]
+    suites = list({suite.name: suite for suite in options.suites}.values())
     rows = {suite.name: suite.rows() for suite in suites}
     # Now, not after hours of asking: it raises where generated code cannot be run safely.
     sandbox = Sandbox() if any("pass" in suite.metrics for suite in suites) else None
@@ -77,7 +77,13 @@ def main(arguments: list[str]) -> None:
 
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="+", choices=sorted(SUITES), metavar="SUITE", help=", ".join(SUITES))
+    parser.add_argument(
+        "suites",
+        nargs="+",
+        type=_suite,
+        metavar="SUITE",
+        help=f"{', '.join(SUITES)}, or a file of your own: PATH.jsonl",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--url", default="http://127.0.0.1:8080/v1", help="the server's API (%(default)s)")
     parser.add_argument("--arms", type=Path, action="append", default=[], metavar="FILE", help="TOML file with arms")
@@ -93,6 +99,13 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     how.add_argument("--samples", type=from_one_on, default=1, help="so many samples a row, for pass@k")
     parser.add_argument("--temperature", type=float, default=0.8, help="of --samples (%(default)s)")
     return parser.parse_args(arguments)
+
+
+def _suite(name: str) -> Suite:
+    try:
+        return suite_named(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def from_one_on(text: str) -> int:
@@ -173,7 +186,9 @@ def score(
     }
     scores = []
     for name, postprocess in suite.postprocess.items():
-        answers = [[postprocess(text) for text in prediction.texts] for prediction in predictions]
+        answers = [
+            [postprocess(text, row) for text in prediction.texts] for row, prediction in zip(rows, predictions)
+        ]
         scores.append(served | {"postprocess": name, "metrics": _metrics(suite, rows, answers, first, executions)})
     return scores
 
@@ -189,6 +204,9 @@ def _metrics(
     if "em" in suite.metrics:
         ks = EXACT_MATCH_KS if is_ranked else (1,)
         metrics |= {f"em@{k}": exact_match_at(k, answers, references) for k in ks if k <= num_choices}
+        if is_ranked and num_choices > 1:
+            # Beams that differ only behind the answer are one try.
+            metrics["distinct"] = statistics.mean(len(set(answer)) for answer in answers)
     if "codebleu" in suite.metrics:
         metrics["codebleu"] = codebleu(top, references, "python")["codebleu"]
     if "chrf" in suite.metrics:
@@ -227,7 +245,7 @@ def merge_scores(file: Path, scores: list[dict[str, Any]]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ArmError, EvaluationError, MetricError, MissingData, SandboxUnavailable, OSError) as error:
+    except (ArmError, BadData, EvaluationError, MetricError, MissingData, SandboxUnavailable, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on where it was")

@@ -1,5 +1,6 @@
 """From what a server returned to what is scored. Which of the two ways a score was got is said beside it."""
 
+import inspect
 import re
 
 # The stop strings of the paper's code of January 2024, joined into a regular expression without escaping, as it does:
@@ -10,6 +11,8 @@ PAPER_STOPS = re.compile("<|endoftext|>|</s>|\n")
 # A fence opens at the start, with the name of a language, or where another one closes it; any other closes one that the
 # prompt had opened.
 FENCE = re.compile(r"(?:\A\s*```[^\n`]*|```[^\n`]+)\n(.*?)(?:```|\Z)|```[ \t]*\n(.*?)```", re.DOTALL)
+TRIPLE_QUOTED = re.compile(r'[rR]?("""|\'\'\')(.*?)(?:\1|\Z)', re.DOTALL)
+DEFINITION = re.compile(r"(?:@|(?:async\s+)?def\s|class\s)")
 BLANK_LINE = re.compile(r"\n[ \t]*\n")
 
 
@@ -37,10 +40,10 @@ def answer(text: str) -> str:
 
 
 def docstring(text: str) -> str:
-    """A docstring's text without fence and quotes; unlike other answers, it may have blank lines."""
+    """A docstring without fence, quotes and the function around it; unlike other answers, it may have blank lines."""
     text = unfenced(text).strip()
-    quoted = re.match(r'[rR]?("""|\'\'\')(.*?)(?:\1|\Z)', text, re.DOTALL)
-    return (quoted[2] if quoted else text).strip()
+    quoted = TRIPLE_QUOTED.search(text) if DEFINITION.match(text) else TRIPLE_QUOTED.match(text)
+    return inspect.cleandoc(quoted[2]).strip() if quoted else text
 
 
 def before_stops(text: str, stops: tuple[str, ...]) -> str:
@@ -53,3 +56,12 @@ def before_stops(text: str, stops: tuple[str, ...]) -> str:
 def first_line(text: str) -> str:
     """The one line that was to be filled in: the first that is not empty, with its indentation and its end."""
     return next((line for line in text.splitlines() if line.strip()), "") + "\n"
+
+
+def before_suffix(text: str, suffix: str) -> str:
+    """What fills a gap: `text` up to where it goes on with the first line of what stands behind the gap.
+
+    A line of less than three characters, such as `):`, says nothing: it occurs within gaps.
+    """
+    first_line = re.match(r"\s*[^\n]*", suffix)[0]
+    return text.partition(first_line)[0] if len(first_line.strip()) >= 3 else text

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tasks import TASKS
+from tasks import OWN_DATA_SUFFIX, task_named
 
 
 class RecipeError(Exception):
@@ -46,6 +46,7 @@ class Recipe:
     name: str
     """The adapter's name."""
     task: str
+    """A task of the lab, or a file of one's own; in a recipe its path goes from the recipe's folder."""
     peft: dict[str, Any]
     """The fields of PEFT's configuration, `peft_type` among them."""
     training: Training
@@ -58,8 +59,10 @@ class Recipe:
     """Of the file: a run is only resumed with the recipe it began with."""
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"task: there is no `{self.task}`; known are {', '.join(TASKS)}")
+        try:
+            task_named(str(self.task))
+        except ValueError as error:
+            raise ValueError(f"task: {error}") from error
         if not isinstance(self.peft, dict) or "peft_type" not in self.peft:
             raise ValueError('[peft]: peft_type is missing, such as "LORA"')
         if self.export_rank is None:
@@ -88,5 +91,7 @@ def load_recipe(path: Path) -> Recipe:
         table = tomllib.loads(text.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: {error}") from error
+    if str(table.get("task")).endswith(OWN_DATA_SUFFIX):
+        table["task"] = str(path.parent / table["task"])
     table["training"] = _built(Training, table.get("training", {}), f"{path}: [training]")
     return _built(Recipe, table | {"sha256": hashlib.sha256(text).hexdigest()}, str(path))

@@ -3,8 +3,8 @@
     lab/report.py runs/conala runs/humaneval --timing runs/quiet
 
 Tables go between two marks of docs/results.md, whose other text stays; plots go to docs/results/. What an adapter cost
-to train is read from the `training.json` in its folder. Times are those of --timing, where a run is named that had the
-server for itself (`--concurrency 1`), otherwise those of the runs themselves.
+to train is read from the `training.json` in its folder. Times are those of --timing, a run that had the server for
+itself (`--concurrency 1`); where none is named, those of the runs themselves.
 """
 
 import argparse
@@ -45,18 +45,19 @@ def quality_table(summaries: list[Summary]) -> str:
     return markdown_table(["arm", *(METRIC_TITLES[name] for name in metrics)], rows)
 
 
-def cost_table(summaries: list[Summary], adapters: Path) -> str:
-    """What an answer of each arm costs, and what it took to have the arm."""
+def cost_table(summaries: list[Summary], timed: dict[str, Summary], adapters: Path) -> str:
+    """What an answer of each arm costs, with the times of `timed`, and what it took to have the arm."""
     titles = ["arm", "prompt tokens", "TTFT, ms", "tokens/s", "trained parameters", "training, min", "adapter, MB"]
     rows = []
     for summary in summaries:
         training = adapter_cost(adapters / summary.adapter) if summary.adapter else {}
+        times = timed.get(summary.arm)
         rows.append(
             [
                 summary.arm,
                 f"{summary.prompt_tokens:.0f}",
-                _number(summary.ttft_ms, "{:.0f}"),
-                _number(summary.tokens_per_second, "{:.1f}"),
+                _number(times and times.ttft_ms, "{:.0f}"),
+                _number(times and times.tokens_per_second, "{:.1f}"),
                 _number(training.get("trainable_parameters"), "{:,.0f}"),
                 _number(training.get("minutes"), "{:.0f}"),
                 _number(training.get("megabytes"), "{:.1f}"),
@@ -145,13 +146,19 @@ def report(scores: list[dict[str, Any]], timing: list[dict[str, Any]], adapters:
             plot(chosen, metric, adapters, image)
             caption = f"{METRIC_TITLES[metric]} of each arm, and against what it costs"
             parts.append(f"![{caption}]({folder.name}/{image.name})")
-        timed = [s for s in summarize(timing) if s.suite == suite and s.ttft_ms is not None]
-        one_each = {summary.arm: summary for summary in reversed(timed)}
-        if one_each:
-            under_way = max(summary.concurrency for summary in timed)
-            title = f"### {suite}: what it costs, with {under_way} request{'s' if under_way > 1 else ''} under way"
-            parts.append(f"{title}\n\n{cost_table(list(reversed(one_each.values())), adapters)}")
+        timed = {s.arm: s for s in summarize(timing) if s.suite == suite and s.ttft_ms is not None}
+        one_each = {summary.arm: summary for summary in reversed(of_suite)}
+        title = f"### {suite}: what it costs{_conditions(list(timed.values()))}"
+        parts.append(f"{title}\n\n{cost_table(list(reversed(one_each.values())), timed, adapters)}")
     return "\n\n".join(parts)
+
+
+def _conditions(timed: list[Summary]) -> str:
+    """Under which times were taken."""
+    if not timed:
+        return ""
+    under_way = max(summary.concurrency for summary in timed)
+    return f"; times of {_rows(timed)}, with {under_way} request{'s' if under_way > 1 else ''} under way"
 
 
 def _rows(summaries: list[Summary]) -> str:

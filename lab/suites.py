@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
-from data_files import read_rows
-from postprocess import answer, before_stops, docstring, first_line, paper_compat
-from tasks import INSTRUCTION_PROMPT, stdlib_rows
+from data_files import read_pairs, read_rows
+from postprocess import answer, before_stops, before_suffix, docstring, first_line, paper_compat, unfenced
+from tasks import INSTRUCTION_PROMPT, OWN_DATA_SUFFIX, stdlib_rows
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Suite:
     rows: Callable[[], list[Row]]
     max_tokens: int
     stop: tuple[str, ...]
-    postprocess: dict[str, Callable[[str], str]]
-    """The ways from a text to an answer, by name."""
+    postprocess: dict[str, Callable[[str, Row], str]]
+    """The ways from a text to the answer of a row, by name."""
     metrics: frozenset[str]
     """Of `em`, `codebleu` (Python only), `chrf`, and `pass`, for which answers are run."""
 
@@ -43,11 +44,15 @@ FUNCTION_STOPS = ("\nclass", "\ndef", "\n#", "\n@", "\nif", "\nprint", "\nassert
 PROGRAM_STOPS = ("\nclass", "\nassert", "\nif", "\nprint", '\n"""', "\n```")
 
 
-def _instruction_rows(path: str) -> list[Row]:
+def _pair_rows(pairs: list[tuple[str, str]]) -> list[Row]:
     return [
-        Row(str(index), row["nl"], INSTRUCTION_PROMPT.format(row["nl"]), row["cmd"])
-        for index, row in enumerate(read_rows(path))
+        Row(str(index), instruction, INSTRUCTION_PROMPT.format(instruction), reference)
+        for index, (instruction, reference) in enumerate(pairs)
     ]
+
+
+def _instruction_rows(path: str) -> list[Row]:
+    return _pair_rows([(row["nl"], row["cmd"]) for row in read_rows(path)])
 
 
 def _docstring_rows() -> list[Row]:
@@ -107,7 +112,10 @@ SUITES = {
             rows=partial(_instruction_rows, "conala/cmd_test.oracle_man.full.json"),
             max_tokens=64,
             stop=(NEXT_INSTRUCTION,),
-            postprocess={"corrected": answer, "paper-compat": paper_compat},
+            postprocess={
+                "corrected": lambda text, row: answer(text),
+                "paper-compat": lambda text, row: paper_compat(text),
+            },
             metrics=frozenset({"em", "codebleu", "chrf"}),
         ),
         Suite(
@@ -115,7 +123,7 @@ SUITES = {
             rows=partial(_instruction_rows, "nl2bash/test.jsonl"),
             max_tokens=64,
             stop=(NEXT_INSTRUCTION,),
-            postprocess={"corrected": answer},
+            postprocess={"corrected": lambda text, row: answer(text)},
             metrics=frozenset({"em", "chrf"}),
         ),
         Suite(
@@ -123,7 +131,7 @@ SUITES = {
             rows=_docstring_rows,
             max_tokens=128,
             stop=(NEXT_INSTRUCTION,),
-            postprocess={"corrected": docstring},
+            postprocess={"corrected": lambda text, row: docstring(text)},
             metrics=frozenset({"chrf"}),
         ),
         Suite(
@@ -131,7 +139,7 @@ SUITES = {
             rows=_humaneval_rows,
             max_tokens=512,
             stop=FUNCTION_STOPS,
-            postprocess={"corrected": partial(before_stops, stops=FUNCTION_STOPS)},
+            postprocess={"corrected": lambda text, row: before_stops(text, FUNCTION_STOPS)},
             metrics=frozenset({"pass"}),
         ),
         Suite(
@@ -139,7 +147,7 @@ SUITES = {
             rows=partial(_infilling_rows, "HumanEval-SingleLineInfilling.jsonl.gz"),
             max_tokens=64,
             stop=("\n",),
-            postprocess={"corrected": first_line},
+            postprocess={"corrected": lambda text, row: first_line(text)},
             metrics=frozenset({"em", "pass"}),
         ),
         Suite(
@@ -147,7 +155,10 @@ SUITES = {
             rows=partial(_infilling_rows, "HumanEval-RandomSpanInfillingLight.jsonl.gz"),
             max_tokens=128,
             stop=(),
-            postprocess={"corrected": str},
+            postprocess={
+                "corrected": lambda text, row: before_suffix(text, row.suffix),
+                "as-returned": lambda text, row: text,
+            },
             metrics=frozenset({"em", "pass"}),
         ),
         Suite(
@@ -155,8 +166,25 @@ SUITES = {
             rows=_mbpp_rows,
             max_tokens=512,
             stop=PROGRAM_STOPS,
-            postprocess={"corrected": partial(before_stops, stops=PROGRAM_STOPS)},
+            postprocess={"corrected": lambda text, row: before_stops(text, PROGRAM_STOPS)},
             metrics=frozenset({"pass"}),
         ),
     )
 }
+
+
+def suite_named(name: str) -> Suite:
+    """A suite of the lab, or that of a file of one's own. Raises `ValueError` where there is none of the name."""
+    if not name.endswith(OWN_DATA_SUFFIX):
+        if name not in SUITES:
+            known = f"{', '.join(SUITES)}, and files: PATH{OWN_DATA_SUFFIX}"
+            raise ValueError(f"there is no suite `{name}`; known are {known}")
+        return SUITES[name]
+    return Suite(
+        name=Path(name).stem,
+        rows=lambda: _pair_rows(read_pairs(Path(name))),
+        max_tokens=256,
+        stop=(NEXT_INSTRUCTION,),
+        postprocess={"corrected": lambda text, row: unfenced(text).strip()},
+        metrics=frozenset({"em", "chrf"}),
+    )

@@ -14,6 +14,7 @@ METRIC_TITLES = {
     "em@2": "EM@2",
     "em@5": "EM@5",
     "em@10": "EM@10",
+    "distinct": "distinct answers",
     "codebleu": "CodeBLEU",
     "chrf": "chrF",
     "pass@1": "pass@1",

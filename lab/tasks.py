@@ -3,9 +3,10 @@
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from data_files import read_rows
+from data_files import read_pairs, read_rows
 
 # The paper's prompt, as a template of adapter.toml and for Python's str.format.
 INSTRUCTION_TEMPLATE = "### Instruction:\n{{ instruction }}\n### Response:\n"
@@ -29,10 +30,13 @@ class Task:
     data: str
     """What it is trained on, with its licence."""
     licence: str
+    """Of an adapter that was trained on it; the base has its own."""
     train: Callable[[], list[Example]]
     dev: Callable[[], list[Example]]
     max_tokens: int
     """Of an answer, where a request does not say."""
+    copyright: str | None = None
+    """A notice that the data's licence wants kept."""
     template: str | None = INSTRUCTION_TEMPLATE
     """The adapter's own prompt; fill-in-the-middle has none, its prompt is that of the base."""
     pairs: Callable[[], list[tuple[str, str]]] | None = None
@@ -103,6 +107,7 @@ def _fim(split: str) -> list[Example]:
 
 
 _CPYTHON = "the source of CPython 3.11's standard library, PSF-2.0"
+_CPYTHON_COPYRIGHT = "Copyright © 2001 Python Software Foundation; All Rights Reserved"
 
 TASKS = {
     task.name: task
@@ -132,6 +137,7 @@ TASKS = {
             description="The docstring of a Python function, without quotation marks; the instruction is its code",
             data=_CPYTHON,
             licence="PSF-2.0",
+            copyright=_CPYTHON_COPYRIGHT,
             **_of_instructions(_docstrings, "train", "valid"),
             max_tokens=128,
             data_set="stdlib",
@@ -141,6 +147,7 @@ TASKS = {
             description="What is missing between a prefix and a suffix of Python",
             data=_CPYTHON,
             licence="PSF-2.0",
+            copyright=_CPYTHON_COPYRIGHT,
             train=lambda: _fim("train"),
             dev=lambda: _fim("valid"),
             max_tokens=64,
@@ -148,3 +155,30 @@ TASKS = {
         ),
     )
 }
+
+
+OWN_DATA_SUFFIX = ".jsonl"
+
+
+def task_named(name: str) -> Task:
+    """A task of the lab, or that of a file of one's own, whose every tenth example is the dev split.
+
+    Raises `ValueError` where there is none of the name.
+    """
+    if not name.endswith(OWN_DATA_SUFFIX):
+        if name not in TASKS:
+            raise ValueError(f"there is no `{name}`; known are {', '.join(TASKS)}, and files: PATH{OWN_DATA_SUFFIX}")
+        return TASKS[name]
+    file = Path(name)
+
+    def pairs(split: str) -> list[tuple[str, str]]:
+        return [pair for index, pair in enumerate(read_pairs(file)) if (index % 10 == 0) == (split == "dev")]
+
+    return Task(
+        name=file.stem,
+        description=f"What the examples of {file.name} show",
+        data=file.name,
+        licence="other",
+        **_of_instructions(pairs, "train", "dev"),
+        max_tokens=256,
+    )

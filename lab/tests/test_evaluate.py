@@ -8,7 +8,6 @@ import pytest
 from arms import ArmError, Decoding, read_arms, request_body
 from data_files import REPOSITORY
 from openai_server import Refused, answering
-from postprocess import answer
 from predictions import EvaluationError, read_predictions
 from suites import SUITES, Row, Suite
 
@@ -16,11 +15,15 @@ ROWS = [Row(str(i), f"give {i}", f"prompt {i}", f"x{i}") for i in range(4)]
 PROGRAMS = [Row(str(i), "", f"prompt {i}", "", program=("x = ", f"\nassert x == {i}")) for i in range(2)]
 
 
+def stripped(text, row):
+    return text.strip()
+
+
 @pytest.fixture(autouse=True)
 def small_suites(monkeypatch):
     for suite in (
-        Suite("small", lambda: ROWS, 8, ("\n",), {"corrected": answer}, frozenset({"em", "chrf"})),
-        Suite("programs", lambda: PROGRAMS, 8, (), {"corrected": answer}, frozenset({"pass"})),
+        Suite("small", lambda: ROWS, 8, ("\n",), {"stripped": stripped}, frozenset({"em", "chrf"})),
+        Suite("programs", lambda: PROGRAMS, 8, (), {"stripped": stripped}, frozenset({"pass"})),
     ):
         monkeypatch.setitem(SUITES, suite.name, suite)
 
@@ -87,6 +90,22 @@ def test_answers_to_another_request_are_not_taken_for_this_arms(tmp_path):
             run(url, tmp_path, "--arm", "a=other")
 
 
+def test_a_file_of_ones_own_is_a_suite(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps({"instruction": f"give {i}", "code": f"x{i}"}) + "\n" for i in range(3)))
+    with answering(lambda body: ["```\nx1\n```"]) as (url, asked):
+        evaluate.main([str(file), "--url", url, "--out", str(tmp_path / "run"), "--arm", "a=good"])
+    assert asked[0]["prompt"].startswith("### Instruction:\ngive ")
+    (score,) = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert (score["suite"], score["metrics"]["em@1"]) == ("mine", pytest.approx(100 / 3))
+
+
+def test_an_unknown_suite_is_refused_by_name(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["conal", "--out", "unused", "--arm", "a=m"])
+    assert "there is no suite `conal`; known are conala" in capsys.readouterr().err
+
+
 def test_answers_of_several_generations_are_not_scored_as_one(tmp_path):
     with answering(right, generation="g1") as (url, _):
         run(url, tmp_path, "--arm", "a=good", "--limit", "2")
@@ -137,7 +156,7 @@ def test_beams_are_scored_by_rank(tmp_path):
     with answering(lambda body: ["wrong", *right(body), "other"]) as (url, asked):
         scores = run(url, tmp_path, "--arm", "a=good", "--beams", "3")
     assert asked[0]["use_beam_search"] is True and asked[0]["n"] == 3
-    assert scores[0]["metrics"] == pytest.approx({"em@1": 0, "em@2": 100, "chrf": 0}, abs=1e-9)
+    assert scores[0]["metrics"] == pytest.approx({"em@1": 0, "em@2": 100, "distinct": 3, "chrf": 0}, abs=1e-9)
     assert scores[0]["ttft_ms"] is None
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 from data_files import read_rows
-from postprocess import answer, before_stops, docstring, first_line, paper_compat
+from postprocess import answer, before_stops, before_suffix, docstring, first_line, paper_compat
 
 
 @pytest.mark.parametrize("name", ["output", "newline_output", "output_1shot", "output_4shot"])
@@ -57,7 +57,12 @@ def test_an_answer_may_have_several_lines():
 
 @pytest.mark.parametrize(
     "text",
-    ["Add one.\n\nReturns it.", '"""Add one.\n\nReturns it."""', '```python\n"""Add one.\n\nReturns it.\n"""\n```'],
+    [
+        "Add one.\n\nReturns it.",
+        '"""Add one.\n\nReturns it."""',
+        '```python\n"""Add one.\n\nReturns it.\n"""\n```',
+        '```python\ndef f(x):\n    """\n    Add one.\n\n    Returns it.\n    """\n    return x + 1\n```',
+    ],
 )
 def test_a_docstring_is_its_text(text):
     assert docstring(text) == "Add one.\n\nReturns it."
@@ -73,3 +78,10 @@ def test_a_program_ends_before_what_does_not_belong_to_it():
 def test_a_line_keeps_its_indentation():
     assert first_line("    return x\n\nprint(x)") == "    return x\n"
     assert first_line("") == "\n"
+
+
+def test_what_fills_a_gap_ends_where_the_text_behind_the_gap_begins():
+    assert before_suffix("x + 1\n    return y\n\nprint(1)", "\n    return y\n") == "x + 1"
+    assert before_suffix("x + 1\n    return z", "\n    return y\n") == "x + 1\n    return z"
+    assert before_suffix("f(x)) + 1", ")\n") == "f(x)) + 1"
+    assert before_suffix("x + 1\nx", "\n") == "x + 1\nx"

@@ -20,6 +20,7 @@ def test_every_recipe_is_valid_and_named_as_its_file():
         ('name = "a"\ntask = "b"\npeft = {}\ntraining = {learning_rate = 1}', "there is no `b`"),
         ('name = "a"\ntask = "bash"\npeft = {}\ntraining = {learning_rate = 1, epoch = 2}', "unknown key `epoch`"),
         ('name = "a"\ntask = "bash"\npeft = {}\ntraining = {learning_rate = 1}', "peft_type is missing"),
+        ('name = "a"\ntask = 3\npeft = {}\ntraining = {learning_rate = 1}', "there is no `3`"),
         ("name = ", "Invalid value"),
         ("training = 3", "must be a table"),
         ("[training]\nlearning_rate = 1\nepochs = 0", "epochs must be a whole number from 1 on"),

@@ -3,9 +3,10 @@
 import ast
 
 import pytest
+from data_files import REPOSITORY, BadData
 from stores import MAX_EXAMPLES, store
 from suites import SUITES
-from tasks import TASKS, Task
+from tasks import TASKS, Task, task_named
 
 
 @pytest.mark.parametrize("split", ["train", "dev"])
@@ -40,3 +41,28 @@ def test_a_store_keeps_the_order_and_the_limits_of_the_server():
     kept = store([("", "code"), ("long" * 9000, "code"), *pairs])
     assert len(kept) == MAX_EXAMPLES
     assert kept == sorted(kept, key=pairs.index)
+
+
+def test_a_file_of_ones_own_is_a_task_with_a_tenth_of_it_for_dev():
+    task = task_named(str(REPOSITORY / "config" / "icl" / "python.jsonl"))
+    assert (task.name, len(task.train()), len(task.dev())) == ("python", 21, 3)
+    assert task.dev()[0].prompt.startswith("### Instruction:\n")
+    assert not {example.prompt for example in task.train()} & {example.prompt for example in task.dev()}
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "is empty"),
+        ('{"instruction": "a", "code": "b"}\n{"instruction": "a"}', "line 2 must be .*KeyError"),
+        ('{"instruction": "a", "code": ""}', "line 1: .* not empty"),
+        ("[1]", "line 1 must be"),
+        ("{", "line 1 must be"),
+        (b"\xff", "line 1 must be"),
+    ],
+)
+def test_a_file_of_ones_own_that_is_wrong_is_refused_by_its_line(tmp_path, text, complaint):
+    file = tmp_path / "mine.jsonl"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(BadData, match=complaint):
+        task_named(str(file)).train()
