@@ -10,13 +10,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from recipe import Recipe
-from tasks import TASKS
+from tasks import task_named
 
 
 @dataclass(frozen=True)
 class Figures:
-    """training.json. Losses are in nats a target token, `train_loss` with dropout and over the last epoch's batches;
-    minutes are of training alone, and on a CPU of its cores' time."""
+    """training.json. Losses are in nats a target token: `train_loss` as the last epoch's batches were trained on, with
+    dropout, the others over `validation_examples` of the dev split. Minutes are of training alone, and on a CPU of its
+    cores' time, not of the clock."""
 
     recipe: str
     base: str
@@ -26,6 +27,7 @@ class Figures:
     peak_memory_mib: int
     steps: int
     train_tokens: int
+    validation_examples: int
     train_loss: float
     validation_loss: float
     base_validation_loss: float
@@ -78,7 +80,7 @@ def write_adapter(model: PeftModel, recipe: Recipe, figures: Figures, out: Path)
 
 
 def _manifest(recipe: Recipe) -> str:
-    task = TASKS[recipe.task]
+    task = task_named(recipe.task)
     entries = {
         "task": task.name,
         "description": f"{task.description}; {_method(recipe)}.",
@@ -105,10 +107,11 @@ def _method(recipe: Recipe) -> str:
 
 
 def _card(recipe: Recipe, figures: Figures, num_bytes: int) -> str:
-    task, training = TASKS[recipe.task], recipe.training
+    task, training = task_named(recipe.task), recipe.training
     settings = ", ".join(f"{key} {value}" for key, value in recipe.peft.items())
     if recipe.prefix_text is not None:
         settings += f", from the keys and values of {json.dumps(recipe.prefix_text)}"
+    copyright = f"; {task.copyright}" if task.copyright is not None else ""
     steps = f" or {training.max_steps} steps" if training.max_steps is not None else ""
     return f"""---
 base_model: {recipe.base}
@@ -122,17 +125,19 @@ license: {task.licence}
 
 | | |
 |---|---|
-| data | {task.data} |
-| licence | {task.licence} |
+| data | {task.data}{copyright} |
+| licence | {task.licence}; the base has its own |
 | recipe | `{figures.recipe}`: {settings} |
 | training | Adafactor, learning rate {training.learning_rate:g}, batches of {training.batch_size}, \
-at most {training.epochs} epochs{steps}, seed {training.seed} |
-| done | {figures.steps} steps, {figures.train_tokens:,} tokens, {figures.minutes:.1f} minutes on {figures.device} |
+at most {training.epochs} epoch{"s" if training.epochs > 1 else ""}{steps}, seed {training.seed} |
+| done | {figures.steps} steps, {figures.train_tokens:,} tokens, {figures.minutes:.1f} minutes of computing \
+on {figures.device} |
 | peak memory | {figures.peak_memory_mib:,} MiB |
 | trainable parameters | {figures.trainable_parameters:,} |
 | size | {num_bytes / 1e6:.2f} MB |
-| loss on the train split | {figures.train_loss:.3f} nats a token |
-| loss on the dev split | {figures.validation_loss:.3f}; the base without it {figures.base_validation_loss:.3f} |
+| loss while training | {figures.train_loss:.3f} nats a token, the mean of the last epoch's steps |
+| loss on {figures.validation_examples} examples of the dev split | {figures.validation_loss:.3f}; the base without it \
+{figures.base_validation_loss:.3f} |
 
 Trained against the dequantised GGUF with `lab/train.py`; the loss is over the answer's tokens only.
 """

@@ -25,9 +25,9 @@ from transformers import Adafactor, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 from adapter_folder import Figures, cut_rank, write_adapter
 from base import MissingModel, dequantised
-from data_files import REPOSITORY, MissingData
+from data_files import REPOSITORY, BadData, MissingData
 from recipe import Recipe, RecipeError, load_recipe
-from tasks import END, TASKS, Example
+from tasks import END, Example, task_named
 
 CHECKPOINT_SECONDS = 120
 IGNORED = -100
@@ -113,6 +113,11 @@ class Trainee:
             raise RecipeError(f"{recipe.name}: [peft]: {error}") from error
         self.model: PeftModel = get_peft_model(base, config).to(device)
         if recipe.prefix_text is not None:
+            num_tokens = len(self.tokenizer(recipe.prefix_text).input_ids)
+            if num_tokens != config.num_virtual_tokens:
+                raise RecipeError(
+                    f"{recipe.name}: prefix_text has {num_tokens} tokens: set num_virtual_tokens to as many"
+                )
             initialize_kv_prefix_from_text(self.model, self.tokenizer, text=recipe.prefix_text, use_chat_template=False)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         for parameter in self.trained.values():
@@ -173,7 +178,7 @@ class Run:
         self.optimizer = Adafactor(
             self.trainee.trained.values(), lr=training.learning_rate, scale_parameter=False, relative_step=False
         )
-        task, tokenizer = TASKS[recipe.task], self.trainee.tokenizer
+        task, tokenizer = task_named(recipe.task), self.trainee.tokenizer
         self.rows = drawn(encode(task.train(), tokenizer, training.max_tokens), training.max_examples, training.seed)
         self.dev = drawn(
             encode(task.dev(), tokenizer, training.max_tokens), training.validation_examples, training.seed
@@ -303,6 +308,7 @@ class Run:
             peak_memory_mib=peak_bytes >> 20,
             steps=state["step"],
             train_tokens=state["tokens"],
+            validation_examples=len(self.dev),
             train_loss=round(sum(last_losses) / len(last_losses), 4),
             validation_loss=round(validation_loss, 4),
             base_validation_loss=round(state["base_loss"], 4),
@@ -329,7 +335,7 @@ def main() -> int:
         run = Run(recipe, out, torch.device(arguments.device))
         run.train()
         run.write()
-    except (MissingData, MissingModel, RecipeError, TrainingError, OSError) as error:
+    except (BadData, MissingData, MissingModel, RecipeError, TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

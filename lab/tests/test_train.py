@@ -3,16 +3,18 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 from adapter_folder import cut_rank
 from base import MissingModel, gguf_file
 from data_files import REPOSITORY
-from recipe import load_recipe
+from recipe import RecipeError, load_recipe
 from train import Run, TrainingError
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "clients"))
@@ -20,6 +22,7 @@ sys.path.insert(0, str(REPOSITORY / "tests" / "clients"))
 from lorry_server import BINARY, serving  # noqa: E402
 
 SMOKE_RECIPE = REPOSITORY / "lab" / "recipes" / "smoke.toml"
+OWN_EXAMPLES = REPOSITORY / "config" / "icl" / "python.jsonl"
 SMOKE_BASE = "smollm2:135m"
 
 
@@ -29,6 +32,12 @@ def smoke_base():
         return gguf_file(SMOKE_BASE)
     except MissingModel as missing:
         pytest.skip(f"skipped: {missing}")
+
+
+def _written(folder: Path, recipe: str) -> Path:
+    path = folder / "smoke.toml"
+    path.write_text(recipe.replace("../../config", str(REPOSITORY / "config")), encoding="utf-8")
+    return path
 
 
 def test_a_product_of_low_rank_survives_the_cut_to_it():
@@ -50,15 +59,14 @@ def test_a_resumed_training_ends_as_one_that_was_not_interrupted(tmp_path: Path,
     text = SMOKE_RECIPE.read_text(encoding="utf-8")
     for old, new in [
         ("lora_alpha = 8", "lora_alpha = 8\nlora_dropout = 0.1"),
+        ("epochs = 3", "epochs = 1"),
         ("max_examples = 64", "max_examples = 8\nmax_tokens = 48"),
         ("batch_size = 8", "batch_size = 2"),
         ("validation_examples = 8", "validation_examples = 2"),
     ]:
         assert old in text
         text = text.replace(old, new)
-    path = tmp_path / "smoke.toml"
-    path.write_text(text, encoding="utf-8")
-    recipe = load_recipe(path)
+    recipe = load_recipe(_written(tmp_path, text))
 
     whole = Run(recipe, tmp_path / "whole", torch.device("cpu"))
     whole.train()
@@ -83,6 +91,41 @@ def test_a_resumed_training_ends_as_one_that_was_not_interrupted(tmp_path: Path,
         second.train()
 
 
+@pytest.mark.parametrize(
+    ("peft", "tensor"),
+    [
+        ('peft_type = "LORA"\nuse_rslora = true\nr = 4\ntarget_modules = ["v_proj"]', "lora_A"),
+        ('peft_type = "LORA"\nuse_dora = true\nr = 4\ntarget_modules = ["v_proj"]', "lora_magnitude_vector"),
+        ('peft_type = "IA3"\ntarget_modules = ["v_proj", "down_proj"]\nfeedforward_modules = ["down_proj"]', "ia3_l"),
+        ('peft_type = "PROMPT_TUNING"\nnum_virtual_tokens = 4', "prompt_embeddings"),
+        ('peft_type = "PREFIX_TUNING"\nnum_virtual_tokens = 4', "prompt_embeddings"),
+    ],
+    ids=["rslora", "dora", "ia3", "prompt", "prefix"],
+)
+def test_every_other_method_that_lorry_serves_can_be_trained(tmp_path: Path, smoke_base: Path, peft: str, tensor: str):
+    settings = SMOKE_RECIPE.read_text(encoding="utf-8").replace("max_steps = 8", "max_steps = 1")
+    before, _, after = settings.partition("[peft]\n")
+    path = _written(tmp_path, f"{before}[peft]\n{peft}\n\n[training]{after.partition('[training]')[2]}")
+    run = Run(load_recipe(path), tmp_path / "out", torch.device("cpu"))
+    untrained = run.trainee.weights()
+    run.train()
+    run.write()
+    assert any((weights != untrained[name]).any() for name, weights in run.trainee.weights().items())
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any(tensor in name for name in saved)
+    assert all(weights.dtype == torch.float16 and weights.isfinite().all() for weights in saved.values())
+
+
+def test_a_text_of_another_length_than_the_prefix_is_refused(tmp_path: Path, smoke_base: Path):
+    recipe = replace(
+        load_recipe(SMOKE_RECIPE),
+        peft={"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2},
+        prefix_text="Generate Python code.",
+    )
+    with pytest.raises(RecipeError, match="prefix_text has [0-9]+ tokens"):
+        Run(recipe, tmp_path, torch.device("cpu"))
+
+
 def test_a_trained_adapter_is_served_and_evaluated(tmp_path: Path, smoke_base: Path):
     """`make lab-smoke`."""
     if not BINARY.is_file():
@@ -93,7 +136,7 @@ def test_a_trained_adapter_is_served_and_evaluated(tmp_path: Path, smoke_base: P
     assert figures["validation_loss"] < figures["base_validation_loss"]
 
     with serving("--model", SMOKE_BASE, "--adapters", adapter.parent) as server:
-        command = [sys.executable, lab / "evaluate.py", "conala", "--url", f"{server.url}/v1", "--limit", "4"]
+        command = [sys.executable, lab / "evaluate.py", OWN_EXAMPLES, "--url", f"{server.url}/v1", "--limit", "4"]
         arms = ["--arm", f"base={SMOKE_BASE}", "--arm", f"tuned={SMOKE_BASE}-smoke", "--out", tmp_path / "run"]
         subprocess.run([*command, *arms], check=True)
     scores = json.loads((tmp_path / "run" / "scores.json").read_text(encoding="utf-8"))
