@@ -161,6 +161,8 @@ impl BeamSearch {
 
 #[cfg(test)]
 mod tests {
+    use serde::Deserialize;
+
     use super::*;
 
     const END: u32 = 0;
@@ -183,6 +185,63 @@ mod tests {
     /// The log-probability of `p`.
     fn ln(p: f32) -> f32 {
         p.ln()
+    }
+
+    /// What transformers makes of the made-up models of tests/beams: see reference.py there.
+    #[derive(Deserialize)]
+    struct Reference {
+        first_token: u32,
+        stop_tokens: Vec<u32>,
+        tables: Vec<Table>,
+    }
+
+    #[derive(Deserialize)]
+    struct Table {
+        /// Of the next token, by the last one.
+        logits: Vec<Vec<f32>>,
+        cases: Vec<Case>,
+    }
+
+    #[derive(Deserialize)]
+    struct Case {
+        num_beams: usize,
+        max_tokens: usize,
+        length_penalty: f32,
+        early_stopping: bool,
+        /// Without the stop token.
+        tokens: Vec<Vec<u32>>,
+        scores: Vec<f32>,
+    }
+
+    /// The `num_candidates` most likely tokens, the best first.
+    fn most_likely(logits: &[f32], num_candidates: usize) -> Vec<(u32, f32)> {
+        let log_sum = logits.iter().map(|logit| logit.exp()).sum::<f32>().ln();
+        let mut tokens: Vec<_> = (0..).zip(logits).map(|(token, logit)| (token, logit - log_sum)).collect();
+        tokens.sort_by(|(_, a), (_, b)| b.total_cmp(a));
+        tokens.truncate(num_candidates);
+        tokens
+    }
+
+    #[test]
+    fn the_beams_are_those_of_transformers() {
+        let reference: Reference = serde_json::from_str(include_str!("../../tests/beams/reference.json")).unwrap();
+        for Table { logits, cases } in &reference.tables {
+            for case in cases {
+                let &Case { num_beams, max_tokens, length_penalty, early_stopping, .. } = case;
+                let options = BeamOptions { num_beams, length_penalty, early_stopping };
+                let search = BeamSearch::new(options, max_tokens, reference.stop_tokens.clone().into());
+                let num_candidates = search.num_candidates();
+                let found = run(search, |tokens| {
+                    let last = *tokens.last().unwrap_or(&reference.first_token);
+                    most_likely(&logits[last as usize], num_candidates)
+                });
+                let (tokens, scores): (Vec<_>, Vec<_>) = found.into_iter().unzip();
+                assert_eq!(tokens, case.tokens, "{options:?}");
+                for (got, expected) in scores.iter().zip(&case.scores) {
+                    assert!((got - expected).abs() < 1e-4 * expected.abs().max(1.0), "{options:?}: {got} {expected}");
+                }
+            }
+        }
     }
 
     #[test]
