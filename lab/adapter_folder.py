@@ -73,6 +73,8 @@ def write_adapter(model: PeftModel, recipe: Recipe, figures: Figures, out: Path)
             elif "lora_B" in name:
                 tensors[name] = tensor[:, : recipe.export_rank]
     save_file({name: t.half().contiguous() for name, t in tensors.items()}, weights_file, metadata={"format": "pt"})
+    # safetensors leaves a file that nobody but its owner reads; a server may run as another user.
+    weights_file.chmod(config_file.stat().st_mode)
     config_file.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     (out / "training.json").write_text(json.dumps(asdict(figures), indent=1) + "\n", encoding="utf-8")
     (out / "adapter.toml").write_text(_manifest(recipe), encoding="utf-8")

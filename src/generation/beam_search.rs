@@ -2,7 +2,8 @@
 //!
 //! Follows transformers' `GenerationMixin._beam_search` (version 5, without sampling), so that the same log-probabilities
 //! give the same beams: the candidates of all beams are ranked by the sum of their log-probabilities; those that end
-//! count only among the first `num_beams`, with that sum over `length ^ length_penalty`; the rest fill the beams.
+//! count only among the first `num_beams`, with that sum over `length ^ length_penalty`; the rest fill the beams. An
+//! output ends with a stop token, which is not a part of it, or with the token that completes a stop string.
 
 use std::sync::Arc;
 
@@ -96,9 +97,9 @@ impl BeamSearch {
         self.options.num_beams + self.stop_tokens.len()
     }
 
-    /// Takes the most likely next tokens of each running beam, with their log-probabilities. Returns whether the search
-    /// has ended.
-    pub fn advance(&mut self, next_tokens: &[Vec<(u32, f32)>]) -> bool {
+    /// Takes the most likely next tokens of each running beam, with their log-probabilities. `has_stop_string` says it of
+    /// the text of an output. Returns whether the search has ended.
+    pub fn advance(&mut self, next_tokens: &[Vec<(u32, f32)>], has_stop_string: impl Fn(&[u32]) -> bool) -> bool {
         let num_beams = self.options.num_beams;
         let candidates = self.running.iter().zip(next_tokens).enumerate().flat_map(|(beam, (running, next_tokens))| {
             let sum = running.sum;
@@ -109,15 +110,23 @@ impl BeamSearch {
         candidates.sort_by(|a, b| b.sum.total_cmp(&a.sum));
         self.num_tokens += 1;
         let is_last = self.num_tokens >= self.max_tokens;
-        let stops = |candidate: &Candidate| self.stop_tokens.contains(&candidate.token);
-        let (ends, goes_on): (Vec<_>, Vec<_>) =
-            candidates.iter().enumerate().partition(|(_, candidate)| is_last || stops(candidate));
-        let ended: Vec<Hypothesis> = ends
-            .into_iter()
-            .filter(|(rank, _)| *rank < num_beams)
-            .map(|(_, candidate)| self.hypothesis(candidate, stops(candidate)))
-            .collect();
-        let running = goes_on.into_iter().take(num_beams).map(|(_, candidate)| self.beam(candidate)).collect();
+        let mut running = Vec::with_capacity(num_beams);
+        let mut ended = Vec::new();
+        for (rank, candidate) in candidates.iter().enumerate() {
+            if rank >= num_beams && (is_last || running.len() == num_beams) {
+                break;
+            }
+            let beam = self.beam(candidate);
+            let has_stop_token = self.stop_tokens.contains(&candidate.token);
+            let stops = has_stop_token || has_stop_string(&beam.tokens);
+            if !stops && !is_last {
+                running.push(beam);
+            } else if rank < num_beams {
+                let reason = if stops { FinishReason::Stop } else { FinishReason::Length };
+                ended.push(self.hypothesis(beam, has_stop_token, reason));
+            }
+        }
+        running.truncate(num_beams);
         self.running = running;
         self.finished.extend(ended);
         self.finished.sort_by(|a, b| b.score.total_cmp(&a.score));
@@ -148,14 +157,14 @@ impl BeamSearch {
         Beam { tokens, logprobs, sum }
     }
 
-    fn hypothesis(&self, candidate: &Candidate, stops: bool) -> Hypothesis {
-        let Beam { mut tokens, mut logprobs, sum } = self.beam(candidate);
+    fn hypothesis(&self, beam: Beam, has_stop_token: bool, reason: FinishReason) -> Hypothesis {
+        let Beam { mut tokens, mut logprobs, sum } = beam;
         let score = self.score(sum, tokens.len());
-        if stops {
+        if has_stop_token {
             tokens.pop();
             logprobs.pop();
         }
-        Hypothesis { tokens, logprobs, score, reason: if stops { FinishReason::Stop } else { FinishReason::Length } }
+        Hypothesis { tokens, logprobs, score, reason }
     }
 }
 
@@ -173,10 +182,18 @@ mod tests {
     }
 
     /// Runs to the end over a made-up model: the most likely next tokens after some tokens.
-    fn run(mut search: BeamSearch, model: impl Fn(&[u32]) -> Vec<(u32, f32)>) -> Vec<(Vec<u32>, f32)> {
+    fn run(search: BeamSearch, model: impl Fn(&[u32]) -> Vec<(u32, f32)>) -> Vec<(Vec<u32>, f32)> {
+        run_to_stop_string(search, model, |_| false)
+    }
+
+    fn run_to_stop_string(
+        mut search: BeamSearch,
+        model: impl Fn(&[u32]) -> Vec<(u32, f32)>,
+        has_stop_string: impl Fn(&[u32]) -> bool,
+    ) -> Vec<(Vec<u32>, f32)> {
         loop {
             let next: Vec<_> = search.running().iter().map(|beam| model(&beam.tokens)).collect();
-            if search.advance(&next) {
+            if search.advance(&next, &has_stop_string) {
                 return search.finish().into_iter().map(|found| (found.tokens, found.score)).collect();
             }
         }
@@ -208,6 +225,8 @@ mod tests {
         max_tokens: usize,
         length_penalty: f32,
         early_stopping: bool,
+        /// Tokens that end an output and stay, as one does that completes a stop string.
+        last_tokens: Vec<u32>,
         /// Without the stop token.
         tokens: Vec<Vec<u32>>,
         scores: Vec<f32>,
@@ -231,10 +250,13 @@ mod tests {
                 let options = BeamOptions { num_beams, length_penalty, early_stopping };
                 let search = BeamSearch::new(options, max_tokens, reference.stop_tokens.clone().into());
                 let num_candidates = search.num_candidates();
-                let found = run(search, |tokens| {
+                let model = |tokens: &[u32]| {
                     let last = *tokens.last().unwrap_or(&reference.first_token);
                     most_likely(&logits[last as usize], num_candidates)
-                });
+                };
+                let has_stop_string =
+                    |tokens: &[u32]| tokens.last().is_some_and(|token| case.last_tokens.contains(token));
+                let found = run_to_stop_string(search, model, has_stop_string);
                 let (tokens, scores): (Vec<_>, Vec<_>) = found.into_iter().unzip();
                 assert_eq!(tokens, case.tokens, "{options:?}");
                 for (got, expected) in scores.iter().zip(&case.scores) {
@@ -290,8 +312,8 @@ mod tests {
     #[test]
     fn the_search_ends_when_nothing_can_become_better() {
         let mut search = search(1, 100, 1.0);
-        assert!(!search.advance(&[vec![(1, ln(0.9)), (END, ln(0.1))]]));
-        assert!(search.advance(&[vec![(END, ln(0.9)), (1, ln(0.05))]]));
+        assert!(!search.advance(&[vec![(1, ln(0.9)), (END, ln(0.1))]], |_| false));
+        assert!(search.advance(&[vec![(END, ln(0.9)), (1, ln(0.05))]], |_| false));
         assert_eq!(search.finish().len(), 1);
     }
 }

@@ -13,6 +13,8 @@ use super::beam_search::{Beam, BeamSearch, Hypothesis};
 use crate::adapter::canonical::Adapter;
 use crate::engine::EngineHandle;
 use crate::engine::request::{Event, PromptOutput, Request, SamplingParams, TokenLogprob};
+use crate::tokenizer::Tokenizer;
+use crate::tokenizer::detokenize::{Detokenizer, StopOutcome, StopStrings};
 
 /// One search, from its prompt to the events of its best outputs.
 #[derive(Debug)]
@@ -21,6 +23,9 @@ pub(super) struct BeamRun {
     pub prompt_tokens: Vec<u32>,
     pub num_pinned_tokens: usize,
     pub adapter: Option<Arc<Adapter>>,
+    pub tokenizer: Arc<Tokenizer>,
+    /// Strings that end an output.
+    pub stop: Vec<String>,
     /// `None` where nothing is to be generated.
     pub search: Option<BeamSearch>,
     /// One for each beam.
@@ -62,10 +67,17 @@ impl BeamRun {
             for answer in answers {
                 next_tokens.push(self.next_tokens(answer, search.is_new()).await?);
             }
-            if search.advance(&next_tokens) {
+            if search.advance(&next_tokens, |tokens| self.has_stop_string(tokens)) {
                 return Ok(search.finish());
             }
         }
+    }
+
+    fn has_stop_string(&self, tokens: &[u32]) -> bool {
+        let mut detokenizer = Detokenizer::new(self.tokenizer.clone());
+        let mut stops = StopStrings::new(self.stop.iter().cloned());
+        !self.stop.is_empty()
+            && tokens.iter().any(|&id| matches!(stops.push(&detokenizer.push(id)), StopOutcome::Stopped(_)))
     }
 
     /// Asks for the one token behind a beam, and for its rivals.
@@ -118,7 +130,8 @@ fn tell(choice: &mpsc::UnboundedSender<Event>, found: Hypothesis) {
         let logprob = Some(TokenLogprob { logprob, top: Vec::new() });
         Event::Token { id, logprob }
     });
-    for event in tokens.chain([Event::Score(found.score), Event::Finished(found.reason)]) {
+    // The score first: nothing is read behind the token that completes a stop string.
+    for event in [Event::Score(found.score)].into_iter().chain(tokens).chain([Event::Finished(found.reason)]) {
         let _ = choice.send(event);
     }
 }

@@ -253,6 +253,8 @@ impl Generation {
             prompt_tokens: prompt.tokens.clone(),
             num_pinned_tokens: prompt.num_pinned_tokens,
             adapter: model.adapter.clone(),
+            tokenizer: self.base.tokenizer.clone(),
+            stop: stop_strings(model, options),
             search: (prompt.max_tokens > 0).then(|| BeamSearch::new(beams, prompt.max_tokens, stop_tokens)),
             permits: permits.to_vec(),
             choices,
@@ -273,12 +275,10 @@ impl Generation {
         options: &GenerationOptions,
         accepted: Instant,
     ) -> (TextStream, mpsc::UnboundedSender<Event>) {
-        let mut stop = options.stop.clone();
-        stop.extend(model.adapter.iter().flat_map(|adapter| adapter.manifest.stop.iter().cloned()));
         let stream_options = TextStreamOptions {
             tokenizer: self.base.tokenizer.clone(),
             num_prompt_tokens: prompt.tokens.len(),
-            stop,
+            stop: stop_strings(model, options),
             logprobs: options.top_logprobs.is_some(),
             echo: options
                 .echo
@@ -288,6 +288,12 @@ impl Generation {
         let recorder = Recorder::new(self.metrics.clone(), model.metric_label(), accepted);
         (TextStream::new(receiver, stream_options, recorder, self.in_flight.subscribe()), events)
     }
+}
+
+/// Those of the request and those of its adapter.
+fn stop_strings(model: &ResolvedModel, options: &GenerationOptions) -> Vec<String> {
+    let of_adapter = model.adapter.iter().flat_map(|adapter| &adapter.manifest.stop);
+    options.stop.iter().chain(of_adapter).cloned().collect()
 }
 
 /// Below 2^53, which every JSON client reads back exactly.

@@ -10,7 +10,7 @@ import json
 import sys
 
 import torch
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutput
 
 VOCABULARY, FIRST_TOKEN, STOP_TOKENS = 40, 39, [0, 1]
@@ -28,20 +28,32 @@ class Table(PreTrainedModel, GenerationMixin):
         return CausalLMOutput(logits=self.logits[input_ids])
 
 
-def beams(model: Table, num_beams: int, max_tokens: int, length_penalty: float, early_stopping: bool) -> dict:
+class LastTokens(StoppingCriteria):
+    """Ends an output as a stop string does: with a token that stays in it."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = torch.tensor(tokens)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        return torch.isin(input_ids[:, -1], self.tokens)
+
+
+def beams(
+    model: Table, num_beams: int, max_tokens: int, length_penalty: float, early_stopping: bool, last_tokens: list[int]
+) -> dict:
     prompt = torch.tensor([[FIRST_TOKEN]])
     found = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), num_beams=num_beams, num_return_sequences=num_beams,
         do_sample=False, max_new_tokens=max_tokens, length_penalty=length_penalty, early_stopping=early_stopping,
         eos_token_id=STOP_TOKENS, pad_token_id=STOP_TOKENS[0], use_cache=False, return_dict_in_generate=True,
-        output_scores=True,
+        output_scores=True, stopping_criteria=StoppingCriteriaList([LastTokens(last_tokens)]),
     )  # fmt: skip
     tokens = [
         list(itertools.takewhile(lambda token: token not in STOP_TOKENS, beam[1:])) for beam in found.sequences.tolist()
     ]
     return {
         "num_beams": num_beams, "max_tokens": max_tokens, "length_penalty": length_penalty,
-        "early_stopping": early_stopping, "tokens": tokens, "scores": found.sequences_scores.tolist(),
+        "early_stopping": early_stopping, "last_tokens": last_tokens, "tokens": tokens, "scores": found.sequences_scores.tolist(),
     }  # fmt: skip
 
 
@@ -50,13 +62,13 @@ def main() -> None:
     tables = []
     # Of the second one, outputs end early and often; of the first, some only with the last token.
     for stop_bonus in (1.0, 3.0):
-        logits = (torch.randn(VOCABULARY, VOCABULARY) * 2 * 1000).round() / 1000
+        logits = (torch.randn(VOCABULARY, VOCABULARY) * 2 * 10_000).round() / 10_000
         logits[:, STOP_TOKENS] += stop_bonus
         model = Table(logits).eval()
-        options = itertools.product((2, 5, 16), (1, 9), (0.0, 1.0, -1.5), (False, True))
+        options = itertools.product((2, 5, 16), (1, 9), (0.0, 1.0, -1.5), (False, True), ([], [2, 3]))
         tables.append(
             {
-                "logits": [[round(value, 3) for value in row] for row in logits.tolist()],
+                "logits": [[round(value, 4) for value in row] for row in logits.tolist()],
                 "cases": [beams(model, *chosen) for chosen in options],
             }
         )

@@ -28,6 +28,23 @@ async fn the_choices_are_the_best_beams_in_falling_order_and_every_place_returns
 }
 
 #[tokio::test]
+async fn a_beam_ends_with_a_stop_string_and_keeps_its_score() {
+    let server = Server::quick().await;
+    let mut body = body();
+    body["stop"] = json!("d");
+    let reply = server.complete(body).await;
+    let choices = reply["choices"].as_array().unwrap();
+    assert_eq!((&choices[0]["text"], &choices[0]["finish_reason"]), (&json!("c"), &json!("stop")));
+    // Of the two tokens `c` and `d`, not of three.
+    let logprob = choices[0]["logprobs"]["token_logprobs"][0].as_f64().unwrap();
+    let score = choices[0]["score"].as_f64().unwrap();
+    assert!((score - logprob).abs() < 0.2 * logprob.abs(), "{logprob} {score}");
+    assert!(choices.iter().all(|choice| choice["score"].is_f64()), "{choices:?}");
+    let texts: std::collections::HashSet<_> = choices.iter().map(|choice| choice["text"].to_string()).collect();
+    assert_eq!(texts.len(), 4);
+}
+
+#[tokio::test]
 async fn a_search_ends_when_its_client_goes_away() {
     let server = Server::slow().await;
     let mut body = body();
