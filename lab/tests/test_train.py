@@ -103,7 +103,14 @@ def test_a_resumed_training_ends_as_one_that_was_not_interrupted(tmp_path: Path,
     ids=["rslora", "dora", "ia3", "prompt", "prefix"],
 )
 def test_every_other_method_that_lorry_serves_can_be_trained(tmp_path: Path, smoke_base: Path, peft: str, tensor: str):
-    settings = SMOKE_RECIPE.read_text(encoding="utf-8").replace("max_steps = 8", "max_steps = 1")
+    settings = SMOKE_RECIPE.read_text(encoding="utf-8")
+    for old, new in [
+        ("max_steps = 8", "max_steps = 1"),
+        ("batch_size = 8", "batch_size = 1"),
+        ("validation_examples = 8", "validation_examples = 1"),
+    ]:
+        assert old in settings
+        settings = settings.replace(old, new)
     before, _, after = settings.partition("[peft]\n")
     path = _written(tmp_path, f"{before}[peft]\n{peft}\n\n[training]{after.partition('[training]')[2]}")
     run = Run(load_recipe(path), tmp_path / "out", torch.device("cpu"))
