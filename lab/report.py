@@ -147,9 +147,11 @@ def report(scores: list[dict[str, Any]], timing: list[dict[str, Any]], adapters:
             caption = f"{METRIC_TITLES[metric]} of each arm, and against what it costs"
             parts.append(f"![{caption}]({folder.name}/{image.name})")
         timed = {s.arm: s for s in summarize(timing) if s.suite == suite and s.ttft_ms is not None}
-        one_each = {summary.arm: summary for summary in reversed(of_suite)}
+        first_of_arm: dict[str, Summary] = {}
+        for summary in of_suite:
+            first_of_arm.setdefault(summary.arm, summary)
         title = f"### {suite}: what it costs{_conditions(list(timed.values()))}"
-        parts.append(f"{title}\n\n{cost_table(list(reversed(one_each.values())), timed, adapters)}")
+        parts.append(f"{title}\n\n{cost_table(list(first_of_arm.values()), timed, adapters)}")
     return "\n\n".join(parts)
 
 
