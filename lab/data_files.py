@@ -25,6 +25,10 @@ class MissingData(Exception):
     """A data set is not on this machine."""
 
 
+class BadData(Exception):
+    """A file of one's own is not written as it should be."""
+
+
 def data_file(path: str) -> Path:
     """The file at `path`, `FOLDER/FILE`, below the folder with the data."""
     root = Path(os.environ.get("LORRY_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -33,10 +37,6 @@ def data_file(path: str) -> Path:
         public_name = PUBLIC_NAMES[path.partition("/")[0]]
         raise MissingData(f"{file} is missing: get it from the public data set {public_name}, or set LORRY_DATA")
     return file
-
-
-class BadData(Exception):
-    """A file of one's own is not written as it should be."""
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:

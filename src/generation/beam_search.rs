@@ -126,7 +126,6 @@ impl BeamSearch {
                 ended.push(self.hypothesis(beam, has_stop_token, reason));
             }
         }
-        running.truncate(num_beams);
         self.running = running;
         self.finished.extend(ended);
         self.finished.sort_by(|a, b| b.score.total_cmp(&a.score));

@@ -53,7 +53,8 @@ def beams(
     ]
     return {
         "num_beams": num_beams, "max_tokens": max_tokens, "length_penalty": length_penalty,
-        "early_stopping": early_stopping, "last_tokens": last_tokens, "tokens": tokens, "scores": found.sequences_scores.tolist(),
+        "early_stopping": early_stopping, "last_tokens": last_tokens,
+        "tokens": tokens, "scores": found.sequences_scores.tolist(),
     }  # fmt: skip
 
 
