@@ -7,6 +7,7 @@
 pub mod activations;
 pub mod attention;
 pub mod cpu;
+pub mod cuda;
 pub mod elementwise;
 pub mod gemm;
 pub mod half_matrix;

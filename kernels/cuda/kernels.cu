@@ -1,0 +1,4 @@
+// All kernels: one program, one PTX.
+#include "device.cuh"
+//
+#include "args.cuh"

@@ -1,0 +1,4 @@
+//! A CUDA device: the kernels of `kernels/cuda`, over a driver.
+
+pub mod args;
+pub mod driver;
