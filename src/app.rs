@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
-use kernels::attention::{BLOCK_SIZE, KvStore};
+use kernels::attention::BLOCK_SIZE;
+use kernels::device::{DeviceError, StepLimits};
+use kernels::host::Host;
 use kernels::{Cpu, Isa};
 use tracing::{error, info, warn};
 
@@ -25,6 +27,7 @@ use crate::model::decoder::Decoder;
 use crate::model::gguf::{GgufError, GgufFile};
 use crate::model::pull::{self, PullError};
 use crate::model::spec::ModelSpec;
+use crate::model::unquantized;
 use crate::prompt::PromptError;
 use crate::prompt::chat::ChatTemplate;
 use crate::prompt::fim::FillInMiddle;
@@ -45,6 +48,8 @@ pub enum AppError {
     Tokenizer { path: PathBuf, source: TokenizerError },
     #[error("chat template of {path}: {source}")]
     ChatTemplate { path: PathBuf, source: PromptError },
+    #[error("the model does not run on the device: {0}")]
+    Device(#[from] DeviceError),
     #[error(transparent)]
     Adapters(#[from] RegistryError),
     #[error(transparent)]
@@ -89,7 +94,7 @@ impl App {
         );
         let base = load_base(&path, &source.id)?;
         let adapters = Arc::new(load_adapters(&config, &path, &metrics)?);
-        let engine = start_engine(decoder, &config, &metrics);
+        let engine = start_engine(decoder, &config, &metrics)?;
 
         let (database, on_roll_back) = (config.experiments.path(&home), roll_back_adapter(&adapters));
         let experiments = Experiments::start(&config.experiments, database, &source.id, metrics.clone(), on_roll_back)
@@ -103,14 +108,14 @@ impl App {
     }
 }
 
-fn load_decoder(path: &Path, config: &Config) -> Result<Decoder, AppError> {
+fn load_decoder(path: &Path, config: &Config) -> Result<Decoder<Host>, AppError> {
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let num_threads = if config.engine.threads == 0 { cores } else { config.engine.threads };
     let isa = config.engine.instruction_set.unwrap_or_else(Isa::detect);
     let cpu = Cpu::new(isa, num_threads);
-    info!("CPU kernels: {} on {} threads", cpu.isa(), cpu.pool().num_threads());
     let context_length = if config.engine.context_length == 0 { usize::MAX } else { config.engine.context_length };
-    Decoder::load(path, cpu, context_length).map_err(|source| AppError::Model { path: path.to_path_buf(), source })
+    let device = Host::new(cpu, unquantized::load);
+    Decoder::load(path, device, context_length).map_err(|source| AppError::Model { path: path.to_path_buf(), source })
 }
 
 fn load_base(path: &Path, id: &str) -> Result<Base, AppError> {
@@ -147,20 +152,21 @@ fn roll_back_adapter(adapters: &Arc<AdapterRegistry>) -> OnRollBack {
     })
 }
 
-fn start_engine(decoder: Decoder, config: &Config, metrics: &Arc<Metrics>) -> EngineHandle {
+fn start_engine(mut decoder: Decoder<Host>, config: &Config, metrics: &Arc<Metrics>) -> Result<EngineHandle, AppError> {
     let spec = decoder.spec();
-    let block_bytes = KvStore::block_bytes(spec.num_layers, spec.num_kv_heads, spec.head_dim);
+    let context_length = spec.context_length;
     // More blocks than all sequences together could fill would never be touched.
-    let most = config.engine.max_sequences.saturating_mul(spec.context_length.div_ceil(BLOCK_SIZE));
-    let num_blocks = ((config.engine.kv_cache_mib << 20) / block_bytes).clamp(1, most);
-    let kv = KvStore::new(spec.num_layers, spec.num_kv_heads, spec.head_dim, num_blocks);
+    let most = config.engine.max_sequences.saturating_mul(context_length.div_ceil(BLOCK_SIZE));
+    let num_blocks = ((config.engine.kv_cache_mib << 20) / spec.shape().kv_block_bytes()).clamp(1, most);
+    let limits = StepLimits { max_rows: config.engine.max_batch_rows, max_sequences: config.engine.max_sequences };
+    decoder.reserve(limits, num_blocks)?;
     let engine_config = EngineConfig {
         max_batch_rows: config.engine.max_batch_rows,
         max_sequences: config.engine.max_sequences,
         max_queued: config.engine.max_queued,
-        context_length: spec.context_length,
+        context_length,
         max_draft_tokens: config.engine.max_draft_tokens,
     };
     info!("KV store: {num_blocks} blocks of {BLOCK_SIZE} tokens");
-    EngineHandle::start(Box::new(decoder), kv, engine_config, metrics.clone())
+    Ok(EngineHandle::start(Box::new(decoder), engine_config, metrics.clone()))
 }

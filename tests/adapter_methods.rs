@@ -66,12 +66,12 @@ fn every_method_reports_its_name_and_what_it_changes() {
 #[test]
 fn every_part_goes_to_its_place() {
     let everywhere = load(&good(Kind::LoraEverywhere).files()).unwrap();
-    assert!(matches!(&everywhere.head, Some(HeadDelta::Delta(delta)) if delta.low_rank.is_some()));
-    let embedding = everywhere.embedding.unwrap();
+    assert!(matches!(&everywhere.weights.head, Some(HeadDelta::Delta(delta)) if delta.low_rank.is_some()));
+    let embedding = everywhere.weights.embedding.as_ref().unwrap();
     let (_, a) = &good(Kind::LoraEverywhere).tensors[&format!("{PREFIX}model.embed_tokens.lora_embedding_A")];
     assert_eq!(embedding.a[7 * 3 + 2], f16::from_f32(a[2 * 40 + 7]));
 
-    assert!(matches!(load(&good(Kind::LoraSavedHead).files()).unwrap().head, Some(HeadDelta::Replaced(_))));
+    assert!(matches!(load(&good(Kind::LoraSavedHead).files()).unwrap().weights.head, Some(HeadDelta::Replaced(_))));
 
     let ia3 = load(&good(Kind::Ia3).files()).unwrap();
     let site = |module| ia3.site(1, module).unwrap();
@@ -80,7 +80,9 @@ fn every_part_goes_to_its_place() {
 
     let prefix = load(&good(Kind::PrefixTuning).files()).unwrap();
     let (_, values) = &good(Kind::PrefixTuning).tensors["prompt_embeddings"];
-    let Some(Prelude::KeyValues { keys, values: v, .. }) = &prefix.prelude else { panic!("{:?}", prefix.prelude) };
+    let Some(Prelude::KeyValues { keys, values: v, .. }) = &prefix.weights.prelude else {
+        panic!("{:?}", prefix.weights.prelude)
+    };
     // Token 3, layer 1, in rows of 2 layers with K and V of 16.
     assert_eq!(keys[1][3 * 16..4 * 16], values[3 * 64 + 32..][..16]);
     assert_eq!(v[1][3 * 16..4 * 16], values[3 * 64 + 48..][..16]);

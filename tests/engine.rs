@@ -7,13 +7,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use events::next_event;
-use kernels::attention::{BLOCK_SIZE, BlockId, KvStore};
-use lorry::adapter::canonical::{Adapter, Prelude};
+use kernels::attention::{BLOCK_SIZE, BlockId};
+use kernels::device::{DeviceError, HostLogits, OnLogits};
+use lorry::adapter::canonical::{Adapter, AdapterWeights, Prelude};
 use lorry::engine::request::{Event, FinishReason, PromptOutput, Request, SamplingParams};
 use lorry::engine::{EngineConfig, EngineHandle, EngineState, EngineStopped, Overloaded};
 use lorry::metrics::Metrics;
 use lorry::model::spec::{Architecture, ModelSpec};
-use lorry::model::{ForwardBatch, Model, StepError};
+use lorry::model::{ForwardBatch, Model};
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 
 const VOCAB_SIZE: usize = 64;
@@ -26,13 +27,14 @@ const NAN: u32 = 63;
 /// block, position, adapter or order of rows changes everything that follows.
 struct HashModel {
     spec: ModelSpec,
+    num_blocks: usize,
     states: HashMap<(BlockId, usize), u64>,
     /// Steps wait while a test holds it.
     gate: Arc<Mutex<()>>,
 }
 
 impl HashModel {
-    fn new(gate: Arc<Mutex<()>>) -> Self {
+    fn new(gate: Arc<Mutex<()>>, num_blocks: usize) -> Self {
         let spec = ModelSpec {
             architecture: Architecture::Llama,
             hidden_size: 32,
@@ -46,7 +48,7 @@ impl HashModel {
             rms_norm_eps: 1e-5,
             context_length: 1024,
         };
-        Self { spec, states: HashMap::new(), gate }
+        Self { spec, num_blocks, states: HashMap::new(), gate }
     }
 }
 
@@ -60,12 +62,11 @@ impl Model for HashModel {
         &self.spec
     }
 
-    fn forward(
-        &mut self,
-        batch: &ForwardBatch<'_>,
-        _kv: &mut KvStore,
-        on_logits: &mut dyn FnMut(usize, &mut [f32]),
-    ) -> Result<(), StepError> {
+    fn num_kv_blocks(&self) -> usize {
+        self.num_blocks
+    }
+
+    fn forward(&mut self, batch: &ForwardBatch<'_>, on_logits: &mut OnLogits<'_>) -> Result<(), DeviceError> {
         drop(self.gate.lock());
         for copy in batch.copies {
             for offset in 0..BLOCK_SIZE {
@@ -80,7 +81,7 @@ impl Model for HashModel {
             let slot = |position: usize| (sequence.block_table[position / BLOCK_SIZE], position % BLOCK_SIZE);
             for (position, row) in (sequence.first_position..).zip(sequence.rows.clone()) {
                 match batch.tokens[row] {
-                    BROKEN => return Err(candle_core::Error::Msg("a broken layer".to_owned()).into()),
+                    BROKEN => return Err(DeviceError::BaseLayer("a broken layer".to_owned())),
                     PANIC => panic!("a bad token"),
                     _ => {}
                 }
@@ -96,7 +97,7 @@ impl Model for HashModel {
                 (0..VOCAB_SIZE as u64).map(|id| (mix(row_states[row], id) >> 40) as f32 / (1 << 21) as f32).collect();
             logits[BROKEN as usize..].fill(-1e9);
             logits[NAN as usize] = if batch.tokens[row] == NAN { f32::NAN } else { -1e9 };
-            on_logits(index, &mut logits);
+            on_logits(index, &mut HostLogits(&mut logits))?;
         }
         Ok(())
     }
@@ -114,7 +115,7 @@ fn start_gated(max_batch_rows: usize, num_blocks: usize, metrics: &Arc<Metrics>,
 }
 
 fn start_with(config: EngineConfig, num_blocks: usize, metrics: &Arc<Metrics>, gate: Arc<Mutex<()>>) -> EngineHandle {
-    EngineHandle::start(Box::new(HashModel::new(gate)), KvStore::new(1, 1, 32, num_blocks), config, metrics.clone())
+    EngineHandle::start(Box::new(HashModel::new(gate, num_blocks)), config, metrics.clone())
 }
 
 fn start_roomy() -> EngineHandle {
@@ -264,7 +265,8 @@ fn guessing_ahead_changes_no_event_and_returns_everything() {
 fn a_prelude_takes_positions_and_no_prompt_tokens() {
     let rows = vec![0.0; 5 * 32];
     let prelude = Some(Prelude::Embeddings { num_tokens: 5, rows });
-    let adapter = Adapter { generation: "with prelude".to_owned(), prelude, ..Adapter::default() };
+    let weights = Arc::new(AdapterWeights { prelude, ..AdapterWeights::default() });
+    let adapter = Adapter { generation: "with prelude".to_owned(), weights, ..Adapter::default() };
     let handle = start_roomy();
     let ask = Ask { adapter: Some(Arc::new(adapter)), ..Ask::new((0..30).collect(), 4) };
     for cached in [0, 29] {

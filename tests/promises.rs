@@ -12,6 +12,8 @@ use std::sync::Arc;
 use candle_core::quantized::GgmlDType;
 use events::next_event;
 use kernels::attention::{BLOCK_SIZE, BlockId};
+use kernels::device::{Device, Logits};
+use kernels::host::Host;
 use kernels::{Cpu, Isa};
 use lorry::adapter::canonical::Adapter;
 use lorry::adapter::files::AdapterFiles;
@@ -31,7 +33,7 @@ use rand_chacha::ChaCha8Rng;
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use shapes::Shapes;
 use tiny::peft::{Kind, PeftAdapter, with_virtual_tokens};
-use tiny::{Lora, TinyModel, kv_store, logits_alone, random_tokens};
+use tiny::{LIMITS, Lora, TinyModel, host, logits_alone, place, random_tokens};
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 
 const MAX_QUEUED: usize = 256;
@@ -74,13 +76,15 @@ fn members(spec: &ModelSpec, adapters: &[Arc<Adapter>], length: usize) -> Vec<Me
 
 /// Logits `[member][position][vocab]` of all members side by side: they begin at different steps, every other one is
 /// prefilled `chunk` rows at a time, the rest go row by row as in decoding, and their KV blocks interleave.
-fn logits_together(decoder: &mut Decoder, members: &[Member], chunk: usize) -> Vec<Vec<Vec<f32>>> {
+fn logits_together<D: Device>(decoder: &mut Decoder<D>, members: &[Member], chunk: usize) -> Vec<Vec<Vec<f32>>> {
     let longest = members.iter().map(|member| member.tokens.len()).max().unwrap_or(0);
     let num_blocks = longest.div_ceil(BLOCK_SIZE);
     let block = |member: usize, index: usize| BlockId(((num_blocks - 1 - index) * members.len() + member) as u32);
     let tables: Vec<Vec<BlockId>> =
         (0..members.len()).map(|member| (0..num_blocks).map(|index| block(member, index)).collect()).collect();
-    let mut kv = kv_store(decoder.spec(), num_blocks * members.len());
+    decoder.reserve(LIMITS, num_blocks * members.len()).unwrap();
+    let adapters = members.iter().filter_map(|member| member.adapter.as_ref());
+    let _leases: Vec<_> = adapters.map(|adapter| place(decoder, adapter)).collect();
     let mut all: Vec<Vec<Vec<f32>>> = vec![Vec::new(); members.len()];
     let mut step = 0;
     while all.iter().zip(members).any(|(logits, member)| logits.len() < member.tokens.len()) {
@@ -111,7 +115,8 @@ fn logits_together(decoder: &mut Decoder, members: &[Member], chunk: usize) -> V
             groups: &groups,
             logits_rows: &logits_rows,
         };
-        decoder.forward(&batch, &mut kv, &mut |row, logits| all[owners[row]].push(logits.to_vec())).unwrap();
+        let mut keep = |row: usize, logits: &mut dyn Logits| Ok(all[owners[row]].push(logits.all()?.to_vec()));
+        decoder.forward(&batch, &mut keep).unwrap();
         step += 1;
     }
     all
@@ -122,7 +127,7 @@ fn bits(logits: &[Vec<f32>]) -> Vec<Vec<u32>> {
 }
 
 /// Runs every member alone on one thread, then all together with each number of threads and size of chunk.
-fn check_rows(load: &dyn Fn(Cpu) -> Decoder, isa: Isa, length: usize, threads_and_chunks: &[(usize, usize)]) {
+fn check_rows(load: &dyn Fn(Cpu) -> Decoder<Host>, isa: Isa, length: usize, threads_and_chunks: &[(usize, usize)]) {
     let mut alone = load(Cpu::new(isa, 1));
     let adapters = random_adapters(alone.spec());
     let members = members(alone.spec(), &adapters, length);
@@ -162,7 +167,7 @@ fn a_row_of_a_real_model_has_the_bits_of_the_row_alone() {
     if !path.exists() {
         return println!("skipped: smollm2:135m is not there");
     }
-    check_rows(&|cpu| Decoder::load(&path, cpu, 256).unwrap(), Isa::detect(), 10, &[(2, 7)]);
+    check_rows(&|cpu| Decoder::load(&path, host(cpu), 256).unwrap(), Isa::detect(), 10, &[(2, 7)]);
 }
 
 fn start(model: &TinyModel, max_batch_rows: usize, num_blocks: usize, metrics: &Arc<Metrics>) -> EngineHandle {
@@ -183,8 +188,9 @@ fn start_guessing(
         context_length: 256,
         max_draft_tokens,
     };
-    let decoder = model.load(Cpu::new(Isa::detect(), 2));
-    EngineHandle::start(Box::new(decoder), kv_store(&model.spec, num_blocks), config, metrics.clone())
+    let mut decoder = model.load(Cpu::new(Isa::detect(), 2));
+    decoder.reserve(LIMITS, num_blocks).unwrap();
+    EngineHandle::start(Box::new(decoder), config, metrics.clone())
 }
 
 fn start_roomy(model: &TinyModel) -> EngineHandle {

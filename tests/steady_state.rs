@@ -16,7 +16,7 @@ use lorry::model::{AdapterGroup, ForwardBatch, Model, SequenceRows};
 use shapes::Shapes;
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 use tiny::peft::{Kind, PeftAdapter, with_virtual_tokens};
-use tiny::{TinyModel, kv_store, random_tokens};
+use tiny::{LIMITS, TinyModel, random_tokens};
 
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
@@ -54,10 +54,10 @@ fn a_step_allocates_nothing_after_the_first_of_its_size() {
 
     for isa in Isa::available() {
         let mut decoder = model.load(Cpu::new(isa, 2));
-        let mut kv = kv_store(&model.spec, adapters.len());
+        decoder.reserve(LIMITS, adapters.len()).unwrap();
         let mut step = || {
             let mut total = 0.0;
-            decoder.forward(&batch, &mut kv, &mut |_, logits| total += logits[0]).unwrap();
+            decoder.forward(&batch, &mut |_, logits| Ok(total += logits.all()?[0])).unwrap();
             total
         };
         // A worker takes memory when it starts and when it unpacks for the first time, which is not before the system

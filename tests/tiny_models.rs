@@ -21,7 +21,7 @@ use lorry::model::{AdapterGroup, FIRST_VIRTUAL_TOKEN, ForwardBatch, Model, Seque
 use reference::Reference;
 use shapes::Shapes;
 use tiny::peft::{Kind, PeftAdapter, with_virtual_tokens};
-use tiny::{Lora, TinyModel, kv_store, logits_alone, random_tokens, weight_name};
+use tiny::{LIMITS, Lora, TinyModel, host, logits_alone, place, random_tokens, weight_name};
 
 const QUANTIZED: [GgmlDType; 10] = [
     GgmlDType::Q4_0,
@@ -162,7 +162,8 @@ fn a_token_that_is_in_no_vocabulary_and_no_prelude_is_an_error() {
     let model = TinyModel::new(Architecture::Llama, GgmlDType::Q8_0, 16);
     let mut decoder = model.load(Cpu::new(Isa::detect(), 1));
     let prompt = PeftAdapter::random(Kind::PromptTuning, &model.spec, 1).load("prompt", &Shapes(model.spec.clone()));
-    let mut kv = kv_store(&model.spec, 1);
+    decoder.reserve(LIMITS, 1).unwrap();
+    let _lease = place(&mut decoder, &prompt);
     for (token, adapter) in [
         (model.spec.vocab_size as u32, None),
         (FIRST_VIRTUAL_TOKEN, None),
@@ -176,7 +177,7 @@ fn a_token_that_is_in_no_vocabulary_and_no_prelude_is_an_error() {
             groups: &groups,
             logits_rows: &[],
         };
-        let error = decoder.forward(&batch, &mut kv, &mut |_, _| ()).unwrap_err();
+        let error = decoder.forward(&batch, &mut |_, _| Ok(())).unwrap_err();
         assert!(error.to_string().contains(&token.to_string()), "{error}");
     }
 }
@@ -192,7 +193,7 @@ fn the_description_of_the_decoder_is_read_from_the_metadata() {
 /// Why a file is refused.
 fn refusal(path: &Path) -> String {
     let cpu = Cpu::new(Isa::detect(), 1);
-    Decoder::load(path, cpu, usize::MAX).map(|_| ()).expect_err("a damaged file is refused").to_string()
+    Decoder::load(path, host(cpu), usize::MAX).map(|_| ()).expect_err("a damaged file is refused").to_string()
 }
 
 #[test]

@@ -6,17 +6,21 @@
 
 pub mod activations;
 pub mod attention;
+pub mod canonical;
 pub mod cpu;
 pub mod cuda;
+pub mod device;
 pub mod elementwise;
 pub mod gemm;
 pub mod half_matrix;
+pub mod host;
 pub mod linear;
 pub mod low_rank;
 pub mod mapped_file;
 pub mod merged_norm;
 pub mod quantized;
 mod simd;
+pub mod step;
 pub mod threads;
 
 pub use cpu::{Cpu, Isa};

@@ -2,9 +2,13 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use memmap2::Mmap;
+
+use crate::quantized::WeightType;
 
 /// A file mapped for reading. Pages are read when they are touched.
 #[derive(Debug)]
@@ -33,5 +37,31 @@ impl MappedFile {
 
     pub fn bytes(&self) -> &[u8] {
         &self.0
+    }
+}
+
+/// The rows of a matrix in a mapped file: found once, so that reading a row takes neither a look-up nor memory.
+#[derive(Debug, Clone)]
+pub struct MappedRows {
+    pub file: Arc<MappedFile>,
+    pub weight_type: WeightType,
+    /// Of the matrix, in bytes of the file.
+    pub place: Range<usize>,
+    pub num_rows: usize,
+}
+
+impl MappedRows {
+    /// Bytes of the whole matrix.
+    pub fn bytes(&self) -> &[u8] {
+        &self.file.bytes()[self.place.clone()]
+    }
+
+    /// Row `index` as f32; `row` is `[columns]`.
+    ///
+    /// # Panics
+    /// When the matrix has fewer rows.
+    pub fn dequantize_row(&self, index: usize, row: &mut [f32]) {
+        let row_bytes = self.place.len() / self.num_rows.max(1);
+        self.weight_type.dequantize_row(&self.bytes()[index * row_bytes..][..row_bytes], row);
     }
 }

@@ -1,12 +1,10 @@
-//! The one form every PEFT method is turned into; the kernels know nothing of PEFT names.
-//!
-//! `y = output_scale ∘ (W (input_scale ∘ x) + b + s·B(A x)) + bias`, where `b` is the base's own bias: a method that leaves
-//! `b` unscaled folds the difference into `bias` when it loads.
+//! A loaded adapter: its weights in the one form that every PEFT method is turned into, and what is known about it.
 
 use std::fmt;
+use std::sync::Arc;
 
-use half::f16;
-use kernels::half_matrix::HalfMatrix;
+use kernels::canonical::LAYERS_PER_BLOCK;
+pub use kernels::canonical::{AdapterWeights, EmbeddingDelta, HeadDelta, Prelude, SiteDelta};
 use kernels::low_rank::LowRank;
 use serde::Serialize;
 
@@ -40,100 +38,6 @@ impl fmt::Display for Method {
     }
 }
 
-/// What an adapter does at one site (a linear layer of one decoder block). Rows are in Hugging Face order.
-#[derive(Debug, Default)]
-pub struct SiteDelta {
-    /// `[in]`
-    pub input_scale: Option<Vec<f32>>,
-    /// `s·B(A x)`, with the scale `s` folded in.
-    pub low_rank: Option<LowRank>,
-    /// `[out]`
-    pub output_scale: Option<Vec<f32>>,
-    /// `[out]`, added last.
-    pub bias: Option<Vec<f32>>,
-}
-
-impl SiteDelta {
-    /// Bytes in memory.
-    fn bytes(&self) -> usize {
-        let vectors = [&self.input_scale, &self.output_scale, &self.bias].into_iter().flatten();
-        self.low_rank.as_ref().map_or(0, LowRank::bytes) + vectors.map(|v| size_of_val(v.as_slice())).sum::<usize>()
-    }
-}
-
-/// `E[x] + s·(Aᵀ[x])Bᵀ`: what an adapter adds to the embedding of a token.
-#[derive(Debug)]
-pub struct EmbeddingDelta {
-    pub rank: usize,
-    /// `[vocab_size, rank]`
-    pub a: Vec<f16>,
-    /// `[rank, hidden_size]`, with the scale folded in.
-    pub b: Vec<f32>,
-}
-
-impl EmbeddingDelta {
-    /// Adds what it changes for `token` to the token's embedding `[hidden_size]`.
-    pub fn add_to(&self, token: usize, embedding: &mut [f32]) {
-        let a = &self.a[token * self.rank..][..self.rank];
-        for (a, b) in a.iter().zip(self.b.chunks_exact(embedding.len())) {
-            let a = a.to_f32();
-            embedding.iter_mut().zip(b).for_each(|(e, b)| *e += a * b);
-        }
-    }
-
-    /// Bytes in memory.
-    fn bytes(&self) -> usize {
-        size_of_val(self.a.as_slice()) + size_of_val(self.b.as_slice())
-    }
-}
-
-/// What an adapter does to the output head.
-#[derive(Debug)]
-pub enum HeadDelta {
-    Delta(SiteDelta),
-    /// A head of its own, `[vocab_size, hidden_size]`, instead of the base's.
-    Replaced(HalfMatrix),
-}
-
-impl HeadDelta {
-    /// Bytes in memory.
-    fn bytes(&self) -> usize {
-        match self {
-            Self::Delta(delta) => delta.bytes(),
-            Self::Replaced(matrix) => matrix.bytes(),
-        }
-    }
-}
-
-/// What stands before the tokens of every sequence of an adapter: positions `0..num_tokens`, real tokens come after.
-#[derive(Debug)]
-pub enum Prelude {
-    /// Rows in place of token embeddings, `[num_tokens, hidden_size]` (prompt tuning, P-tuning).
-    Embeddings { num_tokens: usize, rows: Vec<f32> },
-    /// Keys and values in place of computed ones, without rotary embedding (prefix tuning).
-    /// `keys` and `values` are `[num_layers][num_tokens, num_kv_heads · head_dim]`, heads in Hugging Face order.
-    KeyValues { num_tokens: usize, keys: Vec<Vec<f32>>, values: Vec<Vec<f32>> },
-}
-
-impl Prelude {
-    /// Positions before the first real token.
-    pub fn num_tokens(&self) -> usize {
-        match self {
-            Self::Embeddings { num_tokens, .. } | Self::KeyValues { num_tokens, .. } => *num_tokens,
-        }
-    }
-
-    /// Bytes in memory.
-    fn bytes(&self) -> usize {
-        match self {
-            Self::Embeddings { rows, .. } => size_of_val(rows.as_slice()),
-            Self::KeyValues { keys, values, .. } => {
-                keys.iter().chain(values).map(|rows| size_of_val(rows.as_slice())).sum()
-            }
-        }
-    }
-}
-
 /// A loaded adapter: one generation of one name, immutable. Sequences hold it by `Arc` for as long as they run.
 #[derive(Debug, Default)]
 pub struct Adapter {
@@ -141,11 +45,8 @@ pub struct Adapter {
     /// SHA-256 of the adapter's files, hexadecimal: what a sequence and its KV blocks are pinned to.
     pub generation: String,
     pub method: Method,
-    /// `[num_layers][Module as usize]`; empty where no layer is changed.
-    pub layers: Vec<[Option<SiteDelta>; Module::ALL.len()]>,
-    pub embedding: Option<EmbeddingDelta>,
-    pub head: Option<HeadDelta>,
-    pub prelude: Option<Prelude>,
+    /// Its layers are `[num_layers][Module as usize]`.
+    pub weights: Arc<AdapterWeights>,
     pub coverage: Coverage,
     /// What its author says about it, and the defaults of its requests.
     pub manifest: AdapterManifest,
@@ -163,7 +64,7 @@ pub struct Member {
 
 impl Adapter {
     pub fn site(&self, layer: usize, module: Module) -> Option<&SiteDelta> {
-        self.layers.get(layer)?[module as usize].as_ref()
+        self.weights.site(layer, module as usize)
     }
 
     /// The adapters of a composition, or this one at strength 1.
@@ -177,7 +78,7 @@ impl Adapter {
 
     /// Positions before the first real token of a sequence.
     pub fn num_virtual_tokens(&self) -> usize {
-        self.prelude.as_ref().map_or(0, Prelude::num_tokens)
+        self.weights.prelude.as_ref().map_or(0, Prelude::num_tokens)
     }
 }
 
@@ -198,23 +99,20 @@ pub struct Coverage {
 impl Coverage {
     /// Of an adapter whose sites have been found to be those that its configuration names.
     pub fn of(adapter: &Adapter) -> Self {
-        let Adapter { layers, embedding, head, prelude, .. } = adapter;
-        let sites = || layers.iter().flatten().flatten();
-        let head_delta = head.iter().filter_map(|head| match head {
-            HeadDelta::Delta(delta) => Some(delta),
-            HeadDelta::Replaced(_) => None,
-        });
-        let ranks = sites().chain(head_delta).filter_map(|site| Some(site.low_rank.as_ref()?.rank()));
-        let num_sites = sites().count() + usize::from(embedding.is_some()) + usize::from(head.is_some());
+        let AdapterWeights { embedding, head, .. } = &*adapter.weights;
+        let sites = adapter.weights.sites().chain(adapter.weights.head_delta());
+        let ranks = sites.filter_map(|site| site.low_rank.as_ref().map(LowRank::rank));
+        let num_sites =
+            adapter.weights.sites().count() + usize::from(embedding.is_some()) + usize::from(head.is_some());
         Self {
             num_sites,
             num_expected_sites: num_sites,
             max_rank: ranks.chain(embedding.iter().map(|delta| delta.rank)).max().unwrap_or(0),
             num_virtual_tokens: adapter.num_virtual_tokens(),
-            resident_bytes: sites().map(SiteDelta::bytes).sum::<usize>()
-                + embedding.as_ref().map_or(0, EmbeddingDelta::bytes)
-                + head.as_ref().map_or(0, HeadDelta::bytes)
-                + prelude.as_ref().map_or(0, Prelude::bytes),
+            resident_bytes: adapter.weights.bytes(),
         }
     }
 }
+
+// Module numbers are the kernels' site numbers.
+const _: () = assert!(Module::ALL.len() == LAYERS_PER_BLOCK);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use kernels::low_rank::LowRank;
 use sha2::{Digest, Sha256};
 
-use super::canonical::{Adapter, Coverage, EmbeddingDelta, HeadDelta, Member, Method, SiteDelta};
+use super::canonical::{Adapter, AdapterWeights, Coverage, EmbeddingDelta, HeadDelta, Member, Method, SiteDelta};
 use super::manifest::AdapterManifest;
 use crate::hexadecimal::hexadecimal;
 use crate::model::spec::Module;
@@ -35,11 +35,9 @@ pub fn compose(members: &[(Arc<Adapter>, f32)]) -> Result<Adapter, ComposeError>
         let sites = members.iter().filter_map(|(member, strength)| Some((member.site(layer, module)?, *strength)));
         sum_of_sites(&sites.collect::<Vec<_>>())
     };
-    let heads = members.iter().filter_map(|(member, strength)| match member.head.as_ref()? {
-        HeadDelta::Delta(delta) => Some((delta, *strength)),
-        HeadDelta::Replaced(_) => None,
-    });
-    let embeddings = members.iter().filter_map(|(member, strength)| Some((member.embedding.as_ref()?, *strength)));
+    let heads = members.iter().filter_map(|(member, strength)| Some((member.weights.head_delta()?, *strength)));
+    let embeddings =
+        members.iter().filter_map(|(member, strength)| Some((member.weights.embedding.as_ref()?, *strength)));
     let names: Vec<String> = members.iter().map(|(member, strength)| format!("{}*{strength}", member.name)).collect();
     let named = members.iter().map(|(member, strength)| Member {
         name: member.name.clone(),
@@ -51,10 +49,14 @@ pub fn compose(members: &[(Arc<Adapter>, f32)]) -> Result<Adapter, ComposeError>
         name: names.join("+"),
         generation: generation(members),
         method: if members.len() == 1 { first.method } else { Method::Lora },
-        layers: (0..first.layers.len()).map(|layer| Module::ALL.map(|module| site(layer, module))).collect(),
-        embedding: sum_of_embeddings(&embeddings.collect::<Vec<_>>()),
-        head: sum_of_sites(&heads.collect::<Vec<_>>()).map(HeadDelta::Delta),
-        prelude: None,
+        weights: Arc::new(AdapterWeights {
+            layers: (0..first.weights.layers.len())
+                .map(|layer| Module::ALL.map(|module| site(layer, module)))
+                .collect(),
+            embedding: sum_of_embeddings(&embeddings.collect::<Vec<_>>()),
+            head: sum_of_sites(&heads.collect::<Vec<_>>()).map(HeadDelta::Delta),
+            prelude: None,
+        }),
         coverage: Coverage::default(),
         // What a member says about its prompts and stops holds for it alone.
         manifest: if members.len() == 1 { first.manifest.clone() } else { AdapterManifest::default() },
@@ -68,14 +70,10 @@ fn check(member: &Adapter, strength: f32) -> Result<(), ComposeError> {
     if !strength.is_finite() {
         return Err(ComposeError::Strength { name });
     }
-    let head = match &member.head {
-        Some(HeadDelta::Delta(delta)) => Some(delta),
-        Some(HeadDelta::Replaced(_)) | None => None,
-    };
-    let mut sites = member.layers.iter().flatten().flatten().chain(head);
-    let reason = if member.prelude.is_some() {
+    let mut sites = member.weights.sites().chain(member.weights.head_delta());
+    let reason = if member.weights.prelude.is_some() {
         "it puts virtual tokens before the sequence"
-    } else if matches!(member.head, Some(HeadDelta::Replaced(_))) {
+    } else if matches!(member.weights.head, Some(HeadDelta::Replaced(_))) {
         "it replaces the head"
     } else if sites.any(|site| site.input_scale.is_some() || site.output_scale.is_some()) {
         "it scales inputs or outputs"
@@ -137,7 +135,8 @@ mod tests {
     fn adapter(name: &str, site: SiteDelta) -> Adapter {
         let manifest = AdapterManifest { task: Some(name.into()), ..AdapterManifest::default() };
         let layers = vec![[Some(site), None, None, None, None, None, None]];
-        Adapter { name: name.into(), generation: format!("{name}0"), layers, manifest, ..Adapter::default() }
+        let weights = Arc::new(AdapterWeights { layers, ..AdapterWeights::default() });
+        Adapter { name: name.into(), generation: format!("{name}0"), weights, manifest, ..Adapter::default() }
     }
 
     fn low_rank(rank: usize, bias: Option<Vec<f32>>) -> SiteDelta {
@@ -193,12 +192,14 @@ mod tests {
         let inputs = SiteDelta { input_scale: Some(vec![1.0; 8]), ..SiteDelta::default() };
         let plain = || adapter("odd", low_rank(1, None));
         let prelude = Some(Prelude::Embeddings { num_tokens: 1, rows: vec![0.0; 8] });
+        let with_prelude = Arc::new(AdapterWeights { prelude, ..AdapterWeights::default() });
         let head = Some(HeadDelta::Replaced(HalfMatrix::pack(1, 8, &[f16::ONE; 8])));
+        let with_head = Arc::new(AdapterWeights { head, ..AdapterWeights::default() });
         for (odd, words) in [
             (scaled(Method::Dora), "(dora)"),
             (Adapter { method: Method::Ia3, ..adapter("odd", inputs) }, "(ia3)"),
-            (Adapter { method: Method::PTuning, prelude, ..plain() }, "(p-tuning)"),
-            (Adapter { head, ..plain() }, "replaces the head"),
+            (Adapter { method: Method::PTuning, weights: with_prelude, ..plain() }, "(p-tuning)"),
+            (Adapter { weights: with_head, ..plain() }, "replaces the head"),
         ] {
             let good = adapter("good", low_rank(1, None));
             let refusal = compose(&members(vec![(good, 1.0), (odd, 0.5)])).unwrap_err().to_string();

@@ -1,4 +1,4 @@
-//! The engine: one thread that owns model, KV store and scheduler. tokio talks to it only through [`EngineHandle`].
+//! The engine: one thread that owns model and scheduler. tokio talks to it only through [`EngineHandle`].
 
 pub mod kv_blocks;
 pub mod prefix_cache;
@@ -17,7 +17,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use kernels::attention::{BLOCK_SIZE, KvStore};
+use kernels::attention::BLOCK_SIZE;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::metrics::Metrics;
@@ -80,16 +80,16 @@ enum Command {
 }
 
 impl EngineHandle {
-    /// Starts the engine thread, which owns `model` and `kv` from now on. `metrics` must belong to this engine alone.
+    /// Starts the engine thread, which owns `model` from now on. `metrics` must belong to this engine alone.
     ///
     /// # Panics
     /// When the system cannot start a thread.
-    pub fn start(model: Box<dyn Model>, kv: KvStore, config: EngineConfig, metrics: Arc<Metrics>) -> Self {
+    pub fn start(model: Box<dyn Model>, config: EngineConfig, metrics: Arc<Metrics>) -> Self {
         let (commands, receiver) = mpsc::channel();
-        let context_length = config.context_length.min(kv.num_blocks() * BLOCK_SIZE);
+        let context_length = config.context_length.min(model.num_kv_blocks() * BLOCK_SIZE);
         let is_alive = Arc::new(AtomicBool::new(true));
         let max_queued = config.max_queued;
-        let engine = Engine::new(model, kv, &config, metrics.clone());
+        let engine = Engine::new(model, &config, metrics.clone());
         let thread = thread::Builder::new()
             .name("lorry-engine".to_owned())
             .spawn({

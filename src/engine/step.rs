@@ -5,7 +5,8 @@ use std::mem;
 use std::sync::Arc;
 use std::time::Instant;
 
-use kernels::attention::{BLOCK_SIZE, KvStore};
+use kernels::attention::BLOCK_SIZE;
+use kernels::device::{DeviceError, Logits};
 use prometheus::IntCounter;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
@@ -16,12 +17,11 @@ use super::scheduler::Scheduler;
 use super::sequence::{LogitsUse, Sequence, SequenceId};
 use crate::adapter::canonical::Adapter;
 use crate::metrics::Metrics;
-use crate::model::{ForwardBatch, Model, SequenceRows, StepError};
+use crate::model::{ForwardBatch, Model, SequenceRows};
 
-/// Model, KV store and scheduler, and the clients of every sequence.
+/// Model and scheduler, and the clients of every sequence.
 pub(super) struct Engine {
     model: Box<dyn Model>,
-    kv: KvStore,
     context_length: usize,
     scheduler: Scheduler,
     clients: HashMap<SequenceId, Client>,
@@ -70,8 +70,8 @@ struct Buffers {
 }
 
 impl Engine {
-    pub fn new(model: Box<dyn Model>, kv: KvStore, config: &EngineConfig, metrics: Arc<Metrics>) -> Self {
-        let num_blocks = kv.num_blocks();
+    pub fn new(model: Box<dyn Model>, config: &EngineConfig, metrics: Arc<Metrics>) -> Self {
+        let num_blocks = model.num_kv_blocks();
         metrics.kv_blocks_capacity.set(num_blocks as i64);
         let tokens = |kind| metrics.tokens_total.with_label_values(&[kind]);
         Self {
@@ -79,7 +79,6 @@ impl Engine {
             context_length: config.context_length.min(num_blocks * BLOCK_SIZE),
             scheduler: Scheduler::new(config.max_batch_rows, config.max_sequences, num_blocks)
                 .with_speculation(config.max_draft_tokens),
-            kv,
             clients: HashMap::new(),
             next_id: 0,
             tokens: TokenCounters {
@@ -127,7 +126,7 @@ impl Engine {
     }
 
     /// One pass of the model over the rows of this step. After an error the engine can only be aborted.
-    pub fn step(&mut self) -> Result<(), StepError> {
+    pub fn step(&mut self) -> Result<(), DeviceError> {
         self.drop_cancelled();
         let num_preempted = self.scheduler.num_preempted();
         self.scheduler.schedule();
@@ -207,8 +206,8 @@ impl Engine {
     }
 
     /// Runs the planned rows; prompt scores go out at once, drawn tokens wait in the buffers.
-    fn forward(&mut self) -> Result<(), StepError> {
-        let Self { model, kv, scheduler, clients, buffers, .. } = self;
+    fn forward(&mut self) -> Result<(), DeviceError> {
+        let Self { model, scheduler, clients, buffers, .. } = self;
         let Buffers { sequences, sampled, sampling, raw_logits, .. } = buffers;
         let plan = scheduler.plan();
         let mut rows = recycle(mem::take(sequences));
@@ -224,12 +223,12 @@ impl Engine {
             groups: &plan.groups,
             logits_rows: &plan.logits_rows,
         };
-        model.forward(&batch, kv, &mut |index, logits| {
+        model.forward(&batch, &mut |index, logits| {
             let (id, logits_use) = plan.logits[index];
-            let Some(client) = clients.get_mut(&id) else { return };
+            let Some(client) = clients.get_mut(&id) else { return Ok(()) };
             match logits_use {
                 LogitsUse::Sample => {
-                    let token = client.sample(logits, sampling, raw_logits);
+                    let token = client.sample(logits, sampling, raw_logits)?;
                     sampled.push(Sampled { id, is_after_guess: false, token });
                 }
                 LogitsUse::Verify { index, guess } => {
@@ -238,18 +237,19 @@ impl Engine {
                     let is_right =
                         sampled.last().is_some_and(|last| matches!(last.token, Ok((token, _)) if token == guess));
                     if num_drawn == index + 1 && is_right && !client.stop_tokens.contains(&guess) {
-                        let token = client.sample(logits, sampling, raw_logits);
+                        let token = client.sample(logits, sampling, raw_logits)?;
                         sampled.push(Sampled { id, is_after_guess: true, token });
                     }
                 }
-                LogitsUse::Report => drop(client.events.send(Event::PromptLogits(logits.to_vec()))),
+                LogitsUse::Report => drop(client.events.send(Event::PromptLogits(logits.all()?.to_vec()))),
                 LogitsUse::Score(token) => {
-                    match log_softmax(logits, token, client.top_logprobs.unwrap_or(0), sampling) {
+                    match log_softmax(logits.all()?, token, client.top_logprobs.unwrap_or(0), sampling) {
                         Ok(logprob) => drop(client.events.send(Event::PromptToken(Some(logprob)))),
                         Err(error) => sampled.push(Sampled { id, is_after_guess: false, token: Err(error) }),
                     }
                 }
             }
+            Ok(())
         })?;
         *sequences = recycle(rows);
         Ok(())
@@ -310,20 +310,25 @@ impl Engine {
 }
 
 impl Client {
+    /// The next token, or why there is none.
+    ///
+    /// # Errors
+    /// When the device does not give its logits.
     fn sample(
         &mut self,
-        logits: &mut [f32],
+        logits: &mut dyn Logits,
         scratch: &mut Scratch,
         raw_logits: &mut Vec<f32>,
-    ) -> Result<(u32, Option<TokenLogprob>), SamplingError> {
+    ) -> Result<Result<(u32, Option<TokenLogprob>), SamplingError>, DeviceError> {
+        let logits = logits.all()?;
         let Some(num_top) = self.top_logprobs else {
-            return Ok((self.sampler.sample(logits, scratch)?, None));
+            return Ok(self.sampler.sample(logits, scratch).map(|token| (token, None)));
         };
         // Sampling uses the logits up; the log-probability is that of the unmodified ones.
         raw_logits.clear();
         raw_logits.extend_from_slice(logits);
-        let token = self.sampler.sample(logits, scratch)?;
-        Ok((token, Some(log_softmax(raw_logits, token, num_top, scratch)?)))
+        let token = self.sampler.sample(logits, scratch);
+        Ok(token.and_then(|token| Ok((token, Some(log_softmax(raw_logits, token, num_top, scratch)?)))))
     }
 }
 

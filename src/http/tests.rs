@@ -9,7 +9,7 @@ mod votes;
 use std::path::Path;
 use std::time::Duration;
 
-use kernels::attention::KvStore;
+use kernels::device::{DeviceError, HostLogits, OnLogits};
 use reqwest::{Client, Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -23,7 +23,7 @@ use crate::engine::{EngineConfig, EngineHandle, EngineState};
 use crate::generation::Base;
 use crate::icl::IclStores;
 use crate::model::spec::{Architecture, ModelSpec};
-use crate::model::{ForwardBatch, Model, StepError};
+use crate::model::{ForwardBatch, Model};
 use crate::prompt::fim::FillInMiddle;
 use crate::prompt::formats::PromptFormats;
 use crate::tokenizer::Tokenizer;
@@ -60,18 +60,17 @@ impl Model for Alphabet {
         &self.spec
     }
 
-    fn forward(
-        &mut self,
-        batch: &ForwardBatch<'_>,
-        _kv: &mut KvStore,
-        on_logits: &mut dyn FnMut(usize, &mut [f32]),
-    ) -> Result<(), StepError> {
+    fn num_kv_blocks(&self) -> usize {
+        32
+    }
+
+    fn forward(&mut self, batch: &ForwardBatch<'_>, on_logits: &mut OnLogits<'_>) -> Result<(), DeviceError> {
         std::thread::sleep(self.step);
         let mut logits = vec![0.0; self.spec.vocab_size];
         for (index, &row) in batch.logits_rows.iter().enumerate() {
             logits.fill(0.0);
             logits[self.next(batch.tokens[row]) as usize] = 10.0;
-            on_logits(index, &mut logits);
+            on_logits(index, &mut HostLogits(&mut logits))?;
         }
         Ok(())
     }
@@ -132,8 +131,7 @@ impl Server {
             max_queued: MAX_QUEUED,
             context_length: CONTEXT_LENGTH,
         };
-        let kv = KvStore::new(1, 1, 2, 32);
-        let engine = EngineHandle::start(Box::new(Alphabet { spec, end, step }), kv, limits, metrics.clone());
+        let engine = EngineHandle::start(Box::new(Alphabet { spec, end, step }), limits, metrics.clone());
         let fill_in_middle = FillInMiddle::detect(&tokenizer);
         let base = Base { id: BASE.to_owned(), tokenizer, chat_template: None, fill_in_middle };
         let adapters = Arc::new(AdapterRegistry::default());

@@ -2,9 +2,11 @@
 
 use std::path::Path;
 
+use kernels::mapped_file::MappedRows;
+
 use super::BaseWeights;
 use super::decoder::{gguf_name, hugging_face_rows};
-use super::gguf::{GgufError, GgufFile, MatrixRows};
+use super::gguf::{GgufError, GgufFile};
 use super::spec::{ModelSpec, Module};
 
 #[derive(Debug)]
@@ -12,7 +14,7 @@ pub struct GgufWeights {
     file: GgufFile,
     spec: ModelSpec,
     /// `[num_layers][Module as usize]`: a loader reads every row of a layer, so each is found without a look-up.
-    layers: Vec<[MatrixRows; Module::ALL.len()]>,
+    layers: Vec<[MappedRows; Module::ALL.len()]>,
     /// `[Module as usize]`, where the file has its rows in another order than Hugging Face.
     row_orders: [Option<Vec<usize>>; Module::ALL.len()],
 }
@@ -42,7 +44,7 @@ impl BaseWeights for GgufWeights {
 
     fn dequantize_row(&self, layer: usize, module: Module, row: usize, values: &mut [f32]) -> Result<(), GgufError> {
         let row = self.row_orders[module as usize].as_ref().map_or(row, |order| order[row]);
-        self.file.dequantize_row(&self.layers[layer][module as usize], row, values);
+        self.layers[layer][module as usize].dequantize_row(row, values);
         Ok(())
     }
 

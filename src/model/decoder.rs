@@ -1,317 +1,178 @@
 //! The decoder of Llama and Qwen2: embedding, blocks of attention and gated feed-forward, norm, head.
+//!
+//! Written once, over a device that does the arithmetic.
 
-use std::ops::Range;
 use std::path::Path;
 
-use kernels::Cpu;
-use kernels::attention::{BLOCK_SIZE, KvSlot, KvStore, Queries, RotaryTable, attend, rotate_and_store};
-use kernels::elementwise::{RmsNorm, add_norm_quantize, swiglu_quantize};
+use kernels::device::{AdapterTier, Device, DeviceError, Layer, MatrixSource, OnLogits, Output, Placement, StepLimits};
+use kernels::step::{Group, Groups, Step};
 
-use super::adapted_linear::{self, Activations, AdaptedLinear, LinearBuffers, SiteDeltas};
-use super::embedding::{Embedding, VirtualRow};
 use super::gguf::{GgufError, GgufFile};
 use super::spec::{Architecture, ModelSpec, Module};
-use super::{AdapterGroup, ForwardBatch, Model, StepError};
-use crate::adapter::canonical::{HeadDelta, Prelude};
+use super::{AdapterGroup, ForwardBatch, Model};
+use crate::adapter::canonical::Adapter;
 
-/// A decoder resident in memory, and the buffers of its step.
+/// A decoder resident on a device.
 #[derive(Debug)]
-pub struct Decoder {
+pub struct Decoder<D: Device> {
     spec: ModelSpec,
-    cpu: Cpu,
-    embedding: Embedding,
-    blocks: Vec<Block>,
-    output_norm: Vec<f32>,
-    head: AdaptedLinear,
-    rotary: RotaryTable,
-    buffers: Buffers,
+    device: D,
+    embedding: D::Embedding,
+    blocks: Vec<Block<D>>,
+    output_norm: D::Norm,
+    head: D::Linear,
 }
 
 #[derive(Debug)]
-struct Block {
-    attention_norm: Vec<f32>,
-    q: AdaptedLinear,
-    k: AdaptedLinear,
-    v: AdaptedLinear,
-    o: AdaptedLinear,
-    feed_forward_norm: Vec<f32>,
-    gate: AdaptedLinear,
-    up: AdaptedLinear,
-    down: AdaptedLinear,
+struct Block<D: Device> {
+    attention_norm: D::Norm,
+    feed_forward_norm: D::Norm,
+    /// `[Module as usize]`
+    linears: [D::Linear; Module::ALL.len()],
 }
-
-/// Everything between two layers, `[rows, ...]`; grown to the largest step once.
-#[derive(Debug, Default)]
-struct Buffers {
-    slots: Vec<KvSlot>,
-    virtual_rows: Vec<VirtualRow>,
-    hidden: Vec<f32>,
-    /// What is added to `hidden` next: a block's attention or feed-forward result.
-    residual: Vec<f32>,
-    input: Activations,
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
-    gate: Vec<f32>,
-    up: Vec<f32>,
-    linear: LinearBuffers,
-    /// `hidden` and `residual` of the rows whose logits are wanted.
-    wanted: [Vec<f32>; 2],
-    logits: Vec<f32>,
-}
-
-/// Rows whose logits are computed together.
-const LOGITS_ROWS: usize = 16;
 
 const EMBEDDING: &str = "token_embd.weight";
 
-impl Decoder {
-    /// Loads a GGUF file and packs its weights. `context_length` bounds the positions; at most the model's own.
-    pub fn load(path: &Path, cpu: Cpu, context_length: usize) -> Result<Self, GgufError> {
+impl<D: Device> Decoder<D> {
+    /// Loads a GGUF file onto the device. `context_length` bounds the positions; at most the model's own.
+    pub fn load(path: &Path, mut device: D, context_length: usize) -> Result<Self, GgufError> {
         let mut file = GgufFile::open(path)?;
         let mut spec = file.spec()?;
         spec.context_length = spec.context_length.min(context_length);
+        device.prepare(&spec.shape()).map_err(|e| GgufError::Unsupported(e.to_string()))?;
         let (hidden, vocab) = (spec.hidden_size, spec.vocab_size);
         let mut blocks = Vec::new();
         for layer in 0..spec.num_layers {
-            blocks.push(Block::load(&file, &cpu, &spec, layer)?);
-            // What is packed need not stay in memory as it was in the file too.
+            blocks.push(Block::load(&file, &mut device, &spec, layer)?);
+            // What the device holds need not stay in memory as it was in the file too.
             file.release_pages();
         }
         // A model without a head of its own uses the embedding ("tied").
         let head = if file.has_tensor("output.weight") { "output.weight" } else { EMBEDDING };
-        let head = AdaptedLinear::load(&cpu, &file.matrix(head, (vocab, hidden))?, None, None)?;
-        let output_norm = file.vector("output_norm.weight", hidden)?;
+        let head = load_linear(&file, &mut device, head, (vocab, hidden), None, None)?;
+        let norm = "output_norm.weight";
+        let output_norm = device.load_norm(file.vector(norm, hidden)?).map_err(in_tensor(norm))?;
         file.release_pages();
-        let embedding = Embedding::new(file, EMBEDDING, &spec)?;
-        let rotary = RotaryTable::new(spec.context_length, spec.head_dim, spec.rope_theta);
-        Ok(Self { spec, cpu, embedding, blocks, output_norm, head, rotary, buffers: Buffers::default() })
+        let embedding = device.load_embedding(file.matrix_rows(EMBEDDING, (vocab, hidden))?);
+        let embedding = embedding.map_err(in_tensor(EMBEDDING))?;
+        Ok(Self { spec, device, embedding, blocks, output_norm, head })
     }
 
-    /// Bytes of the packed weights.
+    /// Makes room for steps and for `num_blocks` KV blocks; what was in the KV store is lost.
+    ///
+    /// # Errors
+    /// When the device's memory does not hold them.
+    pub fn reserve(&mut self, limits: StepLimits, num_blocks: usize) -> Result<(), DeviceError> {
+        self.device.reserve(limits, num_blocks)
+    }
+
+    pub fn device(&self) -> &D {
+        &self.device
+    }
+
+    /// Bytes of the weights on the device.
     pub fn resident_bytes(&self) -> usize {
-        let blocks = self.blocks.iter().flat_map(|b| [&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down]);
-        blocks.chain([&self.head]).map(AdaptedLinear::packed_bytes).sum()
-    }
-
-    fn run(
-        &mut self,
-        batch: &ForwardBatch<'_>,
-        kv: &mut KvStore,
-        on_logits: &mut dyn FnMut(usize, &mut [f32]),
-    ) -> Result<(), StepError> {
-        let Self { spec, cpu, blocks, buffers, rotary, .. } = self;
-        let num_rows = batch.tokens.len();
-        buffers.resize(spec, num_rows);
-        self.embedding.look_up(batch, &mut buffers.hidden, &mut buffers.virtual_rows)?;
-        buffers.slots.clear();
-        for sequence in batch.sequences {
-            buffers.slots.extend((0..sequence.rows.len()).map(|i| {
-                let position = sequence.first_position + i;
-                KvSlot { block: sequence.block_table[position / BLOCK_SIZE], offset: position % BLOCK_SIZE, position }
-            }));
-        }
-        for (layer, block) in blocks.iter().enumerate() {
-            let step = BlockStep { cpu, spec, rotary, layer, batch };
-            block.forward(&step, kv, buffers)?;
-        }
-        self.logits(batch, on_logits)
-    }
-
-    /// Norm and head of the rows that want logits, a few at a time.
-    fn logits(
-        &mut self,
-        batch: &ForwardBatch<'_>,
-        on_logits: &mut dyn FnMut(usize, &mut [f32]),
-    ) -> Result<(), StepError> {
-        let Self { spec, cpu, buffers, .. } = self;
-        let (hidden_size, vocab) = (spec.hidden_size, spec.vocab_size);
-        let norm = RmsNorm { weight: &self.output_norm, eps: spec.rms_norm_eps };
-        for (chunk, rows) in batch.logits_rows.chunks(LOGITS_ROWS).enumerate() {
-            let [hidden, residual] = &mut buffers.wanted;
-            hidden.clear();
-            residual.clear();
-            for &row in rows {
-                hidden.extend_from_slice(&buffers.hidden[row * hidden_size..][..hidden_size]);
-                residual.extend_from_slice(&buffers.residual[row * hidden_size..][..hidden_size]);
-            }
-            let Activations { exact, quantized } = &mut buffers.input;
-            add_norm_quantize(cpu, hidden, Some(residual), norm, exact, quantized);
-            let logits = &mut buffers.logits[..rows.len() * vocab];
-            let get = |group: usize, _| {
-                let AdapterGroup { rows: of_group, adapter } = &batch.groups[group];
-                match &adapter.head {
-                    Some(HeadDelta::Delta(delta)) => Some((places(rows, of_group), delta)),
-                    _ => None,
-                }
-            };
-            let deltas = SiteDeltas { num_groups: batch.groups.len(), get: &get };
-            let (input, linear) = (&buffers.input, &mut buffers.linear);
-            adapted_linear::run(cpu, [&self.head], &deltas, input, [&mut *logits], linear)?;
-            for AdapterGroup { rows: of_group, adapter } in batch.groups {
-                if let Some(HeadDelta::Replaced(head)) = &adapter.head {
-                    let Range { start, end } = places(rows, of_group);
-                    let normed = &input.exact[start * hidden_size..end * hidden_size];
-                    head.multiply(cpu, normed, &mut logits[start * vocab..end * vocab]);
-                }
-            }
-            for (i, logits) in logits.chunks_exact_mut(vocab).enumerate() {
-                on_logits(chunk * LOGITS_ROWS + i, logits);
-            }
-        }
-        Ok(())
+        self.blocks.iter().flat_map(|block| &block.linears).chain([&self.head]).map(D::linear_bytes).sum()
     }
 }
 
-/// Where in the ascending `rows` those within `range` stand.
-fn places(rows: &[usize], range: &Range<usize>) -> Range<usize> {
-    rows.partition_point(|row| *row < range.start)..rows.partition_point(|row| *row < range.end)
+/// Says which tensor the device refused.
+fn in_tensor(name: &str) -> impl FnOnce(DeviceError) -> GgufError {
+    let name = name.to_owned();
+    move |source| GgufError::Device { name, source }
 }
 
-/// What a block's pass needs beside its weights and buffers.
-struct BlockStep<'a> {
-    cpu: &'a Cpu,
-    spec: &'a ModelSpec,
-    rotary: &'a RotaryTable,
-    layer: usize,
-    batch: &'a ForwardBatch<'a>,
+/// A linear layer of `shape` `(out, in)`; rows and bias in `row_order`, where there is one.
+fn load_linear<D: Device>(
+    file: &GgufFile,
+    device: &mut D,
+    name: &str,
+    shape: (usize, usize),
+    row_order: Option<&[usize]>,
+    bias: Option<Vec<f32>>,
+) -> Result<D::Linear, GgufError> {
+    let tensor = file.matrix(name, shape)?;
+    let source = MatrixSource { weight_type: tensor.weight_type, shape, bytes: tensor.bytes, row_order };
+    let bias = match (bias, row_order) {
+        (Some(bias), Some(order)) => Some(order.iter().map(|&row| bias[row]).collect()),
+        (bias, _) => bias,
+    };
+    device.load_linear(&source, bias).map_err(in_tensor(name))
 }
 
-impl BlockStep<'_> {
-    /// Runs layers that read `input`, adapters included.
-    fn linears<const N: usize>(
-        &self,
-        layers: [(&AdaptedLinear, Module); N],
-        input: &Activations,
-        outs: [&mut [f32]; N],
-        buffers: &mut LinearBuffers,
-    ) -> Result<(), StepError> {
-        let (number, groups) = (self.layer, self.batch.groups);
-        let modules = layers.map(|(_, module)| module);
-        let get = |group: usize, layer: usize| {
-            let AdapterGroup { rows, adapter } = &groups[group];
-            Some((rows.clone(), adapter.site(number, modules[layer])?))
-        };
-        let deltas = SiteDeltas { num_groups: groups.len(), get: &get };
-        Ok(adapted_linear::run(self.cpu, layers.map(|(layer, _)| layer), &deltas, input, outs, buffers)?)
-    }
-
-    /// Puts the prelude's keys and values in the place of those computed for its rows.
-    fn store_prelude(&self, kv: &mut KvStore, slots: &[KvSlot], virtual_rows: &[VirtualRow]) {
-        for &VirtualRow { row, group, position } in virtual_rows {
-            if let Some(Prelude::KeyValues { keys, values, .. }) = &self.batch.groups[group].adapter.prelude {
-                let width = self.spec.num_kv_heads * self.spec.head_dim;
-                let at = position * width..(position + 1) * width;
-                kv.set(self.layer, slots[row], &keys[self.layer][at.clone()], &values[self.layer][at]);
-            }
-        }
-    }
-}
-
-impl Block {
-    fn load(file: &GgufFile, cpu: &Cpu, spec: &ModelSpec, layer: usize) -> Result<Self, GgufError> {
+impl<D: Device> Block<D> {
+    fn load(file: &GgufFile, device: &mut D, spec: &ModelSpec, layer: usize) -> Result<Self, GgufError> {
         let name = |part: &str| format!("blk.{layer}.{part}");
-        let linear = |module: Module| {
+        let mut norm = |part: &str| {
+            let name = name(part);
+            device.load_norm(file.vector(&name, spec.hidden_size)?).map_err(in_tensor(&name))
+        };
+        let (attention_norm, feed_forward_norm) = (norm("attn_norm.weight")?, norm("ffn_norm.weight")?);
+        let mut linear = |module: Module| {
             let part = gguf_name(module);
             let (in_features, out_features) = spec.module_shape(module);
-            let tensor = file.matrix(&name(&format!("{part}.weight")), (out_features, in_features))?;
             let bias_name = name(&format!("{part}.bias"));
             let bias = file.has_tensor(&bias_name).then(|| file.vector(&bias_name, out_features)).transpose()?;
-            let order = hugging_face_rows(spec, module);
-            AdaptedLinear::load(cpu, &tensor, order.as_deref(), bias)
+            let (weight, order) = (name(&format!("{part}.weight")), hugging_face_rows(spec, module));
+            load_linear(file, device, &weight, (out_features, in_features), order.as_deref(), bias)
         };
-        Ok(Self {
-            attention_norm: file.vector(&name("attn_norm.weight"), spec.hidden_size)?,
-            q: linear(Module::QProj)?,
-            k: linear(Module::KProj)?,
-            v: linear(Module::VProj)?,
-            o: linear(Module::OProj)?,
-            feed_forward_norm: file.vector(&name("ffn_norm.weight"), spec.hidden_size)?,
-            gate: linear(Module::GateProj)?,
-            up: linear(Module::UpProj)?,
-            down: linear(Module::DownProj)?,
-        })
+        let [q, k, v, o, gate, up, down] = Module::ALL.map(&mut linear);
+        let linears = [q?, k?, v?, o?, gate?, up?, down?];
+        Ok(Self { attention_norm, feed_forward_norm, linears })
     }
 
-    fn forward(&self, step: &BlockStep<'_>, kv: &mut KvStore, b: &mut Buffers) -> Result<(), StepError> {
-        let BlockStep { cpu, spec, layer, batch, .. } = *step;
-        let eps = spec.rms_norm_eps;
-        let num_rows = batch.tokens.len();
-        let norm = RmsNorm { weight: &self.attention_norm, eps };
-        let delta = (layer > 0).then_some(b.residual.as_slice());
-        add_norm_quantize(cpu, &mut b.hidden, delta, norm, &mut b.input.exact, &mut b.input.quantized);
-        step.linears(
-            [(&self.q, Module::QProj), (&self.k, Module::KProj), (&self.v, Module::VProj)],
-            &b.input,
-            [&mut b.q, &mut b.k, &mut b.v],
-            &mut b.linear,
-        )?;
-        rotate_and_store(cpu, kv, layer, step.rotary, &b.slots, [&mut b.q, &mut b.k, &mut b.v]);
-        step.store_prelude(kv, &b.slots, &b.virtual_rows);
-        let queries = |i: usize| {
-            let sequence = &batch.sequences[i];
-            Queries {
-                first_row: sequence.rows.start,
-                num_rows: sequence.rows.len(),
-                first_position: sequence.first_position,
-                block_table: sequence.block_table,
-            }
-        };
-        let width = spec.num_heads * spec.head_dim;
-        let attended = &mut b.input.exact[..num_rows * width];
-        attend(cpu, kv, layer, batch.sequences.len(), &queries, &b.q, attended);
-        b.input.quantized.quantize(cpu, num_rows, width, attended);
-        step.linears([(&self.o, Module::OProj)], &b.input, [&mut b.residual], &mut b.linear)?;
-        let norm = RmsNorm { weight: &self.feed_forward_norm, eps };
-        add_norm_quantize(cpu, &mut b.hidden, Some(&b.residual), norm, &mut b.input.exact, &mut b.input.quantized);
-        step.linears(
-            [(&self.gate, Module::GateProj), (&self.up, Module::UpProj)],
-            &b.input,
-            [&mut b.gate, &mut b.up],
-            &mut b.linear,
-        )?;
-        let Activations { exact, quantized } = &mut b.input;
-        swiglu_quantize(cpu, num_rows, &b.gate, &b.up, exact, quantized);
-        step.linears([(&self.down, Module::DownProj)], &b.input, [&mut b.residual], &mut b.linear)
+    fn layer(&self, module: Module, output: Output) -> Layer<'_, D> {
+        Layer { linear: &self.linears[module as usize], module: module as usize, output }
+    }
+
+    fn forward(&self, device: &mut D, step: &Step<'_>, number: usize) -> Result<(), DeviceError> {
+        device.add_norm(step, &self.attention_norm, number > 0)?;
+        let q = self.layer(Module::QProj, Output::Q);
+        let k = self.layer(Module::KProj, Output::K);
+        let v = self.layer(Module::VProj, Output::V);
+        device.linears(step, number, [q, k, v])?;
+        device.rotate_and_store(step, number)?;
+        device.attend(step, number)?;
+        device.linears(step, number, [self.layer(Module::OProj, Output::Residual)])?;
+        device.add_norm(step, &self.feed_forward_norm, true)?;
+        let gate = self.layer(Module::GateProj, Output::Gate);
+        let up = self.layer(Module::UpProj, Output::Up);
+        device.linears(step, number, [gate, up])?;
+        device.swiglu(step)?;
+        device.linears(step, number, [self.layer(Module::DownProj, Output::Residual)])
     }
 }
 
-impl Buffers {
-    fn resize(&mut self, spec: &ModelSpec, num_rows: usize) {
-        let q_width = spec.num_heads * spec.head_dim;
-        let kv_width = spec.num_kv_heads * spec.head_dim;
-        let widest = spec.intermediate_size.max(q_width).max(spec.hidden_size);
-        for (buffer, width) in [
-            (&mut self.hidden, spec.hidden_size),
-            (&mut self.residual, spec.hidden_size),
-            (&mut self.input.exact, widest),
-            (&mut self.q, q_width),
-            (&mut self.k, kv_width),
-            (&mut self.v, kv_width),
-            (&mut self.gate, spec.intermediate_size),
-            (&mut self.up, spec.intermediate_size),
-        ] {
-            buffer.resize(num_rows * width, 0.0);
-        }
-        self.logits.resize(LOGITS_ROWS * spec.vocab_size, 0.0);
-    }
-}
-
-impl Model for Decoder {
+impl<D: Device> Model for Decoder<D> {
     fn spec(&self) -> &ModelSpec {
         &self.spec
     }
 
-    fn forward(
-        &mut self,
-        batch: &ForwardBatch<'_>,
-        kv: &mut KvStore,
-        on_logits: &mut dyn FnMut(usize, &mut [f32]),
-    ) -> Result<(), StepError> {
-        for copy in batch.copies {
-            kv.copy_block(copy.from, copy.to);
+    fn num_kv_blocks(&self) -> usize {
+        self.device.num_kv_blocks()
+    }
+
+    fn place(&mut self, adapter: &Adapter) -> Result<Placement, DeviceError> {
+        self.device.place(&adapter.generation, &adapter.weights)
+    }
+
+    fn adapter_tier(&self) -> Option<AdapterTier> {
+        self.device.adapter_tier()
+    }
+
+    fn forward(&mut self, batch: &ForwardBatch<'_>, on_logits: &mut OnLogits<'_>) -> Result<(), DeviceError> {
+        let ForwardBatch { copies, tokens, sequences, groups, logits_rows } = *batch;
+        let get = |group: usize| {
+            let AdapterGroup { rows, adapter } = &groups[group];
+            Group { rows: rows.clone(), generation: &adapter.generation, weights: &adapter.weights }
+        };
+        let step = Step { copies, tokens, sequences, groups: Groups { count: groups.len(), get: &get }, logits_rows };
+        let Self { device, embedding, blocks, output_norm, head, .. } = self;
+        device.begin(&step, embedding)?;
+        for (number, block) in blocks.iter().enumerate() {
+            block.forward(device, &step, number)?;
         }
-        self.run(batch, kv, on_logits)
+        device.logits(&step, output_norm, head, on_logits)
     }
 }
 

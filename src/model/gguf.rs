@@ -2,12 +2,14 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, Value};
 use kernels::activations::BLOCK;
-use kernels::mapped_file::MappedFile;
-use kernels::quantized::BlockFormat;
+use kernels::device::DeviceError;
+use kernels::mapped_file::{MappedFile, MappedRows};
+use kernels::quantized::{BlockFormat, WeightType};
 
 use super::spec::{Architecture, ModelSpec};
 
@@ -33,82 +35,44 @@ pub enum GgufError {
     Architecture(String),
     #[error("{0}")]
     Unsupported(String),
+    #[error("tensor {name}: {source}")]
+    Device { name: String, source: DeviceError },
 }
 
 /// A tensor as it lies in the file.
 #[derive(Debug, Clone)]
 pub struct RawTensor<'a> {
-    pub dtype: GgmlDType,
+    pub weight_type: WeightType,
     /// Row-major, outermost first: a linear layer is `[out, in]`.
     pub shape: Vec<usize>,
     pub bytes: &'a [u8],
 }
 
-impl RawTensor<'_> {
-    /// The packed-GEMM format of this tensor's type; `None` for F16, F32 and what GGUF does not store.
-    pub fn block_format(&self) -> Option<BlockFormat> {
-        block_format(self.dtype)
-    }
-
-    /// Row `index` as f32; `row` is `[shape[1]]`.
-    pub fn dequantize_row(&self, index: usize, row: &mut [f32]) {
-        let row_bytes = self.bytes.len() / self.shape[0];
-        dequantize(self.dtype, &self.bytes[index * row_bytes..][..row_bytes], row);
-    }
-}
-
-/// The packed-GEMM format of a type; `None` for F16, BF16, F32 and what GGUF does not store.
-fn block_format(dtype: GgmlDType) -> Option<BlockFormat> {
+/// `None` for what this server can neither multiply nor read.
+fn weight_type(dtype: GgmlDType) -> Option<WeightType> {
     Some(match dtype {
-        GgmlDType::Q4_0 => BlockFormat::Q4_0,
-        GgmlDType::Q4_1 => BlockFormat::Q4_1,
-        GgmlDType::Q5_0 => BlockFormat::Q5_0,
-        GgmlDType::Q5_1 => BlockFormat::Q5_1,
-        GgmlDType::Q8_0 => BlockFormat::Q8_0,
-        GgmlDType::Q2K => BlockFormat::Q2_K,
-        GgmlDType::Q3K => BlockFormat::Q3_K,
-        GgmlDType::Q4K => BlockFormat::Q4_K,
-        GgmlDType::Q5K => BlockFormat::Q5_K,
-        GgmlDType::Q6K => BlockFormat::Q6_K,
+        GgmlDType::Q4_0 => WeightType::Blocks(BlockFormat::Q4_0),
+        GgmlDType::Q4_1 => WeightType::Blocks(BlockFormat::Q4_1),
+        GgmlDType::Q5_0 => WeightType::Blocks(BlockFormat::Q5_0),
+        GgmlDType::Q5_1 => WeightType::Blocks(BlockFormat::Q5_1),
+        GgmlDType::Q8_0 => WeightType::Blocks(BlockFormat::Q8_0),
+        GgmlDType::Q2K => WeightType::Blocks(BlockFormat::Q2_K),
+        GgmlDType::Q3K => WeightType::Blocks(BlockFormat::Q3_K),
+        GgmlDType::Q4K => WeightType::Blocks(BlockFormat::Q4_K),
+        GgmlDType::Q5K => WeightType::Blocks(BlockFormat::Q5_K),
+        GgmlDType::Q6K => WeightType::Blocks(BlockFormat::Q6_K),
+        GgmlDType::F16 => WeightType::F16,
+        GgmlDType::BF16 => WeightType::BF16,
+        GgmlDType::F32 => WeightType::F32,
         _ => return None,
     })
-}
-
-fn dequantize(dtype: GgmlDType, bytes: &[u8], row: &mut [f32]) {
-    match (block_format(dtype), dtype) {
-        (Some(format), _) => format.dequantize_row(bytes, row),
-        (None, GgmlDType::F32) => {
-            for (w, b) in row.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                *w = f32::from_le_bytes(*b);
-            }
-        }
-        (None, GgmlDType::BF16) => {
-            for (w, b) in row.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *w = half::bf16::from_le_bytes(*b).to_f32();
-            }
-        }
-        (None, _) => {
-            for (w, b) in row.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *w = half::f16::from_le_bytes(*b).to_f32();
-            }
-        }
-    }
-}
-
-/// Where the rows of a matrix lie in a file: found once, so that reading a row takes neither a look-up nor memory.
-#[derive(Debug, Clone)]
-pub struct MatrixRows {
-    dtype: GgmlDType,
-    /// Of the matrix, in bytes of the file.
-    place: Range<usize>,
-    row_bytes: usize,
 }
 
 /// An open GGUF file. Tensor bytes stay on disk until they are touched.
 #[derive(Debug)]
 pub struct GgufFile {
     content: Content,
-    file: MappedFile,
+    file: Arc<MappedFile>,
 }
 
 impl GgufFile {
@@ -116,12 +80,15 @@ impl GgufFile {
         let file = MappedFile::open(path).map_err(|source| GgufError::Open { path: path.to_path_buf(), source })?;
         let content = Content::read(&mut std::io::Cursor::new(file.bytes()))
             .map_err(|e| GgufError::Parse { path: path.to_path_buf(), reason: e.to_string() })?;
-        Ok(Self { content, file })
+        Ok(Self { content, file: Arc::new(file) })
     }
 
     /// Gives the memory of the tensors read so far back to the system.
     pub fn release_pages(&mut self) {
-        self.file.release_pages();
+        // Advice only; what still reads the file keeps its pages.
+        if let Some(file) = Arc::get_mut(&mut self.file) {
+            file.release_pages();
+        }
     }
 
     pub fn metadata(&self, key: &str) -> Option<&Value> {
@@ -176,12 +143,12 @@ impl GgufFile {
     }
 
     pub fn tensor(&self, name: &str) -> Result<RawTensor<'_>, GgufError> {
-        let (dtype, shape, place) = self.place(name)?;
-        Ok(RawTensor { dtype, shape, bytes: &self.file.bytes()[place] })
+        let (weight_type, shape, place) = self.place(name)?;
+        Ok(RawTensor { weight_type, shape, bytes: &self.file.bytes()[place] })
     }
 
     /// Type, shape and bytes of a tensor, which lie within the file.
-    fn place(&self, name: &str) -> Result<(GgmlDType, Vec<usize>, Range<usize>), GgufError> {
+    fn place(&self, name: &str) -> Result<(WeightType, Vec<usize>, Range<usize>), GgufError> {
         let info = self.content.tensor_infos.get(name).ok_or_else(|| GgufError::MissingTensor(name.to_string()))?;
         let shape = info.shape.dims().to_vec();
         let damaged = || GgufError::Damaged(name.to_string());
@@ -190,38 +157,28 @@ impl GgufFile {
             (elements / info.ggml_dtype.block_size()).checked_mul(info.ggml_dtype.type_size()).ok_or_else(damaged)?;
         let offset = self.content.tensor_data_offset.checked_add(info.offset).ok_or_else(damaged)?;
         let offset = usize::try_from(offset).map_err(|_| damaged())?;
+        let weight_type = weight_type(info.ggml_dtype).ok_or_else(|| {
+            GgufError::Unsupported(format!("tensor {name} has the unsupported type {:?}", info.ggml_dtype))
+        })?;
         match offset.checked_add(len).filter(|end| *end <= self.file.bytes().len()) {
-            Some(end) => Ok((info.ggml_dtype, shape, offset..end)),
+            Some(end) => Ok((weight_type, shape, offset..end)),
             None => Err(GgufError::Truncated { name: name.to_string(), offset, len }),
         }
     }
 
     /// The rows of a matrix of exactly this shape.
-    pub fn matrix_rows(&self, name: &str, shape: (usize, usize)) -> Result<MatrixRows, GgufError> {
-        let dtype = self.matrix(name, shape)?.dtype;
+    pub fn matrix_rows(&self, name: &str, shape: (usize, usize)) -> Result<MappedRows, GgufError> {
+        let weight_type = self.matrix(name, shape)?.weight_type;
         let (_, _, place) = self.place(name)?;
-        Ok(MatrixRows { dtype, row_bytes: place.len() / shape.0.max(1), place })
+        Ok(MappedRows { file: self.file.clone(), weight_type, place, num_rows: shape.0 })
     }
 
-    /// Row `index` of `rows` as f32; `row` is `[columns]`.
-    ///
-    /// # Panics
-    /// When the matrix has fewer rows, or `rows` is of another file.
-    pub fn dequantize_row(&self, rows: &MatrixRows, index: usize, row: &mut [f32]) {
-        let bytes = &self.file.bytes()[rows.place.clone()][index * rows.row_bytes..][..rows.row_bytes];
-        dequantize(rows.dtype, bytes, row);
-    }
-
-    /// A matrix of exactly this shape, of a type this server can multiply.
+    /// A matrix of exactly this shape.
     pub fn matrix(&self, name: &str, shape: (usize, usize)) -> Result<RawTensor<'_>, GgufError> {
         let tensor = self.tensor(name)?;
         let expected = vec![shape.0, shape.1];
         if tensor.shape != expected {
             return Err(GgufError::Shape { name: name.to_string(), got: tensor.shape, expected });
-        }
-        if tensor.block_format().is_none() && !matches!(tensor.dtype, GgmlDType::F16 | GgmlDType::BF16 | GgmlDType::F32)
-        {
-            return Err(GgufError::Unsupported(format!("tensor {name} has the unsupported type {:?}", tensor.dtype)));
         }
         Ok(tensor)
     }
@@ -232,9 +189,8 @@ impl GgufFile {
         if tensor.shape != [len] {
             return Err(GgufError::Shape { name: name.to_string(), got: tensor.shape, expected: vec![len] });
         }
-        let tensor = RawTensor { shape: vec![1, len], ..tensor };
         let mut values = vec![0.0; len];
-        tensor.dequantize_row(0, &mut values);
+        tensor.weight_type.dequantize_row(tensor.bytes, &mut values);
         Ok(values)
     }
 

@@ -1,19 +1,19 @@
 //! The decoder: what one forward pass sees and what it gives back.
 
-pub mod adapted_linear;
 pub mod base_weights;
 pub mod catalogue;
 pub mod decoder;
-mod embedding;
 pub mod gguf;
 pub mod pull;
 pub mod spec;
+pub mod unquantized;
 
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use kernels::attention::{BlockId, KvStore};
+use kernels::device::{AdapterTier, DeviceError, Lease, OnLogits, Placement};
+pub use kernels::step::{BlockCopy, FIRST_VIRTUAL_TOKEN, SequenceRows};
 
 use crate::adapter::canonical::Adapter;
 use gguf::GgufError;
@@ -36,33 +36,12 @@ pub struct ForwardBatch<'a> {
     pub logits_rows: &'a [usize],
 }
 
-/// The block `to` is to begin as the block `from` does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BlockCopy {
-    pub from: BlockId,
-    pub to: BlockId,
-}
-
-/// One sequence's share of a batch.
-#[derive(Debug, Clone)]
-pub struct SequenceRows<'a> {
-    pub rows: Range<usize>,
-    /// Position of the first of these rows in the sequence; all earlier positions are already in the KV store.
-    pub first_position: usize,
-    /// KV blocks of the sequence; covers at least `first_position + rows.len()` positions.
-    pub block_table: &'a [BlockId],
-}
-
-/// Rows that run with one adapter.
+/// Rows that run with one adapter, which has been placed.
 #[derive(Debug, Clone)]
 pub struct AdapterGroup {
     pub rows: Range<usize>,
     pub adapter: Arc<Adapter>,
 }
-
-/// Tokens from here on are not of the vocabulary: `FIRST_VIRTUAL_TOKEN + i` is position `i` of the prelude of the row's
-/// adapter.
-pub const FIRST_VIRTUAL_TOKEN: u32 = 1 << 31;
 
 /// What the loader of an adapter may ask of the base. Rows are in Hugging Face order.
 pub trait BaseWeights: fmt::Debug + Send + Sync {
@@ -81,27 +60,32 @@ pub trait BaseWeights: fmt::Debug + Send + Sync {
     fn bias(&self, layer: usize, module: Module) -> Result<Option<Vec<f32>>, GgufError>;
 }
 
-/// Why a step could not be run: a fault of the server, never of a request.
-#[derive(Debug, thiserror::Error)]
-pub enum StepError {
-    #[error("base layer: {0}")]
-    BaseLayer(#[from] candle_core::Error),
-    #[error("token {0} is neither of the vocabulary nor of the prelude of its row's adapter")]
-    Token(u32),
-}
-
-/// A model the engine can step. One thread owns it.
+/// A model the engine can step. One thread owns it, and it owns its KV store.
 pub trait Model: Send {
     fn spec(&self) -> &ModelSpec;
 
-    /// Runs the batch: writes the K and V of every row into `kv` and calls `on_logits(i, logits)` once for each
-    /// `batch.logits_rows[i]`, in order, with `logits` of `[vocab_size]` that the callee may change freely.
+    /// Blocks of the KV store.
+    fn num_kv_blocks(&self) -> usize;
+
+    /// Sees to it that rows can run with an adapter; they may for as long as the lease is held.
+    ///
+    /// # Errors
+    /// When it can never be held.
+    fn place(&mut self, _adapter: &Adapter) -> Result<Placement, DeviceError> {
+        Ok(Placement::Ready(Lease::default()))
+    }
+
+    /// What of the adapters is on the device, where that is not the host's memory.
+    fn adapter_tier(&self) -> Option<AdapterTier> {
+        None
+    }
+
+    /// Runs the batch: writes the K and V of every row and calls `on_logits(i, logits)` once for each
+    /// `batch.logits_rows[i]`, in order.
     ///
     /// A row's arithmetic depends on its own sequence and adapter alone, never on its neighbours in the batch.
-    fn forward(
-        &mut self,
-        batch: &ForwardBatch<'_>,
-        kv: &mut KvStore,
-        on_logits: &mut dyn FnMut(usize, &mut [f32]),
-    ) -> Result<(), StepError>;
+    ///
+    /// # Errors
+    /// When the device fails, a token is of no vocabulary, or `on_logits` gives an error.
+    fn forward(&mut self, batch: &ForwardBatch<'_>, on_logits: &mut OnLogits<'_>) -> Result<(), DeviceError>;
 }

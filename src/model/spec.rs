@@ -1,5 +1,7 @@
 //! One description for every decoder this server runs.
 
+use kernels::device::DecoderShape;
+
 /// How a decoder is built. Names as in Hugging Face configs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelSpec {
@@ -70,6 +72,22 @@ impl Module {
 }
 
 impl ModelSpec {
+    /// What a device needs to know.
+    pub fn shape(&self) -> DecoderShape {
+        DecoderShape {
+            hidden_size: self.hidden_size,
+            intermediate_size: self.intermediate_size,
+            num_layers: self.num_layers,
+            num_heads: self.num_heads,
+            num_kv_heads: self.num_kv_heads,
+            head_dim: self.head_dim,
+            vocab_size: self.vocab_size,
+            rope_theta: self.rope_theta,
+            rms_norm_eps: self.rms_norm_eps,
+            context_length: self.context_length,
+        }
+    }
+
     /// `(in, out)` features of a module.
     pub fn module_shape(&self, module: Module) -> (usize, usize) {
         let (h, m) = (self.hidden_size, self.intermediate_size);

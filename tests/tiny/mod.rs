@@ -15,12 +15,14 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use half::f16;
 use kernels::Cpu;
-use kernels::attention::{BLOCK_SIZE, BlockId, KvStore};
+use kernels::attention::{BLOCK_SIZE, BlockId};
+use kernels::device::{Device as ComputeDevice, Lease, Logits, Placement, StepLimits};
+use kernels::host::Host;
 use kernels::low_rank::LowRank;
-use lorry::adapter::canonical::{Adapter, Coverage, SiteDelta};
+use lorry::adapter::canonical::{Adapter, AdapterWeights, Coverage, SiteDelta};
 use lorry::model::decoder::Decoder;
 use lorry::model::spec::{Architecture, ModelSpec, Module};
-use lorry::model::{AdapterGroup, ForwardBatch, Model, SequenceRows};
+use lorry::model::{AdapterGroup, ForwardBatch, Model, SequenceRows, unquantized};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -109,11 +111,15 @@ impl TinyModel {
     }
 
     /// Through a file, as any model.
-    pub fn load(&self, cpu: Cpu) -> Decoder {
+    pub fn load(&self, cpu: Cpu) -> Decoder<Host> {
+        self.load_on(host(cpu))
+    }
+
+    pub fn load_on<D: ComputeDevice>(&self, device: D) -> Decoder<D> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("tiny.gguf");
         self.write(&path);
-        Decoder::load(&path, cpu, usize::MAX).unwrap()
+        Decoder::load(&path, device, usize::MAX).unwrap()
     }
 }
 
@@ -219,10 +225,11 @@ impl Lora {
             let low_rank = LowRank::pack(self.rank, inputs, outputs, self.scale, &a, &b);
             Some(SiteDelta { low_rank: Some(low_rank), bias: site.bias.clone(), ..SiteDelta::default() })
         };
+        let layers = self.sites.iter().map(|sites| sites.each_ref().map(delta)).collect();
         let mut adapter = Adapter {
             name: name.to_owned(),
             generation: name.to_owned(),
-            layers: self.sites.iter().map(|sites| sites.each_ref().map(delta)).collect(),
+            weights: Arc::new(AdapterWeights { layers, ..AdapterWeights::default() }),
             ..Adapter::default()
         };
         adapter.coverage = Coverage::of(&adapter);
@@ -241,10 +248,34 @@ pub fn random_tokens(spec: &ModelSpec, count: usize, seed: u64) -> Vec<u32> {
     (0..count).map(|_| rng.random_range(0..spec.vocab_size as u32)).collect()
 }
 
+/// The CPU as a device.
+pub fn host(cpu: Cpu) -> Host {
+    Host::new(cpu, unquantized::load)
+}
+
+/// Room for the steps of these tests.
+pub const LIMITS: StepLimits = StepLimits { max_rows: 512, max_sequences: 64 };
+
+/// Waits until an adapter is on the device.
+pub fn place(model: &mut dyn Model, adapter: &Adapter) -> Lease {
+    loop {
+        match model.place(adapter).unwrap() {
+            Placement::Ready(lease) => return lease,
+            Placement::Loading => {}
+            Placement::Full => panic!("the device has no room for adapter {}", adapter.name),
+        }
+    }
+}
+
 /// Logits `[position][vocab]` of a sequence that runs alone and in one chunk.
-pub fn logits_alone(decoder: &mut Decoder, tokens: &[u32], adapter: Option<&Arc<Adapter>>) -> Vec<Vec<f32>> {
+pub fn logits_alone<D: ComputeDevice>(
+    decoder: &mut Decoder<D>,
+    tokens: &[u32],
+    adapter: Option<&Arc<Adapter>>,
+) -> Vec<Vec<f32>> {
     let block_table: Vec<BlockId> = (0..tokens.len().div_ceil(BLOCK_SIZE) as u32).map(BlockId).collect();
-    let mut kv = kv_store(decoder.spec(), block_table.len());
+    decoder.reserve(LIMITS, block_table.len()).unwrap();
+    let _lease = adapter.map(|adapter| place(decoder, adapter));
     let rows = 0..tokens.len();
     let groups: Vec<_> =
         adapter.map(|adapter| AdapterGroup { rows: rows.clone(), adapter: adapter.clone() }).into_iter().collect();
@@ -256,10 +287,7 @@ pub fn logits_alone(decoder: &mut Decoder, tokens: &[u32], adapter: Option<&Arc<
         logits_rows: &rows.collect::<Vec<_>>(),
     };
     let mut all = Vec::new();
-    decoder.forward(&batch, &mut kv, &mut |_, logits| all.push(logits.to_vec())).unwrap();
+    let mut keep = |_, logits: &mut dyn Logits| Ok(all.push(logits.all()?.to_vec()));
+    decoder.forward(&batch, &mut keep).unwrap();
     all
-}
-
-pub fn kv_store(spec: &ModelSpec, num_blocks: usize) -> KvStore {
-    KvStore::new(spec.num_layers, spec.num_kv_heads, spec.head_dim, num_blocks)
 }

@@ -85,7 +85,8 @@ impl Drop for Memory {
     fn drop(&mut self) {
         self.used.fetch_sub(self.len, Ordering::Relaxed);
         // SAFETY: within the lines.
-        let guard = unsafe { std::slice::from_raw_parts(self.start().add(self.len), self.lines.len() * 256 - self.len) };
+        let guard =
+            unsafe { std::slice::from_raw_parts(self.start().add(self.len), self.lines.len() * 256 - self.len) };
         let is_whole = guard.iter().all(|byte| *byte == GUARD_BYTE);
         assert!(is_whole || thread::panicking(), "a kernel wrote behind an allocation of {} bytes", self.len);
     }
@@ -133,7 +134,8 @@ impl Emulator {
         self.num_launches.fetch_add(1, Ordering::Relaxed);
         let name = CString::new(launch.kernel).expect("a kernel's name holds no zero");
         let num_blocks: usize = launch.grid.iter().map(|n| *n as usize).product();
-        let num_threads = thread::available_parallelism().map_or(1, usize::from).min(num_blocks / BLOCKS_PER_THREAD + 1);
+        let num_threads =
+            thread::available_parallelism().map_or(1, usize::from).min(num_blocks / BLOCKS_PER_THREAD + 1);
         let fault = Mutex::new(None);
         let part = |index: usize| {
             let (first, last) = (num_blocks * index / num_threads, num_blocks * (index + 1) / num_threads);

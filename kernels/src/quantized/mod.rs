@@ -2,7 +2,9 @@
 
 mod blocks;
 mod packed;
+mod weight_type;
 
 pub use blocks::BlockFormat;
 pub use packed::PackedMatrix;
 pub(crate) use packed::{Layout, ROWS_PER_TILE};
+pub use weight_type::WeightType;

@@ -1,7 +1,9 @@
 //! (IA)³ (Liu et al. 2022): one vector `l` per layer. Feed-forward: `y = W (l ∘ x) + b`; else `y = l ∘ (W x + b)`.
 
+use std::sync::Arc;
+
 use super::{all_sites, no_deltas};
-use crate::adapter::canonical::{Adapter, Method, SiteDelta};
+use crate::adapter::canonical::{Adapter, AdapterWeights, Method, SiteDelta};
 use crate::adapter::error::AdapterError;
 use crate::adapter::peft_config::Ia3Config;
 use crate::adapter::sites::{EMBEDDING_PATH, HEAD_PATH, Targets, module_path};
@@ -41,5 +43,6 @@ pub fn load(config: &Ia3Config, mut tensors: Tensors<'_>, spec: &ModelSpec) -> R
         found.sites.insert((layer, module));
     }
     expected.check_found(&found)?;
-    Ok(Adapter { method: Method::Ia3, layers, ..Adapter::default() })
+    let weights = Arc::new(AdapterWeights { layers, ..AdapterWeights::default() });
+    Ok(Adapter { method: Method::Ia3, weights, ..Adapter::default() })
 }

@@ -3,13 +3,15 @@
 //!
 //! A is `[rank, in]`, B is `[out, rank]`, bias_B and the magnitude are `[out]`.
 
+use std::sync::Arc;
+
 use half::slice::HalfFloatSliceExt;
 use kernels::half_matrix::HalfMatrix;
 use kernels::low_rank::LowRank;
 
 use super::dora::{self, Pair};
 use super::{all_sites, no_deltas};
-use crate::adapter::canonical::{Adapter, EmbeddingDelta, HeadDelta, Method, SiteDelta};
+use crate::adapter::canonical::{Adapter, AdapterWeights, EmbeddingDelta, HeadDelta, Method, SiteDelta};
 use crate::adapter::error::AdapterError;
 use crate::adapter::peft_config::LoraConfig;
 use crate::adapter::sites::{EMBEDDING_PATH, HEAD_PATH, Site, Targets, module_path};
@@ -66,7 +68,8 @@ pub fn load(config: &LoraConfig, tensors: Tensors<'_>, base: &dyn BaseWeights) -
         (false, true) => Method::RsLora,
         (false, false) => Method::Lora,
     };
-    Ok(Adapter { method, layers, embedding, head, ..Adapter::default() })
+    let weights = Arc::new(AdapterWeights { layers, embedding, head, prelude: None });
+    Ok(Adapter { method, weights, ..Adapter::default() })
 }
 
 /// What the file holds for one linear layer.

@@ -1,7 +1,9 @@
 //! Prompt tuning (Lester et al. 2021), P-tuning (Liu et al. 2021) and prefix tuning (Li and Liang 2021): positions that
 //! stand before every sequence.
 
-use crate::adapter::canonical::{Adapter, Method, Prelude};
+use std::sync::Arc;
+
+use crate::adapter::canonical::{Adapter, AdapterWeights, Method, Prelude};
 use crate::adapter::error::AdapterError;
 use crate::adapter::peft_config::{PreludeConfig, PreludeKind};
 use crate::adapter::tensors::Tensors;
@@ -42,5 +44,6 @@ pub fn load(config: &PreludeConfig, mut tensors: Tensors<'_>, spec: &ModelSpec) 
             (Method::PrefixTuning, Prelude::KeyValues { num_tokens, keys, values })
         }
     };
-    Ok(Adapter { method, prelude: Some(prelude), ..Adapter::default() })
+    let weights = Arc::new(AdapterWeights { prelude: Some(prelude), ..AdapterWeights::default() });
+    Ok(Adapter { method, weights, ..Adapter::default() })
 }

@@ -1,24 +1,33 @@
 //! A linear layer of the resident base with room for any row's adapter.
 
+use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{Device, Tensor};
-use kernels::Cpu;
-use kernels::activations::QuantizedRows;
-use kernels::elementwise::scale_quantize;
-use kernels::gemm::Product;
-use kernels::linear::{Deltas, RowDelta, Shrunk};
-use kernels::quantized::PackedMatrix;
-use mistralrs_quant::{GgufMatMul, QuantMethod, QuantMethodConfig};
+use super::Activations;
+use crate::Cpu;
+use crate::canonical::SiteDelta;
+use crate::device::{DeviceError, MatrixSource};
+use crate::elementwise::scale_quantize;
+use crate::gemm::Product;
+use crate::linear::{Deltas, RowDelta, Shrunk};
+use crate::quantized::{PackedMatrix, WeightType};
 
-use super::gguf::{GgufError, RawTensor};
-use crate::adapter::canonical::SiteDelta;
+/// A matrix that somebody else multiplies with.
+pub trait RowProduct: fmt::Debug + Send + Sync {
+    /// `y = W x` for one row: `x` is `[in_features]`, `y` `[out_features]`.
+    ///
+    /// # Errors
+    /// When it cannot be computed, in words.
+    fn multiply_row(&self, x: &[f32], y: &mut [f32]) -> Result<(), String>;
+}
+
+/// Takes over a matrix that the packed GEMM does not know (F16, BF16, F32).
+pub type Unquantized = fn(&MatrixSource<'_>) -> Result<Arc<dyn RowProduct>, String>;
 
 /// `y = W x + b`, and for the rows of an adapter what its [`SiteDelta`] makes of it.
 #[derive(Debug)]
-pub struct AdaptedLinear {
+pub struct HostLinear {
     weights: Weights,
     out_features: usize,
     /// `[out_features]`
@@ -29,67 +38,48 @@ pub struct AdaptedLinear {
 enum Weights {
     /// The packed GEMM: every quantized type of GGUF.
     Packed(PackedMatrix),
-    /// What the packed GEMM does not know (F16, BF16, F32).
-    Method(Arc<dyn QuantMethod>),
+    Unquantized(Arc<dyn RowProduct>),
 }
 
-/// The activations of a call, as they are and as the packed GEMM wants them.
-#[derive(Debug, Default)]
-pub struct Activations {
-    /// `[rows, width]`; may be longer.
-    pub exact: Vec<f32>,
-    pub quantized: QuantizedRows,
-}
-
-impl AdaptedLinear {
-    /// Takes over a matrix `[out_features, in_features]`; `row_order` as in [`PackedMatrix::pack`].
-    pub fn load(
+impl HostLinear {
+    /// The bias is in the order of the rows as they become.
+    pub(super) fn load(
         cpu: &Cpu,
-        tensor: &RawTensor<'_>,
-        row_order: Option<&[usize]>,
+        unquantized: Unquantized,
+        source: &MatrixSource<'_>,
         bias: Option<Vec<f32>>,
-    ) -> Result<Self, GgufError> {
-        let (out_features, in_features) = (tensor.shape[0], tensor.shape[1]);
-        let weights = match tensor.block_format() {
-            Some(format) => PackedMatrix::pack(cpu, format, (out_features, in_features), tensor.bytes, row_order)
+    ) -> Result<Self, DeviceError> {
+        let weights = match source.weight_type {
+            WeightType::Blocks(format) => PackedMatrix::pack(cpu, format, source.shape, source.bytes, source.row_order)
                 .map(Weights::Packed)
-                .map_err(|e| GgufError::Unsupported(e.to_string()))?,
-            None => Weights::Method(quant_method(tensor, row_order)?),
+                .map_err(|e| DeviceError::Unsupported(e.to_string()))?,
+            _ => Weights::Unquantized(unquantized(source).map_err(DeviceError::Unsupported)?),
         };
-        let bias = match (bias, row_order) {
-            (Some(bias), Some(order)) => Some(order.iter().map(|&row| bias[row]).collect()),
-            (bias, _) => bias,
-        };
-        Ok(Self { weights, out_features, bias })
+        Ok(Self { weights, out_features: source.shape.0, bias })
     }
 
-    pub fn out_features(&self) -> usize {
-        self.out_features
-    }
-
-    /// Bytes of the packed weights; 0 for a layer that `QuantMethod` holds.
+    /// Bytes of the packed weights; 0 for a layer that somebody else holds.
     pub fn packed_bytes(&self) -> usize {
         match &self.weights {
             Weights::Packed(matrix) => matrix.bytes(),
-            Weights::Method(_) => 0,
+            Weights::Unquantized(_) => 0,
         }
     }
 
     /// Says what the packed GEMM has to do for `product`, and does at once what it cannot.
-    fn fill<'a>(&'a self, input: &Activations, product: &mut Product<'a>) -> Result<(), candle_core::Error> {
+    fn fill<'a>(&'a self, input: &Activations, product: &mut Product<'a>) -> Result<(), DeviceError> {
         match &self.weights {
             Weights::Packed(matrix) => {
                 product.weights = Some(matrix);
                 product.bias = self.bias.as_deref();
             }
-            Weights::Method(method) => {
+            Weights::Unquantized(matrix) => {
                 // Row by row: a library's GEMM may sum in another order for another number of rows, and a row must have
                 // the same bits in any batch.
                 let width = input.quantized.width();
                 let rows = input.exact.chunks_exact(width).zip(product.out.chunks_exact_mut(self.out_features));
                 for (x, out) in rows {
-                    let y = method.forward(&Tensor::from_slice(x, (1, width), &Device::Cpu)?)?.flatten_all()?;
-                    out.copy_from_slice(&y.to_vec1::<f32>()?);
+                    matrix.multiply_row(x, out).map_err(DeviceError::BaseLayer)?;
                     for (y, b) in out.iter_mut().zip(self.bias.iter().flatten()) {
                         *y += b;
                     }
@@ -99,25 +89,9 @@ impl AdaptedLinear {
         Ok(())
     }
 }
-
-/// The library's layer for an unquantized matrix, held in f32.
-fn quant_method(tensor: &RawTensor<'_>, row_order: Option<&[usize]>) -> Result<Arc<dyn QuantMethod>, GgufError> {
-    let (out_features, in_features) = (tensor.shape[0], tensor.shape[1]);
-    let mut rows = vec![0.0; out_features * in_features];
-    for (i, row) in rows.chunks_exact_mut(in_features).enumerate() {
-        tensor.dequantize_row(row_order.map_or(i, |order| order[i]), row);
-    }
-    let build = || -> candle_core::Result<GgufMatMul> {
-        let rows = Tensor::from_vec(rows, (out_features, in_features), &Device::Cpu)?;
-        let q_weight = Arc::new(QTensor::quantize(&rows, GgmlDType::F32)?);
-        GgufMatMul::new(QuantMethodConfig::Gguf { q_weight, b: None })
-    };
-    Ok(Arc::new(build().map_err(|e| GgufError::Unsupported(e.to_string()))?))
-}
-
 /// What lies between the regions of a call; reused from call to call.
 #[derive(Debug, Default)]
-pub struct LinearBuffers {
+pub(super) struct LinearBuffers {
     shrunk: Shrunk,
     /// The activations of a layer whose input an adapter scales.
     scaled: Activations,
@@ -125,7 +99,7 @@ pub struct LinearBuffers {
 
 /// What the adapters of a batch do to the layers of a call: `get(group, layer)` gives the rows and the delta of adapter
 /// group `group` in `0..num_groups` at the call's layer number `layer`, if it changes that one.
-pub struct SiteDeltas<'a> {
+pub(super) struct SiteDeltas<'a> {
     pub num_groups: usize,
     pub get: &'a (dyn Fn(usize, usize) -> Option<(Range<usize>, &'a SiteDelta)> + Sync),
 }
@@ -140,14 +114,14 @@ impl std::fmt::Debug for SiteDeltas<'_> {
 /// to its `outs`.
 ///
 /// A layer whose input an adapter scales in this batch has activations of its own, and so is a region of its own.
-pub fn run<const N: usize>(
+pub(super) fn run<const N: usize>(
     cpu: &Cpu,
-    layers: [&AdaptedLinear; N],
+    layers: [&HostLinear; N],
     deltas: &SiteDeltas<'_>,
     input: &Activations,
     outs: [&mut [f32]; N],
     buffers: &mut LinearBuffers,
-) -> Result<(), candle_core::Error> {
+) -> Result<(), DeviceError> {
     let num_rows = input.quantized.num_rows();
     let LinearBuffers { shrunk, scaled } = buffers;
     let row_delta = |group: usize, layer: usize, product: usize| {
@@ -166,13 +140,13 @@ pub fn run<const N: usize>(
         if is_done[i] {
             let deltas = Deltas { count: deltas.num_groups, get: &|group| row_delta(group, i, 0) };
             let own = Product { out: &mut *product.out, ..*product };
-            kernels::linear::run(cpu, &scaled.quantized, &input.exact, &mut [own], &deltas, shrunk);
+            crate::linear::run(cpu, &scaled.quantized, &input.exact, &mut [own], &deltas, shrunk);
             product.weights = None;
         }
     }
     let get = |i: usize| if is_done[i % N] { None } else { row_delta(i / N, i % N, i % N) };
     let deltas = Deltas { count: deltas.num_groups * N, get: &get };
-    kernels::linear::run(cpu, &input.quantized, &input.exact, &mut products, &deltas, shrunk);
+    crate::linear::run(cpu, &input.quantized, &input.exact, &mut products, &deltas, shrunk);
     Ok(())
 }
 

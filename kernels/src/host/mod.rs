@@ -1,0 +1,293 @@
+//! The CPU as a device: packed weights, activations and the KV store in the host's memory.
+
+mod embedding;
+mod linear;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::Cpu;
+use crate::activations::QuantizedRows;
+use crate::attention::{KvSlot, KvStore, Queries, RotaryTable, attend, rotate_and_store};
+use crate::canonical::{AdapterWeights, HeadDelta, Prelude};
+use crate::device::{
+    AdapterTier, DecoderShape, Device, DeviceError, HostLogits, Layer, Lease, MatrixSource, OnLogits, Output,
+    Placement, StepLimits,
+};
+use crate::elementwise::{RmsNorm, add_norm_quantize, swiglu_quantize};
+use crate::mapped_file::MappedRows;
+use crate::step::Step;
+
+use embedding::VirtualRow;
+pub use linear::{HostLinear, RowProduct, Unquantized};
+use linear::{LinearBuffers, SiteDeltas};
+
+/// Rows whose logits are computed together.
+const LOGITS_ROWS: usize = 16;
+
+/// The host's processor and memory.
+#[derive(Debug)]
+pub struct Host {
+    cpu: Cpu,
+    unquantized: Unquantized,
+    /// Set by `prepare`, before anything else.
+    shape: Option<DecoderShape>,
+    rotary: RotaryTable,
+    kv: KvStore,
+    buffers: Buffers,
+}
+
+/// The activations of a call, as they are and as the packed GEMM wants them.
+#[derive(Debug, Default)]
+struct Activations {
+    /// `[rows, width]`; may be longer.
+    exact: Vec<f32>,
+    quantized: QuantizedRows,
+}
+
+/// Everything between two layers, `[rows, ...]`; grown to the largest step once.
+#[derive(Debug, Default)]
+struct Buffers {
+    slots: Vec<KvSlot>,
+    virtual_rows: Vec<VirtualRow>,
+    hidden: Vec<f32>,
+    input: Activations,
+    /// By [`Output`].
+    outputs: [Vec<f32>; Output::COUNT],
+    linear: LinearBuffers,
+    /// `hidden` and `residual` of the rows whose logits are wanted.
+    wanted: [Vec<f32>; 2],
+    logits: Vec<f32>,
+}
+
+impl Buffers {
+    fn resize(&mut self, shape: &DecoderShape, num_rows: usize) {
+        let (q_width, kv_width) = (shape.q_width(), shape.kv_width());
+        let widest = shape.intermediate_size.max(q_width).max(shape.hidden_size);
+        self.hidden.resize(num_rows * shape.hidden_size, 0.0);
+        self.input.exact.resize(num_rows * widest, 0.0);
+        for (output, width) in [
+            (Output::Q, q_width),
+            (Output::K, kv_width),
+            (Output::V, kv_width),
+            (Output::Gate, shape.intermediate_size),
+            (Output::Up, shape.intermediate_size),
+            (Output::Residual, shape.hidden_size),
+        ] {
+            self.outputs[output as usize].resize(num_rows * width, 0.0);
+        }
+        self.logits.resize(LOGITS_ROWS * shape.vocab_size, 0.0);
+    }
+}
+
+/// The buffers that a call writes.
+fn select<const N: usize>(outputs: &mut [Vec<f32>; Output::COUNT], which: [Output; N]) -> [&mut [f32]; N] {
+    let buffers = outputs.get_disjoint_mut(which.map(|output| output as usize));
+    buffers.expect("the outputs of a call differ").map(Vec::as_mut_slice)
+}
+
+impl Host {
+    /// `unquantized` takes over what the packed GEMM does not know.
+    pub fn new(cpu: Cpu, unquantized: Unquantized) -> Self {
+        Self {
+            cpu,
+            unquantized,
+            shape: None,
+            rotary: RotaryTable::new(0, 2, 1.0),
+            kv: KvStore::new(0, 0, 0, 0),
+            buffers: Buffers::default(),
+        }
+    }
+
+    fn shape(&self) -> DecoderShape {
+        self.shape.expect("a decoder prepares its device first")
+    }
+
+    /// Puts the prelude's keys and values in the place of those computed for its rows.
+    fn store_prelude(&mut self, step: &Step<'_>, block: usize) {
+        let width = self.shape().kv_width();
+        for &VirtualRow { row, group, position } in &self.buffers.virtual_rows {
+            if let Some(Prelude::KeyValues { keys, values, .. }) = &(step.groups.get)(group).weights.prelude {
+                let at = position * width..(position + 1) * width;
+                self.kv.set(block, self.buffers.slots[row], &keys[block][at.clone()], &values[block][at]);
+            }
+        }
+    }
+}
+
+impl Device for Host {
+    type Linear = HostLinear;
+    type Norm = Vec<f32>;
+    type Embedding = MappedRows;
+
+    fn name(&self) -> String {
+        format!("CPU ({}, {} threads)", self.cpu.isa(), self.cpu.pool().num_threads())
+    }
+
+    fn prepare(&mut self, shape: &DecoderShape) -> Result<(), DeviceError> {
+        self.rotary = RotaryTable::new(shape.context_length, shape.head_dim, shape.rope_theta);
+        self.shape = Some(*shape);
+        Ok(())
+    }
+
+    fn load_linear(&mut self, source: &MatrixSource<'_>, bias: Option<Vec<f32>>) -> Result<HostLinear, DeviceError> {
+        HostLinear::load(&self.cpu, self.unquantized, source, bias)
+    }
+
+    fn load_norm(&mut self, weight: Vec<f32>) -> Result<Vec<f32>, DeviceError> {
+        Ok(weight)
+    }
+
+    /// It stays in the mapped file: a token reads one row of it.
+    fn load_embedding(&mut self, rows: MappedRows) -> Result<MappedRows, DeviceError> {
+        Ok(rows)
+    }
+
+    fn linear_bytes(linear: &HostLinear) -> usize {
+        linear.packed_bytes()
+    }
+
+    /// Buffers of a step grow with the largest one.
+    fn reserve(&mut self, _limits: StepLimits, num_blocks: usize) -> Result<(), DeviceError> {
+        let DecoderShape { num_layers, num_kv_heads, head_dim, .. } = self.shape();
+        self.kv = KvStore::new(num_layers, num_kv_heads, head_dim, num_blocks);
+        Ok(())
+    }
+
+    fn num_kv_blocks(&self) -> usize {
+        self.kv.num_blocks()
+    }
+
+    fn max_kv_blocks(&self, _limits: StepLimits, _adapter_bytes: usize) -> Result<Option<usize>, DeviceError> {
+        Ok(None)
+    }
+
+    /// Adapters run from where they were loaded.
+    fn place(&mut self, _generation: &str, _weights: &Arc<AdapterWeights>) -> Result<Placement, DeviceError> {
+        Ok(Placement::Ready(Lease(Arc::default())))
+    }
+
+    fn adapter_tier(&self) -> Option<AdapterTier> {
+        None
+    }
+
+    fn begin(&mut self, step: &Step<'_>, embedding: &MappedRows) -> Result<(), DeviceError> {
+        for copy in step.copies {
+            self.kv.copy_block(copy.from, copy.to);
+        }
+        let shape = self.shape();
+        self.buffers.resize(&shape, step.num_rows());
+        let Buffers { slots, hidden, virtual_rows, .. } = &mut self.buffers;
+        slots.clear();
+        step.sequences.iter().for_each(|sequence| slots.extend(sequence.slots()));
+        embedding::look_up(embedding, step, shape, hidden, virtual_rows)
+    }
+
+    fn add_norm(&mut self, _step: &Step<'_>, norm: &Vec<f32>, add_residual: bool) -> Result<(), DeviceError> {
+        let norm = RmsNorm { weight: norm, eps: self.shape().rms_norm_eps };
+        let Buffers { hidden, input, outputs, .. } = &mut self.buffers;
+        let residual = add_residual.then_some(outputs[Output::Residual as usize].as_slice());
+        add_norm_quantize(&self.cpu, hidden, residual, norm, &mut input.exact, &mut input.quantized);
+        Ok(())
+    }
+
+    fn linears<const N: usize>(
+        &mut self,
+        step: &Step<'_>,
+        block: usize,
+        layers: [Layer<'_, Self>; N],
+    ) -> Result<(), DeviceError> {
+        let modules = layers.each_ref().map(|layer| layer.module);
+        let groups = step.groups;
+        let get = |group: usize, layer: usize| {
+            let group = (groups.get)(group);
+            Some((group.rows, group.weights.site(block, modules[layer])?))
+        };
+        let deltas = SiteDeltas { num_groups: groups.count, get: &get };
+        let Buffers { input, outputs, linear, .. } = &mut self.buffers;
+        let outs = select(outputs, layers.each_ref().map(|layer| layer.output));
+        linear::run(&self.cpu, layers.map(|layer| layer.linear), &deltas, input, outs, linear)
+    }
+
+    fn rotate_and_store(&mut self, step: &Step<'_>, block: usize) -> Result<(), DeviceError> {
+        let Buffers { slots, outputs, .. } = &mut self.buffers;
+        let qkv = select(outputs, [Output::Q, Output::K, Output::V]);
+        rotate_and_store(&self.cpu, &mut self.kv, block, &self.rotary, slots, qkv);
+        self.store_prelude(step, block);
+        Ok(())
+    }
+
+    fn attend(&mut self, step: &Step<'_>, block: usize) -> Result<(), DeviceError> {
+        let sequences = step.sequences;
+        let queries = |i: usize| {
+            let sequence = &sequences[i];
+            Queries {
+                first_row: sequence.rows.start,
+                num_rows: sequence.rows.len(),
+                first_position: sequence.first_position,
+                block_table: sequence.block_table,
+            }
+        };
+        let (num_rows, width) = (step.num_rows(), self.shape().q_width());
+        let Buffers { input, outputs, .. } = &mut self.buffers;
+        let attended = &mut input.exact[..num_rows * width];
+        attend(&self.cpu, &self.kv, block, sequences.len(), &queries, &outputs[Output::Q as usize], attended);
+        input.quantized.quantize(&self.cpu, num_rows, width, attended);
+        Ok(())
+    }
+
+    fn swiglu(&mut self, step: &Step<'_>) -> Result<(), DeviceError> {
+        let Buffers { input, outputs, .. } = &mut self.buffers;
+        let (gate, up) = (&outputs[Output::Gate as usize], &outputs[Output::Up as usize]);
+        swiglu_quantize(&self.cpu, step.num_rows(), gate, up, &mut input.exact, &mut input.quantized);
+        Ok(())
+    }
+
+    /// A few rows at a time.
+    fn logits(
+        &mut self,
+        step: &Step<'_>,
+        norm: &Vec<f32>,
+        head: &HostLinear,
+        on_logits: &mut OnLogits<'_>,
+    ) -> Result<(), DeviceError> {
+        let DecoderShape { hidden_size, vocab_size, rms_norm_eps, .. } = self.shape();
+        let norm = RmsNorm { weight: norm, eps: rms_norm_eps };
+        let Self { cpu, buffers, .. } = self;
+        let Buffers { hidden, outputs, wanted, input, linear, logits, .. } = buffers;
+        for (chunk, rows) in step.logits_rows.chunks(LOGITS_ROWS).enumerate() {
+            let [wanted_hidden, residual] = &mut *wanted;
+            wanted_hidden.clear();
+            residual.clear();
+            for &row in rows {
+                let at = row * hidden_size..(row + 1) * hidden_size;
+                wanted_hidden.extend_from_slice(&hidden[at.clone()]);
+                residual.extend_from_slice(&outputs[Output::Residual as usize][at]);
+            }
+            add_norm_quantize(cpu, wanted_hidden, Some(residual), norm, &mut input.exact, &mut input.quantized);
+            let logits = &mut logits[..rows.len() * vocab_size];
+            let get = |group: usize, _| {
+                let group = (step.groups.get)(group);
+                Some((places(rows, &group.rows), group.weights.head_delta()?))
+            };
+            let deltas = SiteDeltas { num_groups: step.groups.count, get: &get };
+            linear::run(cpu, [head], &deltas, input, [&mut *logits], linear)?;
+            for group in step.groups.iter() {
+                if let Some(HeadDelta::Replaced(head)) = &group.weights.head {
+                    let Range { start, end } = places(rows, &group.rows);
+                    let normed = &input.exact[start * hidden_size..end * hidden_size];
+                    head.multiply(cpu, normed, &mut logits[start * vocab_size..end * vocab_size]);
+                }
+            }
+            for (i, logits) in logits.chunks_exact_mut(vocab_size).enumerate() {
+                on_logits(chunk * LOGITS_ROWS + i, &mut HostLogits(logits))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where in the ascending `rows` those within `range` stand.
+fn places(rows: &[usize], range: &Range<usize>) -> Range<usize> {
+    rows.partition_point(|row| *row < range.start)..rows.partition_point(|row| *row < range.end)
+}
