@@ -2,3 +2,6 @@
 #include "device.cuh"
 //
 #include "args.cuh"
+//
+#include "blocks.cuh"
+#include "embed.cuh"
