@@ -5,3 +5,4 @@
 //
 #include "blocks.cuh"
 #include "embed.cuh"
+#include "kv.cuh"
