@@ -3,6 +3,8 @@
 //
 #include "args.cuh"
 //
+#include "activations.cuh"
+#include "attention.cuh"
 #include "blocks.cuh"
 #include "embed.cuh"
 #include "kv.cuh"

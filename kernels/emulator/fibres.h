@@ -13,7 +13,7 @@
 #define DEVICE static inline __attribute__((always_inline))
 #define SHARED alignas(16) static thread_local
 #define __restrict__ __restrict
-#define KERNEL(name, Arguments, THREADS)                                                                       \
+#define KERNEL(name, Arguments, THREADS, ...)                                                                  \
     static void name(const Arguments& args);                                                                   \
     static void enter_##name(const void* args) { name(*(const Arguments*)args); }                              \
     static emulator::Registration register_##name(#name, enter_##name, sizeof(Arguments), THREADS);            \
@@ -159,6 +159,7 @@ DEVICE f16 to_f16(f32 f) {
     return (f16)(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13));
 }
 #endif
+DEVICE u32 to_f16x2(f32 low, f32 high) { return to_f16(low) | (u32)to_f16(high) << 16; }
 DEVICE f32 square_root(f32 f) { return std::sqrt(f); }
 DEVICE f32 divide(f32 a, f32 b) { return a / b; }
 DEVICE f32 round_even(f32 f) { return std::nearbyintf(f); }
