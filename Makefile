@@ -5,10 +5,12 @@ TEST_MODELS := smollm2:135m qwen2.5-coder:0.5b
 VENV        := .venv
 LAB_VENV    := .venv-lab
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --requirement
+CUDA        := kernels/cuda
+CUDA_VENV   := .venv-cuda
 PAGE        := tests/page
 BENCH       ?= --prompt-tokens 128 --batch 8 --num-adapters 1
 
-.PHONY: serve test environments build fmt lint unit clients page browser models bench clean-venv
+.PHONY: serve test environments build fmt lint unit cuda ptx compiler clients page browser models bench clean-venv
 
 ## serve: the default model and the adapters of ./adapters on 127.0.0.1:8080
 serve: build
@@ -17,10 +19,10 @@ serve: build
 ## test: everything that CI checks. The packages of the tests come while the first crates compile.
 test:
 	$(MAKE) --jobs 3 lint environments
-	$(MAKE) unit clients page lab-test lab-train-test
+	$(MAKE) unit cuda clients page lab-test lab-train-test
 
 ## environments: what the tests need beside Rust
-environments: $(VENV)/ready $(LAB_VENV)/ready-to-train browser $(PAGE)/node_modules/ready
+environments: $(VENV)/ready $(CUDA_VENV)/ready $(LAB_VENV)/ready-to-train compiler browser $(PAGE)/node_modules/ready
 
 build:
 	cargo build --release --locked
@@ -30,14 +32,29 @@ fmt:
 	cargo fmt --all
 
 ## lint: format, clippy and house rules, without changing anything
-lint:
+lint: compiler
 	cargo fmt --all --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
 	.ci/house-rules
 
-## unit: the Rust tests, unit and integration
+## unit: the Rust tests, unit and integration, but those that run CUDA kernels
 unit: models
-	cargo test --release --locked --workspace
+	cargo test --release --locked --workspace --exclude emulator
+
+## cuda: whether the committed PTX is that of the CUDA sources and fits into the cards, and the kernels on the CPU
+cuda: $(CUDA_VENV)/ready compiler
+	$(CUDA_VENV)/bin/python $(CUDA)/ptx.py check
+	cargo test --release --locked --package emulator
+
+## ptx: write the PTX that the binary carries, after a change of the CUDA sources
+ptx: $(CUDA_VENV)/ready
+	$(CUDA_VENV)/bin/python $(CUDA)/ptx.py build
+
+# A C++ compiler, for the CUDA kernels on the CPU; installed where that is allowed.
+compiler:
+	@command -v g++ > /dev/null \
+		|| { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends g++; } \
+		|| { echo "the CUDA kernels are tested as C++: apt-get install g++" >&2; exit 1; }
 
 ## clients: the OpenAI client library and other clients against the running binary
 clients: models $(VENV)/ready browser $(PAGE)/node_modules/ready
@@ -47,8 +64,8 @@ clients: models $(VENV)/ready browser $(PAGE)/node_modules/ready
 page: browser $(PAGE)/node_modules/ready
 	for test in $(PAGE)/*.test.mjs; do node --test $$test || exit 1; done
 
-# Chromium and Node.js; installed where that is allowed.
-browser:
+# Chromium and Node.js; installed where that is allowed, and not beside the compiler: apt-get has one lock.
+browser: | compiler
 	@{ command -v chromium && command -v npm; } > /dev/null \
 		|| { [ "$$(id -u)" = 0 ] && apt-get update -qq \
 			&& apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core $$(command -v npm > /dev/null || echo nodejs npm); } \
@@ -64,11 +81,17 @@ bench: build
 
 ## clean-venv: forget the Python environments
 clean-venv:
-	rm -rf $(VENV) $(LAB_VENV)
+	rm -rf $(VENV) $(CUDA_VENV) $(LAB_VENV)
 
 $(VENV)/ready: tests/clients/requirements.txt
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python $(PIP_INSTALL) $<
+	touch $@
+
+# ptxas needs nothing of what its package asks for.
+$(CUDA_VENV)/ready: $(CUDA)/requirements.txt
+	python3 -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python $(PIP_INSTALL) $< --no-deps
 	touch $@
 
 $(PAGE)/node_modules/ready: $(PAGE)/package.json | browser

@@ -5,3 +5,4 @@ pub mod attention;
 pub mod driver;
 pub mod embed;
 pub mod kv;
+pub mod ptx;
