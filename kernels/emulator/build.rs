@@ -1,4 +1,7 @@
-//! Compiles the CUDA sources as C++.
+//! Compiles the CUDA sources as C++, and the driver of tests as a library that is loaded.
+
+use std::env;
+use std::path::Path;
 
 fn main() {
     for folder in ["../cuda", "."] {
@@ -9,4 +12,16 @@ fn main() {
     // Whatever the profile: the kernels are run, not debugged. FMA only where the source says so.
     build.opt_level(2).flag("-ffp-contract=off").flag_if_supported("-march=native");
     build.flag("-Wno-unknown-pragmas").compile("lorry_emulator");
+    build_driver();
+}
+
+/// Under the name that NVIDIA's driver is looked for by.
+fn build_driver() {
+    let library = Path::new(&env::var("OUT_DIR").expect("cargo sets it")).join("libcuda.so");
+    let compiler = cc::Build::new().cpp(true).std("c++17").opt_level(1).pic(true).get_compiler();
+    let mut command = compiler.to_command();
+    command.args(["-shared", "-Wl,-soname,libcuda.so", "-o"]).arg(&library).arg("libcuda.cpp");
+    let status = command.status().expect("the C++ compiler that has compiled the kernels");
+    assert!(status.success(), "libcuda.cpp does not compile");
+    println!("cargo:rustc-env=LORRY_TEST_DRIVER={}", library.display());
 }

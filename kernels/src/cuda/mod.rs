@@ -5,4 +5,5 @@ pub mod attention;
 pub mod driver;
 pub mod embed;
 pub mod kv;
+pub mod nvidia;
 pub mod ptx;
