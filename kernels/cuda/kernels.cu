@@ -6,5 +6,8 @@
 #include "activations.cuh"
 #include "attention.cuh"
 #include "blocks.cuh"
+#include "dense.cuh"
 #include "embed.cuh"
+#include "head.cuh"
 #include "kv.cuh"
+#include "low_rank.cuh"

@@ -2,8 +2,11 @@
 
 pub mod args;
 pub mod attention;
+pub mod dense;
 pub mod driver;
 pub mod embed;
+pub mod head;
 pub mod kv;
+pub mod low_rank;
 pub mod nvidia;
 pub mod ptx;
