@@ -8,6 +8,8 @@
 #include "blocks.cuh"
 #include "dense.cuh"
 #include "embed.cuh"
+#include "gemm.cuh"
 #include "head.cuh"
 #include "kv.cuh"
 #include "low_rank.cuh"
+#include "matrix.cuh"
