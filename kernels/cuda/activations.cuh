@@ -104,12 +104,13 @@ KERNEL(swiglu_quantize, SwigluArgs, SLICE_THREADS) {
 
 struct ScaleArgs {
     const f32* x; // [rows][width]
+    f32* scaled;  // [products][rows][width], or null: for matrices that are not quantized
     RowAdapters adapters;
     Activations activations; // [products][rows]
     i32 sites[3];            // of the products
     i32 width;
 };
-static_assert(sizeof(ScaleArgs) == 56, "as in activations.rs");
+static_assert(sizeof(ScaleArgs) == 64, "as in activations.rs");
 
 // input_scale ∘ x as int8, once for each product: each with the input scale that a row's adapter has at the product's site,
 // and x itself where it has none. Blocks: slices, rows, products.
@@ -124,6 +125,7 @@ KERNEL(scale_quantize, ScaleArgs, SLICE_THREADS) {
     for (i32 k = block_x() * SLICE + thread_index(); k < last; k += SLICE_THREADS) {
         f32 x = k < args.width ? args.x[row * args.width + k] : 0.0f;
         if (scale && k < args.width) x *= scale[k];
+        if (args.scaled && k < args.width) args.scaled[to * args.width + k] = x;
         quantize_lane(x, values, meta, k);
     }
 }

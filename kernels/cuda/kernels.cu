@@ -13,3 +13,4 @@
 #include "kv.cuh"
 #include "low_rank.cuh"
 #include "matrix.cuh"
+#include "peak.cuh"

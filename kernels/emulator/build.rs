@@ -15,9 +15,12 @@ fn main() {
     build_driver();
 }
 
-/// Under the name that NVIDIA's driver is looked for by.
+/// Under the name that NVIDIA's driver is looked for by, and in a folder of its own: cargo has every test look for libraries in
+/// `OUT_DIR`, and only those that ask for this one may find it.
 fn build_driver() {
-    let library = Path::new(&env::var("OUT_DIR").expect("cargo sets it")).join("libcuda.so");
+    let folder = Path::new(&env::var("OUT_DIR").expect("cargo sets it")).join("driver");
+    std::fs::create_dir_all(&folder).expect("OUT_DIR can be written");
+    let library = folder.join("libcuda.so");
     let compiler = cc::Build::new().cpp(true).std("c++17").opt_level(1).pic(true).get_compiler();
     let mut command = compiler.to_command();
     command.args(["-shared", "-Wl,-soname,libcuda.so", "-o"]).arg(&library).arg("libcuda.cpp");

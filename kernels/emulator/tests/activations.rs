@@ -242,23 +242,27 @@ proptest! {
         let chosen: Vec<usize> = (0..num_rows).map(|_| numbers.below(3)).collect();
         let of_rows = addresses(&device, &chosen.iter().map(|i| tables[*i]).collect::<Vec<_>>());
         let (memory, to) = (floats(&device, &x), Rounded::new(&device, 3 * num_rows, width));
+        let exact = floats(&device, &vec![f32::NAN; 3 * x.len()]);
         let args = ScaleArgs {
             x: memory.address(),
+            scaled: exact.address(),
             adapters: of_rows.address(),
             activations: to.activations(num_rows),
             sites: [1, 0, 2],
             width: width as i32,
         };
         scale_quantize(&device, &args, 3).unwrap();
-        let rows = to.rows(&device);
+        let (rows, exact) = (to.rows(&device), read_floats(&device, &exact));
         for (product, scale) in [Some(&scale), None, Some(&other)].into_iter().enumerate() {
             for (row, chosen) in chosen.iter().enumerate() {
                 let x = &x[row * width..][..width];
-                let scaled = match scale.filter(|_| *chosen == 0) {
+                let scaled: Vec<f32> = match scale.filter(|_| *chosen == 0) {
                     Some(scale) => x.iter().zip(scale).map(|(x, s)| x * s).collect(),
                     None => x.to_vec(),
                 };
-                prop_assert_eq!(&rows[product * num_rows + row], &rounded(&scaled));
+                let row = product * num_rows + row;
+                prop_assert_eq!(&rows[row], &rounded(&scaled));
+                prop_assert!(same_bits(&exact[row * width..][..width], &scaled));
             }
         }
     }

@@ -45,6 +45,8 @@ pub struct SwigluArgs {
 #[derive(Debug, Clone, Copy)]
 pub struct ScaleArgs {
     pub x: u64,
+    /// The same in f32, `[products][rows][width]`, or 0: for matrices that are not quantized.
+    pub scaled: u64,
     pub adapters: u64,
     pub activations: Activations,
     pub sites: [i32; 3],
@@ -54,7 +56,7 @@ pub struct ScaleArgs {
 const _: () = {
     assert!(size_of::<NormArgs>() == 72);
     assert!(size_of::<SwigluArgs>() == 56);
-    assert!(size_of::<ScaleArgs>() == 56);
+    assert!(size_of::<ScaleArgs>() == 64);
 };
 
 // SAFETY: 8-byte fields, then 4-byte ones in pairs: no padding. That the addresses are valid is promised by who fills them in.
@@ -91,7 +93,7 @@ pub fn scale_quantize<D: Driver>(driver: &D, args: &ScaleArgs, num_products: usi
 /// # Errors
 /// When the device refuses the launch.
 pub fn quantize_rows<D: Driver>(driver: &D, x: u64, width: usize, activations: Activations) -> Result<(), DriverError> {
-    let args = ScaleArgs { x, adapters: 0, activations, sites: [0; 3], width: width as i32 };
+    let args = ScaleArgs { x, scaled: 0, adapters: 0, activations, sites: [0; 3], width: width as i32 };
     scale_quantize(driver, &args, 1)
 }
 

@@ -130,11 +130,6 @@ impl AttentionShape {
         TILE_QUERIES * self.num_kv_heads / self.num_heads
     }
 
-    /// Tiles that `num_rows` rows of `num_sequences` sequences are at most.
-    pub fn max_tiles(&self, num_rows: usize, num_sequences: usize) -> usize {
-        num_rows.min(num_rows / self.rows_per_tile() + num_sequences)
-    }
-
     /// Tiles of one sequence: its `rows` of the step, the first of them at `first_position`, its blocks from `block_table`
     /// of the step's block tables on.
     pub fn tiles(
