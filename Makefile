@@ -1,16 +1,17 @@
 # The verbs of this project; CI runs the same ones (.ci/run). Models go to $LORRY_HOME, by default ~/.cache/lorry.
 
-LORRY       := target/release/lorry
-TEST_MODELS := smollm2:135m qwen2.5-coder:0.5b
-VENV        := .venv
-LAB_VENV    := .venv-lab
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --requirement
-CUDA        := kernels/cuda
-CUDA_VENV   := .venv-cuda
-PAGE        := tests/page
-BENCH       ?= --prompt-tokens 128 --batch 8 --num-adapters 1
+LORRY        := target/release/lorry
+TEST_MODELS  := smollm2:135m qwen2.5-coder:0.5b
+VENV         := .venv
+LAB_VENV     := .venv-lab
+PIP_INSTALL  := -m pip install --quiet --disable-pip-version-check --no-compile --requirement
+CUDA         := kernels/cuda
+CUDA_VENV    := .venv-cuda
+GPU_BINARIES := target/gpu
+PAGE         := tests/page
+BENCH        ?= --prompt-tokens 128 --batch 8 --num-adapters 1
 
-.PHONY: serve test environments build fmt lint unit cuda ptx compiler clients page browser models bench clean-venv
+.PHONY: serve test environments build fmt lint unit cuda ptx gpu-binaries test-gpu bench-gpu compiler clients page browser models bench clean-venv
 
 ## serve: the default model and the adapters of ./adapters on 127.0.0.1:8080
 serve: build
@@ -38,13 +39,33 @@ lint: compiler
 	.ci/house-rules
 
 ## unit: the Rust tests, unit and integration, but those that run CUDA kernels
-unit: models
+unit: models compiler
 	cargo test --release --locked --workspace --exclude emulator
 
 ## cuda: whether the committed PTX is that of the CUDA sources and fits into the cards, and the kernels on the CPU
 cuda: $(CUDA_VENV)/ready compiler
 	$(CUDA_VENV)/bin/python $(CUDA)/ptx.py check
 	cargo test --release --locked --package emulator
+
+## gpu-binaries: what test-gpu and bench-gpu run, in a folder that can be carried to a machine without Rust
+gpu-binaries: build compiler
+	mkdir -p $(GPU_BINARIES)
+	cp $(LORRY) $(GPU_BINARIES)
+	for test in promises_gpu fidelity_gpu; do \
+		cp "$$(cargo test --release --locked --no-run --test $$test 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$$/\1/p')" $(GPU_BINARIES)/$$test || exit 1; \
+	done
+	strip $(GPU_BINARIES)/*
+
+## test-gpu: the promises and the fidelity of the CUDA kernels on a card; ends within nine minutes
+test-gpu: | $(GPU_BINARIES)
+	python3 benches/gpu/gpu.py test
+
+## bench-gpu: decode, prefill and adapters on a card, against the most that it can do; ends within nine minutes
+bench-gpu: | $(GPU_BINARIES)
+	python3 benches/gpu/gpu.py bench
+
+$(GPU_BINARIES):
+	$(MAKE) gpu-binaries
 
 ## ptx: write the PTX that the binary carries, after a change of the CUDA sources
 ptx: $(CUDA_VENV)/ready
