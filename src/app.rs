@@ -15,7 +15,7 @@ use tracing::{error, info, warn};
 use crate::adapter::registry::{AdapterRegistry, RegistryError};
 use crate::config::{self, Config, ConfigError};
 use crate::engine::{EngineConfig, EngineHandle};
-use crate::experiments::{Experiments, OnRollBack};
+use crate::experiments::{Experiments, ModelNames, OnRollBack};
 use crate::generation::{Base, Generation};
 use crate::http::AppState;
 use crate::icl::{IclStores, OpenError};
@@ -97,7 +97,9 @@ impl App {
         let engine = start_engine(decoder, &config, &metrics)?;
 
         let (database, on_roll_back) = (config.experiments.path(&home), roll_back_adapter(&adapters));
-        let experiments = Experiments::start(&config.experiments, database, &source.id, metrics.clone(), on_roll_back)
+        let registered = adapters.clone();
+        let names = ModelNames::new(&source.id, move |name| registered.status(name).is_some());
+        let experiments = Experiments::start(&config.experiments, database, names, metrics.clone(), on_roll_back)
             .map_err(AppError::Experiments)?;
 
         let config = Arc::new(config);

@@ -20,6 +20,7 @@ use super::*;
 use crate::adapter::registry::AdapterRegistry;
 use crate::config::Overrides;
 use crate::engine::{EngineConfig, EngineHandle, EngineState};
+use crate::experiments::ModelNames;
 use crate::generation::Base;
 use crate::icl::IclStores;
 use crate::model::spec::{Architecture, ModelSpec};
@@ -139,8 +140,14 @@ impl Server {
         let formats = PromptFormats::new(&config.prompt_formats).unwrap();
         let generation = Generation::new(base, adapters, icl, formats, engine.clone(), metrics.clone(), config.clone());
         let database = config.experiments.path(Path::new("unused"));
-        let experiments =
-            Experiments::start(&config.experiments, database, BASE, metrics.clone(), Box::new(|_| {})).unwrap();
+        let experiments = Experiments::start(
+            &config.experiments,
+            database,
+            ModelNames::new(BASE, |_| false),
+            metrics.clone(),
+            Box::new(|_| {}),
+        )
+        .unwrap();
         let experiments = Arc::new(experiments);
         let state = AppState::new(Arc::new(generation), experiments.clone(), metrics.clone(), config);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -353,6 +360,57 @@ async fn every_refusal_has_the_right_status_and_names_the_field() {
     }
     assert_eq!(server.metrics.rejected_total.with_label_values(&["not_found"]).get(), 1);
     server.until_idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_asked_for_and_not_served_is_refused_by_name_on_every_route() {
+    let server = Server::quick().await;
+    let bodies = [
+        ("/v1/completions", json!({"prompt": "a"})),
+        ("/v1/chat/completions", json!({"messages": [{"role": "user", "content": "a"}]})),
+        ("/v1/compare", json!({"prompt": "a", "arms": [{"name": "a"}, {"name": "b"}]})),
+    ];
+    let asked = json!({"response_format": {"type": "json_object"}, "guided_json": {"type": "object"}, "grammar": "x",
+        "tools": [{}], "continue_final_message": true, "adapter_source": "s3", "min_tokens": 3});
+    for (path, body) in bodies {
+        for (name, value) in asked.as_object().unwrap() {
+            let mut body = body.clone();
+            body[name] = value.clone();
+            let response = server.request(Method::POST, path).body(body.to_string()).send().await.unwrap();
+            assert_eq!(response.status(), StatusCode::BAD_REQUEST, "{path} {name}");
+            assert_eq!(response.json::<Value>().await.unwrap()["error"]["param"], *name, "{path}");
+        }
+    }
+    let unknown = server.completions(json!({"prompt": "a", "adapter_id": "nobody"})).send().await.unwrap();
+    assert_eq!(unknown.status(), StatusCode::NOT_FOUND, "never the base in silence");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn neutral_values_of_what_is_not_served_change_nothing() {
+    let server = Server::quick().await;
+    let plain = server.complete(json!({"prompt": "a", "max_tokens": 3, "temperature": 0})).await;
+    let body = json!({"prompt": "a", "n_predict": 3, "temperature": 0, "response_format": {"type": "text"}, "tools": [],
+        "suffix": "", "logprobs": false, "top_logprobs": 0, "seed": -1, "model": "", "adapter_id": "", "samplers": ["top_k"],
+        "user": "u", "metadata": {}});
+    assert_eq!(server.complete(body).await["choices"], plain["choices"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_seed_of_minus_one_is_drawn_anew_and_named() {
+    let server = Server::quick().await;
+    let body = json!({"prompt": "a", "max_tokens": 1, "seed": -1});
+    let (first, second) = (server.complete(body.clone()).await, server.complete(body).await);
+    assert!(first["seed"].as_i64() >= Some(0) && first["seed"] != second["seed"], "{first} {second}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stop_token_ids_end_the_output_and_are_no_part_of_it() {
+    let server = Server::quick().await;
+    let body = json!({"prompt": "a", "temperature": 0, "stop_token_ids": [u32::from(b'd')], "ignore_eos": true});
+    let reply = server.complete(body).await;
+    assert_eq!((text(&reply), &reply["choices"][0]["finish_reason"]), ("bc", &json!("stop")));
+    let unknown = server.completions(json!({"prompt": "a", "stop_token_ids": [999]})).send().await.unwrap();
+    assert_eq!(unknown.json::<Value>().await.unwrap()["error"]["param"], "stop_token_ids");
 }
 
 #[tokio::test(flavor = "multi_thread")]
