@@ -103,6 +103,8 @@ pub struct GenerationOptions {
     /// Choice `k` of a prompt is drawn with `seed + k`.
     pub seed: Option<i64>,
     pub stop: Vec<String>,
+    /// Beside those of the model.
+    pub stop_token_ids: Vec<u32>,
     /// Go on where the model would end.
     pub ignore_eos: bool,
     /// The choices are the best of a beam search, in which nothing is drawn.

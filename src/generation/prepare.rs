@@ -79,7 +79,7 @@ impl Generation {
     ) -> Result<Prepared, GenerationError> {
         let model = self.resolve(&request.selection, access).await?;
         let options = request.options.clone();
-        self.check_logit_bias(&options)?;
+        self.check_token_ids(&options)?;
         let prompts = self.encode(&model, request).await?;
         let seed = options.seed.unwrap_or_else(random_seed);
         Ok(Prepared { model, prompts, options, seed, places })
@@ -145,13 +145,15 @@ impl Generation {
         }
     }
 
-    fn check_logit_bias(&self, options: &GenerationOptions) -> Result<(), GenerationError> {
+    fn check_token_ids(&self, options: &GenerationOptions) -> Result<(), GenerationError> {
         let vocab_size = self.base.tokenizer.vocab_size();
-        match options.logit_bias.iter().find(|(id, _)| *id as usize >= vocab_size) {
+        let biased = options.logit_bias.iter().map(|(id, _)| ("logit_bias", id));
+        let mut named = biased.chain(options.stop_token_ids.iter().map(|id| ("stop_token_ids", id)));
+        match named.find(|(_, id)| **id as usize >= vocab_size) {
             None => Ok(()),
-            Some((id, _)) => Err(GenerationError::InvalidParameter {
-                param: "logit_bias",
-                message: format!("`logit_bias` names the token {id}, but the vocabulary has {vocab_size}"),
+            Some((param, id)) => Err(GenerationError::InvalidParameter {
+                param,
+                message: format!("`{param}` names the token {id}, but the vocabulary has {vocab_size}"),
             }),
         }
     }
@@ -264,7 +266,11 @@ impl Generation {
     }
 
     fn stop_tokens(&self, options: &GenerationOptions) -> Arc<[u32]> {
-        if options.ignore_eos { Arc::from([]) } else { self.base.tokenizer.stop_tokens() }
+        match (options.ignore_eos, options.stop_token_ids.as_slice()) {
+            (true, ids) => Arc::from(ids),
+            (false, []) => self.base.tokenizer.stop_tokens(),
+            (false, ids) => self.base.tokenizer.stop_tokens().iter().chain(ids).copied().collect(),
+        }
     }
 
     /// The text of one choice, and where its events go.

@@ -81,6 +81,16 @@ enum Wording<'a> {
 impl Encoder<'_> {
     /// Chooses examples, renders, encodes and checks the prompt.
     pub fn encode(&self, prompt: &Prompt) -> Result<EncodedPrompt, GenerationError> {
+        match prompt {
+            // To a base that fills no gaps, nothing behind the cursor is no gap.
+            Prompt::FillInMiddle { prefix, suffix } if suffix.is_empty() && self.base.fill_in_middle.is_none() => {
+                self.encode_as(&Prompt::Text(prefix.clone()))
+            }
+            _ => self.encode_as(prompt),
+        }
+    }
+
+    fn encode_as(&self, prompt: &Prompt) -> Result<EncodedPrompt, GenerationError> {
         let max_tokens = self
             .max_tokens
             .or(self.adapter.and_then(|adapter| adapter.manifest.sampling.max_tokens))

@@ -1,6 +1,7 @@
 //! A request body read field by field, so that an error names the field at fault.
 //!
-//! `null` is an absent field, and fields nobody asks for are ignored: clients of many servers send both.
+//! `null` is an absent field. Fields that nobody reads are ignored, as clients of many servers send them, but those that
+//! would change a reply are refused by `unsupported.rs`.
 
 use std::ops::RangeInclusive;
 
@@ -99,6 +100,11 @@ impl Fields {
 
     pub fn get(&self, name: &str) -> Option<&Value> {
         self.0.get(name).filter(|value| !value.is_null())
+    }
+
+    /// Of several names for the same, the first that is there; else the first of all.
+    pub fn first_given<'a>(&self, names: &[&'a str]) -> &'a str {
+        names.iter().copied().find(|name| self.get(name).is_some()).unwrap_or(names[0])
     }
 
     pub fn string(&self, name: &str) -> Result<Option<&str>, ApiError> {

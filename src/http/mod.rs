@@ -24,6 +24,7 @@ mod sse;
 mod tests;
 mod trials;
 mod types;
+mod unsupported;
 mod vllm;
 
 use std::any::Any;
