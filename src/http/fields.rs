@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 
 use super::AppState;
 use super::error::ApiError;
+use super::surrogates::without_lone_surrogates;
 
 /// The JSON object of a request, whatever its content type says.
 #[derive(Debug)]
@@ -79,7 +80,7 @@ async fn read_body(request: Request, state: &AppState) -> Result<Bytes, ApiError
 }
 
 fn parse_json(body: &[u8]) -> Result<Value, ApiError> {
-    serde_json::from_slice(body)
+    serde_json::from_slice(&without_lone_surrogates(body))
         .map_err(|error| ApiError::malformed(format!("the request body is not valid JSON: {error}")))
 }
 
@@ -208,6 +209,11 @@ mod tests {
         for body in ["", "{", "[1]", "\"x\"", "{\"a\":1e999}", "\u{fffd}"] {
             assert!(Fields::parse(body.as_bytes()).is_err(), "{body}");
         }
+    }
+
+    #[test]
+    fn half_a_character_is_a_replacement_character() {
+        assert_eq!(fields(r#"{"prompt": "x = \"\ud83d"}"#).string("prompt").unwrap(), Some("x = \"\u{fffd}"));
     }
 
     #[test]

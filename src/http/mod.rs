@@ -20,6 +20,7 @@ mod reply;
 mod sampling;
 mod selection;
 mod sse;
+mod surrogates;
 #[cfg(test)]
 mod tests;
 mod trials;
