@@ -111,6 +111,8 @@ pub struct GenerationOptions {
     pub beams: Option<BeamOptions>,
     /// Alternatives per token; `None` is no log-probabilities.
     pub top_logprobs: Option<usize>,
+    /// With log-probabilities, the stop token that ends an output has a record too.
+    pub records_stop_token: bool,
     /// Repeat the prompt before the output.
     pub echo: bool,
 }

@@ -286,6 +286,7 @@ impl Generation {
             num_prompt_tokens: prompt.tokens.len(),
             stop: stop_strings(model, options),
             logprobs: options.top_logprobs.is_some(),
+            records_stop_token: options.records_stop_token,
             echo: options
                 .echo
                 .then(|| Echo { prompt_tokens: prompt.tokens.clone(), num_added_tokens: prompt.num_added_tokens }),

@@ -80,6 +80,8 @@ pub(super) struct TextStreamOptions {
     pub stop: Vec<String>,
     /// Whether deltas carry token records.
     pub logprobs: bool,
+    /// Whether the stop token has one, too.
+    pub records_stop_token: bool,
     pub echo: Option<Echo>,
 }
 
@@ -133,6 +135,7 @@ impl TextStream {
                     self.finish(FinishReason::Stop);
                 }
             }
+            Event::StopToken { id, logprob } => self.assembler.stop_token(id, logprob),
             Event::Score(score) => self.score = Some(score),
             Event::Finished(reason) => {
                 let (delta, stopped) = self.assembler.end();
@@ -200,6 +203,8 @@ struct TextAssembler {
     detokenizer: Detokenizer,
     stops: StopStrings,
     logprobs: bool,
+    records_stop_token: bool,
+    stop_token: Option<(u32, TokenLogprob)>,
     echo: Option<Echo>,
     prompt_logprobs: Vec<Option<TokenLogprob>>,
     /// Records whose text is still held back.
@@ -217,6 +222,8 @@ impl TextAssembler {
             tokenizer: options.tokenizer,
             stops: StopStrings::new(options.stop),
             logprobs: options.logprobs,
+            records_stop_token: options.records_stop_token,
+            stop_token: None,
             echo: options.echo,
             prompt_logprobs: Vec::new(),
             held: VecDeque::new(),
@@ -238,6 +245,11 @@ impl TextAssembler {
         (delta, stopped)
     }
 
+    /// The token that ended the sequence. It has no text; its record is the last.
+    fn stop_token(&mut self, id: u32, logprob: TokenLogprob) {
+        self.stop_token = (self.logprobs && self.records_stop_token).then_some((id, logprob));
+    }
+
     /// Everything still held back, and whether a stop string was in it.
     fn end(&mut self) -> (TextDelta, bool) {
         let mut delta = self.take_echo();
@@ -247,6 +259,13 @@ impl TextAssembler {
             let rest = self.stops.finish();
             self.release(&rest, &mut delta);
             delta.tokens.extend(self.held.drain(..));
+            let text_offset = self.num_chars_seen;
+            let stop_token = self.stop_token.take();
+            delta.tokens.extend(stop_token.map(|(id, logprob)| TokenRecord {
+                id,
+                text_offset,
+                logprob: Some(logprob),
+            }));
         }
         (delta, stopped)
     }
@@ -309,6 +328,7 @@ mod tests {
             num_prompt_tokens: 1,
             stop: stop.iter().map(|stop| stop.to_string()).collect(),
             logprobs: true,
+            records_stop_token: true,
             echo,
         })
     }
@@ -370,6 +390,27 @@ mod tests {
         assert_eq!((delta.text.as_str(), stopped), ("thenthe", false));
         assert_eq!((ids(&delta), offsets(&delta)), (vec![END, THE, byte(b'n'), THE], vec![0, 0, 3, 4]));
         assert_eq!(delta.tokens[1].logprob.as_ref().map(|logprob| logprob.logprob), Some(-1.0));
+    }
+
+    #[test]
+    fn the_stop_token_has_the_last_record_behind_an_echo_and_what_was_held_back() {
+        let logprob = || TokenLogprob { logprob: -0.5, top: vec![] };
+        let echo = Echo { prompt_tokens: vec![THE], num_added_tokens: 0 };
+        let mut only_echo = assembler(&[], Some(echo));
+        only_echo.stop_token(END, logprob());
+        let (delta, _) = only_echo.end();
+        assert_eq!((delta.text.as_str(), ids(&delta), offsets(&delta)), ("the", vec![THE, END], vec![0, 3]));
+        assert_eq!(delta.tokens[1].logprob, Some(logprob()));
+
+        let mut held = assembler(&["the end"], None);
+        held.token(THE, None);
+        held.stop_token(END, logprob());
+        assert_eq!(ids(&held.end().0), [THE, END]);
+
+        let mut unwanted = assembler(&[], None);
+        unwanted.records_stop_token = false;
+        unwanted.stop_token(END, logprob());
+        assert_eq!(unwanted.end().0, TextDelta::default());
     }
 
     fn stream(stop: &[&str]) -> (mpsc::UnboundedSender<Event>, TextStream, Arc<crate::metrics::Metrics>) {

@@ -35,6 +35,8 @@ pub async fn completions(
 fn options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
     Ok(GenerationOptions {
         top_logprobs: top_logprobs(fields)?,
+        // As in vLLM; clients that score a prompt cut off the one token behind it, whatever that is.
+        records_stop_token: true,
         echo: fields.boolean("echo")?.unwrap_or(false),
         ..parse_options(fields)?
     })

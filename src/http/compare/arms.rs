@@ -106,6 +106,8 @@ impl ArmRequest {
             request.options.seed.get_or_insert_with(|| if has_own { random_seed() } else { seed });
             // Alternatives cost time, the token's own log-probability next to none.
             request.options.top_logprobs.get_or_insert(0);
+            // The sum is over the output, in chat and in completions.
+            request.options.records_stop_token = false;
             request
         });
         Ok(Self { name, index, shared, request })
