@@ -9,7 +9,8 @@ use crate::config::GenerationConfig;
 use crate::icl::{self, Example, IclError, IclStores, Select, TokenBudget};
 use crate::prompt::formats::{PromptFormat, Reader, Rendered, split_system, with_example_turns};
 use crate::prompt::instruction;
-use crate::tokenizer::Specials;
+use crate::prompt::literal::Literal;
+use crate::tokenizer::{Specials, Tokenizer};
 
 /// One prompt of a request.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -194,24 +195,39 @@ impl Encoder<'_> {
                 };
                 fill_in_middle.render(tokenizer, prefix, suffix).map_err(|error| prompt.invalid(error))?
             }
-            Wording::Text(text) => return self.encode_after_bos(prompt, text),
-            Wording::Messages(messages) => self.encode_messages(prompt, &with_example_turns(messages, examples))?,
+            Wording::Text(text) => {
+                let encoded = tokenizer.encode(text, Specials::Parse).map_err(|error| prompt.invalid(error))?;
+                return self.after_bos(prompt, &encoded);
+            }
+            Wording::Messages(messages) => {
+                let messages = with_example_turns(messages, examples);
+                let literal = Literal::of_messages(tokenizer, &messages);
+                let messages: Vec<_> = messages.iter().map(|message| literal.message(message)).collect();
+                self.encode_messages(prompt, &messages, literal)?
+            }
             Wording::Adapter { template, instruction } => {
+                let (literal, instruction, examples) = literal(tokenizer, instruction, examples);
                 let render = |instruction: &str| {
                     instruction::render(template, instruction).map_err(|error| prompt.invalid(error))
                 };
                 let mut text = String::new();
-                for Example { instruction, code } in examples {
+                for Example { instruction, code } in &examples {
                     text.extend([&render(instruction)?, code, "\n\n"]);
                 }
-                text.push_str(&render(instruction)?);
-                return self.encode_after_bos(prompt, &text);
+                text.push_str(&render(&instruction)?);
+                let encoded = literal.encode(&text).map_err(|error| prompt.invalid(error))?;
+                return self.after_bos(prompt, &encoded);
             }
             Wording::Format { format, instruction } => {
                 let reader = if self.adapter.is_some() { Reader::Adapter } else { Reader::Base };
-                match format.render(instruction, examples, reader).map_err(|error| prompt.invalid(error))? {
-                    Rendered::Text(text) => return self.encode_after_bos(prompt, &text),
-                    Rendered::Messages(messages) => self.encode_messages(prompt, &messages)?,
+                let (literal, instruction, examples) = literal(tokenizer, instruction, examples);
+                let examples: Vec<_> = examples.iter().collect();
+                match format.render(&instruction, &examples, reader).map_err(|error| prompt.invalid(error))? {
+                    Rendered::Text(text) => {
+                        let encoded = literal.encode(&text).map_err(|error| prompt.invalid(error))?;
+                        return self.after_bos(prompt, &encoded);
+                    }
+                    Rendered::Messages(messages) => self.encode_messages(prompt, &messages, literal)?,
                 }
             }
         };
@@ -221,7 +237,13 @@ impl Encoder<'_> {
         Ok((encoded, 0))
     }
 
-    fn encode_messages(&self, prompt: &Prompt, messages: &[Value]) -> Result<Vec<u32>, GenerationError> {
+    /// `messages` are marked by `literal`.
+    fn encode_messages(
+        &self,
+        prompt: &Prompt,
+        messages: &[Value],
+        literal: Literal<'_>,
+    ) -> Result<Vec<u32>, GenerationError> {
         let Some(template) = &self.base.chat_template else {
             let hint = match prompt {
                 Prompt::Chat(_) => "use /v1/completions",
@@ -231,19 +253,34 @@ impl Encoder<'_> {
         };
         // The template writes every special token itself, the first one included.
         let text = template.render(messages, true, None).map_err(|error| prompt.invalid(error))?;
-        self.base.tokenizer.encode(&text, Specials::Parse).map_err(|error| prompt.invalid(error))
+        literal.encode(&text).map_err(|error| prompt.invalid(error))
     }
 
-    fn encode_after_bos(&self, prompt: &Prompt, text: &str) -> Result<(Vec<u32>, usize), GenerationError> {
-        let tokenizer = &self.base.tokenizer;
-        let mut tokens: Vec<u32> = tokenizer.bos().into_iter().collect();
+    fn after_bos(&self, prompt: &Prompt, encoded: &[u32]) -> Result<(Vec<u32>, usize), GenerationError> {
+        let mut tokens: Vec<u32> = self.base.tokenizer.bos().into_iter().collect();
         let num_added_tokens = tokens.len();
-        tokens.extend(tokenizer.encode(text, Specials::Parse).map_err(|error| prompt.invalid(error))?);
+        tokens.extend(encoded);
         if tokens.is_empty() {
             return Err(prompt.invalid(format!("`{}` is empty", prompt.param())));
         }
         Ok((tokens, num_added_tokens))
     }
+}
+
+/// An instruction and its examples, to be rendered as literal text.
+fn literal<'t>(
+    tokenizer: &'t Tokenizer,
+    instruction: &str,
+    examples: &[&Example],
+) -> (Literal<'t>, String, Vec<Example>) {
+    let texts = examples.iter().flat_map(|Example { instruction, code }| [instruction.as_str(), code]);
+    let texts: Vec<_> = texts.chain([instruction]).collect();
+    let literal = Literal::of_texts(tokenizer, &texts);
+    let examples = examples.iter().map(|Example { instruction, code }| Example {
+        instruction: literal.text(instruction),
+        code: literal.text(code),
+    });
+    (literal, literal.text(instruction), examples.collect())
 }
 
 impl Prompt {

@@ -49,8 +49,8 @@ impl ChatTemplate {
         Ok(Self { environment, bos_token, eos_token })
     }
 
-    /// The prompt text for OpenAI `messages`, to be encoded with [`Specials::Parse`](crate::tokenizer::Specials::Parse)
-    /// and nothing put before it. `tools` is OpenAI's list of tools.
+    /// The prompt text for OpenAI `messages`, to be encoded with special tokens parsed and nothing put before it: what the
+    /// messages say is marked before as [`Literal`](super::literal::Literal). `tools` is OpenAI's list of tools.
     ///
     /// Contents of several text parts are joined, the role `developer` is `system`, and a tool call's arguments are
     /// given to the template as an object.

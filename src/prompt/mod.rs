@@ -5,6 +5,7 @@ pub mod chat;
 pub mod fim;
 pub mod formats;
 pub mod instruction;
+pub mod literal;
 
 #[derive(Debug, thiserror::Error)]
 pub enum PromptError {

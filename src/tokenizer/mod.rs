@@ -7,6 +7,7 @@ pub mod sentinels;
 mod vocabulary;
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use regex::Regex;
@@ -122,6 +123,36 @@ impl Tokenizer {
         }
         self.encode_plain(&text[plain_start..], &mut ids)?;
         Ok(ids)
+    }
+
+    /// Token ids of a rendered template, special tokens parsed. `mark` is taken out of the text between them, which is
+    /// encoded as [`Specials::AsText`]: it has kept what contents spell from being parsed.
+    pub fn encode_marked(&self, text: &str, mark: char) -> Result<Vec<u32>, TokenizerError> {
+        if !text.contains(mark) {
+            return self.encode(text, Specials::Parse);
+        }
+        let mut ids = Vec::with_capacity(text.len() / 3);
+        let mut plain_start = 0;
+        for (start, end, id) in self.added.matches(text) {
+            ids.extend(self.encode(&text[plain_start..start].replace(mark, ""), Specials::AsText)?);
+            ids.push(id);
+            plain_start = end;
+        }
+        ids.extend(self.encode(&text[plain_start..].replace(mark, ""), Specials::AsText)?);
+        Ok(ids)
+    }
+
+    /// Where parsing `text` finds control tokens.
+    pub fn control_tokens<'a>(&'a self, text: &'a str) -> impl Iterator<Item = Range<usize>> + 'a {
+        let is_control =
+            move |(start, end, _): &(usize, usize, u32)| self.control_ids.contains_key(&text[*start..*end]);
+        self.added.matches(text).filter(is_control).map(|(start, end, _)| start..end)
+    }
+
+    /// Whether `text` ends in the beginning of a control token.
+    pub fn ends_within_control_token(&self, text: &str) -> bool {
+        let beginnings = |token: &str| token.char_indices().skip(1).map(|(end, _)| end).collect::<Vec<_>>();
+        self.control_ids.keys().any(|token| beginnings(token).into_iter().any(|end| text.ends_with(&token[..end])))
     }
 
     fn encode_plain(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
