@@ -135,6 +135,7 @@ impl Generation {
                 format: format.as_ref(),
                 max_tokens: options.max_tokens,
                 context_length,
+                is_echoed: options.echo,
                 config: &config.generation,
             };
             prompts.iter().map(|prompt| encoder.encode(prompt)).collect()

@@ -7,6 +7,7 @@ use super::{Base, GenerationError};
 use crate::adapter::canonical::Adapter;
 use crate::config::GenerationConfig;
 use crate::icl::{self, Example, IclError, IclStores, Select, TokenBudget};
+use crate::prompt::fim::foreign::{self, TextAround};
 use crate::prompt::formats::{PromptFormat, Reader, Rendered, split_system, with_example_turns};
 use crate::prompt::instruction;
 use crate::prompt::literal::Literal;
@@ -39,6 +40,8 @@ pub(super) struct Encoder<'a> {
     /// As the client asked.
     pub max_tokens: Option<usize>,
     pub context_length: usize,
+    /// Whether the reply repeats the prompt, which then must stay as it is.
+    pub is_echoed: bool,
     pub config: &'a GenerationConfig,
 }
 
@@ -64,6 +67,8 @@ enum Wording<'a> {
         prefix: &'a str,
         suffix: &'a str,
     },
+    /// In the layout of another model.
+    Foreign(TextAround),
     /// As the client wrote it.
     Text(&'a str),
     /// By the model's chat template.
@@ -102,13 +107,21 @@ impl Encoder<'_> {
         // What stands before the prompt takes its room, though no client sees it.
         let context_length =
             self.context_length.saturating_sub(self.adapter.map_or(0, |adapter| adapter.num_virtual_tokens()));
+        self.check_size(prompt)?;
         let wording = self.wording(prompt)?;
         let max_prompt_tokens = context_length.saturating_sub(max_tokens.min(1));
         let icl = self.icl.map(|icl| self.choose(icl, prompt, &wording, max_prompt_tokens)).transpose()?;
         let examples = icl.as_ref().map(icl::Chosen::examples).unwrap_or_default();
-        let (tokens, num_added_tokens) = self.tokens(prompt, &wording, &examples)?;
+        let (mut tokens, num_added_tokens) = self.tokens(prompt, &wording, &examples)?;
+        let mut is_fill_in_middle = matches!(wording, Wording::FillInMiddle { .. } | Wording::Foreign(_));
+        if let Some(fill_in_middle) = &self.base.fill_in_middle {
+            is_fill_in_middle |= fill_in_middle.is_in(&tokens);
+            if !self.is_echoed {
+                let room = context_length - max_tokens.min(context_length / 4);
+                tokens = fill_in_middle.fit(&self.base.tokenizer, tokens, room);
+            }
+        }
         let max_tokens = fit(tokens.len(), max_tokens, context_length, prompt.param())?;
-        let is_fill_in_middle = matches!(prompt, Prompt::FillInMiddle { .. });
         let is_fixed = icl.as_ref().is_some_and(|icl| icl.select == Select::Fixed);
         let num_pinned_tokens = if is_fixed { self.num_shared_tokens(prompt, &examples, &tokens)? } else { 0 };
         Ok(EncodedPrompt { tokens, num_added_tokens, max_tokens, is_fill_in_middle, num_pinned_tokens, icl })
@@ -138,7 +151,10 @@ impl Encoder<'_> {
                 Wording::Messages(messages)
             }
             (_, Some(format), _) => Wording::Format { format, instruction: prompt.instruction()? },
-            (Prompt::Text(text), None, _) if self.icl.is_none() => Wording::Text(text),
+            (Prompt::Text(text), None, _) if self.icl.is_none() => match self.read_foreign(text) {
+                Some(text) => Wording::Foreign(text),
+                None => Wording::Text(text),
+            },
             (_, None, Some(template)) => Wording::Adapter { template, instruction: prompt.instruction()? },
             (_, None, None) => Wording::Format { format: &PromptFormat::Chat, instruction: prompt.instruction()? },
         };
@@ -185,16 +201,8 @@ impl Encoder<'_> {
         let tokenizer = &self.base.tokenizer;
         let encoded = match wording {
             Wording::Tokens(ids) => check_ids(ids, tokenizer.vocab_size())?,
-            Wording::FillInMiddle { prefix, suffix } => {
-                let Some(fill_in_middle) = &self.base.fill_in_middle else {
-                    let message = format!(
-                        "`suffix` needs a model trained for fill-in-the-middle, which `{}` is not: leave it out",
-                        self.base.id
-                    );
-                    return Err(GenerationError::InvalidParameter { param: "suffix", message });
-                };
-                fill_in_middle.render(tokenizer, prefix, suffix).map_err(|error| prompt.invalid(error))?
-            }
+            Wording::FillInMiddle { prefix, suffix } => self.fill_in_middle(prompt, prefix, suffix, "suffix")?,
+            Wording::Foreign(TextAround { prefix, suffix }) => self.fill_in_middle(prompt, prefix, suffix, "prompt")?,
             Wording::Text(text) => {
                 let encoded = tokenizer.encode(text, Specials::Parse).map_err(|error| prompt.invalid(error))?;
                 return self.after_bos(prompt, &encoded);
@@ -235,6 +243,54 @@ impl Encoder<'_> {
             return Err(prompt.invalid(format!("`{}` has no tokens", prompt.param())));
         }
         Ok((encoded, 0))
+    }
+
+    /// `param` is where the request has the gap.
+    fn fill_in_middle(
+        &self,
+        prompt: &Prompt,
+        prefix: &str,
+        suffix: &str,
+        param: &'static str,
+    ) -> Result<Vec<u32>, GenerationError> {
+        let Some(fill_in_middle) = &self.base.fill_in_middle else {
+            let message = format!(
+                "`{param}` asks for fill-in-the-middle, for which `{}` was not trained: send only what is before the gap",
+                self.base.id
+            );
+            return Err(GenerationError::InvalidParameter { param, message });
+        };
+        // What cannot be in the context is not worth encoding.
+        let (prefix, suffix) = (tail(prefix, self.max_prompt_bytes()), head(suffix, self.max_prompt_bytes()));
+        fill_in_middle.render(&self.base.tokenizer, prefix, suffix).map_err(|error| prompt.invalid(error))
+    }
+
+    /// A gap that the client has laid out for another model than this.
+    fn read_foreign(&self, text: &str) -> Option<TextAround> {
+        let is_own = |sentinel: &str| {
+            let own = self.base.fill_in_middle.as_ref();
+            own.is_some_and(|own| own.is_own(&self.base.tokenizer, sentinel))
+        };
+        if self.is_echoed { None } else { foreign::read(text, is_own) }
+    }
+
+    /// Text with more bytes than this has more tokens than the context.
+    fn max_prompt_bytes(&self) -> usize {
+        self.context_length.saturating_mul(self.base.tokenizer.max_token_bytes())
+    }
+
+    /// Encoding takes time and memory: not for what is too long by its bytes. Around a gap it is cut.
+    fn check_size(&self, prompt: &Prompt) -> Result<(), GenerationError> {
+        let num_bytes = match prompt {
+            Prompt::Text(text) => text.len(),
+            Prompt::Chat(messages) => messages.iter().map(num_text_bytes).sum(),
+            Prompt::Tokens(_) | Prompt::FillInMiddle { .. } => 0,
+        };
+        if num_bytes <= self.max_prompt_bytes() {
+            return Ok(());
+        }
+        let context_length = self.context_length;
+        Err(GenerationError::PromptTooLarge { param: prompt.param(), num_bytes, context_length })
     }
 
     /// `messages` are marked by `literal`.
@@ -314,6 +370,23 @@ impl Prompt {
     }
 }
 
+fn num_text_bytes(message: &Value) -> usize {
+    match &message["content"] {
+        Value::Array(parts) => parts.iter().filter_map(|part| part["text"].as_str()).map(str::len).sum(),
+        content => content.as_str().map_or(0, str::len),
+    }
+}
+
+/// The end of `text`, of at most `max_bytes`.
+fn tail(text: &str, max_bytes: usize) -> &str {
+    &text[text.ceil_char_boundary(text.len().saturating_sub(max_bytes))..]
+}
+
+/// The beginning of `text`, of at most `max_bytes`.
+fn head(text: &str, max_bytes: usize) -> &str {
+    &text[..text.floor_char_boundary(max_bytes)]
+}
+
 /// `max_tokens`, cut to what the context leaves; only a prompt that leaves nothing is an error.
 fn fit(
     num_prompt_tokens: usize,
@@ -361,6 +434,13 @@ mod tests {
         assert!(refusal(100, 1).to_string().contains("has 100 tokens and the context ends at 100"));
         assert_eq!(fit(100, 0, 100, "prompt").unwrap(), 0);
         assert!(refusal(101, 0).to_string().contains("101 tokens"));
+    }
+
+    #[test]
+    fn text_is_cut_between_characters() {
+        assert_eq!((tail("aéb", 2), head("aéb", 2)), ("b", "a"));
+        assert_eq!((tail("aéb", 3), head("aéb", 3)), ("éb", "aé"));
+        assert_eq!((tail("aéb", 9), head("aéb", 9)), ("aéb", "aéb"));
     }
 
     #[test]

@@ -173,6 +173,12 @@ impl From<GenerationError> for ApiError {
                 api.body.n_ctx = Some(context_length);
                 api
             }
+            GenerationError::PromptTooLarge { param, context_length, .. } => {
+                let mut api = Self::invalid(param, message);
+                api.body.code = Some("context_length_exceeded");
+                api.body.n_ctx = Some(context_length);
+                api
+            }
             GenerationError::Overloaded | GenerationError::ShuttingDown | GenerationError::OutOfMemory(_) => {
                 Self::unavailable(message)
             }

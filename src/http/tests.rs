@@ -2,6 +2,7 @@
 
 mod beams;
 mod compare;
+mod gaps;
 mod icl;
 mod trials;
 mod votes;
@@ -508,15 +509,6 @@ async fn shutting_down_refuses_new_requests_and_finishes_those_under_way() {
     }
     assert!(events.contains(r#""finish_reason":"length""#) && events.ends_with("data: [DONE]\n\n"), "{events}");
     server.served.await.unwrap().unwrap();
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_suffix_is_rendered_with_the_sentinels_of_the_model() {
-    let sentinels = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|end|>"];
-    let server = Server::start(&sentinels, Duration::ZERO).await;
-    let filled = server.complete(json!({"prompt": "ab", "suffix": "<|fim_middle|>", "temperature": 0})).await;
-    assert_eq!(text(&filled), "abcdefghijklmnop");
-    assert_eq!(filled["usage"]["prompt_tokens"], 2 + 14 + 3, "a sentinel in the user's text is only text");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -15,6 +15,7 @@ use regex::Regex;
 use crate::model::gguf::{GgufError, GgufFile};
 use byte_level::ByteLevelBpe;
 use sentence_piece::SentencePiece;
+use sentinels::FimTokens;
 use vocabulary::{TokenBytes, TokenKind, TokenizerMetadata, TokenizerModel};
 
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +58,7 @@ pub struct Tokenizer {
     bytes: TokenBytes,
     bos: Option<u32>,
     eos: Option<u32>,
+    fim: Option<FimTokens>,
     stop_tokens: Arc<[u32]>,
 }
 
@@ -80,8 +82,11 @@ impl Tokenizer {
         let added = AddedTokens::new(of_kind(&[TokenKind::Control, TokenKind::UserDefined]))?;
         let user_defined = AddedTokens::new(of_kind(&[TokenKind::UserDefined]))?;
 
-        let mut stop_tokens = sentinels::end_of_generation(|text| control_ids.get(text).copied());
+        let special_id = |text: &str| control_ids.get(text).copied();
+        let fim = metadata.fim.take().or_else(|| FimTokens::by_text(special_id));
+        let mut stop_tokens = sentinels::end_of_generation(special_id);
         stop_tokens.extend(metadata.eos.iter().chain(&metadata.other_ends));
+        stop_tokens.extend(fim.iter().flat_map(FimTokens::all));
         stop_tokens.sort_unstable();
         stop_tokens.dedup();
 
@@ -102,6 +107,7 @@ impl Tokenizer {
             bytes,
             bos: metadata.bos.filter(|_| metadata.add_bos.unwrap_or(adds_bos_by_default)),
             eos: metadata.eos,
+            fim,
             stop_tokens: stop_tokens.into(),
             kinds: metadata.kinds,
         })
@@ -187,6 +193,16 @@ impl Tokenizer {
         Arc::clone(&self.stop_tokens)
     }
 
+    /// The fill-in-the-middle tokens: those that the file names, else those of a family that is known by text.
+    pub fn fim(&self) -> Option<&FimTokens> {
+        self.fim.as_ref()
+    }
+
+    /// The bytes of the longest token, at least 1: so many at most does a token of a text stand for.
+    pub fn max_token_bytes(&self) -> usize {
+        self.bytes.longest()
+    }
+
     /// Whether a token is not text: control, unknown and unused tokens, and ids outside the vocabulary.
     pub fn is_special(&self, id: u32) -> bool {
         !matches!(self.kinds.get(id as usize), Some(TokenKind::Normal | TokenKind::UserDefined | TokenKind::Byte))
@@ -253,6 +269,11 @@ impl Tokenizer {
 
     /// [`Self::tiny`], with user-defined tokens after the control tokens.
     pub(crate) fn tiny_with(control: &[&str], user_defined: &[&str]) -> Self {
+        Self::tiny_naming(control, user_defined, None)
+    }
+
+    /// [`Self::tiny_with`], of a file that names its fill-in-the-middle tokens.
+    pub(crate) fn tiny_naming(control: &[&str], user_defined: &[&str], fim: Option<FimTokens>) -> Self {
         let mut tokens: Vec<String> = (0..=255).map(|byte| byte_level::byte_char(byte).to_string()).collect();
         tokens.extend(["th".to_string(), "the".to_string()]);
         let mut kinds = vec![TokenKind::Normal; tokens.len()];
@@ -271,6 +292,7 @@ impl Tokenizer {
             bos: None,
             eos,
             other_ends: vec![],
+            fim,
             add_bos: None,
             add_space_prefix: false,
         };
@@ -331,6 +353,19 @@ mod tests {
     }
 
     #[test]
+    fn fill_in_the_middle_tokens_that_the_file_names_come_before_those_known_by_text() {
+        let fim = FimTokens { prefix: 262, suffix: 263, middle: 264, boundaries: vec![265] };
+        let by_text = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<|endoftext|>"];
+        let tokenizer = Tokenizer::tiny_naming(&by_text, &["▁<PRE>", "▁<SUF>", "▁<MID>", "<SEP>"], Some(fim.clone()));
+        assert_eq!(tokenizer.fim(), Some(&fim));
+        assert_eq!(tokenizer.stop_tokens().as_ref(), [261, 262, 263, 264, 265]);
+        assert!(fim.all().all(|id| tokenizer.is_special(id)), "whatever kind the file gives them");
+        assert!(!tokenizer.encode("▁<MID>", Specials::AsText).unwrap().contains(&264));
+        let unnamed = Tokenizer::tiny(&by_text);
+        assert_eq!(unnamed.fim().map(|fim| (fim.prefix, fim.suffix, fim.middle)), Some((258, 259, 260)));
+    }
+
+    #[test]
     fn an_id_outside_the_vocabulary_is_special_and_has_no_bytes() {
         let tokenizer = Tokenizer::tiny(&[]);
         assert!(tokenizer.is_special(u32::MAX));
@@ -349,6 +384,7 @@ mod tests {
             bos: None,
             eos: None,
             other_ends: vec![],
+            fim: None,
             add_bos: None,
             add_space_prefix: false,
         };
