@@ -46,8 +46,6 @@ pub enum AppError {
     Model { path: PathBuf, source: GgufError },
     #[error("tokenizer of {path}: {source}")]
     Tokenizer { path: PathBuf, source: TokenizerError },
-    #[error("chat template of {path}: {source}")]
-    ChatTemplate { path: PathBuf, source: PromptError },
     #[error("the model does not run on the device: {0}")]
     Device(#[from] DeviceError),
     #[error(transparent)]
@@ -124,8 +122,10 @@ fn load_base(path: &Path, id: &str) -> Result<Base, AppError> {
     let in_file = || path.to_path_buf();
     let gguf = GgufFile::open(path).map_err(|source| AppError::Model { path: in_file(), source })?;
     let tokenizer = Tokenizer::from_gguf(&gguf).map_err(|source| AppError::Tokenizer { path: in_file(), source })?;
-    let chat_template = ChatTemplate::from_gguf(&gguf, &tokenizer)
-        .map_err(|source| AppError::ChatTemplate { path: in_file(), source })?;
+    let chat_template = ChatTemplate::from_gguf(&gguf, &tokenizer);
+    if let Err(cause) = &chat_template {
+        warn!("{id} is served without chat: {cause}");
+    }
     let fill_in_middle = FillInMiddle::detect(&tokenizer);
     Ok(Base { id: id.to_string(), tokenizer: Arc::new(tokenizer), chat_template, fill_in_middle })
 }

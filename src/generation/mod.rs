@@ -32,6 +32,7 @@ use crate::config::Config;
 use crate::engine::EngineHandle;
 use crate::icl::{self, IclStores};
 use crate::metrics::Metrics;
+use crate::prompt::PromptError;
 use crate::prompt::chat::ChatTemplate;
 use crate::prompt::fim::FillInMiddle;
 use crate::prompt::formats::PromptFormats;
@@ -43,8 +44,8 @@ pub struct Base {
     /// What clients call it, e.g. `qwen2.5-coder:0.5b`.
     pub id: String,
     pub tokenizer: Arc<Tokenizer>,
-    /// `None` for a base that was not trained to chat.
-    pub chat_template: Option<ChatTemplate>,
+    /// An error where the base cannot chat, which says why.
+    pub chat_template: Result<ChatTemplate, PromptError>,
     /// `None` for a base without fill-in-the-middle tokens.
     pub fill_in_middle: Option<FillInMiddle>,
 }

@@ -300,13 +300,13 @@ impl Encoder<'_> {
         messages: &[Value],
         literal: Literal<'_>,
     ) -> Result<Vec<u32>, GenerationError> {
-        let Some(template) = &self.base.chat_template else {
+        let template = self.base.chat_template.as_ref().map_err(|cause| {
             let hint = match prompt {
                 Prompt::Chat(_) => "use /v1/completions",
                 _ => "name another `prompt_format`",
             };
-            return Err(prompt.invalid(format!("`{}` has no chat template: {hint}", self.base.id)));
-        };
+            prompt.invalid(format!("`{}` cannot chat, as {cause}: {hint}", self.base.id))
+        })?;
         // The template writes every special token itself, the first one included.
         let text = template.render(messages, true, None).map_err(|error| prompt.invalid(error))?;
         literal.encode(&text).map_err(|error| prompt.invalid(error))

@@ -26,6 +26,7 @@ use crate::generation::Base;
 use crate::icl::IclStores;
 use crate::model::spec::{Architecture, ModelSpec};
 use crate::model::{ForwardBatch, Model};
+use crate::prompt::PromptError;
 use crate::prompt::fim::FillInMiddle;
 use crate::prompt::formats::PromptFormats;
 use crate::tokenizer::Tokenizer;
@@ -135,7 +136,8 @@ impl Server {
         };
         let engine = EngineHandle::start(Box::new(Alphabet { spec, end, step }), limits, metrics.clone());
         let fill_in_middle = FillInMiddle::detect(&tokenizer);
-        let base = Base { id: BASE.to_owned(), tokenizer, chat_template: None, fill_in_middle };
+        let base =
+            Base { id: BASE.to_owned(), tokenizer, chat_template: Err(PromptError::NoChatTemplate), fill_in_middle };
         let adapters = Arc::new(AdapterRegistry::default());
         let icl = Arc::new(IclStores::open(&config.icl).unwrap());
         let formats = PromptFormats::new(&config.prompt_formats).unwrap();
