@@ -4,16 +4,19 @@
 //! would change a reply are refused by `unsupported.rs`.
 
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, FailedToBufferBody};
 use axum::extract::{FromRequest, FromRequestParts, OptionalFromRequest, Path, Request};
 use axum::http::request::Parts;
 use serde_json::{Map, Value};
+use tokio::time::timeout;
 
 use super::AppState;
 use super::error::ApiError;
 use super::surrogates::without_lone_surrogates;
+use crate::config::ServerConfig;
 
 /// The JSON object of a request, whatever its content type says.
 #[derive(Debug)]
@@ -71,9 +74,11 @@ impl FromRequestParts<AppState> for PathName {
 }
 
 async fn read_body(request: Request, state: &AppState) -> Result<Bytes, ApiError> {
-    Bytes::from_request(request, state).await.map_err(|rejection| match rejection {
+    let ServerConfig { max_body_bytes, body_timeout_seconds, .. } = state.config.server;
+    let read = timeout(Duration::from_secs(body_timeout_seconds), Bytes::from_request(request, state)).await;
+    read.map_err(|_| ApiError::body_too_slow(body_timeout_seconds))?.map_err(|rejection| match rejection {
         BytesRejection::FailedToBufferBody(FailedToBufferBody::LengthLimitError(_)) => {
-            ApiError::body_too_large(state.config.server.max_body_bytes)
+            ApiError::body_too_large(max_body_bytes)
         }
         other => ApiError::malformed(format!("the request body could not be read: {other}")),
     })

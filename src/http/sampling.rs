@@ -15,6 +15,9 @@ pub const LENGTH_NAMES: [&str; 5] =
 /// Mistral's name is the second.
 pub const SEED_NAMES: [&str; 2] = ["seed", "random_seed"];
 pub const STOP_NAMES: [&str; 2] = ["stop", "stop_sequences"];
+/// Each is looked for in every token's text.
+const MAX_STOPS: usize = 128;
+const MAX_STOP_BYTES: usize = 1024;
 /// What others write for a seed that is to be drawn.
 const RANDOM_SEED: i64 = -1;
 
@@ -43,7 +46,7 @@ pub fn parse_options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
         frequency_penalty: fields.number("frequency_penalty", -2.0..=2.0)?,
         logit_bias: fields.object("logit_bias")?.map_or(Ok(Vec::new()), parse_logit_bias)?,
         seed: parse_seed(fields)?,
-        stop: fields.strings(fields.first_given(&STOP_NAMES))?,
+        stop: parse_stops(fields)?,
         stop_token_ids: parse_stop_token_ids(fields)?,
         ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
         ..GenerationOptions::default()
@@ -67,10 +70,30 @@ pub fn parse_seed(fields: &Fields) -> Result<Option<i64>, ApiError> {
     Ok(seed.filter(|seed| *seed != RANDOM_SEED))
 }
 
+fn parse_stops(fields: &Fields) -> Result<Vec<String>, ApiError> {
+    let name = fields.first_given(&STOP_NAMES);
+    // Before any of them is copied.
+    if let Some(count) = fields.get(name).and_then(Value::as_array).map(Vec::len).filter(|count| *count > MAX_STOPS) {
+        return Err(ApiError::invalid(name, format!("`{name}` has {count} strings, {MAX_STOPS} are the most")));
+    }
+    let stops = fields.strings(name)?;
+    match stops.iter().find(|stop| stop.len() > MAX_STOP_BYTES) {
+        None => Ok(stops),
+        Some(stop) => {
+            let message = format!("`{name}` has a string of {} bytes, {MAX_STOP_BYTES} are the most", stop.len());
+            Err(ApiError::invalid(name, message))
+        }
+    }
+}
+
 /// `stop_token_ids`, as of vLLM and SGLang.
 fn parse_stop_token_ids(fields: &Fields) -> Result<Vec<u32>, ApiError> {
     let ids = fields.array("stop_token_ids")?.map_or(&[] as &[Value], Vec::as_slice);
     let id = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
+    if ids.len() > MAX_STOPS {
+        let message = format!("`stop_token_ids` has {} ids, {MAX_STOPS} are the most", ids.len());
+        return Err(ApiError::invalid("stop_token_ids", message));
+    }
     let refused = |value: &Value| {
         ApiError::invalid("stop_token_ids", format!("`stop_token_ids` has `{value:.80}`, which is no token id"))
     };
@@ -212,6 +235,19 @@ mod tests {
         assert_eq!(options(r#"{"max_completion_tokens": null, "max_tokens": 2, "n_predict": 3}"#).max_tokens, Some(2));
         assert_eq!(options(r#"{"stop_sequences": ["a"]}"#).stop, ["a"]);
         assert_eq!(options(r#"{"stop_token_ids": [7, 9]}"#).stop_token_ids, [7, 9]);
+    }
+
+    #[test]
+    fn stops_are_so_many_and_so_long_at_most() {
+        let refusal = |name: &str, stops: Value| {
+            let error = parse_options(&fields(&serde_json::json!({name: stops}).to_string())).unwrap_err();
+            error.param().map(str::to_owned)
+        };
+        assert_eq!(refusal("stop", vec!["a"; MAX_STOPS + 1].into()).as_deref(), Some("stop"));
+        assert_eq!(refusal("stop_sequences", "a".repeat(MAX_STOP_BYTES + 1).into()).as_deref(), Some("stop_sequences"));
+        assert_eq!(refusal("stop_token_ids", vec![1; MAX_STOPS + 1].into()).as_deref(), Some("stop_token_ids"));
+        let most = serde_json::json!({"stop": vec!["a".repeat(MAX_STOP_BYTES); MAX_STOPS]}).to_string();
+        assert_eq!(parse_options(&fields(&most)).unwrap().stop.len(), MAX_STOPS);
     }
 
     #[test]

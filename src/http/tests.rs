@@ -551,6 +551,9 @@ async fn browsers_may_ask_from_any_origin() {
     let response = preflight.send().await.unwrap();
     assert!(response.status().is_success());
     assert_eq!(response.headers()["access-control-allow-origin"], "*");
+    // Browsers do not take `*` for `authorization`.
+    assert_eq!(response.headers()["access-control-allow-headers"], "authorization,content-type");
+    assert_eq!(response.headers()["access-control-allow-methods"], "POST");
 }
 
 #[tokio::test(flavor = "multi_thread")]
