@@ -9,7 +9,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 
 use super::beam_search::{BeamOptions, BeamSearch};
 use super::beams::BeamRun;
-use super::prompt::{EncodedPrompt, Encoder};
+use super::encoder::{EncodedPrompt, Encoder};
 use super::recorder::Recorder;
 use super::text_stream::{Echo, TextStream, TextStreamOptions};
 use super::{Access, Generated, Generation, GenerationError, GenerationOptions, GenerationRequest, ResolvedModel};

@@ -4,7 +4,9 @@ mod beams;
 mod compare;
 mod gaps;
 mod icl;
+mod logprobs;
 mod trials;
+mod unserved;
 mod votes;
 
 use std::path::Path;
@@ -283,52 +285,6 @@ async fn choices_are_prompt_major_and_prompts_count_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn echo_scores_token_ids_without_generating() {
-    let server = Server::quick().await;
-    let ids: Vec<u32> = "abq".bytes().map(u32::from).collect();
-    let body = json!({"prompt": ids, "echo": true, "max_tokens": 0, "logprobs": 1, "temperature": 0});
-    let reply = server.complete(body.clone()).await;
-    let logprobs = &reply["choices"][0]["logprobs"];
-    assert_eq!((text(&reply), &reply["choices"][0]["finish_reason"]), ("abq", &json!("length")));
-    assert_eq!(logprobs["tokens"], json!(["a", "b", "q"]));
-    assert_eq!(logprobs["text_offset"], json!([0, 1, 2]));
-    assert_eq!((&logprobs["token_logprobs"][0], &logprobs["top_logprobs"][0]), (&Value::Null, &Value::Null));
-    // The model expected b, and c where q stands.
-    let top = |index: usize| logprobs["top_logprobs"][index].as_object().unwrap();
-    assert_eq!(top(1).keys().collect::<Vec<_>>(), ["b"]);
-    assert_eq!(top(2).keys().collect::<Vec<_>>(), ["c", "q"]);
-    assert_eq!(top(2)["q"], logprobs["token_logprobs"][2]);
-    assert!(top(2)["q"].as_f64().unwrap() < top(2)["c"].as_f64().unwrap());
-
-    let events = server.stream(body).await;
-    assert_eq!(serde_json::from_str::<Value>(&events[0]).unwrap()["choices"][0]["logprobs"], *logprobs);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_stop_token_keeps_its_log_probability_echoed_plain_and_streamed() {
-    let server = Server::quick().await;
-    // What lm-eval sends: it takes all but the last record, which is the one token it did not ask for.
-    let body = json!({"prompt": "yz", "echo": true, "max_tokens": 1, "logprobs": 1, "temperature": 0});
-    let reply = server.complete(body.clone()).await;
-    let choice = &reply["choices"][0];
-    assert_eq!((text(&reply), &choice["finish_reason"]), ("yz", &json!("stop")));
-    assert_eq!(choice["logprobs"]["tokens"], json!(["y", "z", "<|end|>"]));
-    assert_eq!(choice["logprobs"]["text_offset"], json!([0, 1, 2]));
-    let logprobs = choice["logprobs"]["token_logprobs"].as_array().unwrap();
-    assert!(logprobs[1..].iter().all(|logprob| logprob.as_f64().unwrap() > -0.1), "{logprobs:?}");
-    assert_eq!(choice["logprobs"]["top_logprobs"][2]["<|end|>"], logprobs[2]);
-    assert_eq!(reply["usage"]["completion_tokens"], 0, "it is no output");
-
-    let streamed = server.stream(body).await;
-    let chunks = streamed.iter().filter_map(|event| serde_json::from_str::<Value>(event).ok());
-    let tokens = chunks.filter_map(|chunk| chunk["choices"][0]["logprobs"]["tokens"].as_array().cloned()).flatten();
-    assert_eq!(tokens.collect::<Vec<_>>(), ["y", "z", "<|end|>"]);
-
-    let unasked = server.complete(json!({"prompt": "z", "max_tokens": 4, "temperature": 0})).await;
-    assert_eq!(unasked["choices"][0], json!({"index": 0, "text": "", "logprobs": null, "finish_reason": "stop"}));
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn every_refusal_has_the_right_status_and_names_the_field() {
     let server = Server::quick().await;
     let too_long = json!({"prompt": "a".repeat(CONTEXT_LENGTH)}).to_string();
@@ -387,57 +343,6 @@ async fn every_refusal_has_the_right_status_and_names_the_field() {
     }
     assert_eq!(server.metrics.rejected_total.with_label_values(&["not_found"]).get(), 1);
     server.until_idle().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_is_asked_for_and_not_served_is_refused_by_name_on_every_route() {
-    let server = Server::quick().await;
-    let bodies = [
-        ("/v1/completions", json!({"prompt": "a"})),
-        ("/v1/chat/completions", json!({"messages": [{"role": "user", "content": "a"}]})),
-        ("/v1/compare", json!({"prompt": "a", "arms": [{"name": "a"}, {"name": "b"}]})),
-    ];
-    let asked = json!({"response_format": {"type": "json_object"}, "guided_json": {"type": "object"}, "grammar": "x",
-        "tools": [{}], "continue_final_message": true, "adapter_source": "s3", "min_tokens": 3});
-    for (path, body) in bodies {
-        for (name, value) in asked.as_object().unwrap() {
-            let mut body = body.clone();
-            body[name] = value.clone();
-            let response = server.request(Method::POST, path).body(body.to_string()).send().await.unwrap();
-            assert_eq!(response.status(), StatusCode::BAD_REQUEST, "{path} {name}");
-            assert_eq!(response.json::<Value>().await.unwrap()["error"]["param"], *name, "{path}");
-        }
-    }
-    let unknown = server.completions(json!({"prompt": "a", "adapter_id": "nobody"})).send().await.unwrap();
-    assert_eq!(unknown.status(), StatusCode::NOT_FOUND, "never the base in silence");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn neutral_values_of_what_is_not_served_change_nothing() {
-    let server = Server::quick().await;
-    let plain = server.complete(json!({"prompt": "a", "max_tokens": 3, "temperature": 0})).await;
-    let body = json!({"prompt": "a", "n_predict": 3, "temperature": 0, "response_format": {"type": "text"}, "tools": [],
-        "suffix": "", "logprobs": false, "top_logprobs": 0, "seed": -1, "model": "", "adapter_id": "", "samplers": ["top_k"],
-        "user": "u", "metadata": {}});
-    assert_eq!(server.complete(body).await["choices"], plain["choices"]);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_seed_of_minus_one_is_drawn_anew_and_named() {
-    let server = Server::quick().await;
-    let body = json!({"prompt": "a", "max_tokens": 1, "seed": -1});
-    let (first, second) = (server.complete(body.clone()).await, server.complete(body).await);
-    assert!(first["seed"].as_i64() >= Some(0) && first["seed"] != second["seed"], "{first} {second}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn stop_token_ids_end_the_output_and_are_no_part_of_it() {
-    let server = Server::quick().await;
-    let body = json!({"prompt": "a", "temperature": 0, "stop_token_ids": [u32::from(b'd')], "ignore_eos": true});
-    let reply = server.complete(body).await;
-    assert_eq!((text(&reply), &reply["choices"][0]["finish_reason"]), ("bc", &json!("stop")));
-    let unknown = server.completions(json!({"prompt": "a", "stop_token_ids": [999]})).send().await.unwrap();
-    assert_eq!(unknown.json::<Value>().await.unwrap()["error"]["param"], "stop_token_ids");
 }
 
 #[tokio::test(flavor = "multi_thread")]
