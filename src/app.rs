@@ -10,7 +10,7 @@ use tracing::{error, info, warn};
 use crate::adapter::registry::{AdapterRegistry, RegistryError};
 use crate::config::{self, Config, ConfigError, EngineConfig};
 use crate::engine::EngineHandle;
-use crate::experiments::{Experiments, OnRollBack};
+use crate::experiments::{Experiments, ModelNames, OnRollBack};
 use crate::generation::{Base, Generation};
 use crate::http::AppState;
 use crate::icl::{IclStores, OpenError};
@@ -39,8 +39,6 @@ pub enum AppError {
     Model { path: PathBuf, source: GgufError },
     #[error("tokenizer of {path}: {source}")]
     Tokenizer { path: PathBuf, source: TokenizerError },
-    #[error("chat template of {path}: {source}")]
-    ChatTemplate { path: PathBuf, source: PromptError },
     #[error(transparent)]
     Resident(#[from] ResidentError),
     #[error(transparent)]
@@ -89,7 +87,9 @@ impl App {
         let engine = resident.start(&config.engine, metrics.clone());
 
         let (database, on_roll_back) = (config.experiments.path(&home), roll_back_adapter(&adapters));
-        let experiments = Experiments::start(&config.experiments, database, &source.id, metrics.clone(), on_roll_back)
+        let registered = adapters.clone();
+        let names = ModelNames::new(&source.id, move |name| registered.status(name).is_some());
+        let experiments = Experiments::start(&config.experiments, database, names, metrics.clone(), on_roll_back)
             .map_err(AppError::Experiments)?;
 
         let config = Arc::new(config);
@@ -104,8 +104,10 @@ fn load_base(path: &Path, id: &str, device: String) -> Result<Base, AppError> {
     let in_file = || path.to_path_buf();
     let gguf = GgufFile::open(path).map_err(|source| AppError::Model { path: in_file(), source })?;
     let tokenizer = Tokenizer::from_gguf(&gguf).map_err(|source| AppError::Tokenizer { path: in_file(), source })?;
-    let chat_template = ChatTemplate::from_gguf(&gguf, &tokenizer)
-        .map_err(|source| AppError::ChatTemplate { path: in_file(), source })?;
+    let chat_template = ChatTemplate::from_gguf(&gguf, &tokenizer);
+    if let Err(cause) = &chat_template {
+        warn!("{id} is served without chat: {cause}");
+    }
     let fill_in_middle = FillInMiddle::detect(&tokenizer);
     Ok(Base { id: id.to_string(), device, tokenizer: Arc::new(tokenizer), chat_template, fill_in_middle })
 }

@@ -246,6 +246,7 @@ async fn token_times(mut events: mpsc::UnboundedReceiver<Event>, start: Instant)
             Event::Started { .. }
             | Event::PromptToken(_)
             | Event::PromptLogits(_)
+            | Event::StopToken { .. }
             | Event::Score(_)
             | Event::Finished(_) => {}
         }

@@ -54,6 +54,10 @@ pub struct ServerConfig {
     pub host: String,
     pub port: u16,
     pub max_body_bytes: usize,
+    pub max_connections: usize,
+    pub header_timeout_seconds: u64,
+    pub body_timeout_seconds: u64,
+    pub keep_alive_seconds: u64,
     pub cors: bool,
     pub admin_key: Secret,
     pub keys: Vec<KeyConfig>,
@@ -218,13 +222,20 @@ impl Config {
     fn validate(&self) -> Result<(), String> {
         let at_least_one = [
             ("server.max_body_bytes", self.server.max_body_bytes),
+            ("server.max_connections", self.server.max_connections),
             ("engine.max_sequences", self.engine.max_sequences),
             ("engine.max_queued", self.engine.max_queued),
             ("generation.completion_max_tokens", self.generation.completion_max_tokens),
             ("generation.chat_max_tokens", self.generation.chat_max_tokens),
         ];
-        if self.adapters.rescan_seconds == 0 {
-            return Err("adapters.rescan_seconds must be at least 1".to_string());
+        let seconds = [
+            ("adapters.rescan_seconds", self.adapters.rescan_seconds),
+            ("server.header_timeout_seconds", self.server.header_timeout_seconds),
+            ("server.body_timeout_seconds", self.server.body_timeout_seconds),
+            ("server.keep_alive_seconds", self.server.keep_alive_seconds),
+        ];
+        if let Some((key, _)) = seconds.into_iter().find(|(_, value)| *value == 0) {
+            return Err(format!("{key} must be at least 1"));
         }
         if let Some((key, _)) = at_least_one.into_iter().find(|(_, value)| *value == 0) {
             return Err(format!("{key} must be at least 1"));
@@ -448,6 +459,8 @@ mod tests {
     fn a_value_out_of_range_is_refused_with_its_key_and_source() {
         let error = load(Some("[engine]\nmax_sequences = 0"), &[], &Overrides::default()).unwrap_err();
         assert!(error.contains("engine.max_sequences must be at least 1") && error.contains("lorry.toml"), "{error}");
+        let error = load(Some("[server]\nheader_timeout_seconds = 0"), &[], &Overrides::default()).unwrap_err();
+        assert!(error.contains("server.header_timeout_seconds must be at least 1"), "{error}");
         let error = load(None, &[("LORRY__GENERATION__FIM_TEMPERATURE", "NaN")], &Overrides::default()).unwrap_err();
         assert!(error.contains("generation.fim_temperature"), "{error}");
         let overrides = Overrides { model: Some(String::new()), ..Overrides::default() };

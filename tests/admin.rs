@@ -7,7 +7,7 @@ mod tiny;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use adapter_server::{ADMIN, Server, ids, names};
+use adapter_server::{ADMIN, Server, ids, names, write_adapter};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn strength_0_is_the_base_and_strength_1_the_adapter_bit_for_bit_in_every_field() {
@@ -42,6 +42,48 @@ async fn strength_0_is_the_base_and_strength_1_the_adapter_bit_for_bit_in_every_
         assert_eq!((&reply["choices"], &reply["model"]), (&a["choices"], &a["model"]), "{body}");
         assert_eq!(reply["adapters"], a["adapters"], "{body}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_exact_name_of_an_adapter_wins_over_the_base_in_it_wherever_a_name_is_read() {
+    let server = Server::start("").await;
+    // Beside `a`, which `tiny-a` would be without an adapter of that name.
+    write_adapter(&server.root().join("tiny-a"), 5);
+    server.until("/v1/models", |models| ids(models).contains(&"tiny-tiny-a")).await;
+    let a = server.complete(json!({"adapter": "a"})).await;
+    let exact = server.complete(json!({"model": "tiny-a"})).await;
+    assert_eq!((&exact["adapter"]["name"], &exact["model"]), (&json!("tiny-a"), &json!("tiny-tiny-a")));
+    assert_ne!(exact["choices"], a["choices"]);
+    for body in [
+        json!({"adapters": [{"name": "tiny-a"}]}),
+        json!({"lora": [{"name": "tiny-a"}]}),
+        json!({"adapter_id": "tiny-a"}),
+        json!({"lora_path": "tiny-a"}),
+        json!({"model": "tiny-tiny-a"}),
+    ] {
+        let reply = server.complete(body.clone()).await;
+        assert_eq!((&reply["adapter"]["name"], &reply["choices"]), (&json!("tiny-a"), &exact["choices"]), "{body}");
+    }
+    for (id, name) in [("tiny-a", "tiny-a"), ("a", "a"), ("TINY-b", "b")] {
+        assert_eq!(server.get(&format!("/v1/models/{id}")).await["adapter"]["name"], name, "{id}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_adapter_that_is_hidden_has_no_name_to_win_with() {
+    let server =
+        Server::start("admin_key = 'admin'\n[[server.keys]]\nname = 'c'\nkey = 'client'\nadapters = ['a']").await;
+    write_adapter(&server.root().join("tiny-a"), 5);
+    let listed = async {
+        while server.admin(Method::GET, "/v1/adapters/tiny-a", json!({})).await.0 != StatusCode::OK {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(60), listed).await.expect("it is found");
+    let asked = server.completion(json!({"model": "tiny-a"}));
+    assert_eq!(server.send(asked.bearer_auth("client")).await.1["adapter"]["name"], "a");
+    let asked = server.completion(json!({"model": "tiny-a"}));
+    assert_eq!(server.send(asked.bearer_auth("admin")).await.1["adapter"]["name"], "tiny-a");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,8 +9,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 
 use lorry::experiments::{
-    ArmReport, CanaryState, Experiments, ExperimentsConfig, Outcome, Record, Report, Unavailable, Vote, VoteError,
-    VoteKind, prompt_hash,
+    ArmReport, CanaryState, Experiments, ExperimentsConfig, ModelNames, Outcome, Record, Report, Unavailable, Vote,
+    VoteError, VoteKind, prompt_hash,
 };
 use lorry::metrics::Metrics;
 
@@ -44,8 +44,14 @@ impl Lab {
         let (metrics, rolled_back) = (Arc::new(Metrics::new()), Arc::new(Mutex::new(Vec::new())));
         let calls = rolled_back.clone();
         let on_roll_back = Box::new(move |adapter: &str| calls.lock().unwrap().push(adapter.to_owned()));
-        let experiments =
-            Experiments::start(&config, database.to_path_buf(), BASE, metrics.clone(), on_roll_back).unwrap();
+        let experiments = Experiments::start(
+            &config,
+            database.to_path_buf(),
+            ModelNames::new(BASE, |_| false),
+            metrics.clone(),
+            on_roll_back,
+        )
+        .unwrap();
         Self { experiments, metrics, rolled_back }
     }
 

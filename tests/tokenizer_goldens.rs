@@ -112,7 +112,7 @@ fn stop_tokens_are_those_of_each_model() {
 fn chat_templates_render_as_the_models_were_trained() {
     let messages = [json!({"role": "user", "content": "Hi"})];
     if let Some((gguf, tokenizer)) = open(QWEN.0) {
-        let template = ChatTemplate::from_gguf(&gguf, &tokenizer).expect("compiles").expect("has a template");
+        let template = ChatTemplate::from_gguf(&gguf, &tokenizer).expect("has a template that compiles");
         let expected = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n\
                         <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n";
         assert_eq!(template.render(&messages, true, None).expect("renders"), expected);
@@ -121,7 +121,7 @@ fn chat_templates_render_as_the_models_were_trained() {
         assert!(with_tools.contains(r#""name": "f<a>""#), "{with_tools}");
     }
     if let Some((gguf, tokenizer)) = open(SMOLLM.0) {
-        let template = ChatTemplate::from_gguf(&gguf, &tokenizer).expect("compiles").expect("has a template");
+        let template = ChatTemplate::from_gguf(&gguf, &tokenizer).expect("has a template that compiles");
         let expected = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n\
                         <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n";
         assert_eq!(template.render(&messages, true, None).expect("renders"), expected);

@@ -100,6 +100,11 @@ pub enum Event {
         id: u32,
         logprob: Option<TokenLogprob>,
     },
+    /// The stop token that ended the sequence, where log-probabilities are reported; it is no output.
+    StopToken {
+        id: u32,
+        logprob: TokenLogprob,
+    },
     /// What a beam search gives its output, before the end.
     Score(f32),
     Finished(FinishReason),

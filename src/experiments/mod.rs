@@ -22,6 +22,7 @@ use std::thread::JoinHandle;
 
 use tokio::sync::{oneshot, watch};
 
+pub use model::ModelNames;
 pub use report::{ArmReport, CanaryReport, CanaryState, PairReport, Percentiles, Report};
 pub use settings::{ArmConfig, Bounds, ExperimentConfig, ExperimentsConfig};
 pub use statistics::Rate;
@@ -65,7 +66,7 @@ pub enum ResetError {
 
 pub struct Experiments {
     experiments: Arc<[Experiment]>,
-    base_id: String,
+    names: ModelNames,
     path: PathBuf,
     keep_text: bool,
     metrics: Arc<Metrics>,
@@ -93,24 +94,24 @@ impl Experiments {
     pub fn start(
         config: &ExperimentsConfig,
         path: PathBuf,
-        base_id: &str,
+        names: ModelNames,
         metrics: Arc<Metrics>,
         on_roll_back: OnRollBack,
     ) -> std::io::Result<Self> {
-        let experiments: Arc<[_]> = config.run.iter().map(|config| Experiment::new(config, base_id)).collect();
+        let experiments: Arc<[_]> = config.run.iter().map(|config| Experiment::new(config, &names)).collect();
         let (commands, receiver) = sync_channel(config.max_queued);
         let writer = Writer::new(
             path.clone(),
             config.max_mib,
-            base_id.to_owned(),
+            names.clone(),
             experiments.clone(),
             on_roll_back,
             metrics.clone(),
         );
         let thread =
             std::thread::Builder::new().name("lorry-experiments".to_owned()).spawn(move || writer.run(&receiver))?;
-        let (base_id, keep_text) = (base_id.to_owned(), config.keep_text);
-        Ok(Self { experiments, base_id, path, keep_text, metrics, commands, _writer: WriterThread(Some(thread)) })
+        let keep_text = config.keep_text;
+        Ok(Self { experiments, names, path, keep_text, metrics, commands, _writer: WriterThread(Some(thread)) })
     }
 
     /// What clients may send as `model`, beside names of models.
@@ -129,7 +130,7 @@ impl Experiments {
         let experiment = self.experiments.iter().find(|experiment| experiment.config.alias == alias)?;
         let config = &experiment.config;
         let is_out = |arm: &ArmConfig| {
-            let is_hidden = model::adapter(&self.base_id, &arm.model).is_some_and(|adapter| !may_use(adapter));
+            let is_hidden = self.names.adapter(&arm.model).is_some_and(|adapter| !may_use(adapter));
             is_hidden || (arm.canary && experiment.is_rolled_back())
         };
         let arm = assignment::choose(&config.name, &config.arms, sticky_key, is_out)?;
@@ -151,7 +152,7 @@ impl Experiments {
 
     /// Queues a finished run for writing. Never waits: when the queue is full the record is dropped and counted.
     pub fn record(&self, mut record: Record) {
-        record.model = model::full_name(&self.base_id, &record.model);
+        record.model = self.names.full_name(&record.model);
         record.text = record.text.filter(|_| self.keep_text);
         if self.commands.try_send(Command::Record(Box::new(record))).is_err() {
             self.metrics.experiment_writes_total.with_label_values(&["dropped"]).inc();
@@ -252,10 +253,10 @@ impl fmt::Debug for Experiments {
 }
 
 impl Experiment {
-    fn new(config: &ExperimentConfig, base_id: &str) -> Self {
+    fn new(config: &ExperimentConfig, names: &ModelNames) -> Self {
         Self {
-            models: config.arms.iter().map(|arm| model::full_name(base_id, &arm.model)).collect(),
-            definition: format!("{base_id} {config:?}"),
+            models: config.arms.iter().map(|arm| names.full_name(&arm.model)).collect(),
+            definition: format!("{} {config:?}", names.base_id()),
             canary: config.bounds.is_some().then(|| watch::Sender::new(CanaryStatus::begin(writer::now_ms()))),
             config: config.clone(),
         }

@@ -78,8 +78,9 @@ impl ExperimentsConfig {
         for (index, experiment) in self.run.iter().enumerate() {
             let at = format!("experiments.run[{index}]");
             experiment.validate(&at)?;
-            if ModelName::parse(Some(&experiment.alias), base_id) == ModelName::Base || experiment.alias.contains('+') {
-                let alias = &experiment.alias;
+            let alias = &experiment.alias;
+            let is_base = ModelName::parse(Some(alias), base_id, |_| false) == ModelName::Base;
+            if is_base || alias.contains('+') {
                 return Err(format!("{at}.alias {alias:?} is a name of the base or has a `+`: choose another"));
             }
             let before = &self.run[..index];

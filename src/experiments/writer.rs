@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use super::canary::{CanaryStatus, Monitor, RollBack, WINDOW};
 use super::store::{self, PastRequest, Store, StoreError, Unavailable};
 use super::vote::{Record, Vote, VoteError};
-use super::{Experiment, OnRollBack, model};
+use super::{Experiment, ModelNames, OnRollBack};
 use crate::metrics::Metrics;
 
 /// Commands that share a commit, and so a sync of the disk.
@@ -29,7 +29,7 @@ pub enum Command {
 pub struct Writer {
     path: PathBuf,
     max_mib: u32,
-    base_id: String,
+    names: ModelNames,
     experiments: Arc<[Experiment]>,
     /// One per experiment that has a canary.
     monitors: Vec<Option<Monitor>>,
@@ -49,7 +49,7 @@ impl Writer {
     pub fn new(
         path: PathBuf,
         max_mib: u32,
-        base_id: String,
+        names: ModelNames,
         experiments: Arc<[Experiment]>,
         on_roll_back: OnRollBack,
         metrics: Arc<Metrics>,
@@ -59,7 +59,7 @@ impl Writer {
         let mut writer = Self {
             path,
             max_mib,
-            base_id,
+            names,
             experiments,
             monitors,
             on_roll_back,
@@ -244,7 +244,7 @@ impl Writer {
             self.metrics.canary_rollbacks_total.with_label_values(&[name]).inc();
             canary.send_modify(|status| status.rolled_back = Some(RollBack { at_ms: now_ms(), cause }));
             self.unsaved.insert(index);
-            if let Some(adapter) = model::adapter(&self.base_id, &arm.model) {
+            if let Some(adapter) = self.names.adapter(&arm.model) {
                 (self.on_roll_back)(adapter);
             }
         }

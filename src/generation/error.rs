@@ -26,6 +26,12 @@ pub enum GenerationError {
          for fewer tokens"
     )]
     ContextLengthExceeded { param: &'static str, num_prompt_tokens: usize, context_length: usize },
+    /// No tokens of the vocabulary are so long that this could fit.
+    #[error(
+        "the prompt has {num_bytes} bytes, more than the {context_length} tokens of the context can hold: shorten \
+         `{param}`"
+    )]
+    PromptTooLarge { param: &'static str, num_bytes: usize, context_length: usize },
     /// Every place in the queue is taken: worth trying again.
     #[error("the server is overloaded: every place in its queue is taken, try again shortly")]
     Overloaded,

@@ -3,6 +3,7 @@
 
 mod beam_search;
 mod beams;
+mod encoder;
 mod error;
 pub(crate) mod model_name;
 mod prepare;
@@ -32,6 +33,7 @@ use crate::config::Config;
 use crate::engine::EngineHandle;
 use crate::icl::{self, IclStores};
 use crate::metrics::Metrics;
+use crate::prompt::PromptError;
 use crate::prompt::chat::ChatTemplate;
 use crate::prompt::fim::FillInMiddle;
 use crate::prompt::formats::PromptFormats;
@@ -45,8 +47,8 @@ pub struct Base {
     /// What clients call it, e.g. `qwen2.5-coder:0.5b`.
     pub id: String,
     pub tokenizer: Arc<Tokenizer>,
-    /// `None` for a base that was not trained to chat.
-    pub chat_template: Option<ChatTemplate>,
+    /// An error where the base cannot chat, which says why.
+    pub chat_template: Result<ChatTemplate, PromptError>,
     /// `None` for a base without fill-in-the-middle tokens.
     pub fill_in_middle: Option<FillInMiddle>,
 }
@@ -105,12 +107,16 @@ pub struct GenerationOptions {
     /// Choice `k` of a prompt is drawn with `seed + k`.
     pub seed: Option<i64>,
     pub stop: Vec<String>,
+    /// Beside those of the model.
+    pub stop_token_ids: Vec<u32>,
     /// Go on where the model would end.
     pub ignore_eos: bool,
     /// The choices are the best of a beam search, in which nothing is drawn.
     pub beams: Option<BeamOptions>,
     /// Alternatives per token; `None` is no log-probabilities.
     pub top_logprobs: Option<usize>,
+    /// With log-probabilities, the stop token that ends an output has a record too.
+    pub records_stop_token: bool,
     /// Repeat the prompt before the output.
     pub echo: bool,
 }

@@ -8,10 +8,15 @@ pub enum ModelName<'a> {
 }
 
 impl<'a> ModelName<'a> {
-    /// Reads `name` against the id of the base: absent or empty, the base's id or an alias of it (any case, `-` for
-    /// `:`), `<base>-<adapter>`, or a bare adapter name.
-    pub fn parse(name: Option<&'a str>, base_id: &str) -> Self {
-        let Some(name) = name.filter(|name| !name.is_empty()) else { return Self::Base };
+    /// Reads `name` against the id of the base and the names of adapters: absent or empty, the base's id, the exact name
+    /// of an adapter, an alias of the base (any case, `-` for `:`), `<base>-<adapter>`, or a bare adapter name.
+    ///
+    /// An adapter's own name comes before anything that is read into it, as it may begin like the base's.
+    pub fn parse(name: Option<&'a str>, base_id: &str, is_adapter: impl Fn(&str) -> bool) -> Self {
+        let Some(name) = name.filter(|name| !name.is_empty() && *name != base_id) else { return Self::Base };
+        if is_adapter(name) {
+            return Self::Adapter(name);
+        }
         let Some(rest) = strip_base(name, base_id) else { return Self::Adapter(name) };
         match rest.strip_prefix('-') {
             _ if rest.is_empty() => Self::Base,
@@ -40,21 +45,33 @@ mod tests {
     #[test]
     fn absent_and_empty_names_and_aliases_mean_the_base() {
         for name in [None, Some(""), Some(BASE), Some("Qwen2.5-Coder:0.5B"), Some("qwen2.5-coder-0.5b")] {
-            assert_eq!(ModelName::parse(name, BASE), ModelName::Base, "{name:?}");
+            assert_eq!(ModelName::parse(name, BASE, |_| false), ModelName::Base, "{name:?}");
         }
     }
 
     #[test]
     fn an_adapter_is_named_with_or_without_its_base() {
         for name in ["qwen2.5-coder:0.5b-Conala", "QWEN2.5-coder-0.5b-Conala", "Conala"] {
-            assert_eq!(ModelName::parse(Some(name), BASE), ModelName::Adapter("Conala"), "{name}");
+            assert_eq!(ModelName::parse(Some(name), BASE, |_| false), ModelName::Adapter("Conala"), "{name}");
         }
     }
 
     #[test]
     fn a_longer_or_cut_base_name_is_not_the_base() {
         for name in ["qwen2.5-coder:0.5bx", "qwen2.5-coder:0.5b-", "qwen2.5-coder", "é", "qwen2.5-coder:0.5é"] {
-            assert_eq!(ModelName::parse(Some(name), BASE), ModelName::Adapter(name), "{name}");
+            assert_eq!(ModelName::parse(Some(name), BASE, |_| false), ModelName::Adapter(name), "{name}");
         }
+    }
+
+    #[test]
+    fn the_exact_name_of_an_adapter_comes_before_the_base_in_it() {
+        let parse = |name| ModelName::parse(Some(name), BASE, |name| name.starts_with("qwen2.5-coder-0.5b"));
+        assert_eq!(parse("qwen2.5-coder-0.5b-sql"), ModelName::Adapter("qwen2.5-coder-0.5b-sql"));
+        assert_eq!(parse("qwen2.5-coder-0.5b"), ModelName::Adapter("qwen2.5-coder-0.5b"));
+        // Other spellings of the base's name stay the base's.
+        assert_eq!(parse(BASE), ModelName::Base);
+        assert_eq!(parse("qwen2.5-coder:0.5b-sql"), ModelName::Adapter("sql"));
+        let full = "qwen2.5-coder:0.5b-qwen2.5-coder-0.5b-sql";
+        assert_eq!(parse(full), ModelName::Adapter("qwen2.5-coder-0.5b-sql"));
     }
 }

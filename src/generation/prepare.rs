@@ -9,7 +9,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 
 use super::beam_search::{BeamOptions, BeamSearch};
 use super::beams::BeamRun;
-use super::prompt::{EncodedPrompt, Encoder};
+use super::encoder::{EncodedPrompt, Encoder};
 use super::recorder::Recorder;
 use super::text_stream::{Echo, TextStream, TextStreamOptions};
 use super::{Access, Generated, Generation, GenerationError, GenerationOptions, GenerationRequest, ResolvedModel};
@@ -79,7 +79,7 @@ impl Generation {
     ) -> Result<Prepared, GenerationError> {
         let model = self.resolve(&request.selection, access).await?;
         let options = request.options.clone();
-        self.check_logit_bias(&options)?;
+        self.check_token_ids(&options)?;
         let prompts = self.encode(&model, request).await?;
         let seed = options.seed.unwrap_or_else(random_seed);
         Ok(Prepared { model, prompts, options, seed, places })
@@ -135,6 +135,7 @@ impl Generation {
                 format: format.as_ref(),
                 max_tokens: options.max_tokens,
                 context_length,
+                is_echoed: options.echo,
                 config: &config.generation,
             };
             prompts.iter().map(|prompt| encoder.encode(prompt)).collect()
@@ -145,13 +146,15 @@ impl Generation {
         }
     }
 
-    fn check_logit_bias(&self, options: &GenerationOptions) -> Result<(), GenerationError> {
+    fn check_token_ids(&self, options: &GenerationOptions) -> Result<(), GenerationError> {
         let vocab_size = self.base.tokenizer.vocab_size();
-        match options.logit_bias.iter().find(|(id, _)| *id as usize >= vocab_size) {
+        let biased = options.logit_bias.iter().map(|(id, _)| ("logit_bias", id));
+        let mut named = biased.chain(options.stop_token_ids.iter().map(|id| ("stop_token_ids", id)));
+        match named.find(|(_, id)| **id as usize >= vocab_size) {
             None => Ok(()),
-            Some((id, _)) => Err(GenerationError::InvalidParameter {
-                param: "logit_bias",
-                message: format!("`logit_bias` names the token {id}, but the vocabulary has {vocab_size}"),
+            Some((param, id)) => Err(GenerationError::InvalidParameter {
+                param,
+                message: format!("`{param}` names the token {id}, but the vocabulary has {vocab_size}"),
             }),
         }
     }
@@ -264,7 +267,11 @@ impl Generation {
     }
 
     fn stop_tokens(&self, options: &GenerationOptions) -> Arc<[u32]> {
-        if options.ignore_eos { Arc::from([]) } else { self.base.tokenizer.stop_tokens() }
+        match (options.ignore_eos, options.stop_token_ids.as_slice()) {
+            (true, ids) => Arc::from(ids),
+            (false, []) => self.base.tokenizer.stop_tokens(),
+            (false, ids) => self.base.tokenizer.stop_tokens().iter().chain(ids).copied().collect(),
+        }
     }
 
     /// The text of one choice, and where its events go.
@@ -280,6 +287,7 @@ impl Generation {
             num_prompt_tokens: prompt.tokens.len(),
             stop: stop_strings(model, options),
             logprobs: options.top_logprobs.is_some(),
+            records_stop_token: options.records_stop_token,
             echo: options
                 .echo
                 .then(|| Echo { prompt_tokens: prompt.tokens.clone(), num_added_tokens: prompt.num_added_tokens }),

@@ -1,15 +1,10 @@
-//! From what a client sent to the tokens the model reads.
+//! What a client asks to go on from.
 
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{Base, GenerationError};
-use crate::adapter::canonical::Adapter;
-use crate::config::GenerationConfig;
-use crate::icl::{self, Example, IclError, IclStores, Select, TokenBudget};
-use crate::prompt::formats::{PromptFormat, Reader, Rendered, split_system, with_example_turns};
-use crate::prompt::instruction;
-use crate::tokenizer::Specials;
+use super::GenerationError;
+use crate::prompt::formats::split_system;
 
 /// One prompt of a request.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -27,218 +22,9 @@ pub enum Prompt {
     Chat(Vec<Value>),
 }
 
-/// What prompts are made for, made of, and must fit into.
-pub(super) struct Encoder<'a> {
-    pub base: &'a Base,
-    pub adapter: Option<&'a Adapter>,
-    pub stores: &'a IclStores,
-    pub icl: Option<&'a icl::Selection>,
-    /// The one that the request names.
-    pub format: Option<&'a PromptFormat>,
-    /// As the client asked.
-    pub max_tokens: Option<usize>,
-    pub context_length: usize,
-    pub config: &'a GenerationConfig,
-}
-
-/// A prompt ready for the engine.
-#[derive(Debug, Clone)]
-pub(super) struct EncodedPrompt {
-    /// Not empty, and with `max_tokens` within the context length.
-    pub tokens: Vec<u32>,
-    /// How many of the first tokens the client did not write.
-    pub num_added_tokens: usize,
-    pub max_tokens: usize,
-    pub is_fill_in_middle: bool,
-    /// How many of the first tokens stand before every question to the same fixed examples.
-    pub num_pinned_tokens: usize,
-    /// The examples in it.
-    pub icl: Option<icl::Chosen>,
-}
-
-/// What is to be encoded, and who words it.
-enum Wording<'a> {
-    Tokens(&'a [u32]),
-    FillInMiddle {
-        prefix: &'a str,
-        suffix: &'a str,
-    },
-    /// As the client wrote it.
-    Text(&'a str),
-    /// By the model's chat template.
-    Messages(&'a [Value]),
-    /// By the template that the adapter was trained with.
-    Adapter {
-        template: &'a str,
-        instruction: String,
-    },
-    Format {
-        format: &'a PromptFormat,
-        instruction: String,
-    },
-}
-
-impl Encoder<'_> {
-    /// Chooses examples, renders, encodes and checks the prompt.
-    pub fn encode(&self, prompt: &Prompt) -> Result<EncodedPrompt, GenerationError> {
-        let max_tokens = self
-            .max_tokens
-            .or(self.adapter.and_then(|adapter| adapter.manifest.sampling.max_tokens))
-            .unwrap_or(match prompt {
-                Prompt::Chat(_) => self.config.chat_max_tokens,
-                _ => self.config.completion_max_tokens,
-            });
-        // What stands before the prompt takes its room, though no client sees it.
-        let context_length =
-            self.context_length.saturating_sub(self.adapter.map_or(0, |adapter| adapter.num_virtual_tokens()));
-        let wording = self.wording(prompt)?;
-        let max_prompt_tokens = context_length.saturating_sub(max_tokens.min(1));
-        let icl = self.icl.map(|icl| self.choose(icl, prompt, &wording, max_prompt_tokens)).transpose()?;
-        let examples = icl.as_ref().map(icl::Chosen::examples).unwrap_or_default();
-        let (tokens, num_added_tokens) = self.tokens(prompt, &wording, &examples)?;
-        let max_tokens = fit(tokens.len(), max_tokens, context_length, prompt.param())?;
-        let is_fill_in_middle = matches!(prompt, Prompt::FillInMiddle { .. });
-        let is_fixed = icl.as_ref().is_some_and(|icl| icl.select == Select::Fixed);
-        let num_pinned_tokens = if is_fixed { self.num_shared_tokens(prompt, &examples, &tokens)? } else { 0 };
-        Ok(EncodedPrompt { tokens, num_added_tokens, max_tokens, is_fill_in_middle, num_pinned_tokens, icl })
-    }
-
-    /// How many of the first `tokens` another question would leave as they are. Rendered and compared, because no format
-    /// says where its examples end and no tokenizer where it cuts.
-    fn num_shared_tokens(
-        &self,
-        prompt: &Prompt,
-        examples: &[&Example],
-        tokens: &[u32],
-    ) -> Result<usize, GenerationError> {
-        let other = prompt.with_other_question();
-        let (other, _) = self.tokens(&other, &self.wording(&other)?, examples)?;
-        Ok(tokens.iter().zip(&other).take_while(|(a, b)| a == b).count())
-    }
-
-    /// The format that the request names; else the adapter's own for what is an instruction, and it is one with examples
-    /// or in chat; else the chat template.
-    fn wording<'a>(&'a self, prompt: &'a Prompt) -> Result<Wording<'a>, GenerationError> {
-        let template = self.adapter.and_then(|adapter| adapter.manifest.prompt.as_deref());
-        let wording = match (prompt, self.format, template) {
-            (Prompt::Tokens(ids), ..) => Wording::Tokens(ids),
-            (Prompt::FillInMiddle { prefix, suffix }, ..) => Wording::FillInMiddle { prefix, suffix },
-            (Prompt::Chat(messages), Some(PromptFormat::Chat), _) | (Prompt::Chat(messages), None, None) => {
-                Wording::Messages(messages)
-            }
-            (_, Some(format), _) => Wording::Format { format, instruction: prompt.instruction()? },
-            (Prompt::Text(text), None, _) if self.icl.is_none() => Wording::Text(text),
-            (_, None, Some(template)) => Wording::Adapter { template, instruction: prompt.instruction()? },
-            (_, None, None) => Wording::Format { format: &PromptFormat::Chat, instruction: prompt.instruction()? },
-        };
-        let is_given = [("icl", self.icl.is_some()), ("prompt_format", self.format.is_some())];
-        match (&wording, is_given.into_iter().find(|(_, is_given)| *is_given)) {
-            (Wording::Tokens(_) | Wording::FillInMiddle { .. }, Some((param, _))) => {
-                let message =
-                    format!("`{param}` needs an instruction: a `prompt` of text without `suffix`, or `messages`");
-                Err(GenerationError::InvalidParameter { param, message })
-            }
-            _ => Ok(wording),
-        }
-    }
-
-    fn choose(
-        &self,
-        icl: &icl::Selection,
-        prompt: &Prompt,
-        wording: &Wording<'_>,
-        max_prompt_tokens: usize,
-    ) -> Result<icl::Chosen, GenerationError> {
-        let count = |examples: &[&Example]| match self.tokens(prompt, wording, examples) {
-            Ok((tokens, _)) => Ok(tokens.len()),
-            Err(error) => Err(error.into()),
-        };
-        let budget = TokenBudget { max_prompt_tokens, count: &count };
-        self.stores.select(icl, &prompt.instruction()?, &budget).map_err(|error| match error {
-            // What cannot be rendered with examples names its own field.
-            IclError::Count(error) => match error.downcast() {
-                Ok(error) => *error,
-                Err(error) => GenerationError::Icl(Box::new(IclError::Count(error))),
-            },
-            error => GenerationError::Icl(Box::new(error)),
-        })
-    }
-
-    /// The tokens, and how many of the first were added to what the client wrote.
-    fn tokens(
-        &self,
-        prompt: &Prompt,
-        wording: &Wording<'_>,
-        examples: &[&Example],
-    ) -> Result<(Vec<u32>, usize), GenerationError> {
-        let tokenizer = &self.base.tokenizer;
-        let encoded = match wording {
-            Wording::Tokens(ids) => check_ids(ids, tokenizer.vocab_size())?,
-            Wording::FillInMiddle { prefix, suffix } => {
-                let Some(fill_in_middle) = &self.base.fill_in_middle else {
-                    let message = format!(
-                        "`suffix` needs a model trained for fill-in-the-middle, which `{}` is not: leave it out",
-                        self.base.id
-                    );
-                    return Err(GenerationError::InvalidParameter { param: "suffix", message });
-                };
-                fill_in_middle.render(tokenizer, prefix, suffix).map_err(|error| prompt.invalid(error))?
-            }
-            Wording::Text(text) => return self.encode_after_bos(prompt, text),
-            Wording::Messages(messages) => self.encode_messages(prompt, &with_example_turns(messages, examples))?,
-            Wording::Adapter { template, instruction } => {
-                let render = |instruction: &str| {
-                    instruction::render(template, instruction).map_err(|error| prompt.invalid(error))
-                };
-                let mut text = String::new();
-                for Example { instruction, code } in examples {
-                    text.extend([&render(instruction)?, code, "\n\n"]);
-                }
-                text.push_str(&render(instruction)?);
-                return self.encode_after_bos(prompt, &text);
-            }
-            Wording::Format { format, instruction } => {
-                let reader = if self.adapter.is_some() { Reader::Adapter } else { Reader::Base };
-                match format.render(instruction, examples, reader).map_err(|error| prompt.invalid(error))? {
-                    Rendered::Text(text) => return self.encode_after_bos(prompt, &text),
-                    Rendered::Messages(messages) => self.encode_messages(prompt, &messages)?,
-                }
-            }
-        };
-        if encoded.is_empty() {
-            return Err(prompt.invalid(format!("`{}` has no tokens", prompt.param())));
-        }
-        Ok((encoded, 0))
-    }
-
-    fn encode_messages(&self, prompt: &Prompt, messages: &[Value]) -> Result<Vec<u32>, GenerationError> {
-        let Some(template) = &self.base.chat_template else {
-            let hint = match prompt {
-                Prompt::Chat(_) => "use /v1/completions",
-                _ => "name another `prompt_format`",
-            };
-            return Err(prompt.invalid(format!("`{}` has no chat template: {hint}", self.base.id)));
-        };
-        // The template writes every special token itself, the first one included.
-        let text = template.render(messages, true, None).map_err(|error| prompt.invalid(error))?;
-        self.base.tokenizer.encode(&text, Specials::Parse).map_err(|error| prompt.invalid(error))
-    }
-
-    fn encode_after_bos(&self, prompt: &Prompt, text: &str) -> Result<(Vec<u32>, usize), GenerationError> {
-        let tokenizer = &self.base.tokenizer;
-        let mut tokens: Vec<u32> = tokenizer.bos().into_iter().collect();
-        let num_added_tokens = tokens.len();
-        tokens.extend(tokenizer.encode(text, Specials::Parse).map_err(|error| prompt.invalid(error))?);
-        if tokens.is_empty() {
-            return Err(prompt.invalid(format!("`{}` is empty", prompt.param())));
-        }
-        Ok((tokens, num_added_tokens))
-    }
-}
-
 impl Prompt {
     /// What the user wants: the text, or the last thing they said. Formats know nothing of roles.
-    fn instruction(&self) -> Result<String, GenerationError> {
+    pub(super) fn instruction(&self) -> Result<String, GenerationError> {
         let instruction = match self {
             Self::Text(text) => Some(text.clone()),
             Self::Chat(messages) => last_user_text(messages),
@@ -248,7 +34,7 @@ impl Prompt {
     }
 
     /// Another question, to which no conversation has led.
-    fn with_other_question(&self) -> Self {
+    pub(super) fn with_other_question(&self) -> Self {
         match self {
             Self::Chat(messages) => {
                 let question = json!({"role": "user", "content": "?"});
@@ -258,35 +44,28 @@ impl Prompt {
         }
     }
 
-    fn param(&self) -> &'static str {
+    pub(super) fn param(&self) -> &'static str {
         if matches!(self, Prompt::Chat(_)) { "messages" } else { "prompt" }
     }
 
-    fn invalid(&self, cause: impl ToString) -> GenerationError {
+    pub(super) fn invalid(&self, cause: impl ToString) -> GenerationError {
         GenerationError::InvalidParameter { param: self.param(), message: cause.to_string() }
     }
-}
 
-/// `max_tokens`, cut to what the context leaves; only a prompt that leaves nothing is an error.
-fn fit(
-    num_prompt_tokens: usize,
-    max_tokens: usize,
-    context_length: usize,
-    param: &'static str,
-) -> Result<usize, GenerationError> {
-    match context_length.checked_sub(num_prompt_tokens) {
-        Some(room) if room > 0 || max_tokens == 0 => Ok(max_tokens.min(room)),
-        _ => Err(GenerationError::ContextLengthExceeded { param, num_prompt_tokens, context_length }),
+    /// Of what must fit in the context as it is.
+    pub(super) fn num_text_bytes(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len(),
+            Self::Chat(messages) => messages.iter().map(num_text_bytes).sum(),
+            Self::Tokens(_) | Self::FillInMiddle { .. } => 0,
+        }
     }
 }
 
-fn check_ids(ids: &[u32], vocab_size: usize) -> Result<Vec<u32>, GenerationError> {
-    match ids.iter().find(|&&id| id as usize >= vocab_size) {
-        None => Ok(ids.to_vec()),
-        Some(id) => Err(GenerationError::InvalidParameter {
-            param: "prompt",
-            message: format!("`prompt` names the token {id}, but the vocabulary has {vocab_size}"),
-        }),
+fn num_text_bytes(message: &Value) -> usize {
+    match &message["content"] {
+        Value::Array(parts) => parts.iter().filter_map(|part| part["text"].as_str()).map(str::len).sum(),
+        content => content.as_str().map_or(0, str::len),
     }
 }
 
@@ -301,26 +80,6 @@ fn last_user_text(messages: &[Value]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn max_tokens_is_cut_to_the_room_that_is_left() {
-        assert_eq!(fit(90, 100, 100, "prompt").unwrap(), 10);
-        assert_eq!(fit(90, 5, 100, "prompt").unwrap(), 5);
-    }
-
-    #[test]
-    fn a_prompt_without_room_for_a_token_is_too_long_unless_none_is_wanted() {
-        let refusal = |num_prompt_tokens, max_tokens| fit(num_prompt_tokens, max_tokens, 100, "prompt").unwrap_err();
-        assert!(refusal(100, 1).to_string().contains("has 100 tokens and the context ends at 100"));
-        assert_eq!(fit(100, 0, 100, "prompt").unwrap(), 0);
-        assert!(refusal(101, 0).to_string().contains("101 tokens"));
-    }
-
-    #[test]
-    fn a_token_id_beyond_the_vocabulary_is_named() {
-        assert_eq!(check_ids(&[0, 9], 10).unwrap(), [0, 9]);
-        assert!(check_ids(&[10], 10).unwrap_err().to_string().contains("token 10"));
-    }
 
     #[test]
     fn the_last_user_text_is_found_among_other_roles_and_in_parts() {

@@ -42,6 +42,12 @@ impl Generation {
         format!("{}-{adapter}", self.base.id)
     }
 
+    /// What `name` means to a caller, to whom hidden adapters are not there.
+    fn read_name<'a>(&self, name: Option<&'a str>, access: &Access) -> ModelName<'a> {
+        let is_adapter = |name: &str| access.allows(name) && self.adapters.status(name).is_some();
+        ModelName::parse(name, &self.base.id, is_adapter)
+    }
+
     /// Every adapter that `access` shows, servable or not, in order of the names.
     pub fn visible_adapters(&self, access: &Access) -> Vec<AdapterStatus> {
         let mut adapters = self.adapters.list();
@@ -54,7 +60,7 @@ impl Generation {
     /// # Errors
     /// [`GenerationError::UnknownModel`]; nothing falls back to the base.
     pub fn find_model(&self, name: &str, access: &Access) -> Result<Option<AdapterStatus>, GenerationError> {
-        match ModelName::parse(Some(name), &self.base.id) {
+        match self.read_name(Some(name), access) {
             ModelName::Base => Ok(None),
             ModelName::Adapter(adapter) => self.find_adapter("model", name, adapter, access).map(Some),
         }
@@ -79,7 +85,7 @@ impl Generation {
     }
 
     fn wanted(&self, selection: &Selection, access: &Access) -> Result<Vec<Wanted>, GenerationError> {
-        let model = match ModelName::parse(selection.model.as_deref(), &self.base.id) {
+        let model = match self.read_name(selection.model.as_deref(), access) {
             ModelName::Base => None,
             ModelName::Adapter(name) => {
                 let model = selection.model.as_deref().unwrap_or_default();
@@ -132,7 +138,7 @@ impl Generation {
     fn find_entry(&self, param: &str, adapter: &AdapterRef, access: &Access) -> Result<AdapterStatus, GenerationError> {
         match adapter {
             AdapterRef::Name(model) => {
-                let name = match ModelName::parse(Some(model), &self.base.id) {
+                let name = match self.read_name(Some(model), access) {
                     ModelName::Base => model,
                     ModelName::Adapter(name) => name,
                 };

@@ -80,6 +80,8 @@ pub(super) struct TextStreamOptions {
     pub stop: Vec<String>,
     /// Whether deltas carry token records.
     pub logprobs: bool,
+    /// Whether the stop token has one, too.
+    pub records_stop_token: bool,
     pub echo: Option<Echo>,
 }
 
@@ -133,6 +135,7 @@ impl TextStream {
                     self.finish(FinishReason::Stop);
                 }
             }
+            Event::StopToken { id, logprob } => self.assembler.stop_token(id, logprob),
             Event::Score(score) => self.score = Some(score),
             Event::Finished(reason) => {
                 let (delta, stopped) = self.assembler.end();
@@ -200,6 +203,8 @@ struct TextAssembler {
     detokenizer: Detokenizer,
     stops: StopStrings,
     logprobs: bool,
+    records_stop_token: bool,
+    stop_token: Option<(u32, TokenLogprob)>,
     echo: Option<Echo>,
     prompt_logprobs: Vec<Option<TokenLogprob>>,
     /// Records whose text is still held back.
@@ -217,6 +222,8 @@ impl TextAssembler {
             tokenizer: options.tokenizer,
             stops: StopStrings::new(options.stop),
             logprobs: options.logprobs,
+            records_stop_token: options.records_stop_token,
+            stop_token: None,
             echo: options.echo,
             prompt_logprobs: Vec::new(),
             held: VecDeque::new(),
@@ -238,6 +245,11 @@ impl TextAssembler {
         (delta, stopped)
     }
 
+    /// The token that ended the sequence. It has no text; its record is the last.
+    fn stop_token(&mut self, id: u32, logprob: TokenLogprob) {
+        self.stop_token = (self.logprobs && self.records_stop_token).then_some((id, logprob));
+    }
+
     /// Everything still held back, and whether a stop string was in it.
     fn end(&mut self) -> (TextDelta, bool) {
         let mut delta = self.take_echo();
@@ -247,6 +259,13 @@ impl TextAssembler {
             let rest = self.stops.finish();
             self.release(&rest, &mut delta);
             delta.tokens.extend(self.held.drain(..));
+            let text_offset = self.num_chars_seen;
+            let stop_token = self.stop_token.take();
+            delta.tokens.extend(stop_token.map(|(id, logprob)| TokenRecord {
+                id,
+                text_offset,
+                logprob: Some(logprob),
+            }));
         }
         (delta, stopped)
     }
@@ -297,118 +316,4 @@ impl TextAssembler {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const THE: u32 = 257;
-    const END: u32 = 258;
-
-    fn assembler(stop: &[&str], echo: Option<Echo>) -> TextAssembler {
-        TextAssembler::new(TextStreamOptions {
-            tokenizer: Arc::new(Tokenizer::tiny(&["<|end|>"])),
-            num_prompt_tokens: 1,
-            stop: stop.iter().map(|stop| stop.to_string()).collect(),
-            logprobs: true,
-            echo,
-        })
-    }
-
-    fn ids(delta: &TextDelta) -> Vec<u32> {
-        delta.tokens.iter().map(|token| token.id).collect()
-    }
-
-    fn offsets(delta: &TextDelta) -> Vec<usize> {
-        delta.tokens.iter().map(|token| token.text_offset).collect()
-    }
-
-    fn byte(byte: u8) -> u32 {
-        u32::from(byte)
-    }
-
-    #[test]
-    fn half_a_character_and_its_token_wait_for_the_rest() {
-        let mut assembler = assembler(&[], None);
-        let [first, second] = "é".as_bytes() else { panic!("two bytes") };
-        assert_eq!(assembler.token(byte(*first), None), (TextDelta::default(), false));
-        let (delta, _) = assembler.token(byte(*second), None);
-        assert_eq!((delta.text.as_str(), offsets(&delta)), ("é", vec![0, 0]));
-        let (delta, _) = assembler.token(THE, None);
-        assert_eq!((delta.text.as_str(), offsets(&delta)), ("the", vec![1]));
-    }
-
-    #[test]
-    fn a_stop_string_over_two_tokens_leaves_neither_its_text_nor_its_tokens() {
-        let mut assembler = assembler(&["e!"], None);
-        let (delta, stopped) = assembler.token(THE, None);
-        assert_eq!((delta.text.as_str(), ids(&delta), stopped), ("th", vec![THE], false));
-        let (delta, stopped) = assembler.token(byte(b'!'), None);
-        assert_eq!((delta, stopped), (TextDelta::default(), true));
-        assert_eq!(assembler.usage.num_output_tokens, 2);
-    }
-
-    #[test]
-    fn what_only_looked_like_a_stop_comes_at_the_end() {
-        let mut assembler = assembler(&["the end"], None);
-        assert_eq!(assembler.token(THE, None).0.text, "");
-        let (delta, stopped) = assembler.end();
-        assert_eq!((delta.text.as_str(), ids(&delta), stopped), ("the", vec![THE], false));
-    }
-
-    #[test]
-    fn special_tokens_have_a_record_but_no_text() {
-        let mut assembler = assembler(&[], None);
-        assert_eq!(assembler.token(END, None).0, TextDelta::default());
-        assert_eq!(ids(&assembler.end().0), [END]);
-    }
-
-    #[test]
-    fn the_echo_comes_first_and_moves_the_offsets_of_the_output() {
-        let echo = Echo { prompt_tokens: vec![END, THE, byte(b'n')], num_added_tokens: 1 };
-        let mut assembler = assembler(&["n"], Some(echo));
-        assembler.prompt_logprobs = vec![None, Some(TokenLogprob { logprob: -1.0, top: vec![] }), None];
-        let (delta, stopped) = assembler.token(THE, None);
-        assert_eq!((delta.text.as_str(), stopped), ("thenthe", false));
-        assert_eq!((ids(&delta), offsets(&delta)), (vec![END, THE, byte(b'n'), THE], vec![0, 0, 3, 4]));
-        assert_eq!(delta.tokens[1].logprob.as_ref().map(|logprob| logprob.logprob), Some(-1.0));
-    }
-
-    fn stream(stop: &[&str]) -> (mpsc::UnboundedSender<Event>, TextStream, Arc<crate::metrics::Metrics>) {
-        let (events, receiver) = mpsc::unbounded_channel();
-        let metrics = Arc::new(crate::metrics::Metrics::new());
-        let assembler = assembler(stop, None);
-        let recorder = Recorder::new(metrics.clone(), "base", std::time::Instant::now());
-        let (_, in_flight) = watch::channel(());
-        let stream = TextStream {
-            events: receiver,
-            assembler,
-            recorder,
-            ready: VecDeque::new(),
-            ended: false,
-            score: None,
-            _in_flight: in_flight,
-        };
-        (events, stream, metrics)
-    }
-
-    #[tokio::test]
-    async fn a_stop_string_closes_the_channel_so_that_the_engine_ends_too() {
-        let (events, mut stream, metrics) = stream(&["h"]);
-        events.send(Event::Token { id: THE, logprob: None }).unwrap();
-        assert!(matches!(stream.next().await, Some(Ok(TextEvent::Delta(delta))) if delta.text == "t"));
-        assert!(events.is_closed());
-        let finished = stream.next().await;
-        assert!(matches!(finished, Some(Ok(TextEvent::Finished { reason: FinishReason::Stop, .. }))), "{finished:?}");
-        assert!(stream.next().await.is_none());
-        drop(stream);
-        assert_eq!(metrics.requests_total.with_label_values(&["base", "stop"]).get(), 1);
-    }
-
-    #[tokio::test]
-    async fn an_engine_that_goes_away_is_an_error_not_an_end() {
-        let (events, stream, metrics) = stream(&[]);
-        events.send(Event::Token { id: THE, logprob: None }).unwrap();
-        drop(events);
-        assert!(matches!(stream.collect().await, Err(GenerationError::EngineStopped)));
-        assert_eq!(metrics.requests_total.with_label_values(&["base", "error"]).get(), 1);
-    }
-}
+mod tests;

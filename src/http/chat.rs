@@ -17,6 +17,7 @@ use super::reply::{ReplyShape, answer};
 use super::sampling::parse_options;
 use super::selection::parse_selection;
 use super::types::{ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs, ChatMessage};
+use super::unsupported::{Route, refuse_unsupported};
 use crate::engine::request::FinishReason;
 use crate::generation::{Completed, GenerationOptions, GenerationRequest, Prompt, TextDelta, TokenRecord};
 use crate::tokenizer::Tokenizer;
@@ -32,36 +33,13 @@ pub async fn chat_completions(
     answer::<ChatShape>(&state, &caller, &fields).await
 }
 
-/// What would change the output and is not served must not be ignored.
-fn refuse_unsupported(fields: &Fields) -> Result<(), ApiError> {
-    for name in ["tools", "functions"] {
-        if fields.array(name)?.is_some_and(|tools| !tools.is_empty()) {
-            return Err(ApiError::invalid(name, format!("`{name}` is not supported by this server")));
-        }
-    }
-    match fields.object("response_format")?.and_then(|format| format.get("type")) {
-        None => Ok(()),
-        Some(format) if format == "text" => Ok(()),
-        Some(other) => Err(ApiError::invalid(
-            "response_format",
-            format!("`response_format.type` {other} is not supported by this server, only \"text\""),
-        )),
-    }
-}
-
 fn options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
-    let max_completion_tokens = fields.count("max_completion_tokens", 0..=u32::MAX)?;
-    let max_tokens = fields.count("max_tokens", 0..=u32::MAX)?;
     let logprobs = fields.boolean("logprobs")?.unwrap_or(false);
     let top_logprobs = fields.count("top_logprobs", 0..=MAX_TOP_LOGPROBS)?;
-    if top_logprobs.is_some() && !logprobs {
+    if top_logprobs.is_some_and(|count| count > 0) && !logprobs {
         return Err(ApiError::invalid("top_logprobs", "`top_logprobs` needs `logprobs`: true"));
     }
-    Ok(GenerationOptions {
-        max_tokens: max_completion_tokens.or(max_tokens),
-        top_logprobs: logprobs.then(|| top_logprobs.unwrap_or(0)),
-        ..parse_options(fields)?
-    })
+    Ok(GenerationOptions { top_logprobs: logprobs.then(|| top_logprobs.unwrap_or(0)), ..parse_options(fields)? })
 }
 
 fn messages(fields: &Fields) -> Result<Vec<Value>, ApiError> {
@@ -85,6 +63,11 @@ fn check_message(index: usize, message: &Value) -> Result<(), ApiError> {
     if !ROLES.contains(&role) {
         let message = format!("`{at}.role` is `{role}`, not one of {}", ROLES.join(", "));
         return Err(ApiError::invalid(&format!("{at}.role"), message));
+    }
+    // An answer that others let the client begin.
+    if let Some(name) = ["prefix", "partial"].into_iter().find(|name| message[name] == true) {
+        let at = format!("{at}.{name}");
+        return Err(ApiError::invalid(&at, format!("`{at}` is not served: no message is gone on with, leave it out")));
     }
     match &message["content"] {
         Value::String(_) => Ok(()),
@@ -133,7 +116,7 @@ impl ReplyShape for ChatShape {
     type ChunkChoice = ChatChunkChoice;
 
     fn parse(fields: &Fields) -> Result<GenerationRequest, ApiError> {
-        refuse_unsupported(fields)?;
+        refuse_unsupported(fields, Route::Chat)?;
         let options = options(fields)?;
         let (selection, icl) = parse_selection(fields)?;
         let prompt_format = fields.string("prompt_format")?.map(str::to_owned);
@@ -197,6 +180,7 @@ mod tests {
             (r#"{"messages": [{"content": "a"}]}"#, "messages[0].role"),
             (r#"{"messages": [{"role": "robot", "content": "a"}]}"#, "messages[0].role"),
             (r#"{"messages": [{"role": "user"}]}"#, "messages[0].content"),
+            (r#"{"messages": [{"role": "assistant", "content": "a", "prefix": true}]}"#, "messages[0].prefix"),
             (r#"{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}"#, "messages[0].content[0].type"),
             (r#"{"messages": [{"role": "user", "content": [{"type": "text"}]}]}"#, "messages[0].content[0].text"),
         ] {
@@ -212,17 +196,6 @@ mod tests {
         assert_eq!(options_of(r#"{"logprobs": true}"#).unwrap().top_logprobs, Some(0));
         assert_eq!(options_of(r#"{"logprobs": true, "top_logprobs": 3}"#).unwrap().top_logprobs, Some(3));
         assert!(refusal(options_of(r#"{"top_logprobs": 3}"#)).contains("top_logprobs"));
-    }
-
-    #[test]
-    fn tools_and_json_formats_are_refused_by_name_and_their_neutral_forms_are_not() {
-        for (body, field) in [
-            (r#"{"tools": [{}]}"#, "tools"),
-            (r#"{"functions": [{}]}"#, "functions"),
-            (r#"{"response_format": {"type": "json_object"}}"#, "response_format"),
-        ] {
-            assert!(refusal(refuse_unsupported(&fields(body))).contains(&format!(r#""param":"{field}""#)), "{body}");
-        }
-        assert_eq!(refuse_unsupported(&fields(r#"{"tools": [], "response_format": {"type": "text"}}"#)), Ok(()));
+        assert_eq!(options_of(r#"{"logprobs": false, "top_logprobs": 0}"#).unwrap().top_logprobs, None);
     }
 }

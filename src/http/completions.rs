@@ -16,6 +16,7 @@ use super::reply::{ReplyShape, answer};
 use super::sampling::parse_options;
 use super::selection::parse_selection;
 use super::types::CompletionChoice;
+use super::unsupported::{Route, refuse_unsupported};
 use crate::engine::request::FinishReason;
 use crate::generation::{Completed, GenerationOptions, GenerationRequest, Prompt, TextDelta, TokenRecord};
 use crate::tokenizer::Tokenizer;
@@ -33,16 +34,29 @@ pub async fn completions(
 
 fn options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
     Ok(GenerationOptions {
-        max_tokens: fields.count("max_tokens", 0..=u32::MAX)?,
-        top_logprobs: fields.count("logprobs", 0..=MAX_LOGPROBS)?,
+        top_logprobs: top_logprobs(fields)?,
+        // As in vLLM; clients that score a prompt cut off the one token behind it, whatever that is.
+        records_stop_token: true,
         echo: fields.boolean("echo")?.unwrap_or(false),
         ..parse_options(fields)?
     })
 }
 
+/// `logprobs` counts the alternatives; `false` is none, as where it only switches them.
+fn top_logprobs(fields: &Fields) -> Result<Option<usize>, ApiError> {
+    if fields.count("top_logprobs", 0..=MAX_LOGPROBS)?.is_some_and(|count| count > 0) {
+        return Err(ApiError::invalid("top_logprobs", "`top_logprobs` is for chat: send the count as `logprobs`"));
+    }
+    match fields.get("logprobs") {
+        Some(Value::Bool(false)) => Ok(None),
+        _ => fields.count("logprobs", 0..=MAX_LOGPROBS),
+    }
+}
+
 /// `prompt` is a string, strings, token ids, or arrays of token ids; `suffix` makes every string the text before a gap.
 fn prompts(fields: &Fields, echo: bool) -> Result<Vec<Prompt>, ApiError> {
-    let suffix = fields.string("suffix")?;
+    // With nothing behind the gap there is nothing to keep an echo from.
+    let suffix = fields.string("suffix")?.filter(|suffix| !(suffix.is_empty() && echo));
     if suffix.is_some() && echo {
         return Err(ApiError::invalid("echo", "`echo` cannot be combined with `suffix`"));
     }
@@ -69,7 +83,9 @@ fn prompts(fields: &Fields, echo: bool) -> Result<Vec<Prompt>, ApiError> {
             .collect::<Result<_, _>>()?,
         Some(other) => return Err(wrong_type("prompt", expected, other)),
     };
-    if suffix.is_some() && prompts.iter().any(|prompt| matches!(prompt, Prompt::Tokens(_))) {
+    if suffix.is_some_and(|suffix| !suffix.is_empty())
+        && prompts.iter().any(|prompt| matches!(prompt, Prompt::Tokens(_)))
+    {
         return Err(ApiError::invalid("suffix", "`suffix` needs a `prompt` of text, not of token ids"));
     }
     Ok(prompts)
@@ -112,6 +128,7 @@ impl ReplyShape for CompletionShape {
     type ChunkChoice = CompletionChoice;
 
     fn parse(fields: &Fields) -> Result<GenerationRequest, ApiError> {
+        refuse_unsupported(fields, Route::Completions)?;
         let options = options(fields)?;
         let (selection, icl) = parse_selection(fields)?;
         let prompt_format = fields.string("prompt_format")?.map(str::to_owned);
@@ -180,5 +197,21 @@ mod tests {
         assert_eq!(parse(r#"{"prompt": "a", "suffix": ""}"#), Ok(gap("")));
         assert_eq!(parse(r#"{"prompt": "a", "suffix": null}"#), Ok(vec![text("a")]));
         assert!(parse(r#"{"prompt": [1], "suffix": "b"}"#).is_err());
+        assert_eq!(parse(r#"{"prompt": [1], "suffix": ""}"#), Ok(vec![Prompt::Tokens(vec![1])]));
+    }
+
+    #[test]
+    fn an_echo_goes_with_an_empty_suffix_alone() {
+        let echoed = |json: &str| prompts(&Fields::parse(json.as_bytes()).unwrap(), true);
+        assert_eq!(echoed(r#"{"prompt": "a", "suffix": ""}"#), Ok(vec![text("a")]));
+        assert!(echoed(r#"{"prompt": "a", "suffix": "b"}"#).is_err());
+    }
+
+    #[test]
+    fn log_probabilities_may_be_counted_or_switched_off() {
+        let top = |json: &str| top_logprobs(&Fields::parse(json.as_bytes()).unwrap());
+        assert_eq!(top(r#"{"logprobs": 3}"#), Ok(Some(3)));
+        assert_eq!(top(r#"{"logprobs": false, "top_logprobs": 0}"#), Ok(None));
+        assert!(top(r#"{"logprobs": true}"#).is_err() && top(r#"{"top_logprobs": 2}"#).is_err());
     }
 }

@@ -121,6 +121,19 @@ impl ApiError {
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", Some("method_not_allowed"), message)
     }
 
+    /// 408.
+    pub fn body_too_slow(timeout_seconds: u64) -> Self {
+        let message = format!("the request body did not come within {timeout_seconds} seconds");
+        Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", Some("request_timeout"), message)
+    }
+
+    /// 415.
+    pub fn unsupported_encoding(encoding: &str) -> Self {
+        let message = format!("the content encoding {encoding:?} is not known: send `gzip`, or none");
+        let (status, code) = (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_content_encoding");
+        Self::new(status, "invalid_request_error", Some(code), message)
+    }
+
     /// 413.
     pub fn body_too_large(max_body_bytes: usize) -> Self {
         let message = format!("the request body is larger than {max_body_bytes} bytes");
@@ -170,6 +183,12 @@ impl From<GenerationError> for ApiError {
                 let mut api = Self::invalid(param, message);
                 api.body.code = Some("context_length_exceeded");
                 api.body.n_prompt_tokens = Some(num_prompt_tokens);
+                api.body.n_ctx = Some(context_length);
+                api
+            }
+            GenerationError::PromptTooLarge { param, context_length, .. } => {
+                let mut api = Self::invalid(param, message);
+                api.body.code = Some("context_length_exceeded");
                 api.body.n_ctx = Some(context_length);
                 api
             }
@@ -264,6 +283,10 @@ impl IntoResponse for ApiError {
         }
         if status == StatusCode::SERVICE_UNAVAILABLE {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        // What is left of the body would be taken for the next request.
+        if status == StatusCode::REQUEST_TIMEOUT {
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         if status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

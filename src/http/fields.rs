@@ -1,17 +1,22 @@
 //! A request body read field by field, so that an error names the field at fault.
 //!
-//! `null` is an absent field, and fields nobody asks for are ignored: clients of many servers send both.
+//! `null` is an absent field. Fields that nobody reads are ignored, as clients of many servers send them, but those that
+//! would change a reply are refused by `unsupported.rs`.
 
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, FailedToBufferBody};
 use axum::extract::{FromRequest, FromRequestParts, OptionalFromRequest, Path, Request};
 use axum::http::request::Parts;
 use serde_json::{Map, Value};
+use tokio::time::timeout;
 
 use super::AppState;
 use super::error::ApiError;
+use super::surrogates::without_lone_surrogates;
+use crate::config::ServerConfig;
 
 /// The JSON object of a request, whatever its content type says.
 #[derive(Debug)]
@@ -69,16 +74,18 @@ impl FromRequestParts<AppState> for PathName {
 }
 
 async fn read_body(request: Request, state: &AppState) -> Result<Bytes, ApiError> {
-    Bytes::from_request(request, state).await.map_err(|rejection| match rejection {
+    let ServerConfig { max_body_bytes, body_timeout_seconds, .. } = state.config.server;
+    let read = timeout(Duration::from_secs(body_timeout_seconds), Bytes::from_request(request, state)).await;
+    read.map_err(|_| ApiError::body_too_slow(body_timeout_seconds))?.map_err(|rejection| match rejection {
         BytesRejection::FailedToBufferBody(FailedToBufferBody::LengthLimitError(_)) => {
-            ApiError::body_too_large(state.config.server.max_body_bytes)
+            ApiError::body_too_large(max_body_bytes)
         }
         other => ApiError::malformed(format!("the request body could not be read: {other}")),
     })
 }
 
 fn parse_json(body: &[u8]) -> Result<Value, ApiError> {
-    serde_json::from_slice(body)
+    serde_json::from_slice(&without_lone_surrogates(body))
         .map_err(|error| ApiError::malformed(format!("the request body is not valid JSON: {error}")))
 }
 
@@ -99,6 +106,11 @@ impl Fields {
 
     pub fn get(&self, name: &str) -> Option<&Value> {
         self.0.get(name).filter(|value| !value.is_null())
+    }
+
+    /// Of several names for the same, the first that is there; else the first of all.
+    pub fn first_given<'a>(&self, names: &[&'a str]) -> &'a str {
+        names.iter().copied().find(|name| self.get(name).is_some()).unwrap_or(names[0])
     }
 
     pub fn string(&self, name: &str) -> Result<Option<&str>, ApiError> {
@@ -202,6 +214,11 @@ mod tests {
         for body in ["", "{", "[1]", "\"x\"", "{\"a\":1e999}", "\u{fffd}"] {
             assert!(Fields::parse(body.as_bytes()).is_err(), "{body}");
         }
+    }
+
+    #[test]
+    fn half_a_character_is_a_replacement_character() {
+        assert_eq!(fields(r#"{"prompt": "x = \"\ud83d"}"#).string("prompt").unwrap(), Some("x = \"\u{fffd}"));
     }
 
     #[test]

@@ -6,11 +6,13 @@ mod auth;
 mod chat;
 mod compare;
 mod completions;
+mod encoding;
 mod error;
 mod experiments;
 mod feedback;
 mod fields;
 mod icl;
+mod listener;
 mod llama_cpp;
 mod logprobs;
 mod models;
@@ -20,10 +22,12 @@ mod reply;
 mod sampling;
 mod selection;
 mod sse;
+mod surrogates;
 #[cfg(test)]
 mod tests;
 mod trials;
 mod types;
+mod unsupported;
 mod vllm;
 
 use std::any::Any;
@@ -34,12 +38,13 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, OriginalUri, Request, State};
 use axum::http::{HeaderName, Method, Uri};
-use axum::middleware::{Next, from_fn_with_state, map_request};
+use axum::middleware::{Next, from_fn, from_fn_with_state, map_request};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use tokio::net::TcpListener;
 use tower_http::catch_panic::CatchPanicLayer;
-use tower_http::cors::CorsLayer;
+use tower_http::cors::{self, AllowHeaders, AllowMethods, CorsLayer};
+use tower_http::decompression::RequestDecompressionLayer;
 use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
 use tower_http::trace::TraceLayer;
 
@@ -87,13 +92,13 @@ pub async fn serve(
     state: AppState,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
-    let generation = state.generation.clone();
+    let (generation, config) = (state.generation.clone(), state.config.clone());
     let draining = generation.clone();
     let drained = async move {
         shutdown.await;
         draining.drain().await;
     };
-    let served = axum::serve(listener, router(state)).with_graceful_shutdown(drained);
+    let served = listener::serve(listener, router(state), &config.server, drained);
     tokio::select! {
         ended = served => ended,
         () = self_test::run(&generation) => Ok(()),
@@ -136,17 +141,28 @@ pub fn router(state: AppState) -> Router {
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(DefaultBodyLimit::max(state.config.server.max_body_bytes))
+        .layer(RequestDecompressionLayer::new())
+        .layer(from_fn(encoding::check))
         .with_state(state.clone());
     // Paths must be tidied before they are routed, and layers run after routing: so all is behind one fallback.
     let mut router =
         Router::new().fallback_service(routes).layer(map_request(tidy_path)).layer(CatchPanicLayer::custom(panicked));
     if state.config.server.cors {
-        router = router.layer(CorsLayer::permissive());
+        router = router.layer(any_origin());
     }
     router
         .layer(TraceLayer::new_for_http())
         .layer(PropagateRequestIdLayer::new(REQUEST_ID))
         .layer(SetRequestIdLayer::new(REQUEST_ID, MakeRequestUuid))
+}
+
+/// Mirrors the headers that are asked for: `*` does not stand for `authorization`.
+fn any_origin() -> CorsLayer {
+    CorsLayer::new()
+        .allow_origin(cors::Any)
+        .allow_methods(AllowMethods::mirror_request())
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers(cors::Any)
 }
 
 /// Base URLs are often configured with a slash too many.

@@ -9,8 +9,19 @@ use crate::generation::{BeamOptions, GenerationOptions};
 /// Most choices per prompt, as in OpenAI's interface.
 const MAX_CHOICES: u32 = 128;
 const MAX_BEAMS: u32 = 16;
+/// The most tokens to generate: OpenAI's names, and those of llama.cpp, TGI and Ollama. The first that is given counts.
+pub const LENGTH_NAMES: [&str; 5] =
+    ["max_completion_tokens", "max_tokens", "n_predict", "max_new_tokens", "num_predict"];
+/// Mistral's name is the second.
+pub const SEED_NAMES: [&str; 2] = ["seed", "random_seed"];
+pub const STOP_NAMES: [&str; 2] = ["stop", "stop_sequences"];
+/// Each is looked for in every token's text.
+const MAX_STOPS: usize = 128;
+const MAX_STOP_BYTES: usize = 1024;
+/// What others write for a seed that is to be drawn.
+const RANDOM_SEED: i64 = -1;
 
-/// Reads every shared parameter but the length and the log-probabilities, which the two interfaces name differently.
+/// Reads every shared parameter but the log-probabilities, which the two interfaces name differently.
 pub fn parse_options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
     let num_choices = fields.count("n", 1..=MAX_CHOICES)?.unwrap_or(1);
     let beams = parse_beams(fields, num_choices)?;
@@ -23,6 +34,7 @@ pub fn parse_options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
     };
     Ok(GenerationOptions {
         num_choices,
+        max_tokens: parse_max_tokens(fields)?,
         beams,
         temperature: fields.number("temperature", 0.0..=2.0)?,
         // Some clients write -1 for "off".
@@ -33,11 +45,59 @@ pub fn parse_options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
         presence_penalty: fields.number("presence_penalty", -2.0..=2.0)?,
         frequency_penalty: fields.number("frequency_penalty", -2.0..=2.0)?,
         logit_bias: fields.object("logit_bias")?.map_or(Ok(Vec::new()), parse_logit_bias)?,
-        seed: fields.integer("seed", i64::MIN..=i64::MAX)?,
-        stop: fields.strings("stop")?,
+        seed: parse_seed(fields)?,
+        stop: parse_stops(fields)?,
+        stop_token_ids: parse_stop_token_ids(fields)?,
         ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
         ..GenerationOptions::default()
     })
+}
+
+fn parse_max_tokens(fields: &Fields) -> Result<Option<usize>, ApiError> {
+    match fields.first_given(&LENGTH_NAMES) {
+        // -1 and -2 are "as many as there is room for".
+        name @ ("n_predict" | "num_predict") => {
+            let count = fields.integer(name, -2..=i64::from(u32::MAX))?;
+            Ok(count.map(|count| usize::try_from(count).unwrap_or(usize::MAX)))
+        }
+        name => fields.count(name, 0..=u32::MAX),
+    }
+}
+
+/// `None` where it is to be drawn.
+pub fn parse_seed(fields: &Fields) -> Result<Option<i64>, ApiError> {
+    let seed = fields.integer(fields.first_given(&SEED_NAMES), i64::MIN..=i64::MAX)?;
+    Ok(seed.filter(|seed| *seed != RANDOM_SEED))
+}
+
+fn parse_stops(fields: &Fields) -> Result<Vec<String>, ApiError> {
+    let name = fields.first_given(&STOP_NAMES);
+    // Before any of them is copied.
+    if let Some(count) = fields.get(name).and_then(Value::as_array).map(Vec::len).filter(|count| *count > MAX_STOPS) {
+        return Err(ApiError::invalid(name, format!("`{name}` has {count} strings, {MAX_STOPS} are the most")));
+    }
+    let stops = fields.strings(name)?;
+    match stops.iter().find(|stop| stop.len() > MAX_STOP_BYTES) {
+        None => Ok(stops),
+        Some(stop) => {
+            let message = format!("`{name}` has a string of {} bytes, {MAX_STOP_BYTES} are the most", stop.len());
+            Err(ApiError::invalid(name, message))
+        }
+    }
+}
+
+/// `stop_token_ids`, as of vLLM and SGLang.
+fn parse_stop_token_ids(fields: &Fields) -> Result<Vec<u32>, ApiError> {
+    let ids = fields.array("stop_token_ids")?.map_or(&[] as &[Value], Vec::as_slice);
+    let id = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
+    if ids.len() > MAX_STOPS {
+        let message = format!("`stop_token_ids` has {} ids, {MAX_STOPS} are the most", ids.len());
+        return Err(ApiError::invalid("stop_token_ids", message));
+    }
+    let refused = |value: &Value| {
+        ApiError::invalid("stop_token_ids", format!("`stop_token_ids` has `{value:.80}`, which is no token id"))
+    };
+    ids.iter().map(|value| id(value).ok_or_else(|| refused(value))).collect()
 }
 
 /// `use_beam_search`, as of vLLM: `n` choices are the best of `best_of` beams (`n`, when it says nothing).
@@ -159,6 +219,38 @@ mod tests {
     }
 
     #[test]
+    fn a_seed_of_minus_one_is_drawn_like_none() {
+        let seed = |json: &str| parse_options(&fields(json)).unwrap().seed;
+        assert_eq!([r#"{"seed": -1}"#, r#"{"seed": null}"#, "{}"].map(seed), [None; 3]);
+        assert_eq!([r#"{"seed": 0}"#, r#"{"seed": -2}"#, r#"{"random_seed": 7}"#].map(seed), [0, -2, 7].map(Some));
+    }
+
+    #[test]
+    fn the_names_of_other_servers_mean_the_same() {
+        let options = |json: &str| parse_options(&fields(json)).unwrap();
+        for name in LENGTH_NAMES {
+            assert_eq!(options(&format!(r#"{{"{name}": 9}}"#)).max_tokens, Some(9), "{name}");
+        }
+        assert_eq!(options(r#"{"n_predict": -1}"#).max_tokens, Some(usize::MAX));
+        assert_eq!(options(r#"{"max_completion_tokens": null, "max_tokens": 2, "n_predict": 3}"#).max_tokens, Some(2));
+        assert_eq!(options(r#"{"stop_sequences": ["a"]}"#).stop, ["a"]);
+        assert_eq!(options(r#"{"stop_token_ids": [7, 9]}"#).stop_token_ids, [7, 9]);
+    }
+
+    #[test]
+    fn stops_are_so_many_and_so_long_at_most() {
+        let refusal = |name: &str, stops: Value| {
+            let error = parse_options(&fields(&serde_json::json!({name: stops}).to_string())).unwrap_err();
+            error.param().map(str::to_owned)
+        };
+        assert_eq!(refusal("stop", vec!["a"; MAX_STOPS + 1].into()).as_deref(), Some("stop"));
+        assert_eq!(refusal("stop_sequences", "a".repeat(MAX_STOP_BYTES + 1).into()).as_deref(), Some("stop_sequences"));
+        assert_eq!(refusal("stop_token_ids", vec![1; MAX_STOPS + 1].into()).as_deref(), Some("stop_token_ids"));
+        let most = serde_json::json!({"stop": vec!["a".repeat(MAX_STOP_BYTES); MAX_STOPS]}).to_string();
+        assert_eq!(parse_options(&fields(&most)).unwrap().stop.len(), MAX_STOPS);
+    }
+
+    #[test]
     fn what_cannot_be_served_is_refused() {
         for body in [
             r#"{"n": 0}"#,
@@ -168,6 +260,9 @@ mod tests {
             r#"{"logit_bias": {"1": 101}}"#,
             r#"{"logit_bias": [1]}"#,
             r#"{"seed": 1.5}"#,
+            r#"{"max_tokens": -1}"#,
+            r#"{"stop_token_ids": ["a"]}"#,
+            r#"{"stop_token_ids": [4294967296]}"#,
         ] {
             assert!(parse_options(&fields(body)).is_err(), "{body}");
         }

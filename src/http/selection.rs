@@ -1,4 +1,5 @@
-//! The fields that say which weights a request wants: `model`, and one of `adapters`, `lora` and `adapter`.
+//! The fields that say which weights a request wants: `model`, and one of those that name adapters: `adapters`, `lora` of
+//! llama.cpp, `adapter` of mistral.rs, `adapter_id` of LoRAX and TGI, `lora_path` of SGLang, `lora_name` of vLLM.
 
 use serde_json::{Map, Value};
 
@@ -10,7 +11,11 @@ use crate::icl;
 /// Strengths beyond this only make noise.
 const MAX_SCALE: f64 = 4.0;
 const MAX_ADAPTERS: usize = 16;
-const FIELDS: [&str; 3] = ["adapters", "lora", "adapter"];
+pub const ADAPTER_FIELDS: [&str; 6] = ["adapters", "lora", "adapter", "adapter_id", "lora_path", "lora_name"];
+/// Those of a list; the others hold one name.
+const LISTS: [&str; 2] = ["adapters", "lora"];
+/// LoRAX's name for no adapter.
+const NO_ADAPTER: &str = "__base_model__";
 
 /// The weights, and the in-context examples of `icl` or of a model name that ends in `+icl:<store>@<k>`.
 pub fn parse_selection(fields: &Fields) -> Result<(Selection, Option<icl::Selection>), ApiError> {
@@ -32,15 +37,18 @@ pub fn parse_selection(fields: &Fields) -> Result<(Selection, Option<icl::Select
 }
 
 fn parse_weights(fields: &Fields, model: Option<String>) -> Result<Selection, ApiError> {
-    let mut given = FIELDS.into_iter().filter(|name| fields.get(name).is_some());
+    // An empty name names nothing, as an empty `model` does.
+    let is_given = |name: &&str| fields.get(name).is_some_and(|value| *value != "");
+    let mut given = ADAPTER_FIELDS.into_iter().filter(is_given);
     let Some(name) = given.next() else { return Ok(Selection { model, adapters: None }) };
     if let Some(other) = given.next() {
         return Err(ApiError::invalid(other, format!("`{other}` cannot be combined with `{name}`: use one of them")));
     }
-    let entries = if name == "adapter" {
-        fields.string(name)?.map(|adapter| entry(name, named(adapter), 1.0)).into_iter().collect()
-    } else {
+    let entries = if LISTS.contains(&name) {
         parse_entries(name, fields.array(name)?.map_or(&[], Vec::as_slice))?
+    } else {
+        let adapter = fields.string(name)?.filter(|adapter| *adapter != NO_ADAPTER);
+        adapter.map(|adapter| entry(name, named(adapter), 1.0)).into_iter().collect()
     };
     Ok(Selection { model, adapters: Some(AdapterField { name, entries }) })
 }
@@ -118,6 +126,16 @@ mod tests {
     }
 
     #[test]
+    fn the_fields_of_other_servers_name_one_adapter_or_none() {
+        for name in ["adapter", "adapter_id", "lora_path", "lora_name"] {
+            let body = |value: &str| format!(r#"{{"model": "m", "{name}": "{value}"}}"#);
+            assert_eq!(entries(&body("a")), [entry(name, named("a"), 1.0)]);
+            assert_eq!(parse(&body("")), Ok(Selection::model("m")), "{name}");
+            assert_eq!(entries(&body(NO_ADAPTER)), [], "{name}");
+        }
+    }
+
+    #[test]
     fn what_is_wrong_is_named_by_its_place() {
         let many = format!(r#"{{"adapters": [{}]}}"#, vec![r#"{"name": "a"}"#; 17].join(","));
         for (body, place) in [
@@ -134,6 +152,8 @@ mod tests {
             (r#"{"adapters": [{"name": "a", "weight": 1}]}"#, "adapters[0].weight"),
             (r#"{"adapter": {"generation": "x"}}"#, "adapter"),
             (r#"{"adapters": [], "lora": []}"#, "lora"),
+            (r#"{"adapter": "a", "adapter_id": "a"}"#, "adapter_id"),
+            (r#"{"lora_path": ["a", "b"]}"#, "lora_path"),
             (&many, "adapters"),
         ] {
             let error = serde_json::to_value(parse(body).unwrap_err().into_envelope()).unwrap();

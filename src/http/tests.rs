@@ -2,8 +2,11 @@
 
 mod beams;
 mod compare;
+mod gaps;
 mod icl;
+mod logprobs;
 mod trials;
+mod unserved;
 mod votes;
 
 use std::path::Path;
@@ -20,10 +23,12 @@ use super::*;
 use crate::adapter::registry::AdapterRegistry;
 use crate::config::Overrides;
 use crate::engine::{EngineConfig, EngineHandle, EngineState};
+use crate::experiments::ModelNames;
 use crate::generation::Base;
 use crate::icl::IclStores;
 use crate::model::spec::{Architecture, ModelSpec};
 use crate::model::{ForwardBatch, Model};
+use crate::prompt::PromptError;
 use crate::prompt::fim::FillInMiddle;
 use crate::prompt::formats::PromptFormats;
 use crate::tokenizer::Tokenizer;
@@ -133,15 +138,26 @@ impl Server {
         };
         let engine = EngineHandle::start(Box::new(Alphabet { spec, end, step }), limits, metrics.clone());
         let fill_in_middle = FillInMiddle::detect(&tokenizer);
-        let base =
-            Base { device: "CPU".to_owned(), id: BASE.to_owned(), tokenizer, chat_template: None, fill_in_middle };
+        let base = Base {
+            id: BASE.to_owned(),
+            device: "CPU".to_owned(),
+            tokenizer,
+            chat_template: Err(PromptError::NoChatTemplate),
+            fill_in_middle,
+        };
         let adapters = Arc::new(AdapterRegistry::default());
         let icl = Arc::new(IclStores::open(&config.icl).unwrap());
         let formats = PromptFormats::new(&config.prompt_formats).unwrap();
         let generation = Generation::new(base, adapters, icl, formats, engine.clone(), metrics.clone(), config.clone());
         let database = config.experiments.path(Path::new("unused"));
-        let experiments =
-            Experiments::start(&config.experiments, database, BASE, metrics.clone(), Box::new(|_| {})).unwrap();
+        let experiments = Experiments::start(
+            &config.experiments,
+            database,
+            ModelNames::new(BASE, |_| false),
+            metrics.clone(),
+            Box::new(|_| {}),
+        )
+        .unwrap();
         let experiments = Arc::new(experiments);
         let state = AppState::new(Arc::new(generation), experiments.clone(), metrics.clone(), config);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -271,28 +287,6 @@ async fn choices_are_prompt_major_and_prompts_count_once() {
         choices.iter().map(|choice| (choice["index"].as_u64().unwrap(), choice["text"].as_str().unwrap())).collect();
     assert_eq!(texts, [(0, "b"), (1, "b"), (2, "n"), (3, "n")]);
     assert_eq!((&reply["usage"]["prompt_tokens"], &reply["usage"]["completion_tokens"]), (&json!(3), &json!(4)));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn echo_scores_token_ids_without_generating() {
-    let server = Server::quick().await;
-    let ids: Vec<u32> = "abq".bytes().map(u32::from).collect();
-    let body = json!({"prompt": ids, "echo": true, "max_tokens": 0, "logprobs": 1, "temperature": 0});
-    let reply = server.complete(body.clone()).await;
-    let logprobs = &reply["choices"][0]["logprobs"];
-    assert_eq!((text(&reply), &reply["choices"][0]["finish_reason"]), ("abq", &json!("length")));
-    assert_eq!(logprobs["tokens"], json!(["a", "b", "q"]));
-    assert_eq!(logprobs["text_offset"], json!([0, 1, 2]));
-    assert_eq!((&logprobs["token_logprobs"][0], &logprobs["top_logprobs"][0]), (&Value::Null, &Value::Null));
-    // The model expected b, and c where q stands.
-    let top = |index: usize| logprobs["top_logprobs"][index].as_object().unwrap();
-    assert_eq!(top(1).keys().collect::<Vec<_>>(), ["b"]);
-    assert_eq!(top(2).keys().collect::<Vec<_>>(), ["c", "q"]);
-    assert_eq!(top(2)["q"], logprobs["token_logprobs"][2]);
-    assert!(top(2)["q"].as_f64().unwrap() < top(2)["c"].as_f64().unwrap());
-
-    let events = server.stream(body).await;
-    assert_eq!(serde_json::from_str::<Value>(&events[0]).unwrap()["choices"][0]["logprobs"], *logprobs);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -430,15 +424,6 @@ async fn shutting_down_refuses_new_requests_and_finishes_those_under_way() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_suffix_is_rendered_with_the_sentinels_of_the_model() {
-    let sentinels = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|end|>"];
-    let server = Server::start(&sentinels, Duration::ZERO).await;
-    let filled = server.complete(json!({"prompt": "ab", "suffix": "<|fim_middle|>", "temperature": 0})).await;
-    assert_eq!(text(&filled), "abcdefghijklmnop");
-    assert_eq!(filled["usage"]["prompt_tokens"], 2 + 14 + 3, "a sentinel in the user's text is only text");
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn the_seed_a_reply_names_repeats_its_text() {
     let server = Server::quick().await;
     let body =
@@ -476,6 +461,9 @@ async fn browsers_may_ask_from_any_origin() {
     let response = preflight.send().await.unwrap();
     assert!(response.status().is_success());
     assert_eq!(response.headers()["access-control-allow-origin"], "*");
+    // Browsers do not take `*` for `authorization`.
+    assert_eq!(response.headers()["access-control-allow-headers"], "authorization,content-type");
+    assert_eq!(response.headers()["access-control-allow-methods"], "POST");
 }
 
 #[tokio::test(flavor = "multi_thread")]

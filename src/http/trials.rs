@@ -174,6 +174,7 @@ impl Trial {
             GenerationError::Overloaded
             | GenerationError::ShuttingDown
             | GenerationError::InvalidParameter { .. }
+            | GenerationError::PromptTooLarge { .. }
             | GenerationError::ContextLengthExceeded { .. } => self.0 = None,
             GenerationError::UnknownModel { .. }
             | GenerationError::InvalidSelection { .. }

@@ -5,6 +5,7 @@ use std::fmt::Write;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Kwargs;
 use minijinja::{Environment, Error, ErrorKind, context};
+use regex::{Captures, Regex};
 use serde_json::{Map, Value};
 
 use super::PromptError;
@@ -22,10 +23,11 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// `None` where the file has no template: such a model cannot chat.
-    pub fn from_gguf(gguf: &GgufFile, tokenizer: &Tokenizer) -> Result<Option<Self>, PromptError> {
+    /// # Errors
+    /// The file has no template, or one that cannot be used here: such a model cannot chat, and serves everything else.
+    pub fn from_gguf(gguf: &GgufFile, tokenizer: &Tokenizer) -> Result<Self, PromptError> {
         if gguf.metadata(KEY).is_none() {
-            return Ok(None);
+            return Err(PromptError::NoChatTemplate);
         }
         let source = gguf.str(KEY).map_err(|e| PromptError::ChatTemplate(e.to_string()))?;
         // A template may write the token even where raw prompts go without it.
@@ -34,7 +36,6 @@ impl ChatTemplate {
             None => String::new(),
         };
         Self::new(source, token_text("tokenizer.ggml.bos_token_id"), token_text("tokenizer.ggml.eos_token_id"))
-            .map(Some)
     }
 
     fn new(source: &str, bos_token: String, eos_token: String) -> Result<Self, PromptError> {
@@ -45,12 +46,12 @@ impl ChatTemplate {
         environment.add_filter("tojson", to_json);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
-        environment.add_template_owned(KEY, source.to_string()).map_err(invalid)?;
+        environment.add_template_owned(KEY, without_training_marks(source)).map_err(invalid)?;
         Ok(Self { environment, bos_token, eos_token })
     }
 
-    /// The prompt text for OpenAI `messages`, to be encoded with [`Specials::Parse`](crate::tokenizer::Specials::Parse)
-    /// and nothing put before it. `tools` is OpenAI's list of tools.
+    /// The prompt text for OpenAI `messages`, to be encoded with special tokens parsed and nothing put before it: what the
+    /// messages say is marked before as [`Literal`](super::literal::Literal). `tools` is OpenAI's list of tools.
     ///
     /// Contents of several text parts are joined, the role `developer` is `system`, and a tool call's arguments are
     /// given to the template as an object.
@@ -71,6 +72,16 @@ impl ChatTemplate {
         let template = self.environment.get_template(KEY).map_err(refused)?;
         template.render(context).map_err(refused)
     }
+}
+
+/// Hugging Face's `{% generation %}` marks what is trained on, and renders as what is in it.
+fn without_training_marks(source: &str) -> String {
+    let mark = Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").expect("a literal that is tested");
+    let replace = |found: &Captures<'_>| {
+        let statement = if found.get(2).is_some() { "endif" } else { "if true" };
+        format!("{{%{} {statement} {}%}}", &found[1], &found[3])
+    };
+    mark.replace_all(source, replace).into_owned()
 }
 
 fn refused(error: Error) -> PromptError {
@@ -265,6 +276,23 @@ mod tests {
         let messages = json!([{"role": "user", "content": "  a b  "}]);
         let source = "{% if true %}\n  {% for m in messages %}\n{{ m['content'].strip().split(' ')[1] }}\n  {% endfor %}\n{% endif %}";
         assert_eq!(render(source, messages).unwrap(), "b\n");
+    }
+
+    #[test]
+    fn what_hugging_faces_environment_has_is_there() {
+        let messages = json!([{"role": "user", "content": "a"}, {"role": "user", "content": "b"},
+            {"role": "user", "content": "c"}, {"role": "user", "content": "d"}]);
+        let source = "{% for m in messages %}{% if m.content == 'b' %}{% continue %}{% elif m.content == 'd' %}{% break %}{% endif %}{{ m.content }}{% endfor %}";
+        assert_eq!(render(source, messages.clone()).unwrap(), "ac");
+        let marked =
+            "{% for m in messages %}\n{%- generation -%}\n {{ m.content }}\n{%- endgeneration %}\n{% endfor %}";
+        assert_eq!(render(marked, messages).unwrap(), "abcd");
+    }
+
+    #[test]
+    fn a_template_that_does_not_compile_says_why() {
+        let error = ChatTemplate::new("{% teleport %}", String::new(), String::new()).expect_err("no such statement");
+        assert!(error.to_string().contains("teleport"), "{error}");
     }
 
     #[test]

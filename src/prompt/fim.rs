@@ -1,47 +1,134 @@
 //! Fill-in-the-middle prompts.
 
-use crate::tokenizer::sentinels::fim_family;
+pub mod foreign;
+
+use crate::tokenizer::sentinels::FimTokens;
 use crate::tokenizer::{Specials, Tokenizer, TokenizerError};
 
 /// How a model wants a prefix and a suffix: each behind its sentinel token, then the sentinel of the middle (PSM).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FillInMiddle {
-    prefix: u32,
-    suffix: u32,
-    middle: u32,
+    tokens: FimTokens,
+}
+
+/// A gap and what stands around it, in tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Gap {
+    /// The model's first token, if it wants one.
+    beginning: Option<u32>,
+    /// Other files, before the sentinel of the prefix.
+    context: Vec<u32>,
+    prefix: Vec<u32>,
+    suffix: Vec<u32>,
 }
 
 impl FillInMiddle {
     /// `None` for a model whose vocabulary has no complete set of sentinels: it was not trained for this.
     pub fn detect(tokenizer: &Tokenizer) -> Option<Self> {
-        let family = fim_family(|text| tokenizer.special_id(text))?;
-        Some(Self {
-            prefix: tokenizer.special_id(family.prefix)?,
-            suffix: tokenizer.special_id(family.suffix)?,
-            middle: tokenizer.special_id(family.middle)?,
-        })
+        tokenizer.fim().map(|tokens| Self { tokens: tokens.clone() })
     }
 
     /// The prompt's token ids, ready to run. A sentinel's text inside `prefix` or `suffix` stays text.
     pub fn render(&self, tokenizer: &Tokenizer, prefix: &str, suffix: &str) -> Result<Vec<u32>, TokenizerError> {
-        let mut ids: Vec<u32> = tokenizer.bos().into_iter().collect();
-        ids.push(self.prefix);
-        ids.extend(tokenizer.encode(prefix, Specials::AsText)?);
-        ids.push(self.suffix);
-        ids.extend(tokenizer.encode(suffix, Specials::AsText)?);
-        ids.push(self.middle);
-        Ok(ids)
+        Ok(self.tokens(&Gap {
+            beginning: tokenizer.bos(),
+            context: Vec::new(),
+            prefix: tokenizer.encode(prefix, Specials::AsText)?,
+            suffix: tokenizer.encode(suffix, Specials::AsText)?,
+        }))
     }
+
+    /// `tokens` with at most `max_tokens` of them, if they lay out one gap. What is farthest from it goes first.
+    pub fn fit(&self, tokenizer: &Tokenizer, tokens: Vec<u32>, max_tokens: usize) -> Vec<u32> {
+        if tokens.len() <= max_tokens {
+            return tokens;
+        }
+        match self.read(tokenizer, &tokens) {
+            Some(mut gap) => {
+                gap.cut(max_tokens);
+                self.tokens(&gap)
+            }
+            None => tokens,
+        }
+    }
+
+    /// Whether a sentinel of this text is this model's own.
+    pub fn is_own(&self, tokenizer: &Tokenizer, sentinel: &str) -> bool {
+        tokenizer.special_id(sentinel).is_some_and(|id| self.tokens.all().any(|own| own == id))
+    }
+
+    /// The gap of a prompt that has each sentinel once, in order, the last one at the end.
+    fn read(&self, tokenizer: &Tokenizer, tokens: &[u32]) -> Option<Gap> {
+        let FimTokens { prefix, suffix, middle, .. } = self.tokens;
+        let place = |sentinel| {
+            let mut places = tokens.iter().enumerate().filter(|(_, token)| **token == sentinel).map(|(place, _)| place);
+            places.next().filter(|_| places.next().is_none())
+        };
+        let (prefix, suffix, middle) = (place(prefix)?, place(suffix)?, place(middle)?);
+        if !(prefix < suffix && suffix < middle && middle + 1 == tokens.len()) {
+            return None;
+        }
+        let beginning = tokens.first().copied().filter(|first| Some(*first) == tokenizer.bos());
+        Some(Gap {
+            beginning,
+            context: tokens[usize::from(beginning.is_some())..prefix].to_vec(),
+            prefix: tokens[prefix + 1..suffix].to_vec(),
+            suffix: tokens[suffix + 1..middle].to_vec(),
+        })
+    }
+
+    /// Whether a sentinel, or a token between files, steers the model: what follows is code for a place in a file.
+    pub fn is_in(&self, tokens: &[u32]) -> bool {
+        tokens.iter().any(|token| self.tokens.all().any(|sentinel| sentinel == *token))
+    }
+
+    fn tokens(&self, gap: &Gap) -> Vec<u32> {
+        let Gap { beginning, context, prefix, suffix } = gap;
+        let mut tokens: Vec<u32> = beginning.iter().chain(context).copied().collect();
+        tokens.push(self.tokens.prefix);
+        tokens.extend(prefix);
+        tokens.push(self.tokens.suffix);
+        tokens.extend(suffix);
+        tokens.push(self.tokens.middle);
+        tokens
+    }
+}
+
+impl Gap {
+    const NUM_SENTINELS: usize = 3;
+
+    /// Cuts what is farthest from the gap until the prompt has at most `max_tokens` tokens: first the head of other
+    /// files, then the head of the prefix and the tail of the suffix, of which the suffix keeps a quarter of the room.
+    fn cut(&mut self, max_tokens: usize) {
+        let room = max_tokens.saturating_sub(Self::NUM_SENTINELS + usize::from(self.beginning.is_some()));
+        let suffix_room = (room / 4).max(room.saturating_sub(self.prefix.len()));
+        self.suffix.truncate(suffix_room);
+        keep_tail(&mut self.prefix, room - self.suffix.len());
+        keep_tail(&mut self.context, room - self.suffix.len() - self.prefix.len());
+    }
+}
+
+fn keep_tail(tokens: &mut Vec<u32>, most: usize) {
+    tokens.drain(..tokens.len().saturating_sub(most));
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    const SENTINELS: [&str; 4] = ["<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<file_sep>"];
+
+    fn tiny() -> (Tokenizer, FillInMiddle) {
+        let tokenizer = Tokenizer::tiny(&SENTINELS);
+        let fim = FillInMiddle::detect(&tokenizer).expect("all three sentinels");
+        (tokenizer, fim)
+    }
 
     #[test]
     fn sentinels_are_ids_and_a_users_sentinel_is_text() {
-        let tokenizer = Tokenizer::tiny(&["<fim_prefix>", "<fim_middle>", "<fim_suffix>"]);
-        let fim = FillInMiddle::detect(&tokenizer).expect("all three sentinels");
+        let (tokenizer, fim) = tiny();
         let ids = fim.render(&tokenizer, "a<fim_middle>", "b").unwrap();
         assert_eq!(ids.iter().filter(|id| tokenizer.is_special(**id)).count(), 3);
         assert_eq!((ids[0], ids[1]), (258, 97));
@@ -51,5 +138,50 @@ mod tests {
     #[test]
     fn an_incomplete_set_of_sentinels_is_no_fill_in_the_middle() {
         assert_eq!(FillInMiddle::detect(&Tokenizer::tiny(&["<fim_prefix>", "<fim_middle>", "<file_sep>"])), None);
+    }
+
+    #[test]
+    fn what_a_client_laid_out_is_read_and_written_back_as_it_was() {
+        let (tokenizer, fim) = tiny();
+        let read = |prompt: &str| {
+            let tokens = tokenizer.encode(prompt, Specials::Parse).unwrap();
+            assert_eq!(fim.is_in(&tokens), prompt.contains("<f"), "{prompt}");
+            fim.read(&tokenizer, &tokens).map(|gap| (fim.tokens(&gap) == tokens, gap.context.len()))
+        };
+        assert_eq!(read("<fim_prefix>ab<fim_suffix>c<fim_middle>"), Some((true, 0)));
+        assert_eq!(read("<file_sep>xy<fim_prefix>ab<fim_suffix>c<fim_middle>"), Some((true, 3)));
+        for other in [
+            "ab",
+            "<file_sep>ab",
+            "<fim_prefix>a<fim_suffix>b",
+            "<fim_suffix>a<fim_prefix>b<fim_middle>",
+            "<fim_prefix>a<fim_suffix>b<fim_middle>c",
+            "<fim_prefix>a<fim_suffix>b<fim_suffix>b<fim_middle>",
+        ] {
+            assert_eq!(read(other), None, "{other}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_cut_keeps_what_is_next_to_the_gap(num_context in 0usize..9, num_prefix in 0usize..40,
+            num_suffix in 0usize..40, max_tokens in 3usize..80) {
+            let whole = Gap {
+                beginning: None,
+                context: vec![1; num_context],
+                prefix: (100..).take(num_prefix).collect(),
+                suffix: (200..).take(num_suffix).collect(),
+            };
+            let mut cut = whole.clone();
+            cut.cut(max_tokens);
+            let (_, fim) = tiny();
+            let (before, after) = (fim.tokens(&whole).len(), fim.tokens(&cut).len());
+            // Nothing is cut in vain.
+            prop_assert_eq!(after, before.min(max_tokens));
+            prop_assert!(whole.prefix.ends_with(&cut.prefix) && whole.suffix.starts_with(&cut.suffix));
+            let room = max_tokens - 3;
+            prop_assert!(cut.suffix.len() >= num_suffix.min(room / 4));
+            prop_assert!(cut.prefix.len() >= num_prefix.min(room - room / 4));
+        }
     }
 }

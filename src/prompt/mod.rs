@@ -5,6 +5,7 @@ pub mod chat;
 pub mod fim;
 pub mod formats;
 pub mod instruction;
+pub mod literal;
 
 #[derive(Debug, thiserror::Error)]
 pub enum PromptError {
@@ -14,7 +15,10 @@ pub enum PromptError {
     /// The model's chat template cannot render these messages, or says why it will not.
     #[error("messages: the chat template of the model refuses them: {0}")]
     Refused(String),
-    #[error("tokenizer.chat_template cannot be used: {0}")]
+    /// The model was not trained to chat, or its file does not say how.
+    #[error("the model has no chat template")]
+    NoChatTemplate,
+    #[error("the model's tokenizer.chat_template cannot be used: {0}")]
     ChatTemplate(String),
     #[error("the prompt template of the adapter cannot be used: {0}")]
     Instruction(String),

@@ -7,6 +7,7 @@ pub mod sentinels;
 mod vocabulary;
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use regex::Regex;
@@ -14,6 +15,7 @@ use regex::Regex;
 use crate::model::gguf::{GgufError, GgufFile};
 use byte_level::ByteLevelBpe;
 use sentence_piece::SentencePiece;
+use sentinels::FimTokens;
 use vocabulary::{TokenBytes, TokenKind, TokenizerMetadata, TokenizerModel};
 
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +58,7 @@ pub struct Tokenizer {
     bytes: TokenBytes,
     bos: Option<u32>,
     eos: Option<u32>,
+    fim: Option<FimTokens>,
     stop_tokens: Arc<[u32]>,
 }
 
@@ -79,8 +82,11 @@ impl Tokenizer {
         let added = AddedTokens::new(of_kind(&[TokenKind::Control, TokenKind::UserDefined]))?;
         let user_defined = AddedTokens::new(of_kind(&[TokenKind::UserDefined]))?;
 
-        let mut stop_tokens = sentinels::end_of_generation(|text| control_ids.get(text).copied());
+        let special_id = |text: &str| control_ids.get(text).copied();
+        let fim = metadata.fim.take().or_else(|| FimTokens::by_text(special_id));
+        let mut stop_tokens = sentinels::end_of_generation(special_id);
         stop_tokens.extend(metadata.eos.iter().chain(&metadata.other_ends));
+        stop_tokens.extend(fim.iter().flat_map(FimTokens::all));
         stop_tokens.sort_unstable();
         stop_tokens.dedup();
 
@@ -101,6 +107,7 @@ impl Tokenizer {
             bytes,
             bos: metadata.bos.filter(|_| metadata.add_bos.unwrap_or(adds_bos_by_default)),
             eos: metadata.eos,
+            fim,
             stop_tokens: stop_tokens.into(),
             kinds: metadata.kinds,
         })
@@ -122,6 +129,36 @@ impl Tokenizer {
         }
         self.encode_plain(&text[plain_start..], &mut ids)?;
         Ok(ids)
+    }
+
+    /// Token ids of a rendered template, special tokens parsed. `mark` is taken out of the text between them, which is
+    /// encoded as [`Specials::AsText`]: it has kept what contents spell from being parsed.
+    pub fn encode_marked(&self, text: &str, mark: char) -> Result<Vec<u32>, TokenizerError> {
+        if !text.contains(mark) {
+            return self.encode(text, Specials::Parse);
+        }
+        let mut ids = Vec::with_capacity(text.len() / 3);
+        let mut plain_start = 0;
+        for (start, end, id) in self.added.matches(text) {
+            ids.extend(self.encode(&text[plain_start..start].replace(mark, ""), Specials::AsText)?);
+            ids.push(id);
+            plain_start = end;
+        }
+        ids.extend(self.encode(&text[plain_start..].replace(mark, ""), Specials::AsText)?);
+        Ok(ids)
+    }
+
+    /// Where parsing `text` finds control tokens.
+    pub fn control_tokens<'a>(&'a self, text: &'a str) -> impl Iterator<Item = Range<usize>> + 'a {
+        let is_control =
+            move |(start, end, _): &(usize, usize, u32)| self.control_ids.contains_key(&text[*start..*end]);
+        self.added.matches(text).filter(is_control).map(|(start, end, _)| start..end)
+    }
+
+    /// Whether `text` ends in the beginning of a control token.
+    pub fn ends_within_control_token(&self, text: &str) -> bool {
+        let beginnings = |token: &str| token.char_indices().skip(1).map(|(end, _)| end).collect::<Vec<_>>();
+        self.control_ids.keys().any(|token| beginnings(token).into_iter().any(|end| text.ends_with(&token[..end])))
     }
 
     fn encode_plain(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
@@ -154,6 +191,16 @@ impl Tokenizer {
     /// Every token that ends a completion: end of text, of turn, of file, and fill-in-the-middle sentinels.
     pub fn stop_tokens(&self) -> Arc<[u32]> {
         Arc::clone(&self.stop_tokens)
+    }
+
+    /// The fill-in-the-middle tokens: those that the file names, else those of a family that is known by text.
+    pub fn fim(&self) -> Option<&FimTokens> {
+        self.fim.as_ref()
+    }
+
+    /// The bytes of the longest token, at least 1: so many at most does a token of a text stand for.
+    pub fn max_token_bytes(&self) -> usize {
+        self.bytes.longest()
     }
 
     /// Whether a token is not text: control, unknown and unused tokens, and ids outside the vocabulary.
@@ -222,6 +269,11 @@ impl Tokenizer {
 
     /// [`Self::tiny`], with user-defined tokens after the control tokens.
     pub(crate) fn tiny_with(control: &[&str], user_defined: &[&str]) -> Self {
+        Self::tiny_naming(control, user_defined, None)
+    }
+
+    /// [`Self::tiny_with`], of a file that names its fill-in-the-middle tokens.
+    pub(crate) fn tiny_naming(control: &[&str], user_defined: &[&str], fim: Option<FimTokens>) -> Self {
         let mut tokens: Vec<String> = (0..=255).map(|byte| byte_level::byte_char(byte).to_string()).collect();
         tokens.extend(["th".to_string(), "the".to_string()]);
         let mut kinds = vec![TokenKind::Normal; tokens.len()];
@@ -240,6 +292,7 @@ impl Tokenizer {
             bos: None,
             eos,
             other_ends: vec![],
+            fim,
             add_bos: None,
             add_space_prefix: false,
         };
@@ -248,89 +301,4 @@ impl Tokenizer {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    const IM_END: u32 = 258;
-
-    fn decode(tokenizer: &Tokenizer, ids: &[u32]) -> String {
-        let bytes: Vec<u8> = ids.iter().flat_map(|id| tokenizer.token_bytes(*id)).copied().collect();
-        String::from_utf8(bytes).expect("whole text decodes to UTF-8")
-    }
-
-    #[test]
-    fn merges_build_the_longest_token() {
-        let tokenizer = Tokenizer::tiny(&["<|im_end|>"]);
-        assert_eq!(tokenizer.encode("then", Specials::AsText).unwrap(), [257, u32::from(b'n')]);
-    }
-
-    #[test]
-    fn a_control_token_in_a_users_text_stays_text() {
-        let tokenizer = Tokenizer::tiny(&["<|im_end|>"]);
-        let text = "a<|im_end|>b";
-        assert_eq!(tokenizer.encode(text, Specials::Parse).unwrap(), [97, IM_END, 98]);
-        let as_text = tokenizer.encode(text, Specials::AsText).unwrap();
-        assert!(!as_text.contains(&IM_END));
-        assert_eq!(decode(&tokenizer, &as_text), text);
-    }
-
-    #[test]
-    fn a_user_defined_token_matches_in_any_text_unless_it_steers_the_model() {
-        let tokenizer = Tokenizer::tiny_with(&["<|im_end|>"], &["<tool_call>", "<|fim_middle|>"]);
-        assert_eq!(tokenizer.encode("<tool_call>", Specials::AsText).unwrap(), [259]);
-        assert!(!tokenizer.is_special(259));
-        assert!(!tokenizer.encode("<|fim_middle|>", Specials::AsText).unwrap().contains(&260));
-        assert!(tokenizer.is_special(260));
-    }
-
-    #[test]
-    fn the_longest_of_overlapping_specials_wins() {
-        let tokenizer = Tokenizer::tiny(&["<a>", "<a><b>"]);
-        assert_eq!(tokenizer.encode("<a><b><a>", Specials::Parse).unwrap(), [259, 258]);
-    }
-
-    #[test]
-    fn stop_tokens_take_in_sentinels_only_of_a_whole_family() {
-        let without = Tokenizer::tiny(&["<file_sep>", "<|endoftext|>", "<|im_end|>"]);
-        assert_eq!(without.stop_tokens().as_ref(), [259, 260]);
-        let with = Tokenizer::tiny(&["<file_sep>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<|endoftext|>"]);
-        assert_eq!(with.stop_tokens().as_ref(), [258, 259, 260, 261, 262]);
-    }
-
-    #[test]
-    fn an_id_outside_the_vocabulary_is_special_and_has_no_bytes() {
-        let tokenizer = Tokenizer::tiny(&[]);
-        assert!(tokenizer.is_special(u32::MAX));
-        assert!(tokenizer.token_bytes(u32::MAX).is_empty());
-    }
-
-    #[test]
-    fn an_unknown_pre_tokenizer_is_refused_by_name() {
-        let metadata = TokenizerMetadata {
-            model: TokenizerModel::ByteLevelBpe,
-            pre: "strange-bpe".to_string(),
-            tokens: vec![],
-            kinds: vec![],
-            scores: vec![],
-            merges: vec![],
-            bos: None,
-            eos: None,
-            other_ends: vec![],
-            add_bos: None,
-            add_space_prefix: false,
-        };
-        let error = Tokenizer::new(metadata).expect_err("no such pre-tokenizer");
-        assert!(error.to_string().contains("strange-bpe"), "{error}");
-    }
-
-    proptest! {
-        #[test]
-        fn any_text_comes_back_whole(text in any::<String>()) {
-            let tokenizer = Tokenizer::tiny(&["<|im_end|>"]);
-            let ids = tokenizer.encode(&text, Specials::AsText).unwrap();
-            prop_assert_eq!(decode(&tokenizer, &ids), text);
-        }
-    }
-}
+mod tests;

@@ -163,6 +163,7 @@ mod tests {
             bos: None,
             eos: None,
             other_ends: vec![],
+            fim: None,
             add_bos: None,
             add_space_prefix: true,
         })

@@ -10,6 +10,33 @@ pub struct FimSentinels {
     pub boundaries: &'static [&'static str],
 }
 
+/// Ids of the fill-in-the-middle tokens of one vocabulary.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FimTokens {
+    pub prefix: u32,
+    pub suffix: u32,
+    pub middle: u32,
+    /// Other tokens that a completion must not run past, such as those between files.
+    pub boundaries: Vec<u32>,
+}
+
+impl FimTokens {
+    /// Of the first family whose three sentinels are all special tokens of the vocabulary.
+    pub fn by_text(special_id: impl Fn(&str) -> Option<u32>) -> Option<Self> {
+        let family = fim_family(&special_id)?;
+        Some(Self {
+            prefix: special_id(family.prefix)?,
+            suffix: special_id(family.suffix)?,
+            middle: special_id(family.middle)?,
+            boundaries: family.boundaries.iter().filter_map(|text| special_id(text)).collect(),
+        })
+    }
+
+    pub fn all(&self) -> impl Iterator<Item = u32> {
+        [self.prefix, self.suffix, self.middle].into_iter().chain(self.boundaries.iter().copied())
+    }
+}
+
 impl FimSentinels {
     fn texts(&self) -> impl Iterator<Item = &'static str> {
         [self.prefix, self.suffix, self.middle].into_iter().chain(self.boundaries.iter().copied())
@@ -62,14 +89,12 @@ pub fn is_structural(text: &str) -> bool {
     END_OF_GENERATION.contains(&text) || FIM_FAMILIES.iter().any(|family| family.texts().any(|t| t == text))
 }
 
-/// The first family whose three sentinels are all special tokens of the vocabulary.
-pub fn fim_family(special_id: impl Fn(&str) -> Option<u32>) -> Option<&'static FimSentinels> {
+fn fim_family(special_id: impl Fn(&str) -> Option<u32>) -> Option<&'static FimSentinels> {
     FIM_FAMILIES.iter().find(|f| [f.prefix, f.suffix, f.middle].iter().all(|text| special_id(text).is_some()))
 }
 
-/// Ids of every special token that ends a completion, as far as the vocabulary has them. A family's boundaries count
-/// only where its sentinels exist: SmolLM2 has StarCoder's `<file_sep>` without its fill-in-the-middle.
+/// Ids of every special token that ends a completion, as far as the vocabulary has them. Fill-in-the-middle tokens, whose
+/// boundaries count only where the sentinels exist (SmolLM2 has StarCoder's `<file_sep>` without them), come on top.
 pub fn end_of_generation(special_id: impl Fn(&str) -> Option<u32>) -> Vec<u32> {
-    let family = fim_family(&special_id).into_iter().flat_map(FimSentinels::texts);
-    END_OF_GENERATION.into_iter().chain(family).filter_map(special_id).collect()
+    END_OF_GENERATION.into_iter().filter_map(special_id).collect()
 }

@@ -2,6 +2,7 @@
 
 use candle_core::quantized::gguf_file::Value;
 
+use super::sentinels::FimTokens;
 use super::{TokenizerError, byte_level, sentinels};
 use crate::model::gguf::{GgufError, GgufFile};
 
@@ -63,6 +64,8 @@ pub struct TokenizerMetadata {
     pub eos: Option<u32>,
     /// End of turn and end of message, where the file names them.
     pub other_ends: Vec<u32>,
+    /// Where the file names all three.
+    pub fim: Option<FimTokens>,
     pub add_bos: Option<bool>,
     pub add_space_prefix: bool,
 }
@@ -89,8 +92,16 @@ impl TokenizerMetadata {
             ),
         };
         let id = |name: &str| optional_id(gguf, &format!("tokenizer.ggml.{name}_token_id"), tokens.len());
+        // Older files name the same without `fim_`.
+        let either = |name: &str, old: &str| Ok::<_, TokenizerError>(id(name)?.or(id(old)?));
+        let sentinels = (either("fim_pre", "prefix")?, either("fim_suf", "suffix")?, either("fim_mid", "middle")?);
+        let boundaries = [id("fim_pad")?, id("fim_rep")?, id("fim_sep")?].into_iter().flatten().collect();
         let metadata = Self {
             model,
+            fim: match sentinels {
+                (Some(prefix), Some(suffix), Some(middle)) => Some(FimTokens { prefix, suffix, middle, boundaries }),
+                _ => None,
+            },
             pre,
             bos: id("bos")?,
             eos: id("eos")?,
@@ -105,7 +116,7 @@ impl TokenizerMetadata {
         metadata.checked()
     }
 
-    /// Refuses lists that disagree in length, and gives tokens with a structural text their right kind.
+    /// Refuses lists that disagree in length, and gives tokens that steer the model, by text or by name, their right kind.
     pub fn checked(mut self) -> Result<Self, TokenizerError> {
         let num_tokens = self.tokens.len();
         let lengths = [(TOKEN_TYPES, self.kinds.len()), (SCORES, self.scores.len())];
@@ -115,6 +126,11 @@ impl TokenizerMetadata {
         }
         for (kind, text) in self.kinds.iter_mut().zip(&self.tokens) {
             if *kind == TokenKind::UserDefined && sentinels::is_structural(text) {
+                *kind = TokenKind::Control;
+            }
+        }
+        for id in self.fim.iter().flat_map(FimTokens::all) {
+            if let Some(kind) = self.kinds.get_mut(id as usize) {
                 *kind = TokenKind::Control;
             }
         }
@@ -164,6 +180,11 @@ impl TokenBytes {
 
     pub fn len(&self) -> usize {
         self.starts.len() - 1
+    }
+
+    /// At least 1.
+    pub fn longest(&self) -> usize {
+        self.starts.windows(2).map(|ends| ends[1] - ends[0]).max().unwrap_or(0).max(1)
     }
 }
 

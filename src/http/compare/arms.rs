@@ -7,6 +7,8 @@ use super::super::completions::CompletionShape;
 use super::super::error::ApiError;
 use super::super::fields::{Fields, wrong_type};
 use super::super::reply::ReplyShape;
+use super::super::sampling::{LENGTH_NAMES, SEED_NAMES, STOP_NAMES, parse_seed};
+use super::super::selection::ADAPTER_FIELDS;
 use crate::generation::{GenerationRequest, random_seed};
 
 const MIN_ARMS: usize = 2;
@@ -15,10 +17,12 @@ const MAX_NAME_LEN: usize = 64;
 /// Fields of the comparison, which no arm gets.
 const OF_COMPARISON: [&str; 4] = ["arms", "on_error", "stream", "stream_options"];
 /// Fields that say the same in different ways: an arm that has one of them gets none of the others.
-const ALTERNATIVES: [&[&str]; 4] = [
-    &["adapters", "lora", "adapter"],
+const ALTERNATIVES: [&[&str]; 6] = [
+    &ADAPTER_FIELDS,
     &["prompt", "messages"],
-    &["max_tokens", "max_completion_tokens"],
+    &LENGTH_NAMES,
+    &SEED_NAMES,
+    &STOP_NAMES,
     &["repetition_penalty", "repeat_penalty"],
 ];
 
@@ -62,7 +66,7 @@ impl CompareRequest {
             }
         };
         let is_streamed = fields.boolean("stream")?.unwrap_or(false);
-        let seed = fields.integer("seed", i64::MIN..=i64::MAX)?.unwrap_or_else(random_seed);
+        let seed = parse_seed(fields)?.unwrap_or_else(random_seed);
         let items = fields.array("arms")?.ok_or_else(|| ApiError::invalid("arms", "`arms` is required"))?;
         if !(MIN_ARMS..=MAX_ARMS).contains(&items.len()) {
             let message = format!("`arms` must have {MIN_ARMS} to {MAX_ARMS} arms, not {}", items.len());
@@ -96,10 +100,14 @@ impl ArmRequest {
             return Err(ApiError::invalid(&at, format!("`{at}` must have 1 to {MAX_NAME_LEN} characters")));
         }
         let (shared, fields) = overlay(shared, own);
+        // An arm that asks for a drawn seed does not get that of the others.
+        let has_own = SEED_NAMES.iter().any(|name| own.get(*name).is_some_and(|seed| !seed.is_null()));
         let request = parse_request(&fields).map(|mut request| {
-            request.options.seed.get_or_insert(seed);
+            request.options.seed.get_or_insert_with(|| if has_own { random_seed() } else { seed });
             // Alternatives cost time, the token's own log-probability next to none.
             request.options.top_logprobs.get_or_insert(0);
+            // The sum is over the output, in chat and in completions.
+            request.options.records_stop_token = false;
             request
         });
         Ok(Self { name, index, shared, request })
@@ -184,12 +192,22 @@ mod tests {
         assert_eq!((a.options.max_tokens, a.options.temperature, a.options.seed), (Some(5), Some(0.5), Some(9)));
         assert_eq!((a.prompts.as_slice(), a.options.stop.len()), ([Prompt::Text("p".into())].as_slice(), 1));
         assert_eq!(a.selection.adapters.as_ref().unwrap().entries.len(), 1);
-        // A completion knows `max_tokens` alone.
-        assert_eq!((b.options.max_tokens, b.options.temperature, b.options.seed), (None, None, Some(1)));
+        assert_eq!((b.options.max_tokens, b.options.temperature, b.options.seed), (Some(7), None, Some(1)));
         assert_eq!((b.options.stop.len(), b.selection.adapters.as_ref().unwrap().entries.len()), (0, 0));
         assert!(matches!(c.prompts.as_slice(), [Prompt::Chat(_)]));
         assert_eq!(c.options.max_tokens, Some(7));
         assert!([a, b, c].iter().all(|request| request.options.top_logprobs == Some(0)));
+    }
+
+    #[test]
+    fn a_seed_that_is_to_be_drawn_is_the_arms_own() {
+        let arms = json!([{"name": "a"}, {"name": "b", "seed": -1}, {"name": "c", "random_seed": 3}]);
+        let compared = parse(json!({"prompt": "p", "seed": 9, "arms": arms})).unwrap();
+        let seeds: Vec<_> = compared.arms.iter().map(|arm| arm.request.as_ref().unwrap().options.seed).collect();
+        assert_eq!((seeds[0], seeds[2]), (Some(9), Some(3)));
+        assert!(seeds[1].is_some() && seeds[1] != Some(9) && seeds[1] != Some(-1), "{seeds:?}");
+        let drawn = parse(json!({"prompt": "p", "seed": -1, "arms": [{"name": "a"}, {"name": "b"}]})).unwrap();
+        assert_ne!(drawn.seed, -1);
     }
 
     #[test]
@@ -229,6 +247,8 @@ mod tests {
             (json!({}), json!({}), "arms[1].prompt"),
             (json!({"prompt": "p"}), json!({"n": 2}), "arms[1].n"),
             (json!({"prompt": "p", "echo": true}), json!({}), "echo"),
+            (json!({"prompt": "p", "grammar": "x"}), json!({}), "grammar"),
+            (json!({"prompt": "p"}), json!({"guided_json": {"a": 1}}), "arms[1].guided_json"),
         ] {
             let (mut body, mut own) = (shared, own);
             own["name"] = json!("b");

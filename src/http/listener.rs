@@ -1,0 +1,144 @@
+//! Accepts connections, so many and so patiently as the configuration says. When all are taken, further ones are still
+//! asked what they want: probes are answered, so that a full server is not taken for a dead one.
+
+mod client;
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::response::IntoResponse;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
+use hyper_util::rt::TokioIo;
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
+use hyper_util::service::TowerToHyperService;
+#[cfg(unix)]
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::AbortHandle;
+
+use super::error::ApiError;
+use super::tidy;
+use crate::config::ServerConfig;
+use client::{ClientStream, Clock, Patience};
+
+/// What is answered on any connection.
+const PROBES: [&str; 2] = ["/health", "/metrics"];
+/// Connections beyond the limit that are held to hear what they want; the oldest makes room for the next.
+const MAX_UNADMITTED: usize = 64;
+/// Open files of everything but connections: models, adapters, databases.
+#[cfg(unix)]
+const OTHER_FILES: usize = 256;
+/// For such a connection to say it.
+const UNADMITTED_PATIENCE: Duration = Duration::from_secs(1);
+/// Before the next try, when the system refuses a connection.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Serves until `shutdown` resolves, and returns when every connection has ended.
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    config: &ServerConfig,
+    shutdown: impl Future<Output = ()>,
+) -> io::Result<()> {
+    let patience = Patience {
+        header: Duration::from_secs(config.header_timeout_seconds),
+        keep_alive: Duration::from_secs(config.keep_alive_seconds),
+    };
+    allow_open_files(config.max_connections);
+    let places = Arc::new(Semaphore::new(config.max_connections));
+    let router = TowerToHyperService::new(router);
+    let connections = GracefulShutdown::new();
+    let mut unadmitted: VecDeque<AbortHandle> = VecDeque::new();
+    let mut shutdown = std::pin::pin!(shutdown);
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = &mut shutdown => break,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!("a connection cannot be accepted: {error}");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        // A token is worth a packet. Where this fails, the connection is already gone.
+        let _ = stream.set_nodelay(true);
+        let place = places.clone().try_acquire_owned().ok();
+        let is_admitted = place.is_some();
+        let connection = Connection { router: router.clone(), place, patience };
+        let task = tokio::spawn(connection.run(stream, connections.watcher()));
+        if !is_admitted {
+            unadmitted.retain(|task| !task.is_finished());
+            if unadmitted.len() == MAX_UNADMITTED {
+                unadmitted.pop_front().iter().for_each(AbortHandle::abort);
+            }
+            unadmitted.push_back(task.abort_handle());
+        }
+    }
+    drop(listener);
+    connections.shutdown().await;
+    Ok(())
+}
+
+/// A connection is an open file, of which many systems allow 1024 unless asked for more.
+#[cfg(unix)]
+fn allow_open_files(max_connections: usize) {
+    let wanted = u64::try_from(max_connections + MAX_UNADMITTED + OTHER_FILES).unwrap_or(u64::MAX);
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current.is_none_or(|current| current >= wanted) {
+        return;
+    }
+    let allowed = limit.maximum.map_or(wanted, |maximum| maximum.min(wanted));
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: Some(allowed), ..limit });
+    if allowed < wanted || raised.is_err() {
+        tracing::warn!("{wanted} open files are needed for server.max_connections, the system allows fewer");
+    }
+}
+
+#[cfg(not(unix))]
+fn allow_open_files(_: usize) {}
+
+struct Connection {
+    router: TowerToHyperService<Router>,
+    /// `None` where all are taken.
+    place: Option<OwnedSemaphorePermit>,
+    patience: Patience,
+}
+
+impl Connection {
+    async fn run(self, stream: TcpStream, watcher: Watcher) {
+        let Self { router, place, mut patience } = self;
+        let is_admitted = place.is_some();
+        if !is_admitted {
+            patience.header = patience.header.min(UNADMITTED_PATIENCE);
+        }
+        let clock = Clock::start(patience);
+        let stream = TokioIo::new(ClientStream::new(stream, clock.clone()));
+        let service = service_fn(move |request: hyper::Request<Incoming>| {
+            let answering = clock.answer();
+            let is_served = is_admitted || PROBES.contains(&tidy(request.uri().path()).as_str());
+            let reply = is_served.then(|| router.call(request));
+            async move {
+                let reply = match reply {
+                    Some(reply) => reply.await?,
+                    None => ApiError::unavailable("every connection of the server is taken").into_response(),
+                };
+                Ok::<_, Infallible>(answering.with(reply))
+            }
+        });
+        let connection = http1::Builder::new().keep_alive(is_admitted).serve_connection(stream, service);
+        // Clients that leave, or are left, are no news.
+        if let Err(error) = watcher.watch(connection).await {
+            tracing::debug!("a connection has ended: {error}");
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! A connection that ends when its client keeps it waiting: for a request, or for the rest of its header. How long a body
+//! may take is for who reads it.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::response::Response;
+use hyper::body::{Frame, SizeHint};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep, sleep_until};
+
+/// How long a client may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// For a whole header, and for the first request of a connection.
+    pub header: Duration,
+    /// For the next request.
+    pub keep_alive: Duration,
+}
+
+/// What a connection waits for; shared by its two ends, the stream and the replies.
+#[derive(Debug, Clone)]
+pub struct Clock {
+    patience: Patience,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug)]
+struct State {
+    phase: Phase,
+    /// Of the connection's task.
+    reader: Option<Waker>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Phase {
+    /// Nothing of a request has come.
+    Idle {
+        until: Instant,
+    },
+    Header {
+        until: Instant,
+    },
+    /// A request is being answered.
+    Busy,
+}
+
+impl Clock {
+    pub fn start(patience: Patience) -> Self {
+        let phase = Phase::Idle { until: Instant::now() + patience.header };
+        Self { patience, state: Arc::new(Mutex::new(State { phase, reader: None })) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A header has come whole: its request is being answered until the result is dropped.
+    #[must_use]
+    pub fn answer(&self) -> Answering {
+        self.state().phase = Phase::Busy;
+        Answering(self.clone())
+    }
+
+    fn received(&self) {
+        let mut state = self.state();
+        if let Phase::Idle { .. } = state.phase {
+            state.phase = Phase::Header { until: Instant::now() + self.patience.header };
+        }
+    }
+
+    /// When to give up a read that waits; `None` while there is nothing to wait for.
+    fn deadline(&self, waker: &Waker) -> Option<Instant> {
+        let mut state = self.state();
+        match &mut state.reader {
+            Some(reader) => reader.clone_from(waker),
+            none => *none = Some(waker.clone()),
+        }
+        match state.phase {
+            Phase::Idle { until } | Phase::Header { until } => Some(until),
+            Phase::Busy => None,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub struct Answering(Clock);
+
+impl Answering {
+    /// The reply, whose body, sent or not, ends the answer.
+    pub fn with(self, reply: Response) -> hyper::Response<AnswerBody> {
+        reply.map(|body| AnswerBody { body, _answering: self })
+    }
+}
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        state.phase = Phase::Idle { until: Instant::now() + self.0.patience.keep_alive };
+        // A read that waits has been told of no deadline.
+        state.reader.take().into_iter().for_each(Waker::wake);
+    }
+}
+
+#[derive(Debug)]
+pub struct AnswerBody {
+    body: Body,
+    _answering: Answering,
+}
+
+impl hyper::body::Body for AnswerBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[derive(Debug)]
+pub struct ClientStream {
+    stream: TcpStream,
+    clock: Clock,
+    timer: Pin<Box<Sleep>>,
+}
+
+impl ClientStream {
+    pub fn new(stream: TcpStream, clock: Clock) -> Self {
+        Self { stream, clock, timer: Box::pin(sleep_until(Instant::now())) }
+    }
+}
+
+impl AsyncRead for ClientStream {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        let num_before = buffer.filled().len();
+        if let Poll::Ready(read) = Pin::new(&mut this.stream).poll_read(cx, buffer) {
+            if buffer.filled().len() > num_before {
+                this.clock.received();
+            }
+            return Poll::Ready(read);
+        }
+        let Some(deadline) = this.clock.deadline(cx.waker()) else { return Poll::Pending };
+        if this.timer.deadline() != deadline {
+            this.timer.as_mut().reset(deadline);
+        }
+        ready!(this.timer.as_mut().poll(cx));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl AsyncWrite for ClientStream {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    const SHORT: Duration = Duration::from_millis(20);
+    const LONG: Duration = Duration::from_secs(60);
+
+    async fn connection(header: Duration, keep_alive: Duration) -> (TcpStream, ClientStream, Clock) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let clock = Clock::start(Patience { header, keep_alive });
+        let (stream, _) = listener.accept().await.unwrap();
+        (client, ClientStream::new(stream, clock.clone()), clock)
+    }
+
+    async fn read(stream: &mut ClientStream) -> Result<u8, io::ErrorKind> {
+        timeout(LONG, stream.read_u8()).await.expect("it ends").map_err(|error| error.kind())
+    }
+
+    #[tokio::test]
+    async fn a_client_that_says_nothing_or_half_of_it_is_left() {
+        let (_client, mut stream, _) = connection(SHORT, LONG).await;
+        assert_eq!(read(&mut stream).await, Err(io::ErrorKind::TimedOut));
+        let (mut client, mut stream, _) = connection(SHORT, LONG).await;
+        client.write_all(b"G").await.unwrap();
+        assert_eq!(read(&mut stream).await, Ok(b'G'));
+        assert_eq!(read(&mut stream).await, Err(io::ErrorKind::TimedOut));
+    }
+
+    #[tokio::test]
+    async fn while_a_request_is_answered_its_client_may_be_silent_and_then_for_so_long() {
+        let (_client, mut stream, clock) = connection(SHORT, SHORT).await;
+        let answering = clock.answer();
+        let reading = tokio::spawn(async move { read(&mut stream).await });
+        tokio::time::sleep(10 * SHORT).await;
+        assert!(!reading.is_finished(), "a reply is not cut");
+        // A read that waits is told.
+        drop(answering);
+        assert_eq!(reading.await.unwrap(), Err(io::ErrorKind::TimedOut));
+    }
+
+    #[tokio::test]
+    async fn an_answer_ends_with_its_body() {
+        let (_client, _stream, clock) = connection(LONG, LONG).await;
+        let reply = clock.answer().with(Response::new(Body::from("x")));
+        assert!(matches!(clock.state().phase, Phase::Busy));
+        drop(reply);
+        assert!(matches!(clock.state().phase, Phase::Idle { .. }));
+    }
+}

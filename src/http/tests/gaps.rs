@@ -1,0 +1,110 @@
+//! Fill-in-the-middle over a real socket.
+
+use super::*;
+
+const SENTINELS: [&str; 4] = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|end|>"];
+
+async fn server() -> Server {
+    Server::start(&SENTINELS, Duration::ZERO).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_suffix_is_rendered_with_the_sentinels_of_the_model() {
+    let server = server().await;
+    let filled = server.complete(json!({"prompt": "ab", "suffix": "<|fim_middle|>", "temperature": 0})).await;
+    assert_eq!(text(&filled), "abcdefghijklmnop");
+    assert_eq!(filled["usage"]["prompt_tokens"], 2 + 14 + 3, "a sentinel in the user's text is only text");
+}
+
+fn raw(prefix: &str, suffix: &str) -> String {
+    format!("<|fim_prefix|>{prefix}<|fim_suffix|>{suffix}<|fim_middle|>")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gap_that_the_client_laid_out_is_filled_at_the_temperature_of_gaps() {
+    let server = server().await;
+    // Of 16 outputs of 20 tokens at temperature 1, some are not the most likely; at 0.2 none.
+    let are_greedy = async |mut body: Value| {
+        (body["n"], body["max_tokens"], body["ignore_eos"]) = (json!(4), json!(20), json!(true));
+        let mut texts = Vec::new();
+        for seed in [0, 4, 8, 12] {
+            body["seed"] = json!(seed);
+            let choices = server.complete(body.clone()).await["choices"].as_array().unwrap().clone();
+            texts.extend(choices.into_iter().map(|choice| choice["text"].as_str().unwrap().to_owned()));
+        }
+        texts.iter().all(|text| text == "abcdefghijklmnopqrst")
+    };
+    let ids: Vec<u32> = [258, 97, 259, 98, 260].into();
+    for prompt in [json!(raw("a", "b")), json!(ids)] {
+        assert!(are_greedy(json!({"prompt": prompt})).await, "{prompt}");
+        assert!(!are_greedy(json!({"prompt": prompt, "temperature": 1})).await, "as the client says");
+    }
+    assert!(!are_greedy(json!({"prompt": "!"})).await, "no gap, no low temperature");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_models_layout_is_put_into_this_models_own() {
+    let server = server().await;
+    let own = server.complete(json!({"prompt": raw("xy", "b"), "temperature": 0})).await;
+    for prompt in [
+        "<fim_prefix>xy<fim_suffix>b<fim_middle>",
+        "<PRE> xy <SUF>b <MID>",
+        "[SUFFIX]b[PREFIX]xy",
+        "<｜fim▁begin｜>xy<｜fim▁hole｜>b<｜fim▁end｜>",
+    ] {
+        let reply = server.complete(json!({"prompt": prompt, "temperature": 0})).await;
+        assert_eq!(reply["usage"]["prompt_tokens"], own["usage"]["prompt_tokens"], "{prompt}");
+        assert_eq!(text(&reply), text(&own), "{prompt}");
+    }
+    let echoed = json!({"prompt": "<PRE> xy <SUF>b <MID>", "echo": true, "max_tokens": 0});
+    assert_eq!(text(&server.complete(echoed).await), "<PRE> xy <SUF>b <MID>");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_base_without_gaps_refuses_a_layout_with_one_and_takes_an_empty_suffix_for_none() {
+    let server = Server::quick().await;
+    let refused = server.completions(json!({"prompt": "<fim_prefix>a<fim_suffix>b<fim_middle>"})).send().await.unwrap();
+    assert_eq!(refused.status(), StatusCode::BAD_REQUEST);
+    assert_eq!(refused.json::<Value>().await.unwrap()["error"]["param"], "prompt");
+    let reply = server.complete(json!({"prompt": "a", "suffix": "", "max_tokens": 2, "temperature": 0})).await;
+    assert_eq!((text(&reply), &reply["usage"]["prompt_tokens"]), ("bc", &json!(1)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_too_long_around_a_gap_loses_what_is_farthest_from_it() {
+    let server = server().await;
+    let (prefix, suffix) = ("p".repeat(100), "s".repeat(100));
+    // A quarter of the context is left for the output, as far as it is wanted.
+    for (max_tokens, prompt_tokens) in [(100, 48), (4, 60)] {
+        for body in [
+            json!({"prompt": prefix, "suffix": suffix}),
+            json!({"prompt": raw(&prefix, &suffix)}),
+            json!({"prompt": format!("<fim_prefix>{prefix}<fim_suffix>{suffix}<fim_middle>")}),
+        ] {
+            let mut body = body;
+            (body["max_tokens"], body["temperature"], body["ignore_eos"]) = (json!(max_tokens), json!(0), json!(true));
+            let reply = server.complete(body).await;
+            assert_eq!(reply["usage"]["prompt_tokens"], prompt_tokens, "{reply}");
+            assert_eq!(reply["usage"]["completion_tokens"], max_tokens.min(16));
+        }
+    }
+    // Neither what is no gap nor what is to be repeated.
+    for body in [json!({"prompt": prefix}), json!({"prompt": raw(&prefix, &suffix), "echo": true})] {
+        let error = server.completions(body).send().await.unwrap().json::<Value>().await.unwrap();
+        assert_eq!(error["error"]["code"], "context_length_exceeded", "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prompt_that_no_tokens_could_hold_is_refused_by_its_bytes() {
+    let server = server().await;
+    // The longest token has 14 bytes.
+    let response = server.completions(json!({"prompt": "a".repeat(64 * 14 + 1)})).send().await.unwrap();
+    assert_eq!(response.status(), StatusCode::BAD_REQUEST);
+    let error = response.json::<Value>().await.unwrap()["error"].clone();
+    assert_eq!((&error["param"], &error["code"]), (&json!("prompt"), &json!("context_length_exceeded")));
+    assert!(error["message"].as_str().unwrap().contains("897 bytes"), "{error}");
+    let around =
+        server.complete(json!({"prompt": "p".repeat(4000), "suffix": "s".repeat(4000), "temperature": 0})).await;
+    assert_eq!(around["usage"]["prompt_tokens"], 48);
+}

@@ -1,0 +1,297 @@
+//! The fields of other servers that would change a reply and are not served here: one list for every generation route.
+//! Such a field is refused by name, unless its value changes nothing. What is on no list cannot change the text, and is
+//! accepted: clients of many servers send it.
+//!
+//! Read from the interfaces of OpenAI, vLLM, SGLang, llama.cpp, TGI, LoRAX, Ollama, Mistral and text-generation-webui.
+
+use serde_json::Value;
+
+use super::error::ApiError;
+use super::fields::Fields;
+
+/// The generation route that reads the fields.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Route {
+    Completions,
+    Chat,
+}
+
+/// Fields with the same harmless values, and what to do instead of asking for more.
+struct Unsupported {
+    names: &'static [&'static str],
+    is_harmless: fn(&Value, &Fields, Route) -> bool,
+    advice: &'static str,
+}
+
+const LEAVE_OUT: &str = "leave it out";
+const NO_GRAMMAR: &str = "output cannot be constrained: leave it out, and check the text";
+const NO_TOOLS: &str = "the model is offered no tools: leave it out";
+const OWN_PROMPT: &str = "send a finished `prompt` to /v1/completions, or name a `prompt_format`";
+const OWN_SAMPLING: &str = "use `temperature`, `top_k`, `top_p`, `min_p` and the penalties, in that order of effect";
+
+const UNSUPPORTED: [Unsupported; 26] = [
+    Unsupported {
+        names: &["response_format"],
+        is_harmless: |value, _, _| value["type"] == "text" || is_empty(value),
+        advice: NO_GRAMMAR,
+    },
+    Unsupported {
+        names: &[
+            "guided_json",
+            "guided_regex",
+            "guided_choice",
+            "guided_grammar",
+            "guided_json_object",
+            "guided_whitespace_pattern",
+            "structured_outputs",
+            "structural_tag",
+            "grammar",
+            "grammar_triggers",
+            "json_schema",
+            "json_object",
+            "regex",
+            "ebnf",
+            "lark",
+            "schema",
+            "format",
+        ],
+        is_harmless: |value, _, _| is_empty(value) || *value == false,
+        advice: NO_GRAMMAR,
+    },
+    Unsupported { names: &["tools", "functions"], is_harmless: |value, _, _| is_empty(value), advice: NO_TOOLS },
+    Unsupported {
+        names: &["tool_choice", "function_call"],
+        is_harmless: |value, _, _| is_empty(value) || *value == "none" || *value == "auto",
+        advice: NO_TOOLS,
+    },
+    Unsupported {
+        names: &["tool_prompt", "guideline", "web_search_options", "documents"],
+        is_harmless: |value, _, _| is_empty(value),
+        advice: LEAVE_OUT,
+    },
+    Unsupported {
+        names: &["modalities"],
+        is_harmless: |value, _, _| {
+            is_empty(value) || value.as_array().is_some_and(|all| all.iter().all(|m| m == "text"))
+        },
+        advice: "only text is written: leave it out",
+    },
+    Unsupported {
+        names: &["audio", "images", "multi_modal_data"],
+        is_harmless: |value, _, _| is_empty(value),
+        advice: "only text is read and written: leave it out",
+    },
+    // How the prompt is made.
+    Unsupported { names: &["add_generation_prompt"], is_harmless: |value, _, _| *value == true, advice: OWN_PROMPT },
+    Unsupported { names: &["continue_final_message"], is_harmless: |value, _, _| *value == false, advice: OWN_PROMPT },
+    Unsupported {
+        names: &["chat_template", "chat_template_kwargs", "prompt_template", "template", "system", "safe_prompt"],
+        is_harmless: |value, _, _| is_empty(value) || *value == false,
+        advice: OWN_PROMPT,
+    },
+    Unsupported {
+        names: &["add_special_tokens", "add_bos_token"],
+        is_harmless: |value, _, route| *value == (route == Route::Completions),
+        advice: "send token ids as `prompt` to decide on every token",
+    },
+    Unsupported {
+        names: &["truncate_prompt_tokens", "truncate", "truncation_length"],
+        is_harmless: |value, _, _| *value == 0 || *value == -1 || *value == false,
+        advice: "a prompt is read whole: shorten it",
+    },
+    Unsupported {
+        names: &["prefix", "input_prefix", "input_suffix", "input_extra", "segments", "inputs"],
+        is_harmless: |value, _, _| is_empty(value),
+        advice: "send the text before the cursor as `prompt`, that after it as `suffix`",
+    },
+    Unsupported {
+        names: &["suffix", "echo"],
+        is_harmless: |value, _, route| route == Route::Completions || is_empty(value) || *value == false,
+        advice: "it is for /v1/completions",
+    },
+    Unsupported {
+        names: &[
+            "reasoning_effort",
+            "reasoning",
+            "think",
+            "enable_thinking",
+            "thinking",
+            "thinking_budget",
+            "prompt_mode",
+        ],
+        is_harmless: |value, _, _| is_empty(value) || *value == "none" || *value == false,
+        advice: "no model here reasons before it answers: leave it out",
+    },
+    Unsupported {
+        names: &["verbosity"],
+        is_harmless: |value, _, _| *value == "medium",
+        advice: "say it in the prompt",
+    },
+    // Fields in a place where nothing reads them.
+    Unsupported {
+        names: &["extra_body", "extra_args", "parameters", "options", "sampling_params", "nvext", "vllm_xargs"],
+        is_harmless: |value, _, _| is_empty(value),
+        advice: "put its fields beside `model`",
+    },
+    // How tokens are drawn.
+    Unsupported {
+        names: &["min_tokens", "min_new_tokens", "min_length", "n_indent", "t_max_predict_ms", "max_time"],
+        is_harmless: |value, _, _| *value == 0 || *value == -1,
+        advice: "use `ignore_eos`, `max_tokens` and `stop`",
+    },
+    Unsupported {
+        names: &["bad_words", "bad_words_ids", "banned_tokens", "banned_strings", "custom_token_bans"],
+        is_harmless: |value, _, _| is_empty(value),
+        advice: "use `logit_bias`",
+    },
+    Unsupported {
+        names: &[
+            "allowed_token_ids",
+            "logits_processors",
+            "logits_processor",
+            "custom_logit_processor",
+            "prompt_logprobs",
+        ],
+        is_harmless: |value, _, _| *value == false,
+        advice: "use `logit_bias`, or `echo` with `logprobs`",
+    },
+    // With `dry_multiplier` 0 the other `dry_*` change nothing; likewise `xtc_threshold`, `mirostat_tau` and the like.
+    Unsupported {
+        names: &[
+            "dry_multiplier",
+            "xtc_probability",
+            "mirostat",
+            "mirostat_mode",
+            "dynatemp_range",
+            "dynamic_temperature",
+            "top_a",
+            "epsilon_cutoff",
+            "eta_cutoff",
+            "smoothing_factor",
+            "penalty_alpha",
+            "no_repeat_ngram_size",
+            "encoder_no_repeat_ngram_size",
+            "min_keep",
+            "watermark",
+            "token_healing",
+            "temperature_last",
+        ],
+        is_harmless: |value, _, _| is_number(value, 0.0) || *value == false,
+        advice: OWN_SAMPLING,
+    },
+    Unsupported {
+        names: &[
+            "typical_p",
+            "typ_p",
+            "typical",
+            "tfs",
+            "tfs_z",
+            "num_beams",
+            "guidance_scale",
+            "encoder_repetition_penalty",
+        ],
+        is_harmless: |value, _, _| is_number(value, 1.0),
+        advice: OWN_SAMPLING,
+    },
+    Unsupported {
+        names: &["top_n_sigma", "adaptive_target"],
+        is_harmless: |value, _, _| value.as_f64().is_some_and(|value| value <= 0.0),
+        advice: OWN_SAMPLING,
+    },
+    Unsupported {
+        names: &["samplers", "sampler_seq", "sampler_order", "sampler_priority"],
+        is_harmless: |_, fields, _| fields.get("temperature").is_some_and(|temperature| is_number(temperature, 0.0)),
+        advice: OWN_SAMPLING,
+    },
+    // The penalties are over the whole prompt and output.
+    Unsupported {
+        names: &["repeat_last_n", "penalty_last_n", "repetition_penalty_range"],
+        is_harmless: |value, fields, _| is_number(value, -1.0) || !has_penalty(fields),
+        advice: "penalties here are over the whole text: send -1, or leave it out",
+    },
+    // What the reply holds.
+    Unsupported {
+        names: &[
+            "include_stop_str_in_output",
+            "no_stop_trim",
+            "return_full_text",
+            "ban_eos_token",
+            "return_tokens_as_token_ids",
+            "return_token_ids",
+            "return_hidden_states",
+            "penalize_nl",
+            "n_probs",
+            "top_n_tokens",
+            "decoder_input_details",
+            "post_sampling_probs",
+        ],
+        is_harmless: |value, _, _| *value == false || is_number(value, 0.0),
+        advice: "use `logprobs`, `echo`, `ignore_eos` and `stop`",
+    },
+];
+
+/// What is harmless only at `true`, where there is no other value to compare with.
+const TRUE_ALONE: [(&str, &str); 2] = [
+    ("skip_special_tokens", "special tokens have no text here"),
+    ("do_sample", "send `temperature` 0 for the likeliest"),
+];
+
+/// Where other servers take adapters from, and how they mix them.
+const OF_ADAPTERS: [(&str, &str); 5] = [
+    ("adapter_source", "adapters are those of GET /v1/adapters: send \"local\", or leave it out"),
+    ("merged_adapters", "use `adapters` with a `scale` each"),
+    ("adapter_parameters", "use `adapters` with a `scale` each"),
+    ("lora_request", "use `adapter`"),
+    ("lora_int_id", "use `adapter` with its name"),
+];
+
+/// Refuses what would change the text and is not served.
+///
+/// # Errors
+/// 400 that names the field and says what to do.
+pub fn refuse_unsupported(fields: &Fields, route: Route) -> Result<(), ApiError> {
+    let given = fields.iter().filter(|(_, value)| !value.is_null());
+    for (name, value) in given {
+        if let Some(advice) = advice(name, value, fields, route) {
+            let message = format!("`{name}` is not served as asked here, and would change the reply: {advice}");
+            return Err(ApiError::invalid(name, message));
+        }
+    }
+    Ok(())
+}
+
+/// What to do about a field that must not be ignored.
+fn advice(name: &str, value: &Value, fields: &Fields, route: Route) -> Option<&'static str> {
+    let listed = UNSUPPORTED.iter().find(|unsupported| unsupported.names.contains(&name));
+    if let Some(Unsupported { is_harmless, advice, .. }) = listed {
+        return (!is_harmless(value, fields, route)).then_some(advice);
+    }
+    let of = |list: &[(&str, &'static str)]| list.iter().find(|(listed, _)| *listed == name).map(|(_, advice)| *advice);
+    of(&TRUE_ALONE)
+        .filter(|_| *value != true)
+        .or_else(|| of(&OF_ADAPTERS).filter(|_| !is_empty(value) && *value != "local"))
+}
+
+/// `""`, `[]` and `{}`.
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::String(text) => text.is_empty(),
+        Value::Array(items) => items.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+        _ => false,
+    }
+}
+
+fn is_number(value: &Value, number: f64) -> bool {
+    value.as_f64() == Some(number)
+}
+
+fn has_penalty(fields: &Fields) -> bool {
+    let neutral =
+        [("repetition_penalty", 1.0), ("repeat_penalty", 1.0), ("presence_penalty", 0.0), ("frequency_penalty", 0.0)];
+    neutral.into_iter().any(|(name, neutral)| fields.get(name).is_some_and(|value| !is_number(value, neutral)))
+}
+
+#[cfg(test)]
+#[path = "unsupported/tests.rs"]
+mod tests;

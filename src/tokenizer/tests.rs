@@ -1,0 +1,98 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const IM_END: u32 = 258;
+
+fn decode(tokenizer: &Tokenizer, ids: &[u32]) -> String {
+    let bytes: Vec<u8> = ids.iter().flat_map(|id| tokenizer.token_bytes(*id)).copied().collect();
+    String::from_utf8(bytes).expect("whole text decodes to UTF-8")
+}
+
+#[test]
+fn merges_build_the_longest_token() {
+    let tokenizer = Tokenizer::tiny(&["<|im_end|>"]);
+    assert_eq!(tokenizer.encode("then", Specials::AsText).unwrap(), [257, u32::from(b'n')]);
+}
+
+#[test]
+fn a_control_token_in_a_users_text_stays_text() {
+    let tokenizer = Tokenizer::tiny(&["<|im_end|>"]);
+    let text = "a<|im_end|>b";
+    assert_eq!(tokenizer.encode(text, Specials::Parse).unwrap(), [97, IM_END, 98]);
+    let as_text = tokenizer.encode(text, Specials::AsText).unwrap();
+    assert!(!as_text.contains(&IM_END));
+    assert_eq!(decode(&tokenizer, &as_text), text);
+}
+
+#[test]
+fn a_user_defined_token_matches_in_any_text_unless_it_steers_the_model() {
+    let tokenizer = Tokenizer::tiny_with(&["<|im_end|>"], &["<tool_call>", "<|fim_middle|>"]);
+    assert_eq!(tokenizer.encode("<tool_call>", Specials::AsText).unwrap(), [259]);
+    assert!(!tokenizer.is_special(259));
+    assert!(!tokenizer.encode("<|fim_middle|>", Specials::AsText).unwrap().contains(&260));
+    assert!(tokenizer.is_special(260));
+}
+
+#[test]
+fn the_longest_of_overlapping_specials_wins() {
+    let tokenizer = Tokenizer::tiny(&["<a>", "<a><b>"]);
+    assert_eq!(tokenizer.encode("<a><b><a>", Specials::Parse).unwrap(), [259, 258]);
+}
+
+#[test]
+fn stop_tokens_take_in_sentinels_only_of_a_whole_family() {
+    let without = Tokenizer::tiny(&["<file_sep>", "<|endoftext|>", "<|im_end|>"]);
+    assert_eq!(without.stop_tokens().as_ref(), [259, 260]);
+    let with = Tokenizer::tiny(&["<file_sep>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<|endoftext|>"]);
+    assert_eq!(with.stop_tokens().as_ref(), [258, 259, 260, 261, 262]);
+}
+
+#[test]
+fn fill_in_the_middle_tokens_that_the_file_names_come_before_those_known_by_text() {
+    let fim = FimTokens { prefix: 262, suffix: 263, middle: 264, boundaries: vec![265] };
+    let by_text = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<|endoftext|>"];
+    let tokenizer = Tokenizer::tiny_naming(&by_text, &["▁<PRE>", "▁<SUF>", "▁<MID>", "<SEP>"], Some(fim.clone()));
+    assert_eq!(tokenizer.fim(), Some(&fim));
+    assert_eq!(tokenizer.stop_tokens().as_ref(), [261, 262, 263, 264, 265]);
+    assert!(fim.all().all(|id| tokenizer.is_special(id)), "whatever kind the file gives them");
+    assert!(!tokenizer.encode("▁<MID>", Specials::AsText).unwrap().contains(&264));
+    let unnamed = Tokenizer::tiny(&by_text);
+    assert_eq!(unnamed.fim().map(|fim| (fim.prefix, fim.suffix, fim.middle)), Some((258, 259, 260)));
+}
+
+#[test]
+fn an_id_outside_the_vocabulary_is_special_and_has_no_bytes() {
+    let tokenizer = Tokenizer::tiny(&[]);
+    assert!(tokenizer.is_special(u32::MAX));
+    assert!(tokenizer.token_bytes(u32::MAX).is_empty());
+}
+
+#[test]
+fn an_unknown_pre_tokenizer_is_refused_by_name() {
+    let metadata = TokenizerMetadata {
+        model: TokenizerModel::ByteLevelBpe,
+        pre: "strange-bpe".to_string(),
+        tokens: vec![],
+        kinds: vec![],
+        scores: vec![],
+        merges: vec![],
+        bos: None,
+        eos: None,
+        other_ends: vec![],
+        fim: None,
+        add_bos: None,
+        add_space_prefix: false,
+    };
+    let error = Tokenizer::new(metadata).expect_err("no such pre-tokenizer");
+    assert!(error.to_string().contains("strange-bpe"), "{error}");
+}
+
+proptest! {
+    #[test]
+    fn any_text_comes_back_whole(text in any::<String>()) {
+        let tokenizer = Tokenizer::tiny(&["<|im_end|>"]);
+        let ids = tokenizer.encode(&text, Specials::AsText).unwrap();
+        prop_assert_eq!(decode(&tokenizer, &ids), text);
+    }
+}

@@ -1,0 +1,220 @@
+//! What the wire is to clients that are unusual, slow or hostile, with a tiny random model.
+
+mod tiny;
+
+use std::io::Write;
+use std::time::Duration;
+
+use candle_core::quantized::GgmlDType;
+use candle_core::quantized::gguf_file::Value as Metadata;
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use lorry::app::App;
+use lorry::config::{Config, Overrides};
+use lorry::http;
+use lorry::model::spec::Architecture;
+use reqwest::{Client, StatusCode};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
+
+use tiny::TinyModel;
+
+struct Server {
+    address: String,
+    client: Client,
+    _dir: TempDir,
+}
+
+impl Server {
+    /// `settings` is the inside of `[server]`; `chat_template` is that of the model.
+    async fn start(settings: &str, chat_template: Option<&str>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (model, file) = (dir.path().join("tiny.gguf"), dir.path().join("lorry.toml"));
+        let mut tiny = TinyModel::new(Architecture::Qwen2, GgmlDType::Q8_0, 1);
+        if let Some(template) = chat_template {
+            tiny.metadata.insert("tokenizer.chat_template".to_owned(), Metadata::String(template.to_owned()));
+        }
+        tiny.write(&model);
+        std::fs::write(&file, format!("[server]\n{settings}")).unwrap();
+        let model = Some(model.to_string_lossy().into_owned());
+        let overrides = Overrides { model, adapters: Some(String::new()), ..Overrides::default() };
+        let config = Config::load(Some(&file), &overrides).unwrap();
+        let app = tokio::task::spawn_blocking(|| App::load(config).unwrap()).await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        tokio::spawn(http::serve(listener, app.state, std::future::pending()));
+        Self { address, client: Client::builder().no_proxy().build().unwrap(), _dir: dir }
+    }
+
+    async fn post(&self, path: &str, body: Value) -> (StatusCode, Value) {
+        let request = self.client.post(format!("http://{}{path}", self.address)).body(body.to_string());
+        let response = request.timeout(Duration::from_secs(60)).send().await.unwrap();
+        (response.status(), response.json().await.unwrap())
+    }
+}
+
+fn chat() -> Value {
+    json!({"messages": [{"role": "user", "content": "def f(x):"}], "max_tokens": 1})
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chat_template_that_does_not_compile_turns_off_chat_alone_and_says_why() {
+    let server = Server::start("", Some("{% teleport %}")).await;
+    let (status, reply) = server.post("/v1/chat/completions", chat()).await;
+    assert_eq!((status, &reply["error"]["param"]), (StatusCode::BAD_REQUEST, &json!("messages")));
+    assert!(reply["error"]["message"].as_str().unwrap().contains("teleport"), "{reply}");
+    let (status, reply) = server.post("/v1/completions", json!({"prompt": "def f(x):", "max_tokens": 1})).await;
+    assert_eq!(status, StatusCode::OK, "{reply}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chat_template_may_leave_its_loop() {
+    let template = "{% for m in messages %}{% if loop.index0 == 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}";
+    let server = Server::start("", Some(template)).await;
+    let (status, one) = server.post("/v1/chat/completions", chat()).await;
+    assert_eq!(status, StatusCode::OK, "{one}");
+    let mut more = chat();
+    more["messages"].as_array_mut().unwrap().push(json!({"role": "assistant", "content": "never read"}));
+    let (_, two) = server.post("/v1/chat/completions", more).await;
+    assert_eq!(one["usage"]["prompt_tokens"], two["usage"]["prompt_tokens"]);
+}
+
+/// A client that writes what it likes.
+async fn open(server: &Server, bytes: &[u8]) -> TcpStream {
+    let mut stream = TcpStream::connect(&server.address).await.unwrap();
+    stream.write_all(bytes).await.unwrap();
+    stream
+}
+
+/// All that the server says until it closes.
+async fn rest(stream: &mut TcpStream) -> String {
+    let mut bytes = Vec::new();
+    let read = stream.read_to_end(&mut bytes);
+    // A connection that is closed with something unread may be reset.
+    let _ = timeout(Duration::from_secs(60), read).await.expect("the server closes the connection");
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+async fn health(server: &Server) -> String {
+    rest(&mut open(server, b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await).await
+}
+
+fn post_head(length: usize) -> String {
+    format!("POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n")
+}
+
+/// The JSON behind the header of a reply that is not chunked.
+fn body_of(reply: &str) -> Value {
+    serde_json::from_str(reply.split_once("\r\n\r\n").unwrap().1).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_header_that_does_not_come_ends_the_connection_and_so_does_one_in_drops() {
+    let server = Server::start("header_timeout_seconds = 1", None).await;
+    for bytes in [b"".as_slice(), b"GET /hea", b"GET /health HTTP/1.1\r\nhost: x\r\n"] {
+        assert_eq!(rest(&mut open(&server, bytes).await).await, "", "{bytes:?}");
+    }
+    let mut dripping = open(&server, b"GET /health HTTP/1.1\r\n").await;
+    let drops = async {
+        while dripping.write_all(b"x-drop: 1\r\n").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    timeout(Duration::from_secs(60), drops).await.expect("every drop does not begin the time anew");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_does_not_come_is_408_in_the_one_shape() {
+    let server = Server::start("body_timeout_seconds = 1", None).await;
+    let mut stream = open(&server, (post_head(100) + "{\"prompt\":").as_bytes()).await;
+    let reply = rest(&mut stream).await;
+    assert!(reply.starts_with("HTTP/1.1 408 ") && reply.contains("connection: close"), "{reply}");
+    let error = &body_of(&reply)["error"];
+    assert_eq!((&error["type"], &error["code"]), (&json!("invalid_request_error"), &json!("request_timeout")));
+    assert!(error["message"].is_string() && error.as_object().unwrap().contains_key("param"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kept_connection_serves_again_until_it_is_idle_for_too_long() {
+    let server = Server::start("keep_alive_seconds = 1\nheader_timeout_seconds = 60", None).await;
+    let request = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n";
+    let mut stream = open(&server, request).await;
+    let mut first = [0; 4096];
+    let num_read = stream.read(&mut first).await.unwrap();
+    assert!(first[..num_read].starts_with(b"HTTP/1.1 200 "));
+    stream.write_all(request).await.unwrap();
+    let second = rest(&mut stream).await;
+    assert!(second.starts_with("HTTP/1.1 200 ") && second.matches("HTTP/1.1").count() == 1, "{second}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn probes_are_answered_when_every_connection_is_taken_and_others_are_told() {
+    let server = Server::start("max_connections = 4\nheader_timeout_seconds = 60", None).await;
+    let mut held = Vec::new();
+    for _ in 0..4 {
+        held.push(open(&server, b"GET /slow").await);
+    }
+    // Beyond the limit, and silent: they make room for whoever speaks.
+    for _ in 0..300 {
+        held.push(open(&server, b"GE").await);
+    }
+    assert!(health(&server).await.ends_with(r#"{"status":"ok"}"#));
+    let metrics = rest(&mut open(&server, b"GET //metrics HTTP/1.1\r\nhost: x\r\n\r\n").await).await;
+    assert!(metrics.contains("lorry_requests_running"), "{metrics}");
+    let body = json!({"prompt": "def"}).to_string();
+    let refused = rest(&mut open(&server, (post_head(body.len()) + &body).as_bytes()).await).await;
+    assert!(refused.starts_with("HTTP/1.1 503 ") && refused.contains("retry-after: 1"), "{refused}");
+    assert_eq!(body_of(&refused)["error"]["code"], "overloaded");
+    // A place that is given back is one for the next.
+    drop(held);
+    let served = async {
+        while server.post("/v1/completions", json!({"prompt": "def", "max_tokens": 1})).await.0 != StatusCode::OK {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(Duration::from_secs(60), served).await.expect("the places are free again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn three_hundred_half_open_requests_leave_the_server_its_others() {
+    let server = Server::start("header_timeout_seconds = 2\nbody_timeout_seconds = 2", None).await;
+    let mut hostile = Vec::new();
+    for index in 0..300 {
+        let bytes = if index % 2 == 0 { "GET / HTT".to_owned() } else { post_head(1000) + "{\"prompt\"" };
+        hostile.push(open(&server, bytes.as_bytes()).await);
+    }
+    assert!(health(&server).await.starts_with("HTTP/1.1 200 "));
+    let (status, reply) = server.post("/v1/completions", json!({"prompt": "def", "max_tokens": 1})).await;
+    assert_eq!(status, StatusCode::OK, "{reply}");
+    for (index, stream) in hostile.iter_mut().enumerate() {
+        let said = rest(stream).await;
+        assert!(if index % 2 == 0 { said.is_empty() } else { said.starts_with("HTTP/1.1 408 ") }, "{index}: {said}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_in_gzip_is_read_within_the_limit_and_other_encodings_are_415() {
+    let server = Server::start("max_body_bytes = 10_000", None).await;
+    let gzip = |body: &str| {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+        encoder.write_all(body.as_bytes()).unwrap();
+        encoder.finish().unwrap()
+    };
+    let send = async |encoding: &str, body: Vec<u8>| {
+        let request = server.client.post(format!("http://{}/v1/completions", server.address));
+        let response = request.header("content-encoding", encoding).body(body).send().await.unwrap();
+        (response.status().as_u16(), response.json::<Value>().await.unwrap()["error"]["code"].clone())
+    };
+    let body = json!({"prompt": "def f(x):", "max_tokens": 1}).to_string();
+    assert_eq!(send("gzip", gzip(&body)).await, (200, Value::Null));
+    assert_eq!(send("identity", body.clone().into()).await, (200, Value::Null));
+    assert_eq!(send("br", body.clone().into()).await, (415, json!("unsupported_content_encoding")));
+    assert_eq!(send("gzip, gzip", gzip(&body)).await, (415, json!("unsupported_content_encoding")));
+    assert_eq!(send("gzip", body.into()).await, (400, Value::Null));
+    let bomb = json!({"prompt": "a".repeat(1_000_000)}).to_string();
+    let (status, code) = send("gzip", gzip(&bomb)).await;
+    assert_eq!((status, code), (413, json!("body_too_large")));
+}
