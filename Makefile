@@ -1,14 +1,17 @@
 # The verbs of this project; CI runs the same ones (.ci/run). Models go to $LORRY_HOME, by default ~/.cache/lorry.
 
-LORRY       := target/release/lorry
-TEST_MODELS := smollm2:135m qwen2.5-coder:0.5b
-VENV        := .venv
-LAB_VENV    := .venv-lab
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --requirement
-PAGE        := tests/page
-BENCH       ?= --prompt-tokens 128 --batch 8 --num-adapters 1
+LORRY        := target/release/lorry
+TEST_MODELS  := smollm2:135m qwen2.5-coder:0.5b
+VENV         := .venv
+LAB_VENV     := .venv-lab
+PIP_INSTALL  := -m pip install --quiet --disable-pip-version-check --no-compile --requirement
+CUDA         := kernels/cuda
+CUDA_VENV    := .venv-cuda
+GPU_BINARIES := target/gpu
+PAGE         := tests/page
+BENCH        ?= --prompt-tokens 128 --batch 8 --num-adapters 1
 
-.PHONY: serve test environments build fmt lint unit clients page browser models bench clean-venv
+.PHONY: serve test environments build fmt lint unit cuda ptx gpu-binaries test-gpu bench-gpu compiler clients page browser models bench clean-venv
 
 ## serve: the default model and the adapters of ./adapters on 127.0.0.1:8080
 serve: build
@@ -17,10 +20,10 @@ serve: build
 ## test: everything that CI checks. The packages of the tests come while the first crates compile.
 test:
 	$(MAKE) --jobs 3 lint environments
-	$(MAKE) unit clients page lab-test lab-train-test
+	$(MAKE) unit cuda clients page lab-test lab-train-test
 
 ## environments: what the tests need beside Rust
-environments: $(VENV)/ready $(LAB_VENV)/ready-to-train browser $(PAGE)/node_modules/ready
+environments: $(VENV)/ready $(CUDA_VENV)/ready $(LAB_VENV)/ready-to-train compiler browser $(PAGE)/node_modules/ready
 
 build:
 	cargo build --release --locked
@@ -30,14 +33,49 @@ fmt:
 	cargo fmt --all
 
 ## lint: format, clippy and house rules, without changing anything
-lint:
+lint: compiler
 	cargo fmt --all --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
 	.ci/house-rules
 
-## unit: the Rust tests, unit and integration
-unit: models
-	cargo test --release --locked --workspace
+## unit: the Rust tests, unit and integration, but those that run CUDA kernels
+unit: models compiler
+	cargo test --release --locked --workspace --exclude emulator
+
+## cuda: whether the committed PTX is that of the CUDA sources and fits into the cards, and the kernels on the CPU
+cuda: $(CUDA_VENV)/ready compiler
+	$(CUDA_VENV)/bin/python $(CUDA)/ptx.py check
+	cargo test --release --locked --package emulator
+
+## gpu-binaries: what test-gpu and bench-gpu run, in a folder that can be carried to a machine without Rust
+gpu-binaries: build compiler
+	mkdir -p $(GPU_BINARIES)
+	cp $(LORRY) $(GPU_BINARIES)
+	for test in promises_gpu fidelity_gpu; do \
+		cp "$$(cargo test --release --locked --no-run --test $$test 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$$/\1/p')" $(GPU_BINARIES)/$$test || exit 1; \
+	done
+	strip $(GPU_BINARIES)/*
+
+## test-gpu: the promises and the fidelity of the CUDA kernels on a card; ends within nine minutes
+test-gpu: | $(GPU_BINARIES)
+	python3 benches/gpu/gpu.py test
+
+## bench-gpu: decode, prefill and adapters on a card, against the most that it can do; ends within nine minutes
+bench-gpu: | $(GPU_BINARIES)
+	python3 benches/gpu/gpu.py bench
+
+$(GPU_BINARIES):
+	$(MAKE) gpu-binaries
+
+## ptx: write the PTX that the binary carries, after a change of the CUDA sources
+ptx: $(CUDA_VENV)/ready
+	$(CUDA_VENV)/bin/python $(CUDA)/ptx.py build
+
+# A C++ compiler, for the CUDA kernels on the CPU; installed where that is allowed.
+compiler:
+	@command -v g++ > /dev/null \
+		|| { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends g++; } \
+		|| { echo "the CUDA kernels are tested as C++: apt-get install g++" >&2; exit 1; }
 
 ## clients: the OpenAI client library and other clients against the running binary
 clients: models $(VENV)/ready browser $(PAGE)/node_modules/ready
@@ -47,8 +85,8 @@ clients: models $(VENV)/ready browser $(PAGE)/node_modules/ready
 page: browser $(PAGE)/node_modules/ready
 	for test in $(PAGE)/*.test.mjs; do node --test $$test || exit 1; done
 
-# Chromium and Node.js; installed where that is allowed.
-browser:
+# Chromium and Node.js; installed where that is allowed, and not beside the compiler: apt-get has one lock.
+browser: | compiler
 	@{ command -v chromium && command -v npm; } > /dev/null \
 		|| { [ "$$(id -u)" = 0 ] && apt-get update -qq \
 			&& apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core $$(command -v npm > /dev/null || echo nodejs npm); } \
@@ -64,11 +102,17 @@ bench: build
 
 ## clean-venv: forget the Python environments
 clean-venv:
-	rm -rf $(VENV) $(LAB_VENV)
+	rm -rf $(VENV) $(CUDA_VENV) $(LAB_VENV)
 
 $(VENV)/ready: tests/clients/requirements.txt
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python $(PIP_INSTALL) $<
+	touch $@
+
+# ptxas needs nothing of what its package asks for.
+$(CUDA_VENV)/ready: $(CUDA)/requirements.txt
+	python3 -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python $(PIP_INSTALL) $< --no-deps
 	touch $@
 
 $(PAGE)/node_modules/ready: $(PAGE)/package.json | browser

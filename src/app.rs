@@ -4,30 +4,23 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
-use std::time::Instant;
 
-use kernels::attention::BLOCK_SIZE;
-use kernels::device::{DeviceError, StepLimits};
-use kernels::host::Host;
-use kernels::{Cpu, Isa};
 use tracing::{error, info, warn};
 
 use crate::adapter::registry::{AdapterRegistry, RegistryError};
-use crate::config::{self, Config, ConfigError};
-use crate::engine::{EngineConfig, EngineHandle};
+use crate::config::{self, Config, ConfigError, EngineConfig};
+use crate::engine::EngineHandle;
 use crate::experiments::{Experiments, ModelNames, OnRollBack};
 use crate::generation::{Base, Generation};
 use crate::http::AppState;
 use crate::icl::{IclStores, OpenError};
 use crate::metrics::Metrics;
-use crate::model::Model;
 use crate::model::base_weights::GgufWeights;
 use crate::model::catalogue::{self, CatalogueError};
-use crate::model::decoder::Decoder;
 use crate::model::gguf::{GgufError, GgufFile};
 use crate::model::pull::{self, PullError};
+use crate::model::resident::{self, Resident, ResidentError, Source};
 use crate::model::spec::ModelSpec;
-use crate::model::unquantized;
 use crate::prompt::PromptError;
 use crate::prompt::chat::ChatTemplate;
 use crate::prompt::fim::FillInMiddle;
@@ -46,8 +39,8 @@ pub enum AppError {
     Model { path: PathBuf, source: GgufError },
     #[error("tokenizer of {path}: {source}")]
     Tokenizer { path: PathBuf, source: TokenizerError },
-    #[error("the model does not run on the device: {0}")]
-    Device(#[from] DeviceError),
+    #[error(transparent)]
+    Resident(#[from] ResidentError),
     #[error(transparent)]
     Adapters(#[from] RegistryError),
     #[error(transparent)]
@@ -71,6 +64,14 @@ impl App {
     /// Downloads the model where it is missing, loads it and its adapters, and starts the engine. Blocks for as long as
     /// that takes.
     pub fn load(config: Config) -> Result<Self, AppError> {
+        Self::load_with(config, resident::load)
+    }
+
+    /// As [`App::load`], with the model put where `load_model` says.
+    pub fn load_with(
+        config: Config,
+        load_model: impl FnOnce(Source<'_>, &EngineConfig) -> Result<Resident, ResidentError>,
+    ) -> Result<Self, AppError> {
         // First what is quick to find wrong.
         let icl = Arc::new(IclStores::open(&config.icl)?);
         let formats = PromptFormats::new(&config.prompt_formats).map_err(AppError::PromptFormats)?;
@@ -79,20 +80,11 @@ impl App {
         let path = pull::pull(&source, &home)?;
         let metrics = Arc::new(Metrics::new());
 
-        let started = Instant::now();
-        let decoder = load_decoder(&path, &config)?;
-        let spec = decoder.spec().clone();
-        info!(
-            "{}: {:?}, {} layers, {} MiB packed, loaded in {:.1} s",
-            source.id,
-            spec.architecture,
-            spec.num_layers,
-            decoder.resident_bytes() >> 20,
-            started.elapsed().as_secs_f64()
-        );
-        let base = load_base(&path, &source.id)?;
+        let resident = load_model(Source::File(&path), &config.engine)?;
+        let (spec, device) = (resident.model.spec().clone(), resident.device.clone());
+        let base = load_base(&path, &source.id, device)?;
         let adapters = Arc::new(load_adapters(&config, &path, &metrics)?);
-        let engine = start_engine(decoder, &config, &metrics)?;
+        let engine = resident.start(&config.engine, metrics.clone());
 
         let (database, on_roll_back) = (config.experiments.path(&home), roll_back_adapter(&adapters));
         let registered = adapters.clone();
@@ -108,17 +100,7 @@ impl App {
     }
 }
 
-fn load_decoder(path: &Path, config: &Config) -> Result<Decoder<Host>, AppError> {
-    let cores = thread::available_parallelism().map_or(1, usize::from);
-    let num_threads = if config.engine.threads == 0 { cores } else { config.engine.threads };
-    let isa = config.engine.instruction_set.unwrap_or_else(Isa::detect);
-    let cpu = Cpu::new(isa, num_threads);
-    let context_length = if config.engine.context_length == 0 { usize::MAX } else { config.engine.context_length };
-    let device = Host::new(cpu, unquantized::load);
-    Decoder::load(path, device, context_length).map_err(|source| AppError::Model { path: path.to_path_buf(), source })
-}
-
-fn load_base(path: &Path, id: &str) -> Result<Base, AppError> {
+fn load_base(path: &Path, id: &str, device: String) -> Result<Base, AppError> {
     let in_file = || path.to_path_buf();
     let gguf = GgufFile::open(path).map_err(|source| AppError::Model { path: in_file(), source })?;
     let tokenizer = Tokenizer::from_gguf(&gguf).map_err(|source| AppError::Tokenizer { path: in_file(), source })?;
@@ -127,7 +109,7 @@ fn load_base(path: &Path, id: &str) -> Result<Base, AppError> {
         warn!("{id} is served without chat: {cause}");
     }
     let fill_in_middle = FillInMiddle::detect(&tokenizer);
-    Ok(Base { id: id.to_string(), tokenizer: Arc::new(tokenizer), chat_template, fill_in_middle })
+    Ok(Base { id: id.to_string(), device, tokenizer: Arc::new(tokenizer), chat_template, fill_in_middle })
 }
 
 fn load_adapters(config: &Config, path: &Path, metrics: &Arc<Metrics>) -> Result<AdapterRegistry, AppError> {
@@ -152,23 +134,4 @@ fn roll_back_adapter(adapters: &Arc<AdapterRegistry>) -> OnRollBack {
             error!("no thread can be started to roll an adapter back: {e}");
         }
     })
-}
-
-fn start_engine(mut decoder: Decoder<Host>, config: &Config, metrics: &Arc<Metrics>) -> Result<EngineHandle, AppError> {
-    let spec = decoder.spec();
-    let context_length = spec.context_length;
-    // More blocks than all sequences together could fill would never be touched.
-    let most = config.engine.max_sequences.saturating_mul(context_length.div_ceil(BLOCK_SIZE));
-    let num_blocks = ((config.engine.kv_cache_mib << 20) / spec.shape().kv_block_bytes()).clamp(1, most);
-    let limits = StepLimits { max_rows: config.engine.max_batch_rows, max_sequences: config.engine.max_sequences };
-    decoder.reserve(limits, num_blocks)?;
-    let engine_config = EngineConfig {
-        max_batch_rows: config.engine.max_batch_rows,
-        max_sequences: config.engine.max_sequences,
-        max_queued: config.engine.max_queued,
-        context_length,
-        max_draft_tokens: config.engine.max_draft_tokens,
-    };
-    info!("KV store: {num_blocks} blocks of {BLOCK_SIZE} tokens");
-    Ok(EngineHandle::start(Box::new(decoder), engine_config, metrics.clone()))
 }

@@ -6,14 +6,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future;
+use kernels::device::{DeviceError, Peaks};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
 use crate::adapter::canonical::Adapter;
+use crate::config::EngineConfig;
 use crate::engine::request::{Event, PromptOutput, Request, SamplingParams};
 use crate::engine::{EngineHandle, EngineStopped, Overloaded};
+use crate::metrics::Metrics;
+use crate::model::random::{self, Shape};
+use crate::model::resident::{self, ResidentError, Source};
 
 /// Prints one JSON line for each run.
 #[derive(Debug, Clone, clap::Args)]
@@ -21,6 +26,10 @@ pub struct BenchArgs {
     /// Model id or path of a GGUF file; the configured model when absent.
     #[arg(long)]
     pub model: Option<String>,
+    /// Instead of a model, random weights in the shape of Qwen2.5-Coder 0.5b, 7b or 32b at 4 bits, and random rank-16
+    /// adapters on every linear layer.
+    #[arg(long, value_name = "SHAPE", conflicts_with_all = ["model", "adapters"])]
+    pub random_weights: Option<Shape>,
     /// Folder of adapters; the configured one when absent.
     #[arg(long, value_name = "DIR")]
     pub adapters: Option<PathBuf>,
@@ -30,15 +39,18 @@ pub struct BenchArgs {
     /// Tokens to generate for each prompt.
     #[arg(long, default_value_t = 64)]
     pub max_tokens: usize,
-    /// Requests at once.
-    #[arg(long, default_value_t = 1)]
-    pub batch: usize,
-    /// Different adapters among the requests, in turn; 0 is the base alone.
-    #[arg(long, default_value_t = 0)]
-    pub num_adapters: usize,
+    /// Requests at once; several, with commas between them, are measured one after the other.
+    #[arg(long, default_value = "1", value_delimiter = ',')]
+    pub batch: Vec<usize>,
+    /// Different adapters among the requests, in turn; 0 is the base alone. Several as for the batch.
+    #[arg(long, default_value = "0", value_delimiter = ',')]
+    pub num_adapters: Vec<usize>,
     /// Guess tokens ahead as the configuration says. Off otherwise: random prompts make for repetitive output.
     #[arg(long)]
     pub speculate: bool,
+    /// Where the base runs: auto, cpu, cuda or cuda:N; the configured one when absent.
+    #[arg(long)]
+    pub device: Option<String>,
     /// Number of runs.
     #[arg(long, default_value_t = 3)]
     pub repeat: usize,
@@ -55,6 +67,10 @@ pub enum BenchError {
     #[error("--batch is too large: {0}")]
     Overloaded(#[from] Overloaded),
     #[error(transparent)]
+    Resident(#[from] ResidentError),
+    #[error("the device: {0}")]
+    Device(#[from] DeviceError),
+    #[error(transparent)]
     Stopped(#[from] EngineStopped),
     #[error("a request failed: {0}")]
     Failed(String),
@@ -66,6 +82,8 @@ pub enum BenchError {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
     pub model: String,
+    /// What it ran on.
+    pub device: String,
     pub prompt_tokens: usize,
     pub max_tokens: usize,
     pub batch: usize,
@@ -75,6 +93,12 @@ pub struct Report {
     /// Tokens that came after the last request's first token, over the time they took.
     pub decode_tok_s: f64,
     pub ttft_ms: Ttft,
+    /// What decode reads of weights, over the most that the device reads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth_share: Option<f64>,
+    /// What prefill multiplies by weights, over the most that the device multiplies.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub int8_share: Option<f64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -83,34 +107,94 @@ pub struct Ttft {
     pub max: f64,
 }
 
-/// Runs `args.repeat` times on an engine that does nothing else and prints each report. `vocab_size` bounds the random
-/// token ids of the prompts, which differ in every request, so that the prefix cache has nothing to give.
+/// What is measured.
+#[derive(Debug, Clone, Copy)]
+pub struct Subject<'a> {
+    pub model_id: &'a str,
+    pub device: &'a str,
+    /// Bounds the random token ids of the prompts.
+    pub vocab_size: usize,
+    pub limits: Option<Limits>,
+}
+
+/// What a step has to do, and what the device can do at most.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    peaks: Peaks,
+    weight_bytes: usize,
+    num_weights: usize,
+}
+
+/// One of the combinations that are measured.
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    batch: usize,
+    num_adapters: usize,
+}
+
+/// Runs on random weights of a shape.
+///
+/// # Errors
+/// When the device does not hold them, and as [`run`].
+pub async fn run_random(shape: &Shape, config: &EngineConfig, args: &BenchArgs) -> Result<(), BenchError> {
+    let resident = resident::load(Source::Random(shape), config)?;
+    let spec = resident.model.spec().clone();
+    let device = resident.device.clone();
+    let limits = resident.model.measure_peaks()?.map(|peaks| Limits {
+        peaks,
+        weight_bytes: resident.model.weight_bytes(),
+        num_weights: spec.num_linear_weights(),
+    });
+    if let Some(Limits { peaks: Peaks { bytes_per_second, int8_operations_per_second }, weight_bytes, .. }) = limits {
+        let peaks = serde_json::json!({"device": device, "weight_bytes": weight_bytes,
+            "peak_bytes_per_s": bytes_per_second, "peak_int8_operations_per_s": int8_operations_per_second});
+        writeln!(stdout(), "{peaks}")?;
+    }
+    let engine = resident.start(config, Arc::new(Metrics::new()));
+    let most = args.num_adapters.iter().copied().max().unwrap_or(0);
+    let adapters: Vec<_> = (0..most as u64).map(|seed| random::lora(&spec, RANDOM_RANK, seed)).collect();
+    let model_id = format!("random:{}", shape.name);
+    let subject = Subject { model_id: &model_id, device: &device, vocab_size: spec.vocab_size, limits };
+    run(&engine, &adapters, args, subject).await
+}
+
+/// Of random adapters.
+const RANDOM_RANK: usize = 16;
+
+/// Runs `args.repeat` times on an engine that does nothing else and prints each report. The prompts differ in every request,
+/// so that the prefix cache has nothing to give.
 pub async fn run(
     handle: &EngineHandle,
     adapters: &[Arc<Adapter>],
     args: &BenchArgs,
-    model_id: &str,
-    vocab_size: usize,
+    subject: Subject<'_>,
 ) -> Result<(), BenchError> {
     check(handle, adapters, args)?;
     let mut rng = ChaCha8Rng::seed_from_u64(0);
-    for _ in 0..args.repeat {
-        let prompts: Vec<Vec<u32>> = (0..args.batch)
-            .map(|_| (0..args.prompt_tokens).map(|_| rng.random_range(0..vocab_size as u32)).collect())
-            .collect();
-        let report = run_once(handle, &adapters[..args.num_adapters], args, model_id, prompts).await?;
-        writeln!(stdout(), "{}", serde_json::json!(report))?;
+    for &num_adapters in &args.num_adapters {
+        for &batch in &args.batch {
+            let case = Case { batch, num_adapters };
+            for _ in 0..args.repeat {
+                let prompts: Vec<Vec<u32>> = (0..batch)
+                    .map(|_| (0..args.prompt_tokens).map(|_| rng.random_range(0..subject.vocab_size as u32)).collect())
+                    .collect();
+                let report = run_once(handle, &adapters[..num_adapters], args, case, subject, prompts).await?;
+                writeln!(stdout(), "{}", serde_json::json!(report))?;
+            }
+        }
     }
     Ok(())
 }
 
 fn check(handle: &EngineHandle, adapters: &[Arc<Adapter>], args: &BenchArgs) -> Result<(), BenchError> {
-    let counts = [("prompt-tokens", args.prompt_tokens), ("max-tokens", args.max_tokens), ("batch", args.batch)];
+    let smallest = args.batch.iter().copied().min().unwrap_or(0);
+    let counts = [("prompt-tokens", args.prompt_tokens), ("max-tokens", args.max_tokens), ("batch", smallest)];
     if let Some((flag, _)) = counts.into_iter().find(|(_, count)| *count == 0) {
         return Err(BenchError::Zero { flag });
     }
-    if args.num_adapters > adapters.len() {
-        return Err(BenchError::TooFewAdapters { wanted: args.num_adapters, loaded: adapters.len() });
+    let wanted = args.num_adapters.iter().copied().max().unwrap_or(0);
+    if wanted > adapters.len() {
+        return Err(BenchError::TooFewAdapters { wanted, loaded: adapters.len() });
     }
     let (num_tokens, context_length) = (args.prompt_tokens.saturating_add(args.max_tokens), handle.context_length());
     if num_tokens > context_length {
@@ -123,7 +207,8 @@ async fn run_once(
     handle: &EngineHandle,
     adapters: &[Arc<Adapter>],
     args: &BenchArgs,
-    model_id: &str,
+    case: Case,
+    subject: Subject<'_>,
     prompts: Vec<Vec<u32>>,
 ) -> Result<Report, BenchError> {
     let start = Instant::now();
@@ -147,7 +232,7 @@ async fn run_once(
         receivers.push(receiver);
     }
     let arrivals = future::try_join_all(receivers.into_iter().map(|receiver| token_times(receiver, start))).await?;
-    Ok(report(args, model_id, &arrivals))
+    Ok(report(args, case, subject, &arrivals))
 }
 
 /// When each token of one request came, counted from `start`; at least one.
@@ -170,7 +255,7 @@ async fn token_times(mut events: mpsc::UnboundedReceiver<Event>, start: Instant)
 }
 
 /// `arrivals` holds each request's token times in order, none of them empty.
-fn report(args: &BenchArgs, model_id: &str, arrivals: &[Vec<Duration>]) -> Report {
+fn report(args: &BenchArgs, case: Case, subject: Subject<'_>, arrivals: &[Vec<Duration>]) -> Report {
     let mut first_tokens: Vec<Duration> = arrivals.iter().map(|times| times[0]).collect();
     first_tokens.sort_unstable();
     let last_first = first_tokens.last().copied().unwrap_or_default();
@@ -180,15 +265,26 @@ fn report(args: &BenchArgs, model_id: &str, arrivals: &[Vec<Duration>]) -> Repor
         if time.is_zero() { 0.0 } else { num_tokens as f64 / time.as_secs_f64() }
     };
     let millis = |time: Duration| time.as_secs_f64() * 1e3;
+    let prefill_tok_s = rate(args.prompt_tokens * arrivals.len(), last_first);
+    let decode_tok_s = rate(num_decoded, end - last_first);
+    let bandwidth_share = subject
+        .limits
+        .map(|limits| decode_tok_s / case.batch as f64 * limits.weight_bytes as f64 / limits.peaks.bytes_per_second);
+    let int8_share = subject
+        .limits
+        .map(|limits| prefill_tok_s * 2.0 * limits.num_weights as f64 / limits.peaks.int8_operations_per_second);
     Report {
-        model: model_id.to_owned(),
+        model: subject.model_id.to_owned(),
+        device: subject.device.to_owned(),
         prompt_tokens: args.prompt_tokens,
         max_tokens: args.max_tokens,
-        batch: args.batch,
-        num_adapters: args.num_adapters,
-        prefill_tok_s: rate(args.prompt_tokens * arrivals.len(), last_first),
-        decode_tok_s: rate(num_decoded, end - last_first),
+        batch: case.batch,
+        num_adapters: case.num_adapters,
+        prefill_tok_s,
+        decode_tok_s,
         ttft_ms: Ttft { p50: millis(first_tokens[first_tokens.len() / 2]), max: millis(last_first) },
+        bandwidth_share,
+        int8_share,
     }
 }
 
@@ -200,16 +296,20 @@ mod tests {
     fn rates_split_at_the_last_first_token() {
         let args = BenchArgs {
             model: None,
+            random_weights: None,
             adapters: None,
             prompt_tokens: 100,
             max_tokens: 3,
-            batch: 2,
-            num_adapters: 0,
+            batch: vec![2],
+            num_adapters: vec![0],
             speculate: false,
+            device: None,
             repeat: 1,
         };
+        let subject = Subject { model_id: "m", device: "d", vocab_size: 1, limits: None };
+        let case = Case { batch: 2, num_adapters: 0 };
         let times = |millis: [u64; 3]| millis.map(Duration::from_millis).to_vec();
-        let report = report(&args, "m", &[times([100, 200, 300]), times([200, 300, 400])]);
+        let report = report(&args, case, subject, &[times([100, 200, 300]), times([200, 300, 400])]);
         assert_eq!(report.prefill_tok_s, 1000.0);
         assert_eq!(report.decode_tok_s, 15.0);
         assert_eq!(report.ttft_ms, Ttft { p50: 200.0, max: 200.0 });

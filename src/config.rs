@@ -4,6 +4,7 @@ mod secret;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use config::builder::DefaultState;
@@ -94,6 +95,8 @@ pub struct AdaptersConfig {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EngineConfig {
+    pub device: DeviceChoice,
+    pub device_adapters_mib: usize,
     pub threads: usize,
     #[serde(deserialize_with = "instruction_set")]
     pub instruction_set: Option<Isa>,
@@ -103,6 +106,37 @@ pub struct EngineConfig {
     pub max_queued: usize,
     pub context_length: usize,
     pub max_draft_tokens: usize,
+}
+
+/// Where the base is to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// A usable GPU, or else the CPU.
+    Auto,
+    Cpu,
+    /// The card of this number.
+    Cuda(usize),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let refusal = || format!("unknown device {text:?} (auto, cpu, cuda, cuda:N)");
+        match text.split_once(':') {
+            None if text == "auto" => Ok(Self::Auto),
+            None if text == "cpu" => Ok(Self::Cpu),
+            None if text == "cuda" => Ok(Self::Cuda(0)),
+            Some(("cuda", number)) => number.parse().map(Self::Cuda).map_err(|_| refusal()),
+            _ => Err(refusal()),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for DeviceChoice {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -151,6 +185,9 @@ pub struct Overrides {
     /// Port to listen on; 0 takes any free one
     #[arg(long)]
     pub port: Option<u16>,
+    /// Where the base runs: auto, cpu, cuda or cuda:N
+    #[arg(long)]
+    pub device: Option<String>,
 }
 
 impl Config {
@@ -186,9 +223,7 @@ impl Config {
         let at_least_one = [
             ("server.max_body_bytes", self.server.max_body_bytes),
             ("server.max_connections", self.server.max_connections),
-            ("engine.max_batch_rows", self.engine.max_batch_rows),
             ("engine.max_sequences", self.engine.max_sequences),
-            ("engine.kv_cache_mib", self.engine.kv_cache_mib),
             ("engine.max_queued", self.engine.max_queued),
             ("generation.completion_max_tokens", self.generation.completion_max_tokens),
             ("generation.chat_max_tokens", self.generation.chat_max_tokens),
@@ -279,7 +314,8 @@ impl Overrides {
             .set_override_option("model.id", self.model.clone())?
             .set_override_option("adapters.dir", self.adapters.clone())?
             .set_override_option("server.host", self.host.clone())?
-            .set_override_option("server.port", self.port)
+            .set_override_option("server.port", self.port)?
+            .set_override_option("engine.device", self.device.clone())
     }
 }
 
@@ -337,6 +373,26 @@ mod tests {
     }
 
     #[test]
+    fn a_device_is_named_or_refused() {
+        let device = |name: &str| {
+            let overrides = Overrides { device: Some(name.to_owned()), ..Overrides::default() };
+            load(None, &[], &overrides).map(|config| config.engine.device)
+        };
+        for (name, choice) in [
+            ("auto", DeviceChoice::Auto),
+            ("cpu", DeviceChoice::Cpu),
+            ("cuda", DeviceChoice::Cuda(0)),
+            ("cuda:3", DeviceChoice::Cuda(3)),
+        ] {
+            assert_eq!(device(name), Ok(choice));
+        }
+        for name in ["gpu", "cuda:", "cuda:-1", "cpu:0", ""] {
+            let refusal = device(name).unwrap_err();
+            assert!(refusal.contains(&format!("{name:?}")) && refusal.contains("cuda:N"), "{refusal}");
+        }
+    }
+
+    #[test]
     fn a_later_layer_wins_over_an_earlier_one() {
         let file = "[server]\nport = 1\nhost = \"file\"\n[model]\nid = \"file\"\n[engine]\nthreads = 7";
         let environment = [("LORRY__SERVER__PORT", "2"), ("LORRY__MODEL__ID", "1.0"), ("LORRY__ADAPTERS__DIR", "")];
@@ -367,12 +423,18 @@ mod tests {
 
     #[test]
     fn every_override_reaches_its_key() {
-        let overrides =
-            Overrides { model: Some("m".into()), adapters: Some("a".into()), host: Some("h".into()), port: Some(9) };
+        let overrides = Overrides {
+            model: Some("m".into()),
+            adapters: Some("a".into()),
+            host: Some("h".into()),
+            port: Some(9),
+            device: Some("cpu".into()),
+        };
         let config = load(None, &[], &overrides).unwrap();
         assert_eq!(config.model.id, "m");
         assert_eq!(config.adapters.dir(), Some(Path::new("a")));
         assert_eq!((config.server.host.as_str(), config.server.port), ("h", 9));
+        assert_eq!(config.engine.device, DeviceChoice::Cpu);
     }
 
     #[test]
@@ -395,8 +457,8 @@ mod tests {
 
     #[test]
     fn a_value_out_of_range_is_refused_with_its_key_and_source() {
-        let error = load(Some("[engine]\nmax_batch_rows = 0"), &[], &Overrides::default()).unwrap_err();
-        assert!(error.contains("engine.max_batch_rows must be at least 1") && error.contains("lorry.toml"), "{error}");
+        let error = load(Some("[engine]\nmax_sequences = 0"), &[], &Overrides::default()).unwrap_err();
+        assert!(error.contains("engine.max_sequences must be at least 1") && error.contains("lorry.toml"), "{error}");
         let error = load(Some("[server]\nheader_timeout_seconds = 0"), &[], &Overrides::default()).unwrap_err();
         assert!(error.contains("server.header_timeout_seconds must be at least 1"), "{error}");
         let error = load(None, &[("LORRY__GENERATION__FIM_TEMPERATURE", "NaN")], &Overrides::default()).unwrap_err();

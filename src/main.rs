@@ -12,7 +12,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use lorry::adapter::check;
 use lorry::app::App;
-use lorry::bench::{self, BenchArgs};
+use lorry::bench::{self, BenchArgs, Subject};
 use lorry::compare::terminal::{self, CompareArgs};
 use lorry::config::{self, Config, Overrides};
 use lorry::http;
@@ -112,15 +112,22 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
         }
         Command::Bench { config, args } => {
             let adapters = args.adapters.as_ref().map(|dir| dir.display().to_string());
-            let overrides = Overrides { model: args.model.clone(), adapters, ..Overrides::default() };
+            let (model, device) = (args.model.clone(), args.device.clone());
+            let overrides = Overrides { model, adapters, device, ..Overrides::default() };
             let mut config = Config::load(config.as_deref(), &overrides)?;
             if !args.speculate {
                 config.engine.max_draft_tokens = 0;
             }
+            if let Some(shape) = &args.random_weights {
+                let run = bench::run_random(shape, &config.engine, &args);
+                return Ok(tokio::runtime::Runtime::new()?.block_on(run)?);
+            }
             let app = App::load(config)?;
             let adapters = app.adapters.resident();
-            let model = app.state.generation.base_id();
-            let run = bench::run(&app.engine, &adapters, &args, model, app.spec.vocab_size);
+            let (generation, vocab_size) = (&app.state.generation, app.spec.vocab_size);
+            let (model_id, device) = (generation.base_id(), generation.device());
+            let subject = Subject { model_id, device, vocab_size, limits: None };
+            let run = bench::run(&app.engine, &adapters, &args, subject);
             Ok(tokio::runtime::Runtime::new()?.block_on(run)?)
         }
     }

@@ -1,9 +1,11 @@
 //! Every metric of the server, declared once. Names: `lorry_<noun>_<unit>`, base units, counters end in `_total`.
 
+use kernels::device::AdapterTier;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+    Counter, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
 };
 
 use crate::adapter::registry::Usage;
@@ -36,11 +38,59 @@ pub struct Metrics {
     pub adapter_load_seconds: Histogram,
     pub adapter_evictions_total: IntCounter,
     pub adapter_refusals_total: IntCounter,
+    /// `device`: where the base runs; always 1.
+    pub device_info: IntGaugeVec,
+    pub device_adapters: DeviceAdapters,
     /// `result`: `written`, `refused` (a vote for an arm that was not there), `failed` (the database cannot be written),
     /// `dropped` (its queue was full), `skipped` (a shadow was not run for want of room).
     pub experiment_writes_total: IntCounterVec,
     /// `experiment`: configured names.
     pub canary_rollbacks_total: IntCounterVec,
+}
+
+/// The adapters in a device's own memory; 0 where the device is the host.
+#[derive(Debug)]
+pub struct DeviceAdapters {
+    resident: IntGauge,
+    resident_bytes: IntGauge,
+    loads_total: IntCounter,
+    evictions_total: IntCounter,
+    transfer_seconds_total: Counter,
+}
+
+impl DeviceAdapters {
+    fn new() -> Self {
+        Self {
+            resident: gauge("lorry_device_adapters_resident", "Adapters in device memory."),
+            resident_bytes: gauge("lorry_device_adapter_resident_bytes", "Bytes of adapters in device memory."),
+            loads_total: counter("lorry_device_adapter_loads_total", "Adapters sent to the device."),
+            evictions_total: counter("lorry_device_adapter_evictions_total", "Adapters dropped from the device."),
+            transfer_seconds_total: Counter::new(
+                "lorry_device_adapter_transfer_seconds_total",
+                "Time that adapters took to the device.",
+            )
+            .expect("constant name"),
+        }
+    }
+
+    fn collectors(&self) -> [Box<dyn Collector>; 5] {
+        [
+            Box::new(self.resident.clone()),
+            Box::new(self.resident_bytes.clone()),
+            Box::new(self.loads_total.clone()),
+            Box::new(self.evictions_total.clone()),
+            Box::new(self.transfer_seconds_total.clone()),
+        ]
+    }
+
+    /// Publishes what a device says; its counts only grow.
+    pub fn set(&self, tier: &AdapterTier) {
+        self.resident.set(tier.resident as i64);
+        self.resident_bytes.set(tier.resident_bytes as i64);
+        self.loads_total.inc_by(tier.loads.saturating_sub(self.loads_total.get()));
+        self.evictions_total.inc_by(tier.evictions.saturating_sub(self.evictions_total.get()));
+        self.transfer_seconds_total.inc_by((tier.transfer_seconds - self.transfer_seconds_total.get()).max(0.0));
+    }
 }
 
 impl Metrics {
@@ -83,6 +133,9 @@ impl Metrics {
                 "Adapters that left memory to make room for others.",
             ),
             adapter_refusals_total: counter("lorry_adapter_refusals_total", "Adapters found that cannot be served."),
+            device_info: IntGaugeVec::new(Opts::new("lorry_device_info", "Where the base runs."), &["device"])
+                .expect("constant name"),
+            device_adapters: DeviceAdapters::new(),
             experiment_writes_total: counters(
                 "lorry_experiment_writes_total",
                 "Requests and votes for the experiments database.",
@@ -113,10 +166,11 @@ impl Metrics {
             Box::new(m.adapter_load_seconds.clone()),
             Box::new(m.adapter_evictions_total.clone()),
             Box::new(m.adapter_refusals_total.clone()),
+            Box::new(m.device_info.clone()),
             Box::new(m.experiment_writes_total.clone()),
             Box::new(m.canary_rollbacks_total.clone()),
         ];
-        for collector in collectors {
+        for collector in collectors.into_iter().chain(m.device_adapters.collectors()) {
             m.registry.register(collector).expect("metric names are distinct");
         }
         m

@@ -8,15 +8,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use candle_core::quantized::GgmlDType;
+use kernels::Isa;
 use kernels::attention::{BLOCK_SIZE, BlockId};
-use kernels::{Cpu, Isa};
+use kernels::device::Logits;
 use lorry::adapter::canonical::Adapter;
 use lorry::model::spec::Architecture;
-use lorry::model::{AdapterGroup, ForwardBatch, Model, SequenceRows};
+use lorry::model::{AdapterGroup, ForwardBatch, SequenceRows};
 use shapes::Shapes;
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 use tiny::peft::{Kind, PeftAdapter, with_virtual_tokens};
-use tiny::{LIMITS, TinyModel, random_tokens};
+use tiny::{Place, TinyModel, random_tokens};
 
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
@@ -53,11 +54,15 @@ fn a_step_allocates_nothing_after_the_first_of_its_size() {
     };
 
     for isa in Isa::available() {
-        let mut decoder = model.load(Cpu::new(isa, 2));
-        decoder.reserve(LIMITS, adapters.len()).unwrap();
+        let mut decoder = model.load(Place::Host(isa, 2));
+        decoder.reserve(adapters.len());
         let mut step = || {
             let mut total = 0.0;
-            decoder.forward(&batch, &mut |_, logits| Ok(total += logits.all()?[0])).unwrap();
+            let mut add = |_, logits: &mut dyn Logits| {
+                total += logits.all()?[0];
+                Ok(())
+            };
+            decoder.forward(&batch, &mut add).unwrap();
             total
         };
         // A worker takes memory when it starts and when it unpacks for the first time, which is not before the system

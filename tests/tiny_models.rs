@@ -11,17 +11,16 @@ use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value;
+use kernels::Isa;
 use kernels::attention::BlockId;
-use kernels::{Cpu, Isa};
 use lorry::adapter::compose::compose;
 use lorry::model::base_weights::GgufWeights;
-use lorry::model::decoder::Decoder;
 use lorry::model::spec::{Architecture, Module};
-use lorry::model::{AdapterGroup, FIRST_VIRTUAL_TOKEN, ForwardBatch, Model, SequenceRows};
+use lorry::model::{AdapterGroup, FIRST_VIRTUAL_TOKEN, ForwardBatch, SequenceRows};
 use reference::Reference;
 use shapes::Shapes;
 use tiny::peft::{Kind, PeftAdapter, with_virtual_tokens};
-use tiny::{LIMITS, Lora, TinyModel, host, logits_alone, place, random_tokens, weight_name};
+use tiny::{Lora, Place, TinyModel, logits_alone, place, random_tokens, weight_name};
 
 const QUANTIZED: [GgmlDType; 10] = [
     GgmlDType::Q4_0,
@@ -62,11 +61,11 @@ fn check(model: &TinyModel, lora: Option<&Lora>) {
     let expected = reference.logits(&tokens);
     let adapter = lora.map(|lora| lora.adapter("lora"));
     let max_distance = if EXACT.contains(&model.dtype) { MAX_EXACT_DISTANCE } else { MAX_QUANTIZED_DISTANCE };
-    for isa in Isa::available() {
-        let mut decoder = model.load(Cpu::new(isa, 2));
-        let distance = distance(&logits_alone(&mut decoder, &tokens, adapter.as_ref()), &expected);
+    for place in Place::all(2) {
+        let mut decoder = model.load(place);
+        let distance = distance(&logits_alone(&mut *decoder, &tokens, adapter.as_ref()), &expected);
         let (architecture, dtype) = (model.spec.architecture, model.dtype);
-        assert!(distance < max_distance, "{architecture:?} {dtype:?} on {isa}: {distance}");
+        assert!(distance < max_distance, "{architecture:?} {dtype:?} on {place:?}: {distance}");
     }
 }
 
@@ -103,7 +102,7 @@ fn an_adapter_on_every_site_gives_the_logits_of_the_merged_weights() {
     }
 }
 
-/// Compares adapters of PEFT files, applied together at their strengths, with the reference on every instruction set.
+/// Compares adapters of PEFT files, applied together at their strengths, with the reference in every place.
 fn check_peft(model: &TinyModel, members: &[(&PeftAdapter, f32)]) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("tiny.gguf");
@@ -121,14 +120,14 @@ fn check_peft(model: &TinyModel, members: &[(&PeftAdapter, f32)]) {
     let max_distance = if EXACT.contains(&model.dtype) { MAX_EXACT_DISTANCE } else { MAX_QUANTIZED_DISTANCE };
     let tokens = with_virtual_tokens(tokens, Some(&adapter));
     let without = Reference::new(model).logits(&random_tokens(&model.spec, 40, 1));
-    for isa in Isa::available() {
-        let mut decoder = model.load(Cpu::new(isa, 2));
-        let logits = logits_alone(&mut decoder, &tokens, Some(&adapter));
+    for place in Place::all(2) {
+        let mut decoder = model.load(place);
+        let logits = logits_alone(&mut *decoder, &tokens, Some(&adapter));
         let logits = &logits[adapter.num_virtual_tokens()..];
         let (architecture, dtype, method) = (model.spec.architecture, model.dtype, adapter.method);
         let distance_to = |expected: &[Vec<f64>]| distance(logits, expected);
         let found = distance_to(&expected);
-        assert!(found < max_distance, "{method} on {architecture:?} {dtype:?}, {isa}: {found}");
+        assert!(found < max_distance, "{method} on {architecture:?} {dtype:?}, {place:?}: {found}");
         assert!(distance_to(&without) > 0.1, "{method} changes too little for a test");
     }
 }
@@ -160,10 +159,10 @@ fn a_composition_gives_the_logits_of_the_sum_of_its_members() {
 #[test]
 fn a_token_that_is_in_no_vocabulary_and_no_prelude_is_an_error() {
     let model = TinyModel::new(Architecture::Llama, GgmlDType::Q8_0, 16);
-    let mut decoder = model.load(Cpu::new(Isa::detect(), 1));
+    let mut decoder = model.load(Place::Host(Isa::detect(), 1));
     let prompt = PeftAdapter::random(Kind::PromptTuning, &model.spec, 1).load("prompt", &Shapes(model.spec.clone()));
-    decoder.reserve(LIMITS, 1).unwrap();
-    let _lease = place(&mut decoder, &prompt);
+    decoder.reserve(1);
+    let _lease = place(&mut *decoder, &prompt);
     for (token, adapter) in [
         (model.spec.vocab_size as u32, None),
         (FIRST_VIRTUAL_TOKEN, None),
@@ -186,14 +185,13 @@ fn a_token_that_is_in_no_vocabulary_and_no_prelude_is_an_error() {
 fn the_description_of_the_decoder_is_read_from_the_metadata() {
     for architecture in ARCHITECTURES {
         let model = TinyModel::new(architecture, GgmlDType::Q8_0, 6);
-        assert_eq!(model.load(Cpu::new(Isa::detect(), 1)).spec(), &model.spec);
+        assert_eq!(model.load(Place::Host(Isa::detect(), 1)).spec(), &model.spec);
     }
 }
 
 /// Why a file is refused.
 fn refusal(path: &Path) -> String {
-    let cpu = Cpu::new(Isa::detect(), 1);
-    Decoder::load(path, host(cpu), usize::MAX).map(|_| ()).expect_err("a damaged file is refused").to_string()
+    Place::Host(Isa::detect(), 1).load(path, usize::MAX).map(|_| ()).expect_err("a damaged file is refused").to_string()
 }
 
 #[test]
@@ -283,8 +281,8 @@ fn a_wrong_weight_would_be_noticed() {
         let reversed: Vec<u32> = (0..weight.dims()[0] as u32).rev().collect();
         let order = candle_core::Tensor::new(reversed, &candle_core::Device::Cpu).unwrap();
         other.weights.insert(weight_name(1, module), weight.index_select(&order, 0).unwrap());
-        let mut decoder = other.load(Cpu::new(Isa::detect(), 1));
-        let distance = distance(&logits_alone(&mut decoder, &tokens, None), &expected);
+        let mut decoder = other.load(Place::Host(Isa::detect(), 1));
+        let distance = distance(&logits_alone(&mut *decoder, &tokens, None), &expected);
         assert!(distance > MAX_QUANTIZED_DISTANCE, "{module:?}: {distance}");
     }
 }

@@ -32,9 +32,10 @@ typedef u16 bf16; // the bits of a bfloat16
 
 #ifdef __CUDACC_RTC__
 
-// A kernel takes one structure of arguments by value. THREADS is the size of its blocks.
-#define KERNEL(name, Arguments, THREADS) \
-    extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ Arguments args)
+// A kernel takes one structure of arguments by value. After it: the size of its blocks in threads; and, where the compiler
+// would rather spill registers than have fewer at once, how many of them a multiprocessor holds.
+#define KERNEL(name, Arguments, ...) \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Arguments args)
 #define DEVICE __device__ __forceinline__
 #define SHARED __shared__
 
@@ -43,20 +44,25 @@ DEVICE i32 block_x() { return blockIdx.x; }
 DEVICE i32 block_y() { return blockIdx.y; }
 DEVICE i32 block_z() { return blockIdx.z; }
 DEVICE i32 grid_x() { return gridDim.x; }
+DEVICE i32 grid_y() { return gridDim.y; }
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE f32 shuffle(f32 v, i32 lane) { return __shfl_sync(0xffffffffu, v, lane); }
 DEVICE i32 shuffle(i32 v, i32 lane) { return __shfl_sync(0xffffffffu, v, lane); }
 DEVICE f32 shuffle_xor(f32 v, i32 mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 DEVICE i32 shuffle_xor(i32 v, i32 mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+DEVICE i32 warp_sum(i32 v) { return __reduce_add_sync(0xffffffffu, v); }
 
 DEVICE f32 to_f32(f16 h) { f32 f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
 DEVICE f16 to_f16(f32 f) { f16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
+DEVICE u32 to_f16x2(f32 low, f32 high) { u32 h; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(high), "f"(low)); return h; }
 DEVICE f32 as_f32(u32 bits) { return __uint_as_float(bits); }
 DEVICE u32 as_u32(f32 f) { return __float_as_uint(f); }
 DEVICE f32 square_root(f32 f) { return __fsqrt_rn(f); }
 DEVICE f32 divide(f32 a, f32 b) { return __fdiv_rn(a, b); }
 DEVICE f32 round_even(f32 f) { return rintf(f); }
+// The same number, of which the compiler knows nothing: what is computed from it is computed here and not kept in registers.
+DEVICE i32 opaque(i32 v) { asm volatile("" : "+r"(v)); return v; }
 
 // d += a · b over 32 (16) bytes: a is 16 rows of unsigned weights, b is 8 columns of signed activations. Which lane holds what:
 // PTX ISA, "Matrix Fragments for mma.m16n8k32" (and k16) "with .u8/.s8"; model in ../emulator/mma.h.
@@ -119,8 +125,11 @@ DEVICE f32 warp_max(f32 v) {
     for (i32 mask = 16; mask > 0; mask >>= 1) v = maximum(v, shuffle_xor(v, mask));
     return v;
 }
-DEVICE i32 warp_sum(i32 v) {
-    for (i32 mask = 16; mask > 0; mask >>= 1) v += shuffle_xor(v, mask);
+DEVICE i32 warp_max(i32 v) {
+    for (i32 mask = 16; mask > 0; mask >>= 1) {
+        i32 other = shuffle_xor(v, mask);
+        v = v > other ? v : other;
+    }
     return v;
 }
 

@@ -13,7 +13,7 @@
 #define DEVICE static inline __attribute__((always_inline))
 #define SHARED alignas(16) static thread_local
 #define __restrict__ __restrict
-#define KERNEL(name, Arguments, THREADS)                                                                       \
+#define KERNEL(name, Arguments, THREADS, ...)                                                                  \
     static void name(const Arguments& args);                                                                   \
     static void enter_##name(const void* args) { name(*(const Arguments*)args); }                              \
     static emulator::Registration register_##name(#name, enter_##name, sizeof(Arguments), THREADS);            \
@@ -120,6 +120,7 @@ DEVICE i32 block_x() { return emulator::block().index[0]; }
 DEVICE i32 block_y() { return emulator::block().index[1]; }
 DEVICE i32 block_z() { return emulator::block().index[2]; }
 DEVICE i32 grid_x() { return emulator::block().grid[0]; }
+DEVICE i32 grid_y() { return emulator::block().grid[1]; }
 DEVICE void sync_block() { emulator::meet_block(); }
 
 template <typename T> __attribute__((noinline)) static T lane_value(T v, i32 source) {
@@ -137,6 +138,17 @@ DEVICE f32 shuffle(f32 v, i32 lane) { return lane_value<f32>(v, lane); }
 DEVICE i32 shuffle(i32 v, i32 lane) { return lane_value<i32>(v, lane); }
 DEVICE f32 shuffle_xor(f32 v, i32 mask) { return lane_value<f32>(v, (thread_index() & 31) ^ mask); }
 DEVICE i32 shuffle_xor(i32 v, i32 mask) { return lane_value<i32>(v, (thread_index() & 31) ^ mask); }
+__attribute__((noinline)) static i32 warp_sum(i32 v) {
+    return emulator::meet_warp<i32, i32>((void*)(i32 (*)(i32))warp_sum, v, [](emulator::Warp& w) {
+        i32 sum = 0;
+        for (int i = 0; i < 32; i++) {
+            i32 in;
+            std::memcpy(&in, w.in[i], sizeof in);
+            sum += in;
+        }
+        for (int i = 0; i < 32; i++) std::memcpy(w.out[i], &sum, sizeof sum);
+    });
+}
 
 DEVICE f32 as_f32(u32 bits) { f32 f; std::memcpy(&f, &bits, 4); return f; }
 DEVICE u32 as_u32(f32 f) { u32 bits; std::memcpy(&bits, &f, 4); return bits; }
@@ -159,10 +171,12 @@ DEVICE f16 to_f16(f32 f) {
     return (f16)(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13));
 }
 #endif
+DEVICE u32 to_f16x2(f32 low, f32 high) { return to_f16(low) | (u32)to_f16(high) << 16; }
 DEVICE f32 square_root(f32 f) { return std::sqrt(f); }
 DEVICE f32 divide(f32 a, f32 b) { return a / b; }
 DEVICE f32 round_even(f32 f) { return std::nearbyintf(f); }
 using std::fmaf;
+DEVICE i32 opaque(i32 v) { return v; }
 
 DEVICE void copy_async(void* shared, const void* global) { std::memcpy(shared, global, 16); }
 DEVICE void copies_commit() {}

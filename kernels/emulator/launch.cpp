@@ -1,5 +1,7 @@
 // Every kernel of lorry as C++, and the loop that runs their blocks.
 #include "../cuda/kernels.cu"
+//
+#include "fragments.h"
 
 #include <memory>
 #include <mutex>

@@ -115,6 +115,16 @@ impl RotaryTable {
         let (cos, sin) = angles.map(|a| (a.cos() as f32, a.sin() as f32)).unzip();
         Self { half_dim, cos, sin }
     }
+
+    /// `[position][head_dim / 2]`
+    pub fn cos(&self) -> &[f32] {
+        &self.cos
+    }
+
+    /// `[position][head_dim / 2]`
+    pub fn sin(&self) -> &[f32] {
+        &self.sin
+    }
 }
 
 /// Where one row's K and V go.

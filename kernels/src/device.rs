@@ -121,6 +121,15 @@ pub struct AdapterTier {
     pub transfer_seconds: f64,
 }
 
+/// What a device can do at most.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Peaks {
+    /// Reading its memory.
+    pub bytes_per_second: f64,
+    /// Products of 8-bit integers in registers; a multiply and an add are two.
+    pub int8_operations_per_second: f64,
+}
+
 /// Why a device cannot go on: a fault of the server, never of a request.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
@@ -223,14 +232,25 @@ pub trait Device: fmt::Debug + Send + Sized + 'static {
     /// When there is no room for a single one.
     fn max_kv_blocks(&self, limits: StepLimits, adapter_bytes: usize) -> Result<Option<usize>, DeviceError>;
 
-    /// Sees to it that rows can run with an adapter.
+    /// Sees to it that rows can run with an adapter. What is pinned goes after all others when room is needed.
     ///
     /// # Errors
     /// When the device can never hold it.
-    fn place(&mut self, generation: &str, weights: &Arc<AdapterWeights>) -> Result<Placement, DeviceError>;
+    fn place(
+        &mut self,
+        generation: &str,
+        weights: &Arc<AdapterWeights>,
+        is_pinned: bool,
+    ) -> Result<Placement, DeviceError>;
 
     /// Its adapters; `None` when they are those of the host.
     fn adapter_tier(&self) -> Option<AdapterTier>;
+
+    /// Measures what it can do at most; `None` where others measure it.
+    ///
+    /// # Errors
+    /// When the device does not answer, or has no memory left to measure with.
+    fn measure_peaks(&self) -> Result<Option<Peaks>, DeviceError>;
 
     /// Begins a step: copies blocks, and makes each row's token its hidden state.
     ///

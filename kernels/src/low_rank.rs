@@ -63,6 +63,21 @@ impl LowRank {
         self.b.num_rows()
     }
 
+    /// `[rank, in_features]`
+    pub(crate) fn a(&self) -> &HalfMatrix {
+        &self.a
+    }
+
+    /// `[out_features, rank]`
+    pub(crate) fn b(&self) -> &HalfMatrix {
+        &self.b
+    }
+
+    /// One for each rank, and zeros up to a multiple of 8.
+    pub(crate) fn scales(&self) -> &[f32] {
+        &self.scales
+    }
+
     /// Floats that `shrink` writes per row.
     pub(crate) fn padded_rank(&self) -> usize {
         self.scales.len()

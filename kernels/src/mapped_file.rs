@@ -6,37 +6,48 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapMut};
 
 use crate::quantized::WeightType;
 
 /// A file mapped for reading. Pages are read when they are touched.
 #[derive(Debug)]
-pub struct MappedFile(Mmap);
+pub struct MappedFile {
+    map: Mmap,
+    /// Memory of no file does not come back once it is released.
+    is_file: bool,
+}
 
 impl MappedFile {
     pub fn open(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
         // SAFETY: the map is private and read-only. Rust cannot rule out that another process shortens the file while it
         // is mapped; model files are written elsewhere and renamed into place, so nobody writes to this inode.
-        Ok(Self(unsafe { Mmap::map(&file)? }))
+        Ok(Self { map: unsafe { Mmap::map(&file)? }, is_file: true })
+    }
+
+    /// Memory of no file, filled once.
+    pub fn of_memory(len: usize, fill: impl FnOnce(&mut [u8])) -> io::Result<Self> {
+        let mut memory = MmapMut::map_anon(len)?;
+        fill(&mut memory);
+        Ok(Self { map: memory.make_read_only()?, is_file: false })
     }
 
     /// Gives the pages read so far back to the system; they are read again when they are touched again. Keeps a file that
     /// is copied elsewhere piece by piece from counting twice.
     pub fn release_pages(&mut self) {
         #[cfg(unix)]
-        {
+        if self.is_file {
             // SAFETY: `&mut self`: nobody borrows the bytes. The map is read-only and backed by the file, so what is
             // dropped comes back unchanged.
-            let released = unsafe { self.0.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+            let released = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
             // Advice only: without it the load takes more memory for a while, and nothing else changes.
             drop(released);
         }
     }
 
     pub fn bytes(&self) -> &[u8] {
-        &self.0
+        &self.map
     }
 }
 

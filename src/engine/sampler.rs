@@ -3,6 +3,7 @@
 use std::cmp::Ordering;
 use std::collections::HashMap;
 
+use kernels::device::Summary;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -63,6 +64,30 @@ impl Sampler {
         Ok(token)
     }
 
+    /// The next token as [`Sampler::sample`] would draw it, if a device's summary of the logits is enough to know it: greedy,
+    /// or among no more tokens than the summary has, with the logits as they are.
+    pub fn sample_likeliest(
+        &mut self,
+        summary: &Summary<'_>,
+        scratch: &mut Scratch,
+    ) -> Option<Result<u32, SamplingError>> {
+        let SamplingParams { temperature, top_k, .. } = self.params;
+        let is_greedy = temperature <= 0.0;
+        let is_enough = is_greedy || (1..summary.ids.len()).contains(&top_k);
+        if !is_enough || self.penalizes() || !self.params.logit_bias.is_empty() {
+            return None;
+        }
+        Some(greatest(summary).map(|(token, max)| {
+            if is_greedy {
+                return token;
+            }
+            let Scratch { candidates } = scratch;
+            candidates.clear();
+            candidates.extend(summary.ids.iter().copied().zip(summary.logits.iter().copied()).take(top_k));
+            self.draw_among_top(max, candidates)
+        }))
+    }
+
     fn penalizes(&self) -> bool {
         let params = &self.params;
         params.repetition_penalty != 1.0 || params.presence_penalty != 0.0 || params.frequency_penalty != 0.0
@@ -90,33 +115,66 @@ impl Sampler {
     /// One draw. Weights are relative to the most likely token's, which is 1.
     fn draw(&mut self, logits: &mut [f32], max: f32, candidates: &mut Vec<Candidate>) -> u32 {
         let params = &self.params;
-        let weight = |logit: f32| ((logit - max) / params.temperature).exp();
-        let uniform: f64 = self.rng.random();
-        let total: f64;
         if (1..logits.len()).contains(&params.top_k) {
             select_top(logits, params.top_k, candidates);
-            candidates.iter_mut().for_each(|(_, value)| *value = weight(*value));
-            total = sum(candidates.iter().map(|&(_, weight)| weight));
-        } else {
-            logits.iter_mut().for_each(|logit| *logit = weight(*logit));
-            total = sum(logits.iter().copied());
-            if params.top_p >= 1.0 && params.min_p <= 0.0 {
-                return pick(uniform * total, logits.iter().enumerate().map(|(id, &weight)| (id as u32, weight)));
-            }
-            // All tokens below this weight together are less than what top-p leaves out, so none of them is in it.
-            let least = ((1.0 - f64::from(params.top_p)) * total / logits.len() as f64) as f32;
-            let least = least.max(params.min_p).min(1.0);
-            candidates.clear();
-            let weights = logits.iter().enumerate().map(|(id, &weight)| (id as u32, weight));
-            candidates.extend(weights.filter(|&(_, weight)| weight >= least));
-            candidates.sort_unstable_by(by_falling_value);
+            return self.draw_among_top(max, candidates);
         }
+        let uniform: f64 = self.rng.random();
+        logits.iter_mut().for_each(|logit| *logit = weight(params, max, *logit));
+        let total = sum(logits.iter().copied());
+        if params.top_p >= 1.0 && params.min_p <= 0.0 {
+            return pick(uniform * total, logits.iter().enumerate().map(|(id, &weight)| (id as u32, weight)));
+        }
+        // All tokens below this weight together are less than what top-p leaves out, so none of them is in it.
+        let least = ((1.0 - f64::from(params.top_p)) * total / logits.len() as f64) as f32;
+        let least = least.max(params.min_p).min(1.0);
+        candidates.clear();
+        let weights = logits.iter().enumerate().map(|(id, &weight)| (id as u32, weight));
+        candidates.extend(weights.filter(|&(_, weight)| weight >= least));
+        candidates.sort_unstable_by(by_falling_value);
+        self.draw_among(uniform, total, candidates)
+    }
+
+    /// One draw among the `top_k` greatest logits, in falling order.
+    fn draw_among_top(&mut self, max: f32, candidates: &mut Vec<Candidate>) -> u32 {
+        let uniform: f64 = self.rng.random();
+        candidates.iter_mut().for_each(|(_, value)| *value = weight(&self.params, max, *value));
+        let total = sum(candidates.iter().map(|&(_, weight)| weight));
+        self.draw_among(uniform, total, candidates)
+    }
+
+    /// One draw among candidates of falling weights, what top-p and min-p leave of them; all weights add up to `total`.
+    fn draw_among(&self, uniform: f64, total: f64, candidates: &mut Vec<Candidate>) -> u32 {
+        let params = &self.params;
         truncate_to_nucleus(candidates, f64::from(params.top_p) * total);
         let num_likely = candidates.partition_point(|&(_, weight)| weight >= params.min_p.min(1.0));
         candidates.truncate(num_likely);
         let total = sum(candidates.iter().map(|&(_, weight)| weight));
         pick(uniform * total, candidates.iter().copied())
     }
+}
+
+/// A logit's weight, relative to the greatest's.
+fn weight(params: &SamplingParams, max: f32, logit: f32) -> f32 {
+    ((logit - max) / params.temperature).exp()
+}
+
+/// The likeliest token and its logit.
+fn greatest(summary: &Summary<'_>) -> Result<(u32, f32), SamplingError> {
+    match (summary.ids.first(), summary.logits.first()) {
+        _ if summary.log_sum.is_nan() => Err(SamplingError::NotANumber),
+        (Some(&token), Some(&max)) if max.is_finite() => Ok((token, max)),
+        _ => Err(SamplingError::NoCandidate),
+    }
+}
+
+/// As [`log_softmax`], if a device's summary of the logits is enough to know it.
+pub fn log_softmax_of_likeliest(summary: &Summary<'_>, token: u32, num_top: usize) -> Option<TokenLogprob> {
+    let logprob = |logit: f32| (f64::from(logit) - summary.log_sum) as f32;
+    let place = summary.ids.iter().position(|&id| id == token)?;
+    let top = summary.ids.iter().zip(summary.logits).map(|(&id, &logit)| (id, logprob(logit)));
+    (num_top <= summary.ids.len())
+        .then(|| TokenLogprob { logprob: logprob(summary.logits[place]), top: top.take(num_top).collect() })
 }
 
 /// The log-probability of `token` and of the `num_top` most likely tokens, under the softmax of `logits` `[vocab_size]`.

@@ -1,18 +1,19 @@
 //! What the engine thread does: plan, forward, sample, emit.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::mem;
 use std::sync::Arc;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use kernels::attention::BLOCK_SIZE;
-use kernels::device::{DeviceError, Logits};
+use kernels::device::{DeviceError, Lease, Logits, Placement};
 use prometheus::IntCounter;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::EngineConfig;
 use super::request::{Event, FinishReason, PromptOutput, Request, TokenLogprob};
-use super::sampler::{Sampler, SamplingError, Scratch, log_softmax};
+use super::sampler::{Sampler, SamplingError, Scratch, log_softmax, log_softmax_of_likeliest};
 use super::scheduler::Scheduler;
 use super::sequence::{LogitsUse, Sequence, SequenceId};
 use crate::adapter::canonical::Adapter;
@@ -25,6 +26,8 @@ pub(super) struct Engine {
     context_length: usize,
     scheduler: Scheduler,
     clients: HashMap<SequenceId, Client>,
+    /// Requests whose adapters are not on the device yet, oldest first.
+    arriving: VecDeque<Arriving>,
     next_id: u64,
     metrics: Arc<Metrics>,
     tokens: TokenCounters,
@@ -35,6 +38,8 @@ pub(super) struct Engine {
 struct Client {
     events: mpsc::UnboundedSender<Event>,
     permit: Arc<OwnedSemaphorePermit>,
+    /// Keeps the adapter on the device.
+    _lease: Lease,
     accepted: Instant,
     is_started: bool,
     sampler: Sampler,
@@ -42,6 +47,15 @@ struct Client {
     top_logprobs: Option<usize>,
     prompt_output: PromptOutput,
 }
+
+/// A request that waits for its adapter.
+struct Arriving {
+    request: Request,
+    accepted: Instant,
+}
+
+/// How long an engine with nothing but arriving requests waits before it looks again.
+const ARRIVAL_POLL: Duration = Duration::from_micros(200);
 
 /// A drawn token, or why there is none.
 struct Sampled {
@@ -80,6 +94,7 @@ impl Engine {
             scheduler: Scheduler::new(config.max_batch_rows, config.max_sequences, num_blocks)
                 .with_speculation(config.max_draft_tokens),
             clients: HashMap::new(),
+            arriving: VecDeque::new(),
             next_id: 0,
             tokens: TokenCounters {
                 prompt: tokens("prompt"),
@@ -94,22 +109,47 @@ impl Engine {
     }
 
     pub fn is_idle(&self) -> bool {
-        self.clients.is_empty()
+        self.clients.is_empty() && self.arriving.is_empty()
     }
 
     /// Puts a request in the queue, or fails it when the model could not run it.
     pub fn enqueue(&mut self, request: Request, accepted: Instant) {
-        if let Err(reason) = self.check(&request) {
-            drop(request.permit);
-            // A client that has gone needs no answer, here and below.
-            let _ = request.events.send(Event::Failed(reason));
-            return;
+        match self.check(&request) {
+            Err(reason) => fail(request, reason),
+            Ok(()) if request.adapter.is_none() => self.start(request, accepted, Lease::default()),
+            Ok(()) => {
+                self.arriving.push_back(Arriving { request, accepted });
+                self.start_arrived();
+            }
         }
+    }
+
+    /// Starts the requests whose adapters are on the device. While one finds no room there, none behind it starts, so that
+    /// those who hold the room end.
+    fn start_arrived(&mut self) {
+        let mut is_full = false;
+        for _ in 0..self.arriving.len() {
+            let Some(Arriving { request, accepted }) = self.arriving.pop_front() else { return };
+            let Some(adapter) = request.adapter.clone().filter(|_| !request.events.is_closed()) else { continue };
+            match if is_full { Ok(Placement::Full) } else { self.model.place(&adapter) } {
+                Ok(Placement::Ready(lease)) => self.start(request, accepted, lease),
+                Ok(placement) => {
+                    is_full |= placement == Placement::Full;
+                    self.arriving.push_back(Arriving { request, accepted });
+                }
+                Err(error) => fail(request, format!("adapter {:?}: {error}", adapter.name)),
+            }
+        }
+    }
+
+    /// Hands a request that can run to the scheduler.
+    fn start(&mut self, request: Request, accepted: Instant, lease: Lease) {
         let id = SequenceId(self.next_id);
         self.next_id += 1;
         let client = Client {
             events: request.events,
             permit: request.permit,
+            _lease: lease,
             accepted,
             is_started: false,
             sampler: Sampler::new(request.sampling, &request.prompt_tokens),
@@ -128,12 +168,16 @@ impl Engine {
     /// One pass of the model over the rows of this step. After an error the engine can only be aborted.
     pub fn step(&mut self) -> Result<(), DeviceError> {
         self.drop_cancelled();
+        self.start_arrived();
         let num_preempted = self.scheduler.num_preempted();
         self.scheduler.schedule();
         self.metrics.preemptions_total.inc_by((self.scheduler.num_preempted() - num_preempted) as u64);
         self.tokens.guessed.inc_by(self.scheduler.num_drafted() as u64);
         self.publish();
         if self.scheduler.plan().sequences.is_empty() {
+            if !self.arriving.is_empty() {
+                thread::sleep(ARRIVAL_POLL);
+            }
             return Ok(());
         }
         self.announce();
@@ -146,7 +190,7 @@ impl Engine {
 
     /// Fails every sequence; the engine is used up. Nothing of its bookkeeping is relied on.
     pub fn abort(self, reason: &str) {
-        let Self { clients, metrics, scheduler, .. } = self;
+        let Self { clients, arriving, metrics, scheduler, .. } = self;
         drop(scheduler);
         for gauge in [&metrics.requests_running, &metrics.requests_waiting, &metrics.kv_blocks_used] {
             gauge.set(0);
@@ -155,6 +199,7 @@ impl Engine {
             drop(client.permit);
             let _ = client.events.send(Event::Failed(reason.to_owned()));
         }
+        arriving.into_iter().for_each(|arriving| fail(arriving.request, reason.to_owned()));
     }
 
     /// What cannot run is refused here, because a panic in the model would end every other sequence too.
@@ -243,7 +288,7 @@ impl Engine {
                 }
                 LogitsUse::Report => drop(client.events.send(Event::PromptLogits(logits.all()?.to_vec()))),
                 LogitsUse::Score(token) => {
-                    match log_softmax(logits.all()?, token, client.top_logprobs.unwrap_or(0), sampling) {
+                    match log_probability(logits, token, client.top_logprobs.unwrap_or(0), sampling)? {
                         Ok(logprob) => drop(client.events.send(Event::PromptToken(Some(logprob)))),
                         Err(error) => sampled.push(Sampled { id, is_after_guess: false, token: Err(error) }),
                     }
@@ -307,8 +352,11 @@ impl Engine {
 
     fn publish(&self) {
         self.metrics.requests_running.set(self.scheduler.num_running() as i64);
-        self.metrics.requests_waiting.set(self.scheduler.num_waiting() as i64);
+        self.metrics.requests_waiting.set((self.scheduler.num_waiting() + self.arriving.len()) as i64);
         self.metrics.kv_blocks_used.set(self.scheduler.blocks_used() as i64);
+        if let Some(tier) = self.model.adapter_tier() {
+            self.metrics.device_adapters.set(&tier);
+        }
     }
 }
 
@@ -323,6 +371,15 @@ impl Client {
         scratch: &mut Scratch,
         raw_logits: &mut Vec<f32>,
     ) -> Result<Result<(u32, Option<TokenLogprob>), SamplingError>, DeviceError> {
+        if let Some(token) = logits.summary().and_then(|summary| self.sampler.sample_likeliest(&summary, scratch)) {
+            return match (token, self.top_logprobs) {
+                (Ok(token), Some(num_top)) => {
+                    let logprob = log_probability(logits, token, num_top, scratch)?;
+                    Ok(logprob.map(|logprob| (token, Some(logprob))))
+                }
+                (token, _) => Ok(token.map(|token| (token, None))),
+            };
+        }
         let logits = logits.all()?;
         let Some(num_top) = self.top_logprobs else {
             return Ok(self.sampler.sample(logits, scratch).map(|token| (token, None)));
@@ -333,6 +390,25 @@ impl Client {
         let token = self.sampler.sample(logits, scratch);
         Ok(token.and_then(|token| Ok((token, Some(log_softmax(raw_logits, token, num_top, scratch)?)))))
     }
+}
+
+/// The log-probability of `token`, from what the device knows of the logits where that is enough.
+fn log_probability(
+    logits: &mut dyn Logits,
+    token: u32,
+    num_top: usize,
+    scratch: &mut Scratch,
+) -> Result<Result<TokenLogprob, SamplingError>, DeviceError> {
+    match logits.summary().and_then(|summary| log_softmax_of_likeliest(&summary, token, num_top)) {
+        Some(known) => Ok(Ok(known)),
+        None => Ok(log_softmax(logits.all()?, token, num_top, scratch)),
+    }
+}
+
+/// Ends a request that has not started. A client that has gone needs no answer.
+fn fail(request: Request, reason: String) {
+    drop(request.permit);
+    let _ = request.events.send(Event::Failed(reason));
 }
 
 /// Positions that a prompt takes with the prelude of its adapter.

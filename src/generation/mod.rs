@@ -42,6 +42,8 @@ use crate::tokenizer::Tokenizer;
 /// The resident base, as far as prompts are concerned.
 #[derive(Debug)]
 pub struct Base {
+    /// What it runs on, for people.
+    pub device: String,
     /// What clients call it, e.g. `qwen2.5-coder:0.5b`.
     pub id: String,
     pub tokenizer: Arc<Tokenizer>,
@@ -158,6 +160,11 @@ impl Generation {
 
     pub fn base_id(&self) -> &str {
         &self.base.id
+    }
+
+    /// What the base runs on, for people.
+    pub fn device(&self) -> &str {
+        &self.base.device
     }
 
     /// Where adapters are registered, loaded and changed.

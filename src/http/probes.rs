@@ -12,7 +12,7 @@ use super::error::ApiError;
 /// Never waits for the engine, however busy that is.
 pub async fn health(State(state): State<AppState>) -> Response {
     if state.generation.is_accepting() {
-        Json(json!({"status": "ok"})).into_response()
+        Json(json!({"status": "ok", "device": state.generation.device()})).into_response()
     } else {
         ApiError::unavailable("the server is shutting down, or its engine has stopped").into_response()
     }

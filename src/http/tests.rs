@@ -138,8 +138,13 @@ impl Server {
         };
         let engine = EngineHandle::start(Box::new(Alphabet { spec, end, step }), limits, metrics.clone());
         let fill_in_middle = FillInMiddle::detect(&tokenizer);
-        let base =
-            Base { id: BASE.to_owned(), tokenizer, chat_template: Err(PromptError::NoChatTemplate), fill_in_middle };
+        let base = Base {
+            device: "CPU".to_owned(),
+            id: BASE.to_owned(),
+            tokenizer,
+            chat_template: Err(PromptError::NoChatTemplate),
+            fill_in_middle,
+        };
         let adapters = Arc::new(AdapterRegistry::default());
         let icl = Arc::new(IclStores::open(&config.icl).unwrap());
         let formats = PromptFormats::new(&config.prompt_formats).unwrap();
@@ -397,7 +402,7 @@ async fn a_full_queue_is_503_and_says_when_to_come_back() {
     assert_eq!(refused.headers()["retry-after"], "1");
     assert_eq!(server.metrics.rejected_total.with_label_values(&["overloaded"]).get(), 1);
     let health = server.request(Method::GET, "/health").send().await.unwrap();
-    assert_eq!(health.json::<Value>().await.unwrap(), json!({"status": "ok"}));
+    assert_eq!(health.json::<Value>().await.unwrap(), json!({"status": "ok", "device": "CPU"}));
 }
 
 #[tokio::test(flavor = "multi_thread")]

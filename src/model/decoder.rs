@@ -4,11 +4,14 @@
 
 use std::path::Path;
 
-use kernels::device::{AdapterTier, Device, DeviceError, Layer, MatrixSource, OnLogits, Output, Placement, StepLimits};
+use kernels::device::{
+    AdapterTier, Device, DeviceError, Layer, MatrixSource, OnLogits, Output, Peaks, Placement, StepLimits,
+};
 use kernels::step::{Group, Groups, Step};
 
 use super::gguf::{GgufError, GgufFile};
 use super::spec::{Architecture, ModelSpec, Module};
+use super::tensors::Tensors;
 use super::{AdapterGroup, ForwardBatch, Model};
 use crate::adapter::canonical::Adapter;
 
@@ -35,10 +38,15 @@ const EMBEDDING: &str = "token_embd.weight";
 
 impl<D: Device> Decoder<D> {
     /// Loads a GGUF file onto the device. `context_length` bounds the positions; at most the model's own.
-    pub fn load(path: &Path, mut device: D, context_length: usize) -> Result<Self, GgufError> {
-        let mut file = GgufFile::open(path)?;
+    pub fn load(path: &Path, device: D, context_length: usize) -> Result<Self, GgufError> {
+        let file = GgufFile::open(path)?;
         let mut spec = file.spec()?;
         spec.context_length = spec.context_length.min(context_length);
+        Self::build(spec, file, device)
+    }
+
+    /// A decoder of these tensors.
+    pub fn build(spec: ModelSpec, mut file: impl Tensors, mut device: D) -> Result<Self, GgufError> {
         device.prepare(&spec.shape()).map_err(|e| GgufError::Unsupported(e.to_string()))?;
         let (hidden, vocab) = (spec.hidden_size, spec.vocab_size);
         let mut blocks = Vec::new();
@@ -69,11 +77,6 @@ impl<D: Device> Decoder<D> {
     pub fn device(&self) -> &D {
         &self.device
     }
-
-    /// Bytes of the weights on the device.
-    pub fn resident_bytes(&self) -> usize {
-        self.blocks.iter().flat_map(|block| &block.linears).chain([&self.head]).map(D::linear_bytes).sum()
-    }
 }
 
 /// Says which tensor the device refused.
@@ -84,7 +87,7 @@ fn in_tensor(name: &str) -> impl FnOnce(DeviceError) -> GgufError {
 
 /// A linear layer of `shape` `(out, in)`; rows and bias in `row_order`, where there is one.
 fn load_linear<D: Device>(
-    file: &GgufFile,
+    file: &impl Tensors,
     device: &mut D,
     name: &str,
     shape: (usize, usize),
@@ -101,7 +104,7 @@ fn load_linear<D: Device>(
 }
 
 impl<D: Device> Block<D> {
-    fn load(file: &GgufFile, device: &mut D, spec: &ModelSpec, layer: usize) -> Result<Self, GgufError> {
+    fn load(file: &impl Tensors, device: &mut D, spec: &ModelSpec, layer: usize) -> Result<Self, GgufError> {
         let name = |part: &str| format!("blk.{layer}.{part}");
         let mut norm = |part: &str| {
             let name = name(part);
@@ -153,11 +156,19 @@ impl<D: Device> Model for Decoder<D> {
     }
 
     fn place(&mut self, adapter: &Adapter) -> Result<Placement, DeviceError> {
-        self.device.place(&adapter.generation, &adapter.weights)
+        self.device.place(&adapter.generation, &adapter.weights, adapter.manifest.pin)
     }
 
     fn adapter_tier(&self) -> Option<AdapterTier> {
         self.device.adapter_tier()
+    }
+
+    fn weight_bytes(&self) -> usize {
+        self.blocks.iter().flat_map(|block| &block.linears).chain([&self.head]).map(D::linear_bytes).sum()
+    }
+
+    fn measure_peaks(&self) -> Result<Option<Peaks>, DeviceError> {
+        self.device.measure_peaks()
     }
 
     fn forward(&mut self, batch: &ForwardBatch<'_>, on_logits: &mut OnLogits<'_>) -> Result<(), DeviceError> {

@@ -5,14 +5,17 @@ pub mod catalogue;
 pub mod decoder;
 pub mod gguf;
 pub mod pull;
+pub mod random;
+pub mod resident;
 pub mod spec;
+pub mod tensors;
 pub mod unquantized;
 
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use kernels::device::{AdapterTier, DeviceError, Lease, OnLogits, Placement};
+use kernels::device::{AdapterTier, DeviceError, Lease, OnLogits, Peaks, Placement};
 pub use kernels::step::{BlockCopy, FIRST_VIRTUAL_TOKEN, SequenceRows};
 
 use crate::adapter::canonical::Adapter;
@@ -78,6 +81,19 @@ pub trait Model: Send {
     /// What of the adapters is on the device, where that is not the host's memory.
     fn adapter_tier(&self) -> Option<AdapterTier> {
         None
+    }
+
+    /// Bytes of the weights on the device, as far as the device packs them.
+    fn weight_bytes(&self) -> usize {
+        0
+    }
+
+    /// What the device can do at most, where it measures that.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    fn measure_peaks(&self) -> Result<Option<Peaks>, DeviceError> {
+        Ok(None)
     }
 
     /// Runs the batch: writes the K and V of every row and calls `on_logits(i, logits)` once for each

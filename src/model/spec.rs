@@ -88,6 +88,15 @@ impl ModelSpec {
         }
     }
 
+    /// Weights of all linear layers and of the head.
+    pub fn num_linear_weights(&self) -> usize {
+        let of_module = |module| {
+            let (inputs, outputs) = self.module_shape(module);
+            inputs * outputs
+        };
+        self.num_layers * Module::ALL.into_iter().map(of_module).sum::<usize>() + self.vocab_size * self.hidden_size
+    }
+
     /// `(in, out)` features of a module.
     pub fn module_shape(&self, module: Module) -> (usize, usize) {
         let (h, m) = (self.hidden_size, self.intermediate_size);

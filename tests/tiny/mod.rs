@@ -13,14 +13,18 @@ use std::sync::Arc;
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
+use emulator::Emulator;
 use half::f16;
-use kernels::Cpu;
 use kernels::attention::{BLOCK_SIZE, BlockId};
+use kernels::cuda::Cuda;
+use kernels::cuda::nvidia::Nvidia;
 use kernels::device::{Device as ComputeDevice, Lease, Logits, Placement, StepLimits};
 use kernels::host::Host;
 use kernels::low_rank::LowRank;
+use kernels::{Cpu, Isa};
 use lorry::adapter::canonical::{Adapter, AdapterWeights, Coverage, SiteDelta};
 use lorry::model::decoder::Decoder;
+use lorry::model::gguf::GgufError;
 use lorry::model::spec::{Architecture, ModelSpec, Module};
 use lorry::model::{AdapterGroup, ForwardBatch, Model, SequenceRows, unquantized};
 use rand::{RngExt, SeedableRng};
@@ -111,15 +115,68 @@ impl TinyModel {
     }
 
     /// Through a file, as any model.
-    pub fn load(&self, cpu: Cpu) -> Decoder<Host> {
-        self.load_on(host(cpu))
-    }
-
-    pub fn load_on<D: ComputeDevice>(&self, device: D) -> Decoder<D> {
+    pub fn load(&self, place: Place) -> Box<dyn Loaded> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("tiny.gguf");
         self.write(&path);
-        Decoder::load(&path, device, usize::MAX).unwrap()
+        place.load(&path, usize::MAX).unwrap()
+    }
+}
+
+/// Where a decoder runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// On the CPU, with so many threads.
+    Host(Isa, usize),
+    /// On the CUDA kernels, run by the CPU.
+    EmulatedGpu,
+    /// On a card.
+    Gpu,
+}
+
+impl Place {
+    /// Every one there is here, on `num_threads` threads.
+    pub fn all(num_threads: usize) -> Vec<Self> {
+        Isa::available().map(|isa| Self::Host(isa, num_threads)).chain([Self::EmulatedGpu]).collect()
+    }
+
+    pub fn load(self, path: &Path, context_length: usize) -> Result<Box<dyn Loaded>, GgufError> {
+        Ok(match self {
+            Self::Host(isa, num_threads) => {
+                let host = Host::new(Cpu::new(isa, num_threads), unquantized::load);
+                Box::new(Decoder::load(path, host, context_length)?)
+            }
+            Self::EmulatedGpu => Box::new(Decoder::load(path, emulated_gpu(), context_length)?),
+            Self::Gpu => {
+                let card = Nvidia::open(0).unwrap_or_else(|e| panic!("{GPU_VARIABLE} is set, and {e}"));
+                Box::new(Decoder::load(path, Cuda::new(card, 1 << 30), context_length)?)
+            }
+        })
+    }
+}
+
+/// Set where the tests of the CUDA kernels are to run on a card (`make test-gpu`).
+const GPU_VARIABLE: &str = "LORRY_TEST_GPU";
+
+/// Where the CUDA kernels run: on the CPU, unless a card is asked for.
+pub fn gpu() -> Place {
+    if std::env::var_os(GPU_VARIABLE).is_some() { Place::Gpu } else { Place::EmulatedGpu }
+}
+
+/// A device whose memory is enough for any test.
+pub fn emulated_gpu() -> Cuda<Emulator> {
+    Cuda::new(Emulator::new(4 << 30), 1 << 30)
+}
+
+/// A decoder on some device.
+pub trait Loaded: Model {
+    /// Room for the steps of these tests and for `num_blocks` KV blocks.
+    fn reserve(&mut self, num_blocks: usize);
+}
+
+impl<D: ComputeDevice> Loaded for Decoder<D> {
+    fn reserve(&mut self, num_blocks: usize) {
+        self.reserve(StepLimits { max_rows: 512, max_sequences: 64 }, num_blocks).unwrap();
     }
 }
 
@@ -248,33 +305,21 @@ pub fn random_tokens(spec: &ModelSpec, count: usize, seed: u64) -> Vec<u32> {
     (0..count).map(|_| rng.random_range(0..spec.vocab_size as u32)).collect()
 }
 
-/// The CPU as a device.
-pub fn host(cpu: Cpu) -> Host {
-    Host::new(cpu, unquantized::load)
-}
-
-/// Room for the steps of these tests.
-pub const LIMITS: StepLimits = StepLimits { max_rows: 512, max_sequences: 64 };
-
 /// Waits until an adapter is on the device.
-pub fn place(model: &mut dyn Model, adapter: &Adapter) -> Lease {
+pub fn place(model: &mut dyn Loaded, adapter: &Adapter) -> Lease {
     loop {
         match model.place(adapter).unwrap() {
             Placement::Ready(lease) => return lease,
-            Placement::Loading => {}
+            Placement::Loading => std::thread::yield_now(),
             Placement::Full => panic!("the device has no room for adapter {}", adapter.name),
         }
     }
 }
 
 /// Logits `[position][vocab]` of a sequence that runs alone and in one chunk.
-pub fn logits_alone<D: ComputeDevice>(
-    decoder: &mut Decoder<D>,
-    tokens: &[u32],
-    adapter: Option<&Arc<Adapter>>,
-) -> Vec<Vec<f32>> {
+pub fn logits_alone(decoder: &mut dyn Loaded, tokens: &[u32], adapter: Option<&Arc<Adapter>>) -> Vec<Vec<f32>> {
     let block_table: Vec<BlockId> = (0..tokens.len().div_ceil(BLOCK_SIZE) as u32).map(BlockId).collect();
-    decoder.reserve(LIMITS, block_table.len()).unwrap();
+    decoder.reserve(block_table.len());
     let _lease = adapter.map(|adapter| place(decoder, adapter));
     let rows = 0..tokens.len();
     let groups: Vec<_> =
@@ -287,7 +332,10 @@ pub fn logits_alone<D: ComputeDevice>(
         logits_rows: &rows.collect::<Vec<_>>(),
     };
     let mut all = Vec::new();
-    let mut keep = |_, logits: &mut dyn Logits| Ok(all.push(logits.all()?.to_vec()));
+    let mut keep = |_, logits: &mut dyn Logits| {
+        all.push(logits.all()?.to_vec());
+        Ok(())
+    };
     decoder.forward(&batch, &mut keep).unwrap();
     all
 }

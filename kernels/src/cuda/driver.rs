@@ -42,7 +42,7 @@ pub trait Driver: fmt::Debug + Send + 'static {
     /// Launches to be replayed.
     type Graph: fmt::Debug + Send;
     /// A copy under way beside everything else.
-    type Transfer: Transfer;
+    type Transfer: Transfer<Memory = Self::Memory>;
 
     /// What the device is called, for people.
     fn name(&self) -> String;

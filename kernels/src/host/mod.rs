@@ -11,7 +11,7 @@ use crate::activations::QuantizedRows;
 use crate::attention::{KvSlot, KvStore, Queries, RotaryTable, attend, rotate_and_store};
 use crate::canonical::{AdapterWeights, HeadDelta, Prelude};
 use crate::device::{
-    AdapterTier, DecoderShape, Device, DeviceError, HostLogits, Layer, Lease, MatrixSource, OnLogits, Output,
+    AdapterTier, DecoderShape, Device, DeviceError, HostLogits, Layer, Lease, MatrixSource, OnLogits, Output, Peaks,
     Placement, StepLimits,
 };
 use crate::elementwise::{RmsNorm, add_norm_quantize, swiglu_quantize};
@@ -163,12 +163,22 @@ impl Device for Host {
     }
 
     /// Adapters run from where they were loaded.
-    fn place(&mut self, _generation: &str, _weights: &Arc<AdapterWeights>) -> Result<Placement, DeviceError> {
+    fn place(
+        &mut self,
+        _generation: &str,
+        _weights: &Arc<AdapterWeights>,
+        _is_pinned: bool,
+    ) -> Result<Placement, DeviceError> {
         Ok(Placement::Ready(Lease(Arc::default())))
     }
 
     fn adapter_tier(&self) -> Option<AdapterTier> {
         None
+    }
+
+    /// The benchmark of the kernels does (`cargo bench -p kernels`).
+    fn measure_peaks(&self) -> Result<Option<Peaks>, DeviceError> {
+        Ok(None)
     }
 
     fn begin(&mut self, step: &Step<'_>, embedding: &MappedRows) -> Result<(), DeviceError> {

@@ -4,7 +4,8 @@ mod blocks;
 mod packed;
 mod weight_type;
 
+pub(crate) use blocks::Block32;
 pub use blocks::BlockFormat;
-pub use packed::PackedMatrix;
-pub(crate) use packed::{Layout, ROWS_PER_TILE};
+pub(crate) use packed::{Layout, ROWS_PER_TILE, row_bytes_of};
+pub use packed::{PackError, PackedMatrix};
 pub use weight_type::WeightType;

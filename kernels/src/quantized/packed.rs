@@ -33,7 +33,7 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    fn of(format: BlockFormat) -> Self {
+    pub fn of(format: BlockFormat) -> Self {
         use BlockFormat::*;
         let (bits, groups, has_min) = match format {
             Q4_0 => (4, 1, false),
@@ -87,6 +87,23 @@ pub enum PackError {
     Length { got: usize, expected: usize, format: BlockFormat },
 }
 
+/// Bytes of a row of the file, whose matrix `[out_features, in_features]` is `bytes`.
+pub(crate) fn row_bytes_of(
+    format: BlockFormat,
+    (out_features, in_features): (usize, usize),
+    bytes: &[u8],
+) -> Result<usize, PackError> {
+    let row_bytes = format.row_bytes(in_features).ok_or(PackError::Width {
+        width: in_features,
+        block_len: format.block_len(),
+        format,
+    })?;
+    if bytes.len() != row_bytes * out_features {
+        return Err(PackError::Length { got: bytes.len(), expected: row_bytes * out_features, format });
+    }
+    Ok(row_bytes)
+}
+
 impl PackedMatrix {
     /// Packs a matrix as it lies in the file, row-major `[out_features, in_features]`.
     ///
@@ -98,14 +115,7 @@ impl PackedMatrix {
         bytes: &[u8],
         row_order: Option<&[usize]>,
     ) -> Result<Self, PackError> {
-        let row_bytes = format.row_bytes(in_features).ok_or(PackError::Width {
-            width: in_features,
-            block_len: format.block_len(),
-            format,
-        })?;
-        if bytes.len() != row_bytes * out_features {
-            return Err(PackError::Length { got: bytes.len(), expected: row_bytes * out_features, format });
-        }
+        let row_bytes = row_bytes_of(format, (out_features, in_features), bytes)?;
         let layout = Layout::of(format);
         let num_tiles = out_features.div_ceil(ROWS_PER_TILE);
         let num_blocks = in_features / 32;

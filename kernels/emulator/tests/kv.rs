@@ -1,0 +1,271 @@
+//! The KV store of the emulated device: what is written to it, and copies within it.
+
+mod arrays;
+
+use emulator::{Emulator, Memory};
+use half::f16;
+use kernels::attention::{BlockId, KvSlot, KvStore, RotaryTable};
+use kernels::cuda::args::AdapterTable;
+use kernels::cuda::driver::{DeviceMemory, Driver};
+use kernels::cuda::kv::{CopyArgs, RotateArgs, block_bytes, copy_blocks, rotate_and_store};
+use kernels::{Cpu, Isa};
+use proptest::prelude::*;
+
+use arrays::Numbers;
+
+const BLOCK: usize = 16;
+const THETA: f32 = 1e4;
+const FIRST_VIRTUAL_TOKEN: u32 = 1 << 31;
+const NAN: u16 = 0x7e00;
+
+/// Rows of one layer, and where they go.
+#[derive(Debug, Clone)]
+struct Layer {
+    num_heads: usize,
+    num_kv_heads: usize,
+    head_dim: usize,
+    num_blocks: usize,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    positions: Vec<usize>,
+    slots: Vec<i32>,
+    tokens: Vec<u32>,
+}
+
+/// What is in device memory then, bits of f16.
+#[derive(Debug, PartialEq)]
+struct Stored {
+    q_half: Vec<u16>,
+    keys: Vec<u16>,
+    values: Vec<u16>,
+}
+
+fn integers(device: &Emulator, v: &[i32]) -> Memory {
+    arrays::bytes(device, &v.iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<_>>())
+}
+
+fn read_halves(device: &Emulator, memory: &Memory) -> Vec<u16> {
+    let mut bytes = vec![0; memory.len()];
+    device.read(memory, 0, &mut bytes).unwrap();
+    bytes.as_chunks().0.iter().map(|b| u16::from_le_bytes(*b)).collect()
+}
+
+/// As [`RotaryTable`] has them.
+fn angles(num_positions: usize, head_dim: usize) -> [Vec<f32>; 2] {
+    let half = head_dim / 2;
+    let angle = |i: usize| (i / half) as f64 * f64::from(THETA).powf(-((i % half) as f64) / half as f64);
+    let of = |f: fn(f64) -> f64| (0..num_positions * half).map(|i| f(angle(i)) as f32).collect();
+    [of(f64::cos), of(f64::sin)]
+}
+
+impl Layer {
+    fn new(heads: (usize, usize), head_dim: usize, num_rows: usize, seed: u64) -> Self {
+        let mut numbers = Numbers::new(seed);
+        let num_blocks = num_rows / BLOCK + 3;
+        let mut free: Vec<i32> = (0..(num_blocks * BLOCK) as i32).collect();
+        let (num_heads, num_kv_heads) = heads;
+        Self {
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            num_blocks,
+            q: numbers.any(num_rows * num_heads * head_dim),
+            k: numbers.any(num_rows * num_kv_heads * head_dim),
+            v: numbers.any(num_rows * num_kv_heads * head_dim),
+            positions: (0..num_rows).map(|_| numbers.below(500)).collect(),
+            slots: (0..num_rows).map(|_| free.swap_remove(numbers.below(free.len()))).collect(),
+            tokens: (0..num_rows).map(|_| numbers.below(1000) as u32).collect(),
+        }
+    }
+
+    fn kv_width(&self) -> usize {
+        self.num_kv_heads * self.head_dim
+    }
+
+    /// On the device; the table of each row's adapter is one of `adapters` or none.
+    fn store(&self, device: &Emulator, layer: i32, adapters: Option<&[u64]>) -> Stored {
+        let [cos, sin] = angles(500, self.head_dim);
+        let positions: Vec<i32> = self.positions.iter().map(|p| *p as i32).collect();
+        let tokens: Vec<i32> = self.tokens.iter().map(|t| t.cast_signed()).collect();
+        let store_bytes = self.num_blocks * block_bytes(self.num_kv_heads, self.head_dim);
+        let memory = [
+            arrays::floats(device, &self.q),
+            arrays::floats(device, &self.k),
+            arrays::floats(device, &self.v),
+            arrays::floats(device, &cos),
+            arrays::floats(device, &sin),
+            integers(device, &positions),
+            integers(device, &self.slots),
+            integers(device, &tokens),
+            arrays::addresses(device, adapters.unwrap_or(&[])),
+            device.allocate(store_bytes).unwrap(),
+            device.allocate(store_bytes).unwrap(),
+            device.allocate(self.q.len() * 2).unwrap(),
+        ];
+        let [q, k, v, cos, sin, positions, slots, tokens, rows, keys, values, q_half] =
+            memory.each_ref().map(DeviceMemory::address);
+        let args = RotateArgs {
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            positions,
+            slots,
+            tokens,
+            adapters: if adapters.is_some() { rows } else { 0 },
+            keys,
+            values,
+            q_half,
+            num_heads: self.num_heads as i32,
+            num_kv_heads: self.num_kv_heads as i32,
+            head_dim: self.head_dim as i32,
+            layer,
+        };
+        rotate_and_store(device, self.slots.len(), args).unwrap();
+        let [.., keys, values, q_half] = memory.each_ref().map(|memory| read_halves(device, memory));
+        Stored { q_half, keys, values }
+    }
+
+    /// `q` and `k` as the CPU turns them.
+    fn turned(&self) -> [Vec<f32>; 2] {
+        let cpu = Cpu::new(Isa::Portable, 1);
+        let num_rows = self.slots.len();
+        let mut store = KvStore::new(1, self.num_kv_heads, self.head_dim, num_rows);
+        let slot =
+            |(row, position): (usize, &usize)| KvSlot { block: BlockId(row as u32), offset: 0, position: *position };
+        let slots: Vec<KvSlot> = self.positions.iter().enumerate().map(slot).collect();
+        let rotary = RotaryTable::new(500, self.head_dim, THETA);
+        let (mut q, mut k, mut v) = (self.q.clone(), self.k.clone(), self.v.clone());
+        kernels::attention::rotate_and_store(&cpu, &mut store, 0, &rotary, &slots, [&mut q, &mut k, &mut v]);
+        [q, k]
+    }
+
+    /// The store with these rows `[rows, kv_width]`, where they have a slot.
+    fn expected(&self, q: &[f32], k: &[f32], v: &[f32]) -> Stored {
+        let halves = |x: &[f32]| x.iter().map(|x| f16::from_f32(*x).to_bits()).collect::<Vec<_>>();
+        let (k, v) = (halves(k), halves(v));
+        let mut keys = vec![0; self.num_blocks * BLOCK * self.kv_width()];
+        let mut values = keys.clone();
+        for (row, slot) in self.slots.iter().enumerate() {
+            let Ok(slot) = usize::try_from(*slot) else { continue };
+            for i in 0..self.kv_width() {
+                let (head, d) = (i / self.head_dim, i % self.head_dim);
+                let start = (slot / BLOCK * self.num_kv_heads + head) * BLOCK * self.head_dim;
+                keys[start + slot % BLOCK * self.head_dim + d] = k[row * self.kv_width() + i];
+                values[start + d * BLOCK + slot % BLOCK] = v[row * self.kv_width() + i];
+            }
+        }
+        Stored { q_half: halves(q), keys, values }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn rows_are_turned_as_on_the_cpu_and_lie_where_their_slots_say(
+        num_kv_heads in 1..4_usize, group in 1..8_usize,
+        head_dim in prop::sample::select(vec![16, 64, 80, 128, 256]), num_rows in 1..40_usize, seed: u64,
+    ) {
+        let mut layer = Layer::new((num_kv_heads * group, num_kv_heads), head_dim, num_rows, seed);
+        layer.slots.iter_mut().step_by(5).for_each(|slot| *slot = -1);
+        let [q, k] = layer.turned();
+        prop_assert_eq!(layer.store(&arrays::device(), 0, None), layer.expected(&q, &k, &layer.v));
+    }
+}
+
+#[test]
+fn virtual_rows_store_what_their_adapter_has_for_the_layer() {
+    let device = arrays::device();
+    let mut layer = Layer::new((4, 2), 32, 7, 3);
+    let (num_layers, num_virtual, width) = (3, 2, layer.kv_width());
+    let mut numbers = Numbers::new(8);
+    let mut halves =
+        || -> Vec<f16> { numbers.any(num_layers * num_virtual * width).into_iter().map(f16::from_f32).collect() };
+    let (prelude_keys, prelude_values) = (halves(), halves());
+    let upload = |x: &[f16]| arrays::halves(&device, &x.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
+    let (key_memory, value_memory) = (upload(&prelude_keys), upload(&prelude_values));
+    let key_values = AdapterTable {
+        prelude_keys: key_memory.address(),
+        prelude_values: value_memory.address(),
+        num_virtual: num_virtual as i32,
+        ..Default::default()
+    };
+    let key_values = arrays::adapter(&device, &key_values, &[]);
+    // A prelude of rows: their keys and values are computed.
+    let rows = arrays::adapter(&device, &AdapterTable { num_virtual: 2, ..Default::default() }, &[]);
+    let adapters = [0, key_values.address(), key_values.address(), key_values.address(), rows.address(), 0, 0];
+    for (row, position) in [(1, 0), (2, 1), (4, 1)] {
+        layer.tokens[row] = FIRST_VIRTUAL_TOKEN + position;
+    }
+
+    let stored = layer.store(&device, 2, Some(&adapters));
+
+    let [q, mut k] = layer.turned();
+    let mut v = layer.v.clone();
+    for (row, position) in [(1, 0), (2, 1)] {
+        let of = |x: &[f16]| -> Vec<f32> {
+            x[(2 * num_virtual + position) * width..][..width].iter().map(|x| x.to_f32()).collect()
+        };
+        k[row * width..][..width].copy_from_slice(&of(&prelude_keys));
+        v[row * width..][..width].copy_from_slice(&of(&prelude_values));
+    }
+    assert_eq!(stored, layer.expected(&q, &k, &v));
+}
+
+#[test]
+fn a_value_that_is_no_number_is_stored_as_a_key_that_is_none() {
+    let mut layer = Layer::new((2, 2), 64, 5, 6);
+    let [q, mut k] = layer.turned();
+    let width = layer.kv_width();
+    let mut v = layer.v.clone();
+    // The greatest too is no f16.
+    for (row, head, value) in [(1, 0, f32::NAN), (2, 1, f32::INFINITY), (4, 0, 7e4)] {
+        let at = row * width + head * 64;
+        layer.v[at + 40] = value;
+        v[at + 40] = 0.0;
+        k[at..at + 64].fill(f16::from_bits(NAN).to_f32());
+    }
+    assert_eq!(layer.store(&arrays::device(), 0, None), layer.expected(&q, &k, &v));
+}
+
+#[test]
+fn blocks_are_copied_in_every_layer_one_after_the_other() {
+    let device = arrays::device();
+    let (num_layers, num_blocks, block_len) = (3, 5, block_bytes(3, 48) / 2);
+    let mut numbers = Numbers::new(4);
+    let mut store =
+        || -> Vec<u16> { (0..num_layers * num_blocks * block_len).map(|_| numbers.below(1 << 16) as u16).collect() };
+    let before = [store(), store()];
+    let memory = before.each_ref().map(|halves| arrays::halves(&device, halves));
+    let pairs = [(1, 3), (3, 0), (4, 1)];
+    let copies = integers(&device, &pairs.iter().flat_map(|(from, to)| [*from, *to]).collect::<Vec<_>>());
+    let num_copies = integers(&device, &[0]);
+    let [keys, values] = memory.each_ref().map(DeviceMemory::address);
+    let args = CopyArgs {
+        keys,
+        values,
+        copies: copies.address(),
+        num_copies: num_copies.address(),
+        layer_words: (num_blocks * block_len / 8) as i64,
+        block_words: (block_len / 8) as i32,
+        unused: 0,
+    };
+    let mut expected = before.clone();
+    for count in [0, 2, 3] {
+        device.write(&num_copies, 0, &i32::to_le_bytes(count)).unwrap();
+        copy_blocks(&device, num_layers, args).unwrap();
+        for halves in &mut expected {
+            for layer in halves.chunks_exact_mut(num_blocks * block_len) {
+                for (from, to) in &pairs[..count as usize] {
+                    let (from, to) = (*from as usize * block_len, *to as usize * block_len);
+                    layer.copy_within(from..from + block_len, to);
+                }
+            }
+        }
+        let after = memory.each_ref().map(|memory| read_halves(&device, memory));
+        assert!(after == expected, "{count} copies");
+    }
+}

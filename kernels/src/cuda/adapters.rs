@@ -1,0 +1,255 @@
+//! The adapters on the device: a tier above the host's memory, of a fixed number of bytes.
+//!
+//! An adapter comes when a sequence wants it: a thread lays it out, its bytes go to the device beside the steps under way, and
+//! the sequence runs once they are there. The one used longest ago goes when there is no room, but none that a lease holds.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Weak};
+use std::thread;
+use std::time::Instant;
+
+use crate::canonical::AdapterWeights;
+use crate::device::{AdapterTier, DeviceError, Lease, Placement};
+use crate::low_rank::LowRank;
+
+use super::adapter_layout::{AdapterBytes, device_bytes};
+use super::driver::{DeviceMemory, Driver, DriverError, Transfer};
+use super::step_data::Needs;
+
+pub(super) struct Adapters<D: Driver> {
+    num_layers: usize,
+    budget: usize,
+    used: usize,
+    entries: HashMap<String, Entry<D>>,
+    /// Counts the uses: the smaller, the longer ago.
+    clock: u64,
+    layouts: Layouts,
+    loads: u64,
+    evictions: u64,
+    transfer_seconds: f64,
+}
+
+/// What a step needs to know of an adapter.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Placed {
+    /// Of its table.
+    pub address: u64,
+    pub needs: Needs,
+    /// The greatest rank of its pairs.
+    pub max_rank: usize,
+}
+
+struct Entry<D: Driver> {
+    state: State<D>,
+    needs: Needs,
+    max_rank: usize,
+    bytes: usize,
+    is_pinned: bool,
+    lease: Lease,
+    last_used: u64,
+    /// Of the host's adapter: when that has gone, nobody will ask for this one again.
+    weights: Weak<AdapterWeights>,
+}
+
+enum State<D: Driver> {
+    /// Its bytes are being laid out.
+    LaidOut,
+    Sent {
+        transfer: D::Transfer,
+        since: Instant,
+    },
+    Ready(D::Memory),
+}
+
+impl<D: Driver> fmt::Debug for Adapters<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Adapters").field("used", &self.used).field("budget", &self.budget).finish_non_exhaustive()
+    }
+}
+
+impl<D: Driver> Adapters<D> {
+    /// `budget` in bytes.
+    pub fn new(num_layers: usize, budget: usize) -> Self {
+        Self {
+            num_layers,
+            budget,
+            used: 0,
+            entries: HashMap::new(),
+            clock: 0,
+            layouts: Layouts::start(),
+            loads: 0,
+            evictions: 0,
+            transfer_seconds: 0.0,
+        }
+    }
+
+    pub fn tier(&self) -> AdapterTier {
+        let is_ready = |entry: &&Entry<D>| matches!(entry.state, State::Ready(_));
+        AdapterTier {
+            resident: self.entries.values().filter(is_ready).count(),
+            resident_bytes: self.used,
+            loads: self.loads,
+            evictions: self.evictions,
+            transfer_seconds: self.transfer_seconds,
+        }
+    }
+
+    /// An adapter that rows may run with.
+    ///
+    /// # Errors
+    /// When it has not been placed.
+    pub fn placed(&self, generation: &str) -> Result<Placed, DeviceError> {
+        match self.entries.get(generation) {
+            Some(Entry { state: State::Ready(memory), needs, max_rank, .. }) => {
+                Ok(Placed { address: memory.address(), needs: *needs, max_rank: *max_rank })
+            }
+            _ => Err(DeviceError::NotPlaced(generation.to_owned())),
+        }
+    }
+
+    /// As [`crate::device::Device::place`].
+    pub fn place(
+        &mut self,
+        driver: &D,
+        generation: &str,
+        weights: &Arc<AdapterWeights>,
+        is_pinned: bool,
+    ) -> Result<Placement, DeviceError> {
+        self.advance(driver)?;
+        self.clock += 1;
+        if let Some(entry) = self.entries.get_mut(generation) {
+            (entry.last_used, entry.is_pinned) = (self.clock, is_pinned);
+            let is_ready = matches!(entry.state, State::Ready(_));
+            return Ok(if is_ready { Placement::Ready(entry.lease.clone()) } else { Placement::Loading });
+        }
+        let bytes = device_bytes(weights, self.num_layers);
+        if bytes > self.budget {
+            return Err(DeviceError::AdapterTooLarge { wanted: bytes, budget: self.budget });
+        }
+        if !self.make_room(bytes) {
+            return Ok(Placement::Full);
+        }
+        self.used += bytes;
+        self.layouts.ask(generation, weights, self.num_layers)?;
+        let sites = || weights.sites().chain(weights.head_delta());
+        let needs = Needs {
+            has_adapters: true,
+            scales_inputs: sites().any(|site| site.input_scale.is_some()),
+            replaces_head: weights.head.is_some() && weights.head_delta().is_none(),
+        };
+        let max_rank = sites().filter_map(|site| site.low_rank.as_ref().map(LowRank::rank)).max().unwrap_or(0);
+        let (lease, last_used, weights) = (Lease::default(), self.clock, Arc::downgrade(weights));
+        let entry = Entry { state: State::LaidOut, needs, max_rank, bytes, is_pinned, lease, last_used, weights };
+        self.entries.insert(generation.to_owned(), entry);
+        Ok(Placement::Loading)
+    }
+
+    /// Takes what is under way one step on.
+    fn advance(&mut self, driver: &D) -> Result<(), DeviceError> {
+        while let Some((generation, bytes)) = self.layouts.next() {
+            let sent = self.send(driver, bytes);
+            match (sent, self.entries.get_mut(&generation)) {
+                (Ok(transfer), Some(entry)) => entry.state = State::Sent { transfer, since: Instant::now() },
+                (Ok(_), None) => {}
+                (Err(error), _) => {
+                    self.remove(&generation);
+                    return Err(error.into());
+                }
+            }
+        }
+        let mut failed = None;
+        for (generation, entry) in &mut self.entries {
+            let State::Sent { transfer, since } = &mut entry.state else { continue };
+            match transfer.poll() {
+                Ok(None) => {}
+                Ok(Some(memory)) => {
+                    self.transfer_seconds += since.elapsed().as_secs_f64();
+                    self.loads += 1;
+                    entry.state = State::Ready(memory);
+                }
+                Err(error) => failed = Some((generation.clone(), error)),
+            }
+        }
+        match failed {
+            None => Ok(()),
+            Some((generation, error)) => {
+                self.remove(&generation);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Sends the bytes, after making room if the device has less than the budget promises.
+    fn send(&mut self, driver: &D, bytes: AdapterBytes) -> Result<D::Transfer, DriverError> {
+        let memory = loop {
+            match driver.allocate(bytes.len()) {
+                Err(DriverError::OutOfMemory { .. }) if self.evict_one() => {}
+                other => break other?,
+            }
+        };
+        driver.send(bytes.relocate(memory.address()), memory)
+    }
+
+    /// Whether `bytes` more fit, after what had to go.
+    fn make_room(&mut self, bytes: usize) -> bool {
+        while self.used + bytes > self.budget {
+            if !self.evict_one() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Drops what nobody can ask for any more, or else what was used longest ago, the pinned last; false when all are held or
+    /// under way.
+    fn evict_one(&mut self) -> bool {
+        let idle = self
+            .entries
+            .iter()
+            .filter(|(_, entry)| matches!(entry.state, State::Ready(_)) && Arc::strong_count(&entry.lease.0) == 1);
+        let victim = idle.min_by_key(|(_, entry)| (entry.weights.strong_count() > 0, entry.is_pinned, entry.last_used));
+        let Some(victim) = victim.map(|(generation, _)| generation.clone()) else { return false };
+        self.remove(&victim);
+        self.evictions += 1;
+        true
+    }
+
+    fn remove(&mut self, generation: &str) {
+        if let Some(entry) = self.entries.remove(generation) {
+            self.used -= entry.bytes;
+        }
+    }
+}
+
+/// The thread that lays adapters out.
+struct Layouts {
+    wanted: Sender<(String, Arc<AdapterWeights>, usize)>,
+    done: Receiver<(String, AdapterBytes)>,
+}
+
+impl Layouts {
+    fn start() -> Self {
+        let (wanted, asked) = channel::<(String, Arc<AdapterWeights>, usize)>();
+        let (finished, done) = channel();
+        let work = move || {
+            for (generation, weights, num_layers) in asked {
+                // Nobody to tell: the device is gone.
+                let _ = finished.send((generation, AdapterBytes::of(&weights, num_layers)));
+            }
+        };
+        // Without the thread the channel is closed, and asking is an error.
+        drop(thread::Builder::new().name("lorry-device-adapters".to_owned()).spawn(work));
+        Self { wanted, done }
+    }
+
+    fn ask(&self, generation: &str, weights: &Arc<AdapterWeights>, num_layers: usize) -> Result<(), DeviceError> {
+        let asked = self.wanted.send((generation.to_owned(), weights.clone(), num_layers));
+        asked.map_err(|_| DeviceError::Unsupported("the thread that lays adapters out has ended".to_owned()))
+    }
+
+    fn next(&self) -> Option<(String, AdapterBytes)> {
+        self.done.try_recv().ok()
+    }
+}

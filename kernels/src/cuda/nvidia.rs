@@ -1,0 +1,293 @@
+//! The driver of a real card: NVIDIA's, loaded when it is asked for. Nothing of CUDA is needed to build or to start lorry.
+//!
+//! One stream does all work in order, a second one copies what is sent beside it. What is written and read passes through
+//! page-locked memory.
+
+mod card;
+mod staging;
+
+use std::cell::{Cell, RefCell};
+use std::ptr::null_mut;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use cudarc::driver::sys::{self, CUresult};
+
+use self::card::{Card, Kernel, check};
+use self::staging::{Event, Staging, wait_for};
+use super::driver::{DeviceMemory, Driver, DriverError, Grid, MemorySize, Transfer};
+use super::ptx;
+
+pub use self::card::OpenError;
+
+/// An NVIDIA card of compute capability 8.0 or newer.
+#[derive(Debug)]
+pub struct Nvidia {
+    card: Arc<Card>,
+    staging: RefCell<Staging>,
+    /// Whether launches are recorded.
+    recording: Cell<bool>,
+}
+
+impl Nvidia {
+    /// The first device that can be used.
+    ///
+    /// # Errors
+    /// Why none can, in one sentence.
+    pub fn first_usable() -> Result<usize, OpenError> {
+        card::first_usable()
+    }
+
+    /// Opens device `index`, of those that CUDA counts, and has it compile the kernels.
+    ///
+    /// # Errors
+    /// What is missing, in one sentence.
+    pub fn open(index: usize) -> Result<Self, OpenError> {
+        Self::with_program(index, &ptx::text())
+    }
+
+    /// [`Nvidia::open`] with other kernels, in PTX as NVRTC writes it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_program(index: usize, ptx: &str) -> Result<Self, OpenError> {
+        let card = Arc::new(Card::open(index, ptx)?);
+        let staging = RefCell::new(Staging::new(&card)?);
+        Ok(Self { card, staging, recording: Cell::new(false) })
+    }
+
+    /// Makes the card current, unless launches are recorded: they alone may be part of a graph.
+    fn bind_to(&self, what: &str) -> Result<(), DriverError> {
+        if self.recording.get() {
+            return Err(DriverError::Failed(format!("{what} while a graph is recorded")));
+        }
+        self.card.bind()
+    }
+
+    fn kernel(&self, name: &str, args: &[u8]) -> Result<Kernel, DriverError> {
+        let kernel =
+            self.card.kernels.get(name).ok_or_else(|| DriverError::Failed(format!("there is no kernel {name}")))?;
+        if kernel.entry.argument_bytes != args.len() {
+            let (takes, given) = (kernel.entry.argument_bytes, args.len());
+            return Err(DriverError::Failed(format!("kernel {name} takes {takes} bytes of arguments, not {given}")));
+        }
+        Ok(*kernel)
+    }
+}
+
+impl Drop for Nvidia {
+    fn drop(&mut self) {
+        // The page-locked memory goes with it: no copy may be under way. Nothing can be done about an error.
+        if self.card.bind().is_ok() {
+            let _ = wait_for(self.card.compute);
+        }
+    }
+}
+
+impl Driver for Nvidia {
+    type Memory = Memory;
+    type Graph = Graph;
+    type Transfer = Sent;
+
+    fn name(&self) -> String {
+        self.card.name.clone()
+    }
+
+    fn memory_size(&self) -> Result<MemorySize, DriverError> {
+        self.card.bind()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: writes two numbers.
+        check("cuMemGetInfo", unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) })?;
+        Ok(MemorySize { free, total })
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Memory, DriverError> {
+        self.bind_to("an allocation")?;
+        let mut address = 0;
+        // SAFETY: writes one address, of memory that `Memory` gives back; the driver aligns to 256 at least.
+        match unsafe { sys::cuMemAlloc_v2(&mut address, bytes.max(1)) } {
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                let MemorySize { free, total } = self.memory_size()?;
+                return Err(DriverError::OutOfMemory { wanted: bytes, free, total });
+            }
+            result => check("cuMemAlloc", result)?,
+        }
+        let memory = Memory { address, len: bytes, card: self.card.clone() };
+        if bytes > 0 {
+            // SAFETY: as long as it is said to be.
+            check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(address, 0, bytes, self.card.compute) })?;
+        }
+        Ok(memory)
+    }
+
+    fn write(&self, memory: &Memory, offset: usize, bytes: &[u8]) -> Result<(), DriverError> {
+        let address = memory.part(offset, bytes.len());
+        self.bind_to("a write")?;
+        // SAFETY: within the memory (checked), which goes only when the card has done what it was asked for.
+        unsafe { self.staging.borrow_mut().write(address, bytes) }
+    }
+
+    fn read(&self, memory: &Memory, offset: usize, bytes: &mut [u8]) -> Result<(), DriverError> {
+        let address = memory.part(offset, bytes.len());
+        self.bind_to("a read")?;
+        // SAFETY: as in `write`.
+        unsafe { self.staging.borrow_mut().read(address, bytes) }
+    }
+
+    unsafe fn launch(&self, kernel: &'static str, grid: Grid, args: &[u8]) -> Result<(), DriverError> {
+        let Kernel { function, entry } = self.kernel(kernel, args)?;
+        let [x, y, z] = grid;
+        if x == 0 || y == 0 || z == 0 {
+            return Ok(());
+        }
+        self.card.bind()?;
+        // One parameter: the structure, which is copied before the call returns.
+        let mut parameters = [args.as_ptr().cast_mut().cast()];
+        // SAFETY: the function is of this card's module and takes as many bytes (checked); the caller vouches for them.
+        let result = unsafe {
+            let (threads, stream) = (entry.threads, self.card.compute);
+            sys::cuLaunchKernel(function, x, y, z, threads, 1, 1, 0, stream, parameters.as_mut_ptr(), null_mut())
+        };
+        check(kernel, result)
+    }
+
+    fn begin_graph(&self) -> Result<(), DriverError> {
+        self.bind_to("a second graph is begun")?;
+        // Other threads may allocate and free meanwhile.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives.
+        check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(self.card.compute, mode) })?;
+        self.recording.set(true);
+        Ok(())
+    }
+
+    fn end_graph(&self) -> Result<Graph, DriverError> {
+        if !self.recording.replace(false) {
+            return Err(DriverError::Failed("no graph was begun".to_owned()));
+        }
+        self.card.bind()?;
+        let (mut recorded, mut executable) = (null_mut(), null_mut());
+        // SAFETY: writes one handle, of a graph that is destroyed below.
+        check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(self.card.compute, &mut recorded) })?;
+        // SAFETY: the graph is whole, and its executable form needs it no more once it is made.
+        let result = unsafe {
+            let result = sys::cuGraphInstantiateWithFlags(&mut executable, recorded, 0);
+            sys::cuGraphDestroy(recorded);
+            result
+        };
+        check("cuGraphInstantiate", result)?;
+        Ok(Graph { executable, card: self.card.clone() })
+    }
+
+    unsafe fn replay(&self, graph: &Graph) -> Result<(), DriverError> {
+        self.bind_to("a replay")?;
+        // SAFETY: the graph lives; what its launches write is the caller's word.
+        check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(graph.executable, self.card.compute) })
+    }
+
+    fn send(&self, bytes: Vec<u8>, memory: Memory) -> Result<Sent, DriverError> {
+        memory.part(0, bytes.len());
+        self.bind_to("a transfer")?;
+        // The zeros of memory that was just taken are still on their way.
+        let zeroed = Event::new(&self.card)?;
+        zeroed.record()?;
+        zeroed.hold_transfers()?;
+        let thread = thread::Builder::new().name("lorry-transfer".to_owned());
+        let thread = thread.spawn(move || memory.fill(&bytes).map(|()| memory));
+        thread
+            .map(|thread| Sent(Some(thread)))
+            .map_err(|error| DriverError::Failed(format!("no thread for a transfer: {error}")))
+    }
+
+    fn synchronize(&self) -> Result<(), DriverError> {
+        self.bind_to("a wait")?;
+        wait_for(self.card.compute)
+    }
+}
+
+/// Memory of the card. It may be dropped by any thread: the driver waits for what uses it.
+#[derive(Debug)]
+pub struct Memory {
+    address: u64,
+    len: usize,
+    card: Arc<Card>,
+}
+
+impl Memory {
+    /// Where `len` bytes from `offset` on begin.
+    ///
+    /// # Panics
+    /// When so much is not there.
+    fn part(&self, offset: usize, len: usize) -> u64 {
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.len), "bytes outside device memory");
+        self.address + offset as u64
+    }
+
+    /// Copies `bytes` to the start by the transfer stream, and waits for it.
+    fn fill(&self, bytes: &[u8]) -> Result<(), DriverError> {
+        self.card.bind()?;
+        if !bytes.is_empty() {
+            let to = self.part(0, bytes.len());
+            // SAFETY: within the memory (checked); the bytes live until the stream has been waited for.
+            let result =
+                unsafe { sys::cuMemcpyHtoDAsync_v2(to, bytes.as_ptr().cast(), bytes.len(), self.card.transfer) };
+            check("cuMemcpyHtoDAsync", result)?;
+        }
+        wait_for(self.card.transfer)
+    }
+}
+
+impl DeviceMemory for Memory {
+    fn address(&self) -> u64 {
+        self.address
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if self.card.bind().is_ok() {
+            // SAFETY: from `cuMemAlloc`, which is freed only after all that the card was asked for before. Nothing can be
+            // done about an error.
+            unsafe { sys::cuMemFree_v2(self.address) };
+        }
+    }
+}
+
+/// Recorded launches, ready to be replayed.
+#[derive(Debug)]
+pub struct Graph {
+    executable: sys::CUgraphExec,
+    card: Arc<Card>,
+}
+
+// SAFETY: a handle, which any thread may use that has the context.
+unsafe impl Send for Graph {}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.card.bind().is_ok() {
+            // SAFETY: from `cuGraphInstantiate`; one that is under way is freed when it is done. Nothing can be done about
+            // an error.
+            unsafe { sys::cuGraphExecDestroy(self.executable) };
+        }
+    }
+}
+
+/// A copy under way. Its own thread hands the bytes to the card: the engine's has better things to do than to copy them to
+/// page-locked memory.
+#[derive(Debug)]
+pub struct Sent(Option<JoinHandle<Result<Memory, DriverError>>>);
+
+impl Transfer for Sent {
+    type Memory = Memory;
+
+    fn poll(&mut self) -> Result<Option<Memory>, DriverError> {
+        let Some(thread) = self.0.take_if(|thread| thread.is_finished()) else { return Ok(None) };
+        let copied = thread.join().unwrap_or_else(|_| Err(DriverError::Failed("a transfer panicked".to_owned())));
+        copied.map(Some)
+    }
+}

@@ -1,0 +1,172 @@
+//! Models and adapters of random weights in the shape of real ones: for benchmarks of speed where the files are not at hand.
+
+use std::str::FromStr;
+use std::sync::Arc;
+
+use half::f16;
+use kernels::canonical::{AdapterWeights, SiteDelta};
+use kernels::low_rank::LowRank;
+use kernels::mapped_file::{MappedFile, MappedRows};
+use kernels::quantized::{BlockFormat, WeightType};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::gguf::{GgufError, RawTensor};
+use super::spec::{Architecture, ModelSpec, Module};
+use super::tensors::Tensors;
+use crate::adapter::canonical::{Adapter, Coverage};
+
+/// The shape of a model of the Qwen2.5-Coder family.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Shape {
+    /// As it was asked for.
+    pub name: String,
+    pub spec: ModelSpec,
+}
+
+impl FromStr for Shape {
+    type Err = String;
+
+    /// `0.5b`, `7b` or `32b`, from the `config.json` of the models.
+    fn from_str(name: &str) -> Result<Self, String> {
+        let (hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, vocab_size) = match name {
+            "0.5b" => (896, 4864, 24, 14, 2, 64, 151_936),
+            "7b" => (3584, 18944, 28, 28, 4, 128, 152_064),
+            "32b" => (5120, 27648, 64, 40, 8, 128, 152_064),
+            _ => return Err(format!("unknown shape {name:?} (0.5b, 7b, 32b)")),
+        };
+        let spec = ModelSpec {
+            architecture: Architecture::Qwen2,
+            hidden_size,
+            intermediate_size,
+            num_layers,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            vocab_size,
+            rope_theta: 1e6,
+            rms_norm_eps: 1e-6,
+            context_length: 32_768,
+        };
+        Ok(Self { name: name.to_owned(), spec })
+    }
+}
+
+/// Weights in the types that llama.cpp's Q4_K_M has: Q6_K for the head, and for `down` and `v` of half of the blocks, Q4_K for
+/// the rest; where rows do not divide into 256, Q8_0 and Q5_0.
+///
+/// All matrices of a type begin with the same bytes: what they hold does not matter for their speed.
+#[derive(Debug)]
+pub struct RandomTensors {
+    four_bits: Bytes,
+    six_bits: Bytes,
+    num_layers: usize,
+}
+
+/// As many bytes of one type as its largest matrix takes.
+#[derive(Debug)]
+struct Bytes {
+    wide: (BlockFormat, MappedFileBytes),
+    narrow: (BlockFormat, MappedFileBytes),
+}
+
+type MappedFileBytes = Arc<MappedFile>;
+
+impl RandomTensors {
+    /// # Errors
+    /// When there is no memory for the largest matrix.
+    pub fn new(spec: &ModelSpec, seed: u64) -> std::io::Result<Self> {
+        let largest = spec.vocab_size * spec.hidden_size;
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut bytes = |format: BlockFormat| -> std::io::Result<(BlockFormat, MappedFileBytes)> {
+            let len = largest.div_ceil(format.block_len()) * format.block_bytes();
+            let pattern: Vec<u8> = (0..PATTERN_BLOCKS).flat_map(|_| random_block(&mut rng, format)).collect();
+            let file = MappedFile::of_memory(len, |bytes| {
+                bytes.chunks_mut(pattern.len()).for_each(|part| part.copy_from_slice(&pattern[..part.len()]));
+            })?;
+            Ok((format, Arc::new(file)))
+        };
+        Ok(Self {
+            four_bits: Bytes { wide: bytes(BlockFormat::Q4_K)?, narrow: bytes(BlockFormat::Q5_0)? },
+            six_bits: Bytes { wide: bytes(BlockFormat::Q6_K)?, narrow: bytes(BlockFormat::Q8_0)? },
+            num_layers: spec.num_layers,
+        })
+    }
+
+    fn bytes(&self, name: &str, width: usize) -> &(BlockFormat, MappedFileBytes) {
+        let layer = name.split('.').nth(1).and_then(|number| number.parse::<usize>().ok());
+        let is_long = name.contains("ffn_down") || name.contains("attn_v");
+        let has_six_bits = layer.is_none_or(|layer| is_long && layer < self.num_layers / 2);
+        let bytes = if has_six_bits { &self.six_bits } else { &self.four_bits };
+        if width.is_multiple_of(256) { &bytes.wide } else { &bytes.narrow }
+    }
+}
+
+/// Different blocks, after which they come again.
+const PATTERN_BLOCKS: usize = 4096;
+
+/// A block of random weights of about the size that real ones have.
+fn random_block(rng: &mut ChaCha8Rng, format: BlockFormat) -> Vec<u8> {
+    let mut block: Vec<u8> = (0..format.block_bytes()).map(|_| rng.random()).collect();
+    let mut scale = |at: usize, value: f32| block[at..at + 2].copy_from_slice(&f16::from_f32(value).to_le_bytes());
+    match format {
+        BlockFormat::Q4_K => {
+            scale(0, 1e-4);
+            scale(2, 7e-4);
+        }
+        BlockFormat::Q6_K => scale(208, 1e-5),
+        BlockFormat::Q8_0 => scale(0, 2e-4),
+        _ => scale(0, 2e-3),
+    }
+    block
+}
+
+impl Tensors for RandomTensors {
+    fn has_tensor(&self, name: &str) -> bool {
+        ["attn_q.bias", "attn_k.bias", "attn_v.bias", "output.weight"].iter().any(|end| name.ends_with(end))
+    }
+
+    fn matrix(&self, name: &str, shape: (usize, usize)) -> Result<RawTensor<'_>, GgufError> {
+        let (format, bytes) = self.bytes(name, shape.1);
+        let row_bytes = format.row_bytes(shape.1).ok_or_else(|| GgufError::Damaged(name.to_owned()))?;
+        let bytes = &bytes.bytes()[..row_bytes * shape.0];
+        Ok(RawTensor { weight_type: WeightType::Blocks(*format), shape: vec![shape.0, shape.1], bytes })
+    }
+
+    fn matrix_rows(&self, name: &str, shape: (usize, usize)) -> Result<MappedRows, GgufError> {
+        let (weight_type, len) = self.matrix(name, shape).map(|tensor| (tensor.weight_type, tensor.bytes.len()))?;
+        let (_, file) = self.bytes(name, shape.1);
+        Ok(MappedRows { file: file.clone(), weight_type, place: 0..len, num_rows: shape.0 })
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, GgufError> {
+        let value = if name.contains("norm") { 1.0 } else { 0.1 };
+        Ok(vec![value; len])
+    }
+
+    fn release_pages(&mut self) {}
+}
+
+/// A LoRA of `rank` on every linear layer.
+pub fn lora(spec: &ModelSpec, rank: usize, seed: u64) -> Arc<Adapter> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut site = |module: Module| {
+        let (inputs, outputs) = spec.module_shape(module);
+        let mut halves = |n: usize, size: f32| -> Vec<f16> {
+            (0..n).map(|_| f16::from_f32(rng.random_range(-size..size))).collect()
+        };
+        let (a, b) = (halves(rank * inputs, (inputs as f32).powf(-0.5)), halves(outputs * rank, 0.02));
+        let low_rank = LowRank::pack(rank, inputs, outputs, 1.0, &a, &b);
+        Some(SiteDelta { low_rank: Some(low_rank), ..SiteDelta::default() })
+    };
+    let layers = (0..spec.num_layers).map(|_| Module::ALL.map(&mut site)).collect();
+    let name = format!("random-{seed}");
+    let mut adapter = Adapter {
+        generation: name.clone(),
+        name,
+        weights: Arc::new(AdapterWeights { layers, ..AdapterWeights::default() }),
+        ..Adapter::default()
+    };
+    adapter.coverage = Coverage::of(&adapter);
+    Arc::new(adapter)
+}

@@ -1,0 +1,158 @@
+//! Puts a model where it is to run: chooses the device, loads the weights onto it and makes room for steps.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::Instant;
+
+use kernels::attention::BLOCK_SIZE;
+use kernels::cuda::Cuda;
+use kernels::cuda::nvidia::{Nvidia, OpenError};
+use kernels::device::{Device, DeviceError, StepLimits};
+use kernels::host::Host;
+use kernels::{Cpu, Isa};
+use tracing::info;
+
+use super::decoder::Decoder;
+use super::gguf::GgufError;
+use super::random::{RandomTensors, Shape};
+use super::spec::ModelSpec;
+use super::{Model, unquantized};
+use crate::config::{DeviceChoice, EngineConfig};
+use crate::engine::{self, EngineHandle};
+use crate::metrics::Metrics;
+
+/// Rows of a step where nobody says otherwise: what keeps the arithmetic of the device busy without keeping others waiting.
+const HOST_ROWS: usize = 128;
+const GPU_ROWS: usize = 1024;
+/// Memory for keys and values on the host where nobody says otherwise.
+const HOST_KV_BYTES: usize = 1 << 30;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ResidentError {
+    #[error("model {path}: {source}")]
+    Load { path: PathBuf, source: GgufError },
+    #[error("random weights: {0}")]
+    Build(GgufError),
+    #[error("the model does not run on {device}: {source}")]
+    Device { device: String, source: DeviceError },
+    #[error("no memory for random weights: {0}")]
+    Random(io::Error),
+    #[error("engine.device = \"cuda\": {0}")]
+    NoGpu(#[from] OpenError),
+}
+
+/// Where weights come from.
+#[derive(Debug, Clone, Copy)]
+pub enum Source<'a> {
+    /// A GGUF file.
+    File(&'a Path),
+    /// Nowhere: to measure speed.
+    Random(&'a Shape),
+}
+
+const RANDOM_SEED: u64 = 1;
+
+/// A model that is ready to be stepped.
+pub struct Resident {
+    pub model: Box<dyn Model>,
+    /// What it runs on, for people.
+    pub device: String,
+    limits: StepLimits,
+}
+
+impl Resident {
+    /// Starts the engine that steps it.
+    pub fn start(self, config: &EngineConfig, metrics: Arc<Metrics>) -> EngineHandle {
+        metrics.device_info.with_label_values(&[&self.device]).set(1);
+        let engine_config = engine::EngineConfig {
+            max_batch_rows: self.limits.max_rows,
+            max_sequences: self.limits.max_sequences,
+            max_queued: config.max_queued,
+            context_length: self.model.spec().context_length,
+            max_draft_tokens: config.max_draft_tokens,
+        };
+        EngineHandle::start(self.model, engine_config, metrics)
+    }
+}
+
+/// Loads a model onto the device that `config` asks for.
+///
+/// # Errors
+/// When there is no such device, the file cannot be read, or the device does not hold it.
+pub fn load(source: Source<'_>, config: &EngineConfig) -> Result<Resident, ResidentError> {
+    match config.device {
+        DeviceChoice::Cpu => load_onto(source, host(config), config, HOST_ROWS),
+        DeviceChoice::Cuda(number) => load_onto(source, cuda(Nvidia::open(number)?, config), config, GPU_ROWS),
+        DeviceChoice::Auto => match Nvidia::first_usable().and_then(Nvidia::open) {
+            Ok(card) => {
+                let device = cuda(card, config);
+                info!("device: {}", device.name());
+                load_onto(source, device, config, GPU_ROWS)
+            }
+            Err(reason) => {
+                let device = host(config);
+                info!("device: {}; no GPU: {reason}", device.name());
+                load_onto(source, device, config, HOST_ROWS)
+            }
+        },
+    }
+}
+
+fn host(config: &EngineConfig) -> Host {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let num_threads = if config.threads == 0 { cores } else { config.threads };
+    Host::new(Cpu::new(config.instruction_set.unwrap_or_else(Isa::detect), num_threads), unquantized::load)
+}
+
+fn cuda(card: Nvidia, config: &EngineConfig) -> Cuda<Nvidia> {
+    Cuda::new(card, config.device_adapters_mib << 20)
+}
+
+/// Loads a model onto this device; `default_rows` are those of a step where `config` does not say.
+///
+/// # Errors
+/// When the file cannot be read, or the device does not hold it.
+pub fn load_onto<D: Device>(
+    source: Source<'_>,
+    device: D,
+    config: &EngineConfig,
+    default_rows: usize,
+) -> Result<Resident, ResidentError> {
+    let (name, started) = (device.name(), Instant::now());
+    let context_length = if config.context_length == 0 { usize::MAX } else { config.context_length };
+    let mut decoder = match source {
+        Source::File(path) => Decoder::load(path, device, context_length)
+            .map_err(|source| ResidentError::Load { path: path.to_path_buf(), source })?,
+        Source::Random(Shape { spec, .. }) => {
+            let spec = ModelSpec { context_length: spec.context_length.min(context_length), ..spec.clone() };
+            let tensors = RandomTensors::new(&spec, RANDOM_SEED).map_err(ResidentError::Random)?;
+            Decoder::build(spec, tensors, device).map_err(ResidentError::Build)?
+        }
+    };
+    let spec = decoder.spec();
+    info!(
+        "{:?}, {} layers, {} MiB of weights, loaded onto {name} in {:.1} s",
+        spec.architecture,
+        spec.num_layers,
+        decoder.weight_bytes() >> 20,
+        started.elapsed().as_secs_f64()
+    );
+    let max_rows = if config.max_batch_rows == 0 { default_rows } else { config.max_batch_rows };
+    let limits = StepLimits { max_rows, max_sequences: config.max_sequences };
+    // More blocks than all sequences together could fill would never be touched.
+    let most = config.max_sequences.saturating_mul(spec.context_length.div_ceil(BLOCK_SIZE));
+    let on_device = |source| ResidentError::Device { device: name.clone(), source };
+    let free = decoder.device().max_kv_blocks(limits, config.device_adapters_mib << 20).map_err(on_device)?;
+    let block_bytes = spec.shape().kv_block_bytes();
+    let wanted = match (config.kv_cache_mib, free) {
+        (0, Some(free)) => free,
+        (0, None) => HOST_KV_BYTES / block_bytes,
+        (mib, _) => (mib << 20) / block_bytes,
+    };
+    let num_blocks = wanted.clamp(1, most);
+    decoder.reserve(limits, num_blocks).map_err(on_device)?;
+    info!("KV store: {num_blocks} blocks of {BLOCK_SIZE} tokens");
+    Ok(Resident { model: Box::new(decoder), device: name, limits })
+}
