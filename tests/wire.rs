@@ -161,7 +161,7 @@ async fn probes_are_answered_when_every_connection_is_taken_and_others_are_told(
     for _ in 0..300 {
         held.push(open(&server, b"GE").await);
     }
-    assert!(health(&server).await.ends_with(r#"{"status":"ok"}"#));
+    assert!(health(&server).await.contains(r#""status":"ok""#));
     let metrics = rest(&mut open(&server, b"GET //metrics HTTP/1.1\r\nhost: x\r\n\r\n").await).await;
     assert!(metrics.contains("lorry_requests_running"), "{metrics}");
     let body = json!({"prompt": "def"}).to_string();

@@ -139,8 +139,8 @@ impl Server {
         let engine = EngineHandle::start(Box::new(Alphabet { spec, end, step }), limits, metrics.clone());
         let fill_in_middle = FillInMiddle::detect(&tokenizer);
         let base = Base {
-            id: BASE.to_owned(),
             device: "CPU".to_owned(),
+            id: BASE.to_owned(),
             tokenizer,
             chat_template: Err(PromptError::NoChatTemplate),
             fill_in_middle,
