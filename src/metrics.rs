@@ -51,11 +51,11 @@ pub struct Metrics {
 /// The adapters in a device's own memory; 0 where the device is the host.
 #[derive(Debug)]
 pub struct DeviceAdapters {
-    resident: IntGauge,
-    resident_bytes: IntGauge,
-    loads_total: IntCounter,
-    evictions_total: IntCounter,
-    transfer_seconds_total: Counter,
+    pub resident: IntGauge,
+    pub resident_bytes: IntGauge,
+    pub loads_total: IntCounter,
+    pub evictions_total: IntCounter,
+    pub transfer_seconds_total: Counter,
 }
 
 impl DeviceAdapters {

@@ -92,8 +92,8 @@ pub struct StepLimits {
 pub enum Placement {
     /// Rows may run with it for as long as the lease is held.
     Ready(Lease),
-    /// On its way; ask again after a step.
-    Loading,
+    /// On its way; ask again after a step. It may go as soon as it is there, unless this lease is held until then.
+    Loading(Lease),
     /// Adapters in use take the room; ask again when one of them has ended.
     Full,
 }

@@ -52,6 +52,8 @@ struct Client {
 struct Arriving {
     request: Request,
     accepted: Instant,
+    /// Keeps the adapter from going again before the request has started.
+    lease: Option<Lease>,
 }
 
 /// How long an engine with nothing but arriving requests waits before it looks again.
@@ -118,7 +120,7 @@ impl Engine {
             Err(reason) => fail(request, reason),
             Ok(()) if request.adapter.is_none() => self.start(request, accepted, Lease::default()),
             Ok(()) => {
-                self.arriving.push_back(Arriving { request, accepted });
+                self.arriving.push_back(Arriving { request, accepted, lease: None });
                 self.start_arrived();
             }
         }
@@ -129,13 +131,16 @@ impl Engine {
     fn start_arrived(&mut self) {
         let mut is_full = false;
         for _ in 0..self.arriving.len() {
-            let Some(Arriving { request, accepted }) = self.arriving.pop_front() else { return };
+            let Some(Arriving { request, accepted, lease }) = self.arriving.pop_front() else { return };
             let Some(adapter) = request.adapter.clone().filter(|_| !request.events.is_closed()) else { continue };
             match if is_full { Ok(Placement::Full) } else { self.model.place(&adapter) } {
                 Ok(Placement::Ready(lease)) => self.start(request, accepted, lease),
-                Ok(placement) => {
-                    is_full |= placement == Placement::Full;
-                    self.arriving.push_back(Arriving { request, accepted });
+                Ok(Placement::Loading(lease)) => {
+                    self.arriving.push_back(Arriving { request, accepted, lease: Some(lease) });
+                }
+                Ok(Placement::Full) => {
+                    is_full = true;
+                    self.arriving.push_back(Arriving { request, accepted, lease });
                 }
                 Err(error) => fail(request, format!("adapter {:?}: {error}", adapter.name)),
             }
@@ -311,10 +316,7 @@ impl Engine {
             let (Some(client), Some(sequence)) = (self.clients.get(&id), self.scheduler.get_mut(id)) else { continue };
             match token {
                 Err(error) => self.end(id, Event::Failed(error.to_string())),
-                Ok((token, logprob)) if client.stop_tokens.contains(&token) => {
-                    if let Some(logprob) = logprob {
-                        let _ = client.events.send(Event::StopToken { id: token, logprob });
-                    }
+                Ok((token, _)) if client.stop_tokens.contains(&token) => {
                     self.end(id, Event::Finished(FinishReason::Stop));
                 }
                 Ok((token, logprob)) => {

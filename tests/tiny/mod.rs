@@ -307,10 +307,14 @@ pub fn random_tokens(spec: &ModelSpec, count: usize, seed: u64) -> Vec<u32> {
 
 /// Waits until an adapter is on the device.
 pub fn place(model: &mut dyn Loaded, adapter: &Adapter) -> Lease {
+    let mut _under_way = None;
     loop {
         match model.place(adapter).unwrap() {
             Placement::Ready(lease) => return lease,
-            Placement::Loading => std::thread::yield_now(),
+            Placement::Loading(lease) => {
+                _under_way = Some(lease);
+                std::thread::yield_now();
+            }
             Placement::Full => panic!("the device has no room for adapter {}", adapter.name),
         }
     }

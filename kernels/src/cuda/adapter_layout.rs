@@ -3,7 +3,7 @@
 //! It is laid out without knowing where it will lie: what its table points to is counted from its own beginning, and 0, the
 //! table's own place, is no address. `relocate` makes addresses of that.
 
-use crate::canonical::{AdapterWeights, HeadDelta, LAYERS_PER_BLOCK, Prelude, SiteDelta};
+use crate::canonical::{AdapterWeights, EmbeddingDelta, HeadDelta, LAYERS_PER_BLOCK, Prelude, SiteDelta};
 use crate::low_rank::LowRank;
 
 use super::args::{AdapterTable, Site};
@@ -22,22 +22,30 @@ pub(super) struct AdapterBytes {
     bytes: Vec<u8>,
 }
 
-/// Bytes that an adapter of `num_layers` decoder blocks takes on the device, at most.
+/// Bytes that an adapter of `num_layers` decoder blocks takes on the device, at most: as if each part ended between two
+/// multiples of [`ALIGNMENT`].
 pub(super) fn device_bytes(weights: &AdapterWeights, num_layers: usize) -> usize {
-    let site = |site: &SiteDelta| {
-        let low_rank = site.low_rank.as_ref().map_or(0, |pair| {
-            let (a_stride, b_stride) = strides(pair);
-            pair.rank() * (a_stride * 2 + 4) + pair.out_features() * b_stride * 2
-        });
-        low_rank + site.bytes() + 6 * ALIGNMENT
+    let sites: usize = weights.sites().chain(weights.head_delta()).map(site_bytes).sum();
+    let embedding = weights.embedding.as_ref().map_or(0, |EmbeddingDelta { a, b, .. }| a.len() * 2 + b.len() * 4);
+    let prelude = match &weights.prelude {
+        None => 0,
+        Some(Prelude::Embeddings { rows, .. }) => rows.len() * 4,
+        Some(Prelude::KeyValues { keys, values, .. }) => keys.iter().chain(values).map(|rows| rows.len() * 2).sum(),
     };
-    let sites: usize = weights.sites().chain(weights.head_delta()).map(site).sum();
-    let others = weights.bytes() + 6 * ALIGNMENT;
     let replaced = match &weights.head {
         Some(HeadDelta::Replaced(head)) => head.num_rows() * row_stride(head.num_columns()) * 2,
         _ => 0,
     };
-    table_bytes(num_layers) + sites + others + replaced
+    table_bytes(num_layers) + sites + embedding + prelude + replaced + 6 * ALIGNMENT
+}
+
+fn site_bytes(site: &SiteDelta) -> usize {
+    let low_rank = site.low_rank.as_ref().map_or(0, |pair| {
+        let (a_stride, b_stride) = strides(pair);
+        pair.rank() * (a_stride * 2 + 4) + pair.out_features() * b_stride * 2
+    });
+    let vectors = [&site.input_scale, &site.output_scale, &site.bias].into_iter().flatten();
+    low_rank + vectors.map(|vector| vector.len() * 4).sum::<usize>() + 6 * ALIGNMENT
 }
 
 /// Of the rows of A and of B.

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::mem;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Weak};
 use std::thread;
@@ -61,6 +62,8 @@ enum State<D: Driver> {
         since: Instant,
     },
     Ready(D::Memory),
+    /// Told to whoever asks next.
+    Failed(DriverError),
 }
 
 impl<D: Driver> fmt::Debug for Adapters<D> {
@@ -117,12 +120,20 @@ impl<D: Driver> Adapters<D> {
         weights: &Arc<AdapterWeights>,
         is_pinned: bool,
     ) -> Result<Placement, DeviceError> {
-        self.advance(driver)?;
+        self.advance(driver);
         self.clock += 1;
         if let Some(entry) = self.entries.get_mut(generation) {
             (entry.last_used, entry.is_pinned) = (self.clock, is_pinned);
-            let is_ready = matches!(entry.state, State::Ready(_));
-            return Ok(if is_ready { Placement::Ready(entry.lease.clone()) } else { Placement::Loading });
+            let lease = entry.lease.clone();
+            match &entry.state {
+                State::Ready(_) => return Ok(Placement::Ready(lease)),
+                State::LaidOut | State::Sent { .. } => return Ok(Placement::Loading(lease)),
+                State::Failed(error) => {
+                    let error = error.clone();
+                    self.entries.remove(generation);
+                    return Err(error.into());
+                }
+            }
         }
         let bytes = device_bytes(weights, self.num_layers);
         if bytes > self.budget {
@@ -131,8 +142,8 @@ impl<D: Driver> Adapters<D> {
         if !self.make_room(bytes) {
             return Ok(Placement::Full);
         }
-        self.used += bytes;
         self.layouts.ask(generation, weights, self.num_layers)?;
+        self.used += bytes;
         let sites = || weights.sites().chain(weights.head_delta());
         let needs = Needs {
             has_adapters: true,
@@ -141,44 +152,41 @@ impl<D: Driver> Adapters<D> {
         };
         let max_rank = sites().filter_map(|site| site.low_rank.as_ref().map(LowRank::rank)).max().unwrap_or(0);
         let (lease, last_used, weights) = (Lease::default(), self.clock, Arc::downgrade(weights));
+        let placement = Placement::Loading(lease.clone());
         let entry = Entry { state: State::LaidOut, needs, max_rank, bytes, is_pinned, lease, last_used, weights };
         self.entries.insert(generation.to_owned(), entry);
-        Ok(Placement::Loading)
+        Ok(placement)
     }
 
-    /// Takes what is under way one step on.
-    fn advance(&mut self, driver: &D) -> Result<(), DeviceError> {
+    /// Takes what is under way one step on. What fails concerns those alone who want that adapter.
+    fn advance(&mut self, driver: &D) {
         while let Some((generation, bytes)) = self.layouts.next() {
-            let sent = self.send(driver, bytes);
-            match (sent, self.entries.get_mut(&generation)) {
-                (Ok(transfer), Some(entry)) => entry.state = State::Sent { transfer, since: Instant::now() },
-                (Ok(_), None) => {}
-                (Err(error), _) => {
-                    self.remove(&generation);
-                    return Err(error.into());
+            let state = match self.send(driver, bytes) {
+                Ok(transfer) => State::Sent { transfer, since: Instant::now() },
+                Err(error) => State::Failed(error),
+            };
+            if let Some(entry) = self.entries.get_mut(&generation) {
+                entry.state = state;
+            }
+        }
+        for entry in self.entries.values_mut() {
+            if let State::Sent { transfer, since } = &mut entry.state {
+                match transfer.poll() {
+                    Ok(None) => {}
+                    Ok(Some(memory)) => {
+                        self.transfer_seconds += since.elapsed().as_secs_f64();
+                        self.loads += 1;
+                        entry.state = State::Ready(memory);
+                    }
+                    Err(error) => entry.state = State::Failed(error),
                 }
             }
-        }
-        let mut failed = None;
-        for (generation, entry) in &mut self.entries {
-            let State::Sent { transfer, since } = &mut entry.state else { continue };
-            match transfer.poll() {
-                Ok(None) => {}
-                Ok(Some(memory)) => {
-                    self.transfer_seconds += since.elapsed().as_secs_f64();
-                    self.loads += 1;
-                    entry.state = State::Ready(memory);
-                }
-                Err(error) => failed = Some((generation.clone(), error)),
+            if matches!(entry.state, State::Failed(_)) {
+                self.used -= mem::take(&mut entry.bytes);
             }
         }
-        match failed {
-            None => Ok(()),
-            Some((generation, error)) => {
-                self.remove(&generation);
-                Err(error.into())
-            }
-        }
+        // Nobody will ask what became of these.
+        self.entries.retain(|_, entry| !matches!(entry.state, State::Failed(_)) || entry.weights.strong_count() > 0);
     }
 
     /// Sends the bytes, after making room if the device has less than the budget promises.
