@@ -35,6 +35,7 @@ pub struct Emulator {
     used: Arc<AtomicUsize>,
     recording: RefCell<Option<Vec<Launch>>>,
     num_launches: AtomicUsize,
+    num_graphs: AtomicUsize,
 }
 
 /// A recorded launch.
@@ -117,12 +118,23 @@ impl Emulator {
 
     /// `total` bytes of memory.
     pub fn new(total: usize) -> Self {
-        Self { total, used: Arc::default(), recording: RefCell::new(None), num_launches: AtomicUsize::new(0) }
+        Self {
+            total,
+            used: Arc::default(),
+            recording: RefCell::new(None),
+            num_launches: AtomicUsize::new(0),
+            num_graphs: AtomicUsize::new(0),
+        }
     }
 
     /// Kernels run since the start, replayed ones among them.
     pub fn num_launches(&self) -> usize {
         self.num_launches.load(Ordering::Relaxed)
+    }
+
+    /// Graphs recorded since the start.
+    pub fn num_graphs(&self) -> usize {
+        self.num_graphs.load(Ordering::Relaxed)
     }
 
     /// Bytes allocated and not given back.
@@ -215,6 +227,7 @@ impl Driver for Emulator {
 
     fn end_graph(&self) -> Result<Graph, DriverError> {
         let launches = self.recording.borrow_mut().take();
+        self.num_graphs.fetch_add(1, Ordering::Relaxed);
         launches.map(Graph).ok_or_else(|| DriverError::Failed("no graph was begun".to_owned()))
     }
 

@@ -129,6 +129,20 @@ impl<D: Driver> Buffers<D> {
         Ok(Self { rows, rank_stride, memory: ALL.into_iter().map(allocate).collect::<Result<_, _>>()? })
     }
 
+    /// Takes memory for more ranks. All else stays where it is.
+    pub fn grow_ranks(
+        &mut self,
+        driver: &D,
+        shape: &DecoderShape,
+        attention: &AttentionShape,
+        rank_stride: usize,
+    ) -> Result<(), DriverError> {
+        let bytes = Buffer::Shrunk.bytes(shape, attention, self.rows, rank_stride);
+        self.memory[Buffer::Shrunk as usize] = driver.allocate(bytes)?;
+        self.rank_stride = rank_stride;
+        Ok(())
+    }
+
     /// Bytes that such buffers take.
     pub fn bytes(shape: &DecoderShape, attention: &AttentionShape, rows: usize, rank_stride: usize) -> usize {
         let rows = rows.max(LOGITS_ROWS);

@@ -7,7 +7,8 @@ use super::driver::Driver;
 use super::step_data::Needs;
 
 /// Rows up to which steps are recorded, each for the next larger bucket.
-const BUCKETS: [usize; 11] = [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64];
+const BUCKETS: [usize; 11] = [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, MAX_BUCKET];
+pub(super) const MAX_BUCKET: usize = 64;
 
 /// What the launches of a step depend on. All else is data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -21,7 +21,7 @@ mod logits;
 pub mod low_rank;
 pub mod matrix;
 pub mod nvidia;
-mod peak;
+pub mod peak;
 pub mod ptx;
 mod step_data;
 
@@ -210,12 +210,15 @@ impl<D: Driver> Cuda<D> {
         let ranks =
             step.groups.iter().map(|group| self.adapters.placed(group.generation).map(|placed| placed.max_rank));
         let max_rank = ranks.collect::<Result<Vec<_>, _>>()?.into_iter().max().unwrap_or(0);
-        let Self { step: Some(memory), driver, graphs, .. } = self else { return Err(not_reserved()) };
+        let Self { step: Some(memory), driver, graphs, decoder, .. } = self else { return Err(not_reserved()) };
         let rows = step.num_rows().max(memory.limits.max_rows);
-        if rows > memory.buffers.rows || max_rank > memory.buffers.rank_stride {
+        if rows > memory.buffers.rows {
             graphs.clear();
-            let rank_stride = max_rank.next_power_of_two().max(memory.buffers.rank_stride);
-            memory.buffers = Buffers::new(driver, &shape, &attention_of(&self.decoder), rows, rank_stride)?;
+            memory.buffers = Buffers::new(driver, &shape, &attention_of(decoder), rows, memory.buffers.rank_stride)?;
+        }
+        if max_rank > memory.buffers.rank_stride {
+            graphs.clear();
+            memory.buffers.grow_ranks(driver, &shape, &attention_of(decoder), max_rank.next_power_of_two())?;
         }
         if !memory.data.holds(step) {
             graphs.clear();

@@ -12,6 +12,7 @@ use super::adapters::{Adapters, Placed};
 use super::args::AttendTile;
 use super::attention::AttentionShape;
 use super::driver::{DeviceMemory, Driver, DriverError};
+use super::graphs::MAX_BUCKET;
 
 /// The slot of a row whose K and V are not stored.
 const NOT_STORED: i32 = -1;
@@ -77,7 +78,10 @@ struct Places {
 }
 
 impl Places {
-    fn new(rows: usize, sequences: usize, context_length: usize) -> Self {
+    /// A small step has the rows of its bucket, though there be fewer in any step.
+    fn new(limits: StepLimits, context_length: usize) -> Self {
+        let StepLimits { max_rows, max_sequences: sequences } = limits;
+        let rows = max_rows.max(MAX_BUCKET);
         let table = (context_length.div_ceil(BLOCK_SIZE) + 1) * sequences;
         let sizes = [
             rows * 8,
@@ -114,12 +118,12 @@ pub(super) struct StepData<D: Driver> {
 
 /// Bytes that the arrays of such steps take.
 pub(super) fn step_bytes(limits: StepLimits, context_length: usize) -> usize {
-    Places::new(limits.max_rows, limits.max_sequences, context_length).len
+    Places::new(limits, context_length).len
 }
 
 impl<D: Driver> StepData<D> {
     pub fn new(driver: &D, limits: StepLimits, context_length: usize) -> Result<Self, DriverError> {
-        let places = Places::new(limits.max_rows, limits.max_sequences, context_length);
+        let places = Places::new(limits, context_length);
         Ok(Self {
             memory: driver.allocate(places.len)?,
             places,
