@@ -54,7 +54,7 @@ impl Sampler {
         self.penalize(logits);
         let max = max_logit(logits)?;
         let token = if self.params.temperature <= 0.0 {
-            logits.iter().position(|&logit| logit == max).ok_or(SamplingError::NoCandidate)? as u32
+            likeliest(logits, max).ok_or(SamplingError::NoCandidate)? as u32
         } else {
             self.draw(logits, max, &mut scratch.candidates)
         };
@@ -159,6 +159,14 @@ fn weight(params: &SamplingParams, max: f32, logit: f32) -> f32 {
     ((logit - max) / params.temperature).exp()
 }
 
+/// The first token of the greatest logit. As for candidates, 0.0 is greater than -0.0.
+fn likeliest(logits: &[f32], max: f32) -> Option<usize> {
+    // Of either zero this makes 0.0.
+    let greatest = (max + 0.0).to_bits();
+    let place = logits.iter().position(|logit| logit.to_bits() == greatest);
+    place.or_else(|| logits.iter().position(|&logit| logit == max))
+}
+
 /// The likeliest token and its logit.
 fn greatest(summary: &Summary<'_>) -> Result<(u32, f32), SamplingError> {
     match (summary.ids.first(), summary.logits.first()) {
@@ -172,9 +180,9 @@ fn greatest(summary: &Summary<'_>) -> Result<(u32, f32), SamplingError> {
 pub fn log_softmax_of_likeliest(summary: &Summary<'_>, token: u32, num_top: usize) -> Option<TokenLogprob> {
     let logprob = |logit: f32| (f64::from(logit) - summary.log_sum) as f32;
     let place = summary.ids.iter().position(|&id| id == token)?;
+    let is_enough = num_top <= summary.ids.len() && summary.log_sum.is_finite();
     let top = summary.ids.iter().zip(summary.logits).map(|(&id, &logit)| (id, logprob(logit)));
-    (num_top <= summary.ids.len())
-        .then(|| TokenLogprob { logprob: logprob(summary.logits[place]), top: top.take(num_top).collect() })
+    is_enough.then(|| TokenLogprob { logprob: logprob(summary.logits[place]), top: top.take(num_top).collect() })
 }
 
 /// The log-probability of `token` and of the `num_top` most likely tokens, under the softmax of `logits` `[vocab_size]`.
@@ -236,7 +244,7 @@ fn select_top(logits: &[f32], k: usize, candidates: &mut Vec<Candidate>) {
     // At most 2k candidates are kept; each time they are full, the lower half sets the bar for what follows.
     let mut bar = f32::NEG_INFINITY;
     for (id, &logit) in logits.iter().enumerate() {
-        if logit > bar || candidates.len() < k {
+        if logit.total_cmp(&bar).is_gt() || candidates.len() < k {
             candidates.push((id as u32, logit));
             if candidates.len() == 2 * k {
                 candidates.select_nth_unstable_by(k - 1, by_falling_value);

@@ -136,3 +136,13 @@ fn log_probabilities_are_those_of_the_softmax() {
     let log_sum = logits.iter().map(|v| f64::from(*v).exp()).sum::<f64>().ln();
     assert!((summary.log_sum() - log_sum).abs() < 1e-6, "{}, expected {log_sum}", summary.log_sum());
 }
+
+#[test]
+fn the_sum_of_a_row_with_an_infinite_logit_is_infinite() {
+    for infinite in [f32::INFINITY, f32::NEG_INFINITY] {
+        let summary = summaries(&device(), &[infinite; 100], 100).remove(0);
+        assert_eq!((summary.has_nan, summary.log_sum()), (0, f64::from(infinite)));
+    }
+    let summary = summaries(&device(), &[0.0, f32::INFINITY, -3.0], 3).remove(0);
+    assert_eq!((summary.candidates().next(), summary.log_sum()), (Some((1, f32::INFINITY)), f64::INFINITY));
+}

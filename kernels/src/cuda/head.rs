@@ -36,7 +36,7 @@ impl RowSummary {
 
     /// `ln Σ exp(logit)`: a logit less this is its log-probability.
     pub fn log_sum(&self) -> f64 {
-        f64::from(self.max) + f64::from(self.sum).ln()
+        if self.max.is_infinite() { self.max.into() } else { f64::from(self.max) + f64::from(self.sum).ln() }
     }
 
     /// From bytes of device memory.

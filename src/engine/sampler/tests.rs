@@ -189,3 +189,95 @@ proptest! {
         prop_assert_eq!(selected, sorted);
     }
 }
+
+#[test]
+fn of_zeros_the_positive_one_is_greater() {
+    assert_eq!(sample_all(greedy(), &[], &[-0.0, -1.0, 0.0, 0.0], 1), [2]);
+    assert_eq!(sample_all(greedy(), &[], &[-1.0, -0.0, -0.0], 1), [1]);
+    let top = log_softmax(&[-0.0, -0.0, -0.0, 0.0, 0.0], 0, 1, &mut Scratch::default()).unwrap().top;
+    assert_eq!(top[0].0, 3);
+}
+
+/// A summary as a device makes it: ids, logits and the logarithm of the sum.
+fn summarized(logits: &[f32]) -> (Vec<u32>, Vec<f32>, f64) {
+    let mut sorted: Vec<Candidate> = (0..).zip(logits.iter().copied()).collect();
+    sorted.sort_by(by_falling_value);
+    sorted.truncate(64);
+    let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let sum: f64 = logits.iter().map(|&logit| (f64::from(logit) - max).exp()).sum();
+    let log_sum = match () {
+        () if logits.iter().any(|logit| logit.is_nan()) => f64::NAN,
+        () if max.is_infinite() => max,
+        () => max + sum.ln(),
+    };
+    let (ids, values) = sorted.into_iter().unzip();
+    (ids, values, log_sum)
+}
+
+/// Logits with ties, zeros of both signs, and now and then a value that is not finite.
+fn any_logits() -> impl Strategy<Value = Vec<f32>> {
+    let usual = prop_oneof![-20.0f32..20.0, (-3i8..3).prop_map(f32::from), Just(-0.0), Just(f32::NEG_INFINITY)];
+    let rare = prop_oneof![30 => Just(0.0), 1 => Just(f32::NAN), 1 => Just(-f32::NAN), 2 => Just(f32::INFINITY)];
+    let ties = prop::collection::vec((-2i8..1).prop_map(f32::from), 1..300);
+    let nothing = prop::collection::vec(Just(f32::NEG_INFINITY), 1..80);
+    let any =
+        (prop::collection::vec(usual, 1..300), rare, any::<prop::sample::Index>()).prop_map(|(mut logits, v, at)| {
+            let at = at.index(logits.len());
+            logits[at] = v;
+            logits
+        });
+    prop_oneof![10 => any, 3 => ties, 1 => nothing]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    #[test]
+    fn a_summary_gives_the_token_that_all_logits_give(
+        logits in any_logits(),
+        (top_k, top_p, min_p) in (0..70usize, prop_oneof![Just(1.0), 0.0f32..1.0], prop_oneof![Just(0.0), 0.0f32..1.0]),
+        (temperature, seed) in (prop_oneof![1 => Just(0.0), 3 => 0.1f32..2.0], any::<u64>()),
+    ) {
+        let params = SamplingParams { temperature, top_k, top_p, min_p, seed, ..params() };
+        let (ids, values, log_sum) = summarized(&logits);
+        let summary = Summary { ids: &ids, logits: &values, log_sum };
+        let is_enough = temperature == 0.0 || (1..ids.len()).contains(&top_k);
+        let (mut by_summary, mut by_all) = (Sampler::new(params.clone(), &[]), Sampler::new(params, &[]));
+        let scratch = &mut Scratch::default();
+        for _ in 0..5 {
+            let token = by_summary.sample_likeliest(&summary, scratch);
+            prop_assert_eq!(token.is_some(), is_enough);
+            if let Some(token) = token {
+                prop_assert_eq!(token, by_all.sample(&mut logits.clone(), scratch));
+            }
+        }
+    }
+
+    #[test]
+    fn a_summary_gives_the_log_probabilities_that_all_logits_give(logits in any_logits(), num_top in 0..70usize) {
+        let (ids, values, log_sum) = summarized(&logits);
+        let summary = Summary { ids: &ids, logits: &values, log_sum };
+        for token in 0..logits.len() as u32 {
+            let known = log_softmax_of_likeliest(&summary, token, num_top);
+            let all = log_softmax(&logits, token, num_top, &mut Scratch::default());
+            prop_assert_eq!(known.is_some(), all.is_ok() && ids.contains(&token) && num_top <= ids.len());
+            let (Some(known), Ok(all)) = (known, all) else { continue };
+            let is_near = |a: f32, b: f32| a == b || (a - b).abs() <= 1e-6 * b.abs().max(1.0);
+            prop_assert!(is_near(known.logprob, all.logprob), "{} {}", known.logprob, all.logprob);
+            prop_assert_eq!(known.top.len(), all.top.len());
+            for ((id, logprob), (expected_id, expected)) in known.top.into_iter().zip(all.top) {
+                prop_assert!(id == expected_id && is_near(logprob, expected), "{} {} {}", id, logprob, expected);
+            }
+        }
+    }
+
+    #[test]
+    fn the_draw_of_a_biased_or_penalized_request_takes_all_logits(bias in any::<bool>(), penalty in 1.1f32..2.0) {
+        let params = match bias {
+            true => SamplingParams { logit_bias: vec![(0, penalty)], ..greedy() },
+            false => SamplingParams { repetition_penalty: penalty, ..greedy() },
+        };
+        let summary = Summary { ids: &[1, 0], logits: &[1.0, 0.5], log_sum: 1.5 };
+        prop_assert_eq!(Sampler::new(params, &[]).sample_likeliest(&summary, &mut Scratch::default()), None);
+    }
+}
