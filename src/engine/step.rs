@@ -316,7 +316,10 @@ impl Engine {
             let (Some(client), Some(sequence)) = (self.clients.get(&id), self.scheduler.get_mut(id)) else { continue };
             match token {
                 Err(error) => self.end(id, Event::Failed(error.to_string())),
-                Ok((token, _)) if client.stop_tokens.contains(&token) => {
+                Ok((token, logprob)) if client.stop_tokens.contains(&token) => {
+                    if let Some(logprob) = logprob {
+                        let _ = client.events.send(Event::StopToken { id: token, logprob });
+                    }
                     self.end(id, Event::Finished(FinishReason::Stop));
                 }
                 Ok((token, logprob)) => {

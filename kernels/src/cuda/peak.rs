@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use super::driver::{DeviceMemory, Driver, DriverError, KernelArgs, bytes_of};
 use crate::device::Peaks;
 
-const THREADS: usize = 256;
+/// Of a block.
+pub const THREADS: usize = 256;
 const WARPS: usize = THREADS / 32;
 /// Blocks that keep every multiprocessor of a large card busy.
 const BLOCKS: usize = 132 * 16;
@@ -13,6 +14,15 @@ const BLOCKS: usize = 132 * 16;
 const PRODUCT_OPERATIONS: usize = 2 * 16 * 8 * 32;
 /// Independent products of a round.
 const PRODUCTS: usize = 8;
+
+/// What is timed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernel {
+    /// Mixes all words of the memory.
+    ReadMemory,
+    /// Multiplies what lies in registers.
+    MultiplyRegisters,
+}
 
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -45,8 +55,8 @@ pub fn measure<D: Driver>(driver: &D, bytes: usize, rounds: usize) -> Result<Pea
         rounds: rounds as i32,
         unused: 0,
     };
-    let read = shortest(driver, "read_memory", &args)?;
-    let multiply = shortest(driver, "multiply_registers", &args)?;
+    let read = shortest(driver, Kernel::ReadMemory, &args)?;
+    let multiply = shortest(driver, Kernel::MultiplyRegisters, &args)?;
     let operations = (BLOCKS * WARPS * PRODUCTS * PRODUCT_OPERATIONS) as f64 * rounds as f64;
     Ok(Peaks {
         bytes_per_second: bytes as f64 / read.as_secs_f64(),
@@ -54,14 +64,26 @@ pub fn measure<D: Driver>(driver: &D, bytes: usize, rounds: usize) -> Result<Pea
     })
 }
 
+/// Starts `blocks` blocks of a kernel.
+///
+/// # Errors
+/// When the driver fails.
+pub fn launch<D: Driver>(driver: &D, kernel: Kernel, blocks: usize, args: &PeakArgs) -> Result<(), DriverError> {
+    let name = match kernel {
+        Kernel::ReadMemory => "read_memory",
+        Kernel::MultiplyRegisters => "multiply_registers",
+    };
+    // SAFETY: `KernelArgs`; of `out` as much is written as it is long.
+    unsafe { driver.launch(name, [blocks as u32, 1, 1], bytes_of(args)) }
+}
+
 /// Of a few launches, the first of which only warms up.
-fn shortest<D: Driver>(driver: &D, kernel: &'static str, args: &PeakArgs) -> Result<Duration, DriverError> {
+fn shortest<D: Driver>(driver: &D, kernel: Kernel, args: &PeakArgs) -> Result<Duration, DriverError> {
     let mut shortest = Duration::MAX;
     for _ in 0..4 {
         driver.synchronize()?;
         let started = Instant::now();
-        // SAFETY: `KernelArgs`; of `out` as much is written as it is long.
-        unsafe { driver.launch(kernel, [BLOCKS as u32, 1, 1], bytes_of(args))? };
+        launch(driver, kernel, BLOCKS, args)?;
         driver.synchronize()?;
         shortest = shortest.min(started.elapsed());
     }
