@@ -1,5 +1,6 @@
 //! The engine: one thread that owns model and scheduler. tokio talks to it only through [`EngineHandle`].
 
+mod client;
 pub mod kv_blocks;
 pub mod prefix_cache;
 pub mod request;

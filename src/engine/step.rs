@@ -7,13 +7,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kernels::attention::BLOCK_SIZE;
-use kernels::device::{DeviceError, Lease, Logits, Placement};
+use kernels::device::{DeviceError, Lease, Placement};
 use prometheus::IntCounter;
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::EngineConfig;
+use super::client::{Client, log_probability};
 use super::request::{Event, FinishReason, PromptOutput, Request, TokenLogprob};
-use super::sampler::{Sampler, SamplingError, Scratch, log_softmax, log_softmax_of_likeliest};
+use super::sampler::{Sampler, SamplingError, Scratch};
 use super::scheduler::Scheduler;
 use super::sequence::{LogitsUse, Sequence, SequenceId};
 use crate::adapter::canonical::Adapter;
@@ -32,20 +32,6 @@ pub(super) struct Engine {
     metrics: Arc<Metrics>,
     tokens: TokenCounters,
     buffers: Buffers,
-}
-
-/// The other end of a sequence: who waits for it, and how its tokens are drawn.
-struct Client {
-    events: mpsc::UnboundedSender<Event>,
-    permit: Arc<OwnedSemaphorePermit>,
-    /// Keeps the adapter on the device.
-    _lease: Lease,
-    accepted: Instant,
-    is_started: bool,
-    sampler: Sampler,
-    stop_tokens: Arc<[u32]>,
-    top_logprobs: Option<usize>,
-    prompt_output: PromptOutput,
 }
 
 /// A request that waits for its adapter.
@@ -362,51 +348,6 @@ impl Engine {
         if let Some(tier) = self.model.adapter_tier() {
             self.metrics.device_adapters.set(&tier);
         }
-    }
-}
-
-impl Client {
-    /// The next token, or why there is none.
-    ///
-    /// # Errors
-    /// When the device does not give its logits.
-    fn sample(
-        &mut self,
-        logits: &mut dyn Logits,
-        scratch: &mut Scratch,
-        raw_logits: &mut Vec<f32>,
-    ) -> Result<Result<(u32, Option<TokenLogprob>), SamplingError>, DeviceError> {
-        if let Some(token) = logits.summary().and_then(|summary| self.sampler.sample_likeliest(&summary, scratch)) {
-            return match (token, self.top_logprobs) {
-                (Ok(token), Some(num_top)) => {
-                    let logprob = log_probability(logits, token, num_top, scratch)?;
-                    Ok(logprob.map(|logprob| (token, Some(logprob))))
-                }
-                (token, _) => Ok(token.map(|token| (token, None))),
-            };
-        }
-        let logits = logits.all()?;
-        let Some(num_top) = self.top_logprobs else {
-            return Ok(self.sampler.sample(logits, scratch).map(|token| (token, None)));
-        };
-        // Sampling uses the logits up; the log-probability is that of the unmodified ones.
-        raw_logits.clear();
-        raw_logits.extend_from_slice(logits);
-        let token = self.sampler.sample(logits, scratch);
-        Ok(token.and_then(|token| Ok((token, Some(log_softmax(raw_logits, token, num_top, scratch)?)))))
-    }
-}
-
-/// The log-probability of `token`, from what the device knows of the logits where that is enough.
-fn log_probability(
-    logits: &mut dyn Logits,
-    token: u32,
-    num_top: usize,
-    scratch: &mut Scratch,
-) -> Result<Result<TokenLogprob, SamplingError>, DeviceError> {
-    match logits.summary().and_then(|summary| log_softmax_of_likeliest(&summary, token, num_top)) {
-        Some(known) => Ok(Ok(known)),
-        None => Ok(log_softmax(logits.all()?, token, num_top, scratch)),
     }
 }
 
