@@ -19,7 +19,8 @@ async fn start(folder: &Path, more_arms: &str, bounds: &str) -> Server {
 }
 
 fn body(user: &str) -> Value {
-    json!({"model": "coder", "prompt": "abc", "prompt_format": "short", "max_tokens": 3, "user": user})
+    json!({"model": "coder", "prompt": "abc", "prompt_format": "short", "max_tokens": 3, "temperature": 0,
+        "user": user})
 }
 
 impl Server {
