@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use candle_core::quantized::GgmlDType;
 use emulator::Emulator;
 use kernels::cuda::Cuda;
-use kernels::device::{AdapterTier, Device, DeviceError, Lease, OnLogits, Placement, StepLimits};
+use kernels::device::{AdapterTier, Caller, Device, DeviceError, Lease, Placement, StepLimits};
 use lorry::adapter::canonical::Adapter;
 use lorry::engine::request::{Event, PromptOutput, Request, SamplingParams};
 use lorry::engine::{EngineConfig, EngineHandle, EngineState};
@@ -291,8 +291,8 @@ impl Model for Watched {
         self.inner.adapter_tier()
     }
 
-    fn forward(&mut self, batch: &ForwardBatch<'_>, on_logits: &mut OnLogits<'_>) -> Result<(), DeviceError> {
-        self.inner.forward(batch, on_logits)
+    fn forward(&mut self, batch: &ForwardBatch<'_>, caller: &mut dyn Caller) -> Result<(), DeviceError> {
+        self.inner.forward(batch, caller)
     }
 }
 

@@ -12,7 +12,7 @@ use candle_core::quantized::GgmlDType;
 use emulator::Emulator;
 use kernels::attention::{BLOCK_SIZE, BlockId};
 use kernels::cuda::Cuda;
-use kernels::device::{AdapterTier, DeviceError, Lease, Logits, OnLogits, Placement, StepLimits, Summary};
+use kernels::device::{AdapterTier, Caller, DeviceError, Lease, Logits, Placement, StepLimits, Summary};
 use lorry::adapter::canonical::Adapter;
 use lorry::engine::request::{Event, PromptOutput, Request, SamplingParams};
 use lorry::engine::{EngineConfig, EngineHandle};
@@ -116,13 +116,30 @@ fn run(decoder: &mut Decoder<Cuda<Emulator>>, plan: &Plan<'_>, num_fillers: usiz
         groups: &groups,
         logits_rows: &logits_rows,
     };
-    let mut all = Vec::new();
-    let mut keep = |_, logits: &mut dyn Logits| {
-        all.push(logits.all()?.iter().map(|logit| logit.to_bits()).collect());
+    let mut bits = Bits::default();
+    decoder.forward(&batch, &mut bits).unwrap();
+    assert!(bits.is_under_way, "the time of the step was not given away");
+    bits.rows
+}
+
+/// Keeps the logits of a step.
+#[derive(Default)]
+struct Bits {
+    is_under_way: bool,
+    rows: Vec<Vec<u32>>,
+}
+
+impl Caller for Bits {
+    fn meanwhile(&mut self) {
+        assert!(!self.is_under_way, "once in a step");
+        self.is_under_way = true;
+    }
+
+    fn on_logits(&mut self, _index: usize, logits: &mut dyn Logits) -> Result<(), DeviceError> {
+        assert!(self.is_under_way, "logits before the time of the step was given away");
+        self.rows.push(logits.all()?.iter().map(|logit| logit.to_bits()).collect());
         Ok(())
-    };
-    decoder.forward(&batch, &mut keep).unwrap();
-    all
+    }
 }
 
 fn place_all(decoder: &mut Decoder<Cuda<Emulator>>, adapters: &[Arc<Adapter>]) -> Vec<Lease> {
@@ -283,11 +300,26 @@ impl Model for Hiding {
         self.inner.adapter_tier()
     }
 
-    fn forward(&mut self, batch: &ForwardBatch<'_>, on_logits: &mut OnLogits<'_>) -> Result<(), DeviceError> {
+    fn forward(&mut self, batch: &ForwardBatch<'_>, caller: &mut dyn Caller) -> Result<(), DeviceError> {
         let Self { inner, hides, num_rows_read } = self;
-        inner.forward(batch, &mut |index, logits| {
-            on_logits(index, &mut HidingLogits { inner: logits, hides: *hides, num_rows_read })
-        })
+        inner.forward(batch, &mut HidingCaller { inner: caller, hides: *hides, num_rows_read })
+    }
+}
+
+struct HidingCaller<'a> {
+    inner: &'a mut dyn Caller,
+    hides: bool,
+    num_rows_read: &'a AtomicUsize,
+}
+
+impl Caller for HidingCaller<'_> {
+    fn meanwhile(&mut self) {
+        self.inner.meanwhile();
+    }
+
+    fn on_logits(&mut self, index: usize, logits: &mut dyn Logits) -> Result<(), DeviceError> {
+        let Self { inner, hides, num_rows_read } = self;
+        inner.on_logits(index, &mut HidingLogits { inner: logits, hides: *hides, num_rows_read })
     }
 }
 

@@ -3,12 +3,12 @@
 mod events;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc as channel};
 use std::time::Duration;
 
 use events::next_event;
 use kernels::attention::{BLOCK_SIZE, BlockId};
-use kernels::device::{DeviceError, HostLogits, OnLogits};
+use kernels::device::{Caller, DeviceError, HostLogits, Logits};
 use lorry::adapter::canonical::{Adapter, AdapterWeights, Prelude};
 use lorry::engine::request::{Event, FinishReason, PromptOutput, Request, SamplingParams};
 use lorry::engine::{EngineConfig, EngineHandle, EngineState, EngineStopped, Overloaded};
@@ -66,7 +66,8 @@ impl Model for HashModel {
         self.num_blocks
     }
 
-    fn forward(&mut self, batch: &ForwardBatch<'_>, on_logits: &mut OnLogits<'_>) -> Result<(), DeviceError> {
+    fn forward(&mut self, batch: &ForwardBatch<'_>, caller: &mut dyn Caller) -> Result<(), DeviceError> {
+        caller.meanwhile();
         drop(self.gate.lock());
         for copy in batch.copies {
             for offset in 0..BLOCK_SIZE {
@@ -97,10 +98,41 @@ impl Model for HashModel {
                 (0..VOCAB_SIZE as u64).map(|id| (mix(row_states[row], id) >> 40) as f32 / (1 << 21) as f32).collect();
             logits[BROKEN as usize..].fill(-1e9);
             logits[NAN as usize] = if batch.tokens[row] == NAN { f32::NAN } else { -1e9 };
-            on_logits(index, &mut HostLogits(&mut logits))?;
+            caller.on_logits(index, &mut HostLogits(&mut logits))?;
         }
         Ok(())
     }
+}
+
+/// Does a step when a test says so, after what is done meanwhile; one of them fails before.
+struct Stepwise {
+    inner: HashModel,
+    go_on: channel::Receiver<()>,
+    steps_left: usize,
+}
+
+impl Model for Stepwise {
+    fn spec(&self) -> &ModelSpec {
+        &self.inner.spec
+    }
+
+    fn num_kv_blocks(&self) -> usize {
+        self.inner.num_blocks
+    }
+
+    fn forward(&mut self, batch: &ForwardBatch<'_>, caller: &mut dyn Caller) -> Result<(), DeviceError> {
+        self.steps_left =
+            self.steps_left.checked_sub(1).ok_or_else(|| DeviceError::BaseLayer("a worn layer".to_owned()))?;
+        caller.meanwhile();
+        self.go_on.recv().expect("the test goes on");
+        self.inner.forward(batch, &mut |index: usize, logits: &mut dyn Logits| caller.on_logits(index, logits))
+    }
+}
+
+fn start_stepwise(num_steps: usize) -> (EngineHandle, channel::Sender<()>) {
+    let (step, go_on) = channel::channel();
+    let model = Stepwise { inner: HashModel::new(Arc::default(), 64), go_on, steps_left: num_steps };
+    (EngineHandle::start(Box::new(model), CONFIG, Arc::new(Metrics::new())), step)
 }
 
 const CONFIG: EngineConfig =
@@ -337,6 +369,38 @@ fn who_sees_the_last_event_sees_the_resources_returned() {
             assert_eq!(handle.state(), EngineState::default());
         }
     }
+}
+
+#[test]
+fn what_came_of_a_step_is_told_while_the_next_one_runs_and_at_once_if_there_is_none() {
+    let (handle, step) = start_stepwise(4);
+    let mut long = Ask::new(vec![1; 20], 3).submit(&handle);
+    assert!(matches!(next_event(&mut long), Some(Event::Started { .. })), "its first step is held");
+    let mut short = Ask::new(vec![2; 50], 1).submit(&handle);
+    step.send(()).unwrap();
+    assert!(matches!(next_event(&mut long), Some(Event::Token { .. })), "the second step is held");
+    assert!(matches!(next_event(&mut short), Some(Event::Started { .. })));
+    step.send(()).unwrap();
+    assert!(matches!(next_event(&mut long), Some(Event::Token { .. })), "the third step is held");
+    assert!(matches!(next_event(&mut short), Some(Event::Token { .. })));
+    assert_eq!(next_event(&mut short), Some(Event::Finished(FinishReason::Length)));
+    assert_eq!(handle.state(), EngineState { running: 1, waiting: 0, kv_blocks_used: 2 }, "the short one's are back");
+    step.send(()).unwrap();
+    assert!(matches!(next_event(&mut long), Some(Event::Token { .. })));
+    assert_eq!(next_event(&mut long), Some(Event::Finished(FinishReason::Length)));
+    assert_eq!(handle.state(), EngineState::default());
+}
+
+#[test]
+fn tokens_are_told_though_the_next_step_fails_at_once() {
+    let alone = output_tokens(&collect(Ask::new(vec![1; 20], 10).submit(&start_roomy())));
+    let (handle, step) = start_stepwise(3);
+    let receiver = Ask::new(vec![1; 20], 10).submit(&handle);
+    (0..3).for_each(|_| step.send(()).unwrap());
+    let events = collect(receiver);
+    assert_eq!(output_tokens(&events), alone[..3]);
+    assert!(matches!(events.last(), Some(Event::Failed(reason)) if reason.contains("a worn layer")), "{events:?}");
+    assert_eq!(handle.state(), EngineState::default());
 }
 
 #[test]

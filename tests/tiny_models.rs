@@ -13,6 +13,7 @@ use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value;
 use kernels::Isa;
 use kernels::attention::BlockId;
+use kernels::device::Logits;
 use lorry::adapter::compose::compose;
 use lorry::model::base_weights::GgufWeights;
 use lorry::model::spec::{Architecture, Module};
@@ -176,7 +177,7 @@ fn a_token_that_is_in_no_vocabulary_and_no_prelude_is_an_error() {
             groups: &groups,
             logits_rows: &[],
         };
-        let error = decoder.forward(&batch, &mut |_, _| Ok(())).unwrap_err();
+        let error = decoder.forward(&batch, &mut |_: usize, _: &mut dyn Logits| Ok(())).unwrap_err();
         assert!(error.to_string().contains(&token.to_string()), "{error}");
     }
 }

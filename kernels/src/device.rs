@@ -186,8 +186,25 @@ impl Logits for HostLogits<'_> {
     }
 }
 
-/// What is done with a row's logits; the number is an index into [`Step::logits_rows`].
-pub type OnLogits<'a> = dyn FnMut(usize, &mut dyn Logits) -> Result<(), DeviceError> + 'a;
+/// Who asks for a step: what it does while the step is computed, and with what comes of it.
+pub trait Caller {
+    /// The device is at work, or begins when this returns if it is the host's processor. Called once, before any logits,
+    /// in a step that does not fail earlier.
+    fn meanwhile(&mut self) {}
+
+    /// `index` is one into [`Step::logits_rows`].
+    ///
+    /// # Errors
+    /// Ends the step.
+    fn on_logits(&mut self, index: usize, logits: &mut dyn Logits) -> Result<(), DeviceError>;
+}
+
+/// One with nothing to do meanwhile.
+impl<F: FnMut(usize, &mut dyn Logits) -> Result<(), DeviceError>> Caller for F {
+    fn on_logits(&mut self, index: usize, logits: &mut dyn Logits) -> Result<(), DeviceError> {
+        self(index, logits)
+    }
+}
 
 pub trait Device: fmt::Debug + Send + Sized + 'static {
     /// The weights and the bias of a linear layer.
@@ -196,6 +213,10 @@ pub trait Device: fmt::Debug + Send + Sized + 'static {
     type Norm: fmt::Debug + Send;
     /// The table of token embeddings.
     type Embedding: fmt::Debug + Send;
+
+    /// Whether it computes beside the host: what it is asked for is not done yet when the call returns. Such a device
+    /// calls [`Caller::meanwhile`] in [`Device::logits`], before it waits; for any other, the decoder does before the step.
+    const IS_BESIDE_HOST: bool;
 
     /// What it is, for people: log, `/health`, metrics, reports.
     fn name(&self) -> String;
@@ -284,6 +305,6 @@ pub trait Device: fmt::Debug + Send + Sized + 'static {
         step: &Step<'_>,
         norm: &Self::Norm,
         head: &Self::Linear,
-        on_logits: &mut OnLogits<'_>,
+        caller: &mut dyn Caller,
     ) -> Result<(), DeviceError>;
 }

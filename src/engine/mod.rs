@@ -1,7 +1,9 @@
 //! The engine: one thread that owns model and scheduler. tokio talks to it only through [`EngineHandle`].
 
 mod client;
+mod forward;
 pub mod kv_blocks;
+mod outbox;
 pub mod prefix_cache;
 pub mod request;
 pub mod sampler;

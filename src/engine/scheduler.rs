@@ -99,6 +99,11 @@ impl Scheduler {
         self.running_index(id).map(|index| &mut self.running[index])
     }
 
+    /// Whether no sequence is left.
+    pub fn is_empty(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
     pub fn num_running(&self) -> usize {
         self.running.len()
     }

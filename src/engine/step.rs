@@ -1,4 +1,4 @@
-//! What the engine thread does: plan, forward, sample, emit.
+//! What the engine thread does: plan, forward and sample, emit.
 
 use std::collections::{HashMap, VecDeque};
 use std::mem;
@@ -11,11 +11,13 @@ use kernels::device::{DeviceError, Lease, Placement};
 use prometheus::IntCounter;
 
 use super::EngineConfig;
-use super::client::{Client, log_probability};
-use super::request::{Event, FinishReason, PromptOutput, Request, TokenLogprob};
-use super::sampler::{Sampler, SamplingError, Scratch};
+use super::client::Client;
+use super::forward::{Sampled, UnderWay};
+use super::outbox::Outbox;
+use super::request::{Event, FinishReason, Request};
+use super::sampler::{Sampler, Scratch};
 use super::scheduler::Scheduler;
-use super::sequence::{LogitsUse, Sequence, SequenceId};
+use super::sequence::{Sequence, SequenceId};
 use crate::adapter::canonical::Adapter;
 use crate::metrics::Metrics;
 use crate::model::{ForwardBatch, Model, SequenceRows};
@@ -25,7 +27,9 @@ pub(super) struct Engine {
     model: Box<dyn Model>,
     context_length: usize,
     scheduler: Scheduler,
+    /// Those of sequences that have ended too, until they are told.
     clients: HashMap<SequenceId, Client>,
+    outbox: Outbox,
     /// Requests whose adapters are not on the device yet, oldest first.
     arriving: VecDeque<Arriving>,
     next_id: u64,
@@ -45,20 +49,12 @@ struct Arriving {
 /// How long an engine with nothing but arriving requests waits before it looks again.
 const ARRIVAL_POLL: Duration = Duration::from_micros(200);
 
-/// A drawn token, or why there is none.
-struct Sampled {
-    id: SequenceId,
-    /// The token before it was guessed, and the guess came true.
-    is_after_guess: bool,
-    token: Result<(u32, Option<TokenLogprob>), SamplingError>,
-}
-
-struct TokenCounters {
-    prompt: IntCounter,
-    cached: IntCounter,
-    output: IntCounter,
-    guessed: IntCounter,
-    accepted: IntCounter,
+pub(super) struct TokenCounters {
+    pub prompt: IntCounter,
+    pub cached: IntCounter,
+    pub output: IntCounter,
+    pub guessed: IntCounter,
+    pub accepted: IntCounter,
 }
 
 /// Memory reused by every step.
@@ -82,6 +78,7 @@ impl Engine {
             scheduler: Scheduler::new(config.max_batch_rows, config.max_sequences, num_blocks)
                 .with_speculation(config.max_draft_tokens),
             clients: HashMap::new(),
+            outbox: Outbox::default(),
             arriving: VecDeque::new(),
             next_id: 0,
             tokens: TokenCounters {
@@ -102,6 +99,8 @@ impl Engine {
 
     /// Puts a request in the queue, or fails it when the model could not run it.
     pub fn enqueue(&mut self, request: Request, accepted: Instant) {
+        // The next step begins later for it than those who wait for tokens should notice.
+        self.deliver();
         match self.check(&request) {
             Err(reason) => fail(request, reason),
             Ok(()) if request.adapter.is_none() => self.start(request, accepted, Lease::default()),
@@ -164,28 +163,37 @@ impl Engine {
         self.scheduler.schedule();
         self.metrics.preemptions_total.inc_by((self.scheduler.num_preempted() - num_preempted) as u64);
         self.tokens.guessed.inc_by(self.scheduler.num_drafted() as u64);
-        self.publish();
+        if let Some(tier) = self.model.adapter_tier() {
+            self.metrics.device_adapters.set(&tier);
+        }
         if self.scheduler.plan().sequences.is_empty() {
+            publish(&self.metrics, &self.scheduler, self.arriving.len());
+            self.deliver();
             if !self.arriving.is_empty() {
                 thread::sleep(ARRIVAL_POLL);
             }
             return Ok(());
         }
-        self.announce();
         self.forward()?;
         self.scheduler.commit();
         self.emit();
         self.end_scored();
+        if self.scheduler.is_empty() {
+            // No next step, during which they would be told.
+            self.deliver();
+        }
         Ok(())
     }
 
     /// Fails every sequence; the engine is used up. Nothing of its bookkeeping is relied on.
     pub fn abort(self, reason: &str) {
-        let Self { clients, arriving, metrics, scheduler, .. } = self;
+        let Self { mut clients, mut outbox, arriving, metrics, scheduler, .. } = self;
         drop(scheduler);
         for gauge in [&metrics.requests_running, &metrics.requests_waiting, &metrics.kv_blocks_used] {
             gauge.set(0);
         }
+        // What was drawn before is theirs.
+        outbox.deliver(&mut clients);
         for client in clients.into_values() {
             drop(client.permit);
             let _ = client.events.send(Event::Failed(reason.to_owned()));
@@ -223,27 +231,9 @@ impl Engine {
         self.buffers.ended = cancelled;
     }
 
-    /// Tells the clients whose first rows are in the plan.
-    fn announce(&mut self) {
-        for planned in &self.scheduler.plan().sequences {
-            let Some(client) = self.clients.get_mut(&planned.id).filter(|client| !client.is_started) else { continue };
-            client.is_started = true;
-            let queue = client.accepted.elapsed();
-            self.metrics.request_queue_seconds.observe(queue.as_secs_f64());
-            let sequence = self.scheduler.sequence(planned);
-            let cached_tokens = planned.first_position.saturating_sub(sequence.num_virtual_tokens());
-            self.tokens.cached.inc_by(cached_tokens as u64);
-            self.tokens.prompt.inc_by(sequence.num_prompt_tokens() as u64);
-            let _ = client.events.send(Event::Started { queue, cached_tokens });
-            if client.prompt_output == PromptOutput::Logprobs {
-                let _ = client.events.send(Event::PromptToken(None));
-            }
-        }
-    }
-
-    /// Runs the planned rows; prompt scores go out at once, drawn tokens wait in the buffers.
+    /// Runs the planned rows. Clients are told meanwhile what came of the step before.
     fn forward(&mut self) -> Result<(), DeviceError> {
-        let Self { model, scheduler, clients, buffers, .. } = self;
+        let Self { model, scheduler, clients, arriving, outbox, metrics, tokens, buffers, .. } = self;
         let Buffers { sequences, sampled, sampling, raw_logits, .. } = buffers;
         let plan = scheduler.plan();
         let mut rows = recycle(mem::take(sequences));
@@ -259,39 +249,15 @@ impl Engine {
             groups: &plan.groups,
             logits_rows: &plan.logits_rows,
         };
-        model.forward(&batch, &mut |index, logits| {
-            let (id, logits_use) = plan.logits[index];
-            let Some(client) = clients.get_mut(&id) else { return Ok(()) };
-            match logits_use {
-                LogitsUse::Sample => {
-                    let token = client.sample(logits, sampling, raw_logits)?;
-                    sampled.push(Sampled { id, is_after_guess: false, token });
-                }
-                LogitsUse::Verify { index, guess } => {
-                    // As many tokens drawn as guesses before this one: none of them was wrong.
-                    let num_drawn = sampled.iter().rev().take_while(|sampled| sampled.id == id).count();
-                    let is_right =
-                        sampled.last().is_some_and(|last| matches!(last.token, Ok((token, _)) if token == guess));
-                    if num_drawn == index + 1 && is_right && !client.stop_tokens.contains(&guess) {
-                        let token = client.sample(logits, sampling, raw_logits)?;
-                        sampled.push(Sampled { id, is_after_guess: true, token });
-                    }
-                }
-                LogitsUse::Report => drop(client.events.send(Event::PromptLogits(logits.all()?.to_vec()))),
-                LogitsUse::Score(token) => {
-                    match log_probability(logits, token, client.top_logprobs.unwrap_or(0), sampling)? {
-                        Ok(logprob) => drop(client.events.send(Event::PromptToken(Some(logprob)))),
-                        Err(error) => sampled.push(Sampled { id, is_after_guess: false, token: Err(error) }),
-                    }
-                }
-            }
-            Ok(())
-        })?;
+        let num_arriving = arriving.len();
+        let mut under_way =
+            UnderWay { scheduler, num_arriving, clients, outbox, metrics, tokens, sampled, sampling, raw_logits };
+        model.forward(&batch, &mut under_way)?;
         *sequences = recycle(rows);
         Ok(())
     }
 
-    /// Hands out the drawn tokens and ends the sequences that are complete.
+    /// Adds the drawn tokens to their sequences and ends those that are complete. The clients are told later.
     fn emit(&mut self) {
         let mut sampled = mem::take(&mut self.buffers.sampled);
         for Sampled { id, is_after_guess, token } in sampled.drain(..) {
@@ -304,14 +270,14 @@ impl Engine {
                 Err(error) => self.end(id, Event::Failed(error.to_string())),
                 Ok((token, logprob)) if client.stop_tokens.contains(&token) => {
                     if let Some(logprob) = logprob {
-                        let _ = client.events.send(Event::StopToken { id: token, logprob });
+                        self.outbox.push(id, Event::StopToken { id: token, logprob });
                     }
                     self.end(id, Event::Finished(FinishReason::Stop));
                 }
                 Ok((token, logprob)) => {
                     sequence.push(token);
                     self.tokens.output.inc();
-                    let _ = client.events.send(Event::Token { id: token, logprob });
+                    self.outbox.push(id, Event::Token { id: token, logprob });
                     if sequence.is_at_max_tokens() {
                         self.end(id, Event::Finished(FinishReason::Length));
                     }
@@ -331,24 +297,26 @@ impl Engine {
         self.buffers.ended = scored;
     }
 
-    /// Ends a sequence. Who sees its last event sees its resources returned.
+    /// Ends a sequence.
     fn end(&mut self, id: SequenceId, event: Event) {
         self.scheduler.remove(id);
-        self.publish();
-        if let Some(client) = self.clients.remove(&id) {
-            drop(client.permit);
-            let _ = client.events.send(event);
-        }
+        self.outbox.push(id, event);
     }
 
-    fn publish(&self) {
-        self.metrics.requests_running.set(self.scheduler.num_running() as i64);
-        self.metrics.requests_waiting.set((self.scheduler.num_waiting() + self.arriving.len()) as i64);
-        self.metrics.kv_blocks_used.set(self.scheduler.blocks_used() as i64);
-        if let Some(tier) = self.model.adapter_tier() {
-            self.metrics.device_adapters.set(&tier);
+    /// Tells the clients all that there is to say.
+    fn deliver(&mut self) {
+        if !self.outbox.is_empty() {
+            publish(&self.metrics, &self.scheduler, self.arriving.len());
+            self.outbox.deliver(&mut self.clients);
         }
     }
+}
+
+/// Sets the gauges of what the engine holds.
+pub(super) fn publish(metrics: &Metrics, scheduler: &Scheduler, num_arriving: usize) {
+    metrics.requests_running.set(scheduler.num_running() as i64);
+    metrics.requests_waiting.set((scheduler.num_waiting() + num_arriving) as i64);
+    metrics.kv_blocks_used.set(scheduler.blocks_used() as i64);
 }
 
 /// Ends a request that has not started. A client that has gone needs no answer.

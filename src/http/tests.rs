@@ -12,7 +12,7 @@ mod votes;
 use std::path::Path;
 use std::time::Duration;
 
-use kernels::device::{DeviceError, HostLogits, OnLogits};
+use kernels::device::{Caller, DeviceError, HostLogits};
 use reqwest::{Client, Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -69,13 +69,14 @@ impl Model for Alphabet {
         32
     }
 
-    fn forward(&mut self, batch: &ForwardBatch<'_>, on_logits: &mut OnLogits<'_>) -> Result<(), DeviceError> {
+    fn forward(&mut self, batch: &ForwardBatch<'_>, caller: &mut dyn Caller) -> Result<(), DeviceError> {
+        caller.meanwhile();
         std::thread::sleep(self.step);
         let mut logits = vec![0.0; self.spec.vocab_size];
         for (index, &row) in batch.logits_rows.iter().enumerate() {
             logits.fill(0.0);
             logits[self.next(batch.tokens[row]) as usize] = 10.0;
-            on_logits(index, &mut HostLogits(&mut logits))?;
+            caller.on_logits(index, &mut HostLogits(&mut logits))?;
         }
         Ok(())
     }

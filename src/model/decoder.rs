@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use kernels::device::{
-    AdapterTier, Device, DeviceError, Layer, MatrixSource, OnLogits, Output, Peaks, Placement, StepLimits,
+    AdapterTier, Caller, Device, DeviceError, Layer, MatrixSource, Output, Peaks, Placement, StepLimits,
 };
 use kernels::step::{Group, Groups, Step};
 
@@ -171,7 +171,7 @@ impl<D: Device> Model for Decoder<D> {
         self.device.measure_peaks()
     }
 
-    fn forward(&mut self, batch: &ForwardBatch<'_>, on_logits: &mut OnLogits<'_>) -> Result<(), DeviceError> {
+    fn forward(&mut self, batch: &ForwardBatch<'_>, caller: &mut dyn Caller) -> Result<(), DeviceError> {
         let ForwardBatch { copies, tokens, sequences, groups, logits_rows } = *batch;
         let get = |group: usize| {
             let AdapterGroup { rows, adapter } = &groups[group];
@@ -179,11 +179,14 @@ impl<D: Device> Model for Decoder<D> {
         };
         let step = Step { copies, tokens, sequences, groups: Groups { count: groups.len(), get: &get }, logits_rows };
         let Self { device, embedding, blocks, output_norm, head, .. } = self;
+        if !D::IS_BESIDE_HOST {
+            caller.meanwhile();
+        }
         device.begin(&step, embedding)?;
         for (number, block) in blocks.iter().enumerate() {
             block.forward(device, &step, number)?;
         }
-        device.logits(&step, output_norm, head, on_logits)
+        device.logits(&step, output_norm, head, caller)
     }
 }
 

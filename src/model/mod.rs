@@ -15,7 +15,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use kernels::device::{AdapterTier, DeviceError, Lease, OnLogits, Peaks, Placement};
+use kernels::device::{AdapterTier, Caller, DeviceError, Lease, Peaks, Placement};
 pub use kernels::step::{BlockCopy, FIRST_VIRTUAL_TOKEN, SequenceRows};
 
 use crate::adapter::canonical::Adapter;
@@ -96,12 +96,12 @@ pub trait Model: Send {
         Ok(None)
     }
 
-    /// Runs the batch: writes the K and V of every row and calls `on_logits(i, logits)` once for each
-    /// `batch.logits_rows[i]`, in order.
+    /// Runs the batch: writes the K and V of every row and calls `caller.on_logits(i, logits)` once for each
+    /// `batch.logits_rows[i]`, in order; before that `caller.meanwhile()`, when the device has all it needs.
     ///
     /// A row's arithmetic depends on its own sequence and adapter alone, never on its neighbours in the batch.
     ///
     /// # Errors
-    /// When the device fails, a token is of no vocabulary, or `on_logits` gives an error.
-    fn forward(&mut self, batch: &ForwardBatch<'_>, on_logits: &mut OnLogits<'_>) -> Result<(), DeviceError>;
+    /// When the device fails, a token is of no vocabulary, or `on_logits` does.
+    fn forward(&mut self, batch: &ForwardBatch<'_>, caller: &mut dyn Caller) -> Result<(), DeviceError>;
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::attention::RotaryTable;
 use crate::canonical::{AdapterWeights, LAYERS_PER_BLOCK};
 use crate::device::{
-    AdapterTier, DecoderShape, Device, DeviceError, Layer, MatrixSource, OnLogits, Peaks, Placement, StepLimits,
+    AdapterTier, Caller, DecoderShape, Device, DeviceError, Layer, MatrixSource, Peaks, Placement, StepLimits,
 };
 use crate::mapped_file::MappedRows;
 use crate::step::Step;
@@ -29,6 +29,8 @@ impl<D: Driver> Device for Cuda<D> {
     type Linear = CudaLinear<D>;
     type Norm = D::Memory;
     type Embedding = CudaEmbedding<D>;
+
+    const IS_BESIDE_HOST: bool = true;
 
     fn name(&self) -> String {
         self.driver.name()
@@ -269,16 +271,22 @@ impl<D: Driver> Device for Cuda<D> {
         step: &Step<'_>,
         norm: &D::Memory,
         head: &CudaLinear<D>,
-        on_logits: &mut OnLogits<'_>,
+        caller: &mut dyn Caller,
     ) -> Result<(), DeviceError> {
         let rows = self.step().rows;
         let num_wanted = step.logits_rows.len();
         match self.way {
             Way::Eager => {
-                for first in (0..num_wanted).step_by(LOGITS_ROWS) {
+                let num_first = num_wanted.min(LOGITS_ROWS);
+                if num_first > 0 {
+                    self.launch_head(norm, head, 0, num_first)?;
+                }
+                caller.meanwhile();
+                self.give_logits(0, num_first, caller)?;
+                for first in (num_first..num_wanted).step_by(LOGITS_ROWS) {
                     let num = LOGITS_ROWS.min(num_wanted - first);
                     self.launch_head(norm, head, first, num)?;
-                    self.give_logits(first, num, on_logits)?;
+                    self.give_logits(first, num, caller)?;
                 }
                 return Ok(());
             }
@@ -299,6 +307,7 @@ impl<D: Driver> Device for Cuda<D> {
             }
         }
         self.way = Way::Eager;
-        self.give_logits(0, num_wanted, on_logits)
+        caller.meanwhile();
+        self.give_logits(0, num_wanted, caller)
     }
 }

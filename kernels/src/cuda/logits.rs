@@ -1,6 +1,6 @@
 //! What a step gives the host of its logits.
 
-use crate::device::{DeviceError, Logits, OnLogits, Summary};
+use crate::device::{Caller, DeviceError, Logits, Summary};
 
 use super::buffers::Buffer;
 use super::driver::Driver;
@@ -40,12 +40,7 @@ impl<D: Driver> Logits for DeviceLogits<'_, D> {
 
 impl<D: Driver> Cuda<D> {
     /// Waits for the `num` rows that the head has computed, and gives them away as numbers `first` and on.
-    pub(super) fn give_logits(
-        &mut self,
-        first: usize,
-        num: usize,
-        on_logits: &mut OnLogits<'_>,
-    ) -> Result<(), DeviceError> {
+    pub(super) fn give_logits(&mut self, first: usize, num: usize, caller: &mut dyn Caller) -> Result<(), DeviceError> {
         if num == 0 {
             return Ok(());
         }
@@ -64,7 +59,7 @@ impl<D: Driver> Cuda<D> {
                 host: &mut host,
                 is_copied: false,
             };
-            on_logits(first + row, &mut logits)?;
+            caller.on_logits(first + row, &mut logits)?;
         }
         self.host_logits = host;
         Ok(())

@@ -11,7 +11,7 @@ use crate::activations::QuantizedRows;
 use crate::attention::{KvSlot, KvStore, Queries, RotaryTable, attend, rotate_and_store};
 use crate::canonical::{AdapterWeights, HeadDelta, Prelude};
 use crate::device::{
-    AdapterTier, DecoderShape, Device, DeviceError, HostLogits, Layer, Lease, MatrixSource, OnLogits, Output, Peaks,
+    AdapterTier, Caller, DecoderShape, Device, DeviceError, HostLogits, Layer, Lease, MatrixSource, Output, Peaks,
     Placement, StepLimits,
 };
 use crate::elementwise::{RmsNorm, add_norm_quantize, swiglu_quantize};
@@ -119,6 +119,8 @@ impl Device for Host {
     type Linear = HostLinear;
     type Norm = Vec<f32>;
     type Embedding = MappedRows;
+
+    const IS_BESIDE_HOST: bool = false;
 
     fn name(&self) -> String {
         format!("CPU ({}, {} threads)", self.cpu.isa(), self.cpu.pool().num_threads())
@@ -259,7 +261,7 @@ impl Device for Host {
         step: &Step<'_>,
         norm: &Vec<f32>,
         head: &HostLinear,
-        on_logits: &mut OnLogits<'_>,
+        caller: &mut dyn Caller,
     ) -> Result<(), DeviceError> {
         let DecoderShape { hidden_size, vocab_size, rms_norm_eps, .. } = self.shape();
         let norm = RmsNorm { weight: norm, eps: rms_norm_eps };
@@ -290,7 +292,7 @@ impl Device for Host {
                 }
             }
             for (i, logits) in logits.chunks_exact_mut(vocab_size).enumerate() {
-                on_logits(chunk * LOGITS_ROWS + i, &mut HostLogits(logits))?;
+                caller.on_logits(chunk * LOGITS_ROWS + i, &mut HostLogits(logits))?;
             }
         }
         Ok(())

@@ -1,0 +1,94 @@
+//! What the engine does while the model is at work: the clients are told what came before, and tokens are drawn.
+
+use std::collections::HashMap;
+
+use kernels::device::{Caller, DeviceError, Logits};
+
+use super::client::{Client, log_probability};
+use super::outbox::Outbox;
+use super::request::{Event, PromptOutput, TokenLogprob};
+use super::sampler::{SamplingError, Scratch};
+use super::scheduler::Scheduler;
+use super::sequence::{LogitsUse, SequenceId};
+use super::step::{TokenCounters, publish};
+use crate::metrics::Metrics;
+
+/// A drawn token, or why there is none.
+pub(super) struct Sampled {
+    pub id: SequenceId,
+    /// The token before it was guessed, and the guess came true.
+    pub is_after_guess: bool,
+    pub token: Result<(u32, Option<TokenLogprob>), SamplingError>,
+}
+
+/// The engine during a step: all but the model.
+pub(super) struct UnderWay<'a> {
+    pub scheduler: &'a Scheduler,
+    pub num_arriving: usize,
+    pub clients: &'a mut HashMap<SequenceId, Client>,
+    pub outbox: &'a mut Outbox,
+    pub metrics: &'a Metrics,
+    pub tokens: &'a TokenCounters,
+    pub sampled: &'a mut Vec<Sampled>,
+    pub sampling: &'a mut Scratch,
+    pub raw_logits: &'a mut Vec<f32>,
+}
+
+impl UnderWay<'_> {
+    /// Tells the clients whose first rows are in the plan.
+    fn announce(&mut self) {
+        for planned in &self.scheduler.plan().sequences {
+            let Some(client) = self.clients.get_mut(&planned.id).filter(|client| !client.is_started) else { continue };
+            client.is_started = true;
+            let queue = client.accepted.elapsed();
+            self.metrics.request_queue_seconds.observe(queue.as_secs_f64());
+            let sequence = self.scheduler.sequence(planned);
+            let cached_tokens = planned.first_position.saturating_sub(sequence.num_virtual_tokens());
+            self.tokens.cached.inc_by(cached_tokens as u64);
+            self.tokens.prompt.inc_by(sequence.num_prompt_tokens() as u64);
+            self.outbox.push(planned.id, Event::Started { queue, cached_tokens });
+            if client.prompt_output == PromptOutput::Logprobs {
+                self.outbox.push(planned.id, Event::PromptToken(None));
+            }
+        }
+    }
+}
+
+impl Caller for UnderWay<'_> {
+    fn meanwhile(&mut self) {
+        self.announce();
+        publish(self.metrics, self.scheduler, self.num_arriving);
+        self.outbox.deliver(self.clients);
+    }
+
+    /// What is found out waits in the outbox, a drawn token for the end of the step.
+    fn on_logits(&mut self, index: usize, logits: &mut dyn Logits) -> Result<(), DeviceError> {
+        let Self { clients, sampled, sampling, raw_logits, outbox, .. } = self;
+        let (id, logits_use) = self.scheduler.plan().logits[index];
+        let Some(client) = clients.get_mut(&id) else { return Ok(()) };
+        match logits_use {
+            LogitsUse::Sample => {
+                let token = client.sample(logits, sampling, raw_logits)?;
+                sampled.push(Sampled { id, is_after_guess: false, token });
+            }
+            LogitsUse::Verify { index, guess } => {
+                // As many tokens drawn as guesses before this one: none of them was wrong.
+                let num_drawn = sampled.iter().rev().take_while(|sampled| sampled.id == id).count();
+                let is_right =
+                    sampled.last().is_some_and(|last| matches!(last.token, Ok((token, _)) if token == guess));
+                if num_drawn == index + 1 && is_right && !client.stop_tokens.contains(&guess) {
+                    let token = client.sample(logits, sampling, raw_logits)?;
+                    sampled.push(Sampled { id, is_after_guess: true, token });
+                }
+            }
+            LogitsUse::Report => outbox.push(id, Event::PromptLogits(logits.all()?.to_vec())),
+            LogitsUse::Score(token) => {
+                match log_probability(logits, token, client.top_logprobs.unwrap_or(0), sampling)? {
+                    Ok(logprob) => outbox.push(id, Event::PromptToken(Some(logprob))),
+                    Err(error) => sampled.push(Sampled { id, is_after_guess: false, token: Err(error) }),
+                }
+            }
+        }
+        Ok(())
+    }
+}
