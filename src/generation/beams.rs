@@ -77,7 +77,7 @@ impl BeamRun {
         let mut detokenizer = Detokenizer::new(self.tokenizer.clone());
         let mut stops = StopStrings::new(self.stop.iter().cloned());
         !self.stop.is_empty()
-            && tokens.iter().any(|&id| matches!(stops.push(&detokenizer.push(id)), StopOutcome::Stopped(_)))
+            && tokens.iter().any(|&id| matches!(stops.push(&detokenizer.push(id)), StopOutcome::Stopped { .. }))
     }
 
     /// Asks for the one token behind a beam, and for its rivals.

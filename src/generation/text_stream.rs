@@ -32,7 +32,14 @@ pub enum TextEvent {
     /// Never without text, except where token records are wanted and their text came to nothing.
     Delta(TextDelta),
     /// The last event.
-    Finished { reason: FinishReason, usage: SequenceUsage, timing: Timing, score: Option<f32> },
+    Finished {
+        reason: FinishReason,
+        /// The stop string that ended it, of the request or of its adapter.
+        stop: Option<String>,
+        usage: SequenceUsage,
+        timing: Timing,
+        score: Option<f32>,
+    },
 }
 
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -67,6 +74,8 @@ pub struct Completed {
     pub text: String,
     pub tokens: Vec<TokenRecord>,
     pub reason: FinishReason,
+    /// The stop string that ended it, of the request or of its adapter.
+    pub stop: Option<String>,
     pub usage: SequenceUsage,
     pub timing: Timing,
     /// Only of beam search.
@@ -113,8 +122,8 @@ impl TextStream {
                     text.push_str(&delta.text);
                     tokens.extend(delta.tokens);
                 }
-                TextEvent::Finished { reason, usage, timing, score } => {
-                    return Ok(Completed { text, tokens, reason, usage, timing, score });
+                TextEvent::Finished { reason, stop, usage, timing, score } => {
+                    return Ok(Completed { text, tokens, reason, stop, usage, timing, score });
                 }
             }
         }
@@ -157,8 +166,14 @@ impl TextStream {
             FinishReason::Stop => "stop",
             FinishReason::Length => "length",
         });
-        let (usage, timing) = (self.assembler.usage, self.recorder.timing());
-        self.ready.push_back(Ok(TextEvent::Finished { reason, usage, timing, score: self.score }));
+        let finished = TextEvent::Finished {
+            reason,
+            stop: self.assembler.found_stop.take(),
+            usage: self.assembler.usage,
+            timing: self.recorder.timing(),
+            score: self.score,
+        };
+        self.ready.push_back(Ok(finished));
         self.end();
     }
 
@@ -202,6 +217,7 @@ struct TextAssembler {
     tokenizer: Arc<Tokenizer>,
     detokenizer: Detokenizer,
     stops: StopStrings,
+    found_stop: Option<String>,
     logprobs: bool,
     records_stop_token: bool,
     stop_token: Option<(u32, TokenLogprob)>,
@@ -221,6 +237,7 @@ impl TextAssembler {
             detokenizer: Detokenizer::new(options.tokenizer.clone()),
             tokenizer: options.tokenizer,
             stops: StopStrings::new(options.stop),
+            found_stop: None,
             logprobs: options.logprobs,
             records_stop_token: options.records_stop_token,
             stop_token: None,
@@ -274,7 +291,10 @@ impl TextAssembler {
         self.num_chars_seen += text.chars().count();
         let (released, stopped) = match self.stops.push(text) {
             StopOutcome::Continue(text) => (text, false),
-            StopOutcome::Stopped(text) => (text, true),
+            StopOutcome::Stopped { text, stop } => {
+                self.found_stop = Some(stop);
+                (text, true)
+            }
         };
         self.release(&released, delta);
         stopped

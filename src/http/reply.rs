@@ -192,7 +192,7 @@ impl<S: ReplyShape> Chunks<S> {
                 self.trial.push(index, &delta.text);
                 self.shape.delta(index, delta)
             }
-            TextEvent::Finished { reason, usage, timing, score } => {
+            TextEvent::Finished { reason, usage, timing, score, .. } => {
                 self.trial.ended(index, usage, timing);
                 IclReply::saved(&mut self.head.icl, usage);
                 self.usage.add(usage, index.is_multiple_of(self.num_choices));

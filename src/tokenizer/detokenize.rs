@@ -85,8 +85,8 @@ impl Utf8Decoder {
 pub enum StopOutcome {
     /// Text that is certainly before any stop string.
     Continue(String),
-    /// All that was left before the stop string that has been found: generation ends here.
-    Stopped(String),
+    /// The stop string that has been found, and all that was left before it: generation ends here.
+    Stopped { text: String, stop: String },
 }
 
 /// Looks for stop strings in a stream of text. The one that is complete first counts; of those complete at the same
@@ -108,9 +108,10 @@ impl StopStrings {
     pub fn push(&mut self, text: &str) -> StopOutcome {
         let mut text = std::mem::take(&mut self.held) + text;
         let found = self.stops.iter().filter_map(|stop| text.find(stop).map(|start| (start + stop.len(), start)));
-        if let Some((_, start)) = found.min() {
+        if let Some((end, start)) = found.min() {
+            let stop = text[start..end].to_owned();
             text.truncate(start);
-            return StopOutcome::Stopped(text);
+            return StopOutcome::Stopped { text, stop };
         }
         let held_len = self.stops.iter().map(|stop| longest_overlap(&text, stop)).max().unwrap_or(0);
         self.held = text.split_off(text.len() - held_len);
@@ -170,7 +171,7 @@ mod tests {
         let mut stops = StopStrings::new(["\n\n".to_string(), String::new()]);
         assert_eq!(stops.push("a\n"), StopOutcome::Continue("a".into()));
         assert_eq!(stops.push("b\n"), StopOutcome::Continue("\nb".into()));
-        assert_eq!(stops.push("\nc"), StopOutcome::Stopped(String::new()));
+        assert_eq!(stops.push("\nc"), StopOutcome::Stopped { text: String::new(), stop: "\n\n".into() });
     }
 
     #[test]
@@ -183,7 +184,7 @@ mod tests {
     #[test]
     fn the_stop_string_that_is_complete_first_counts() {
         let mut stops = StopStrings::new(["abcd".to_string(), "bc".to_string()]);
-        assert_eq!(stops.push("xabcd"), StopOutcome::Stopped("xa".into()));
+        assert_eq!(stops.push("xabcd"), StopOutcome::Stopped { text: "xa".into(), stop: "bc".into() });
     }
 
     /// The reference: the shortest beginning of the whole text that ends in a stop string.
@@ -192,7 +193,8 @@ mod tests {
             let seen = &text[..end + c.len_utf8()];
             let longest = stops.iter().filter(|s| !s.is_empty() && seen.ends_with(*s)).map(String::len).max();
             if let Some(stop_len) = longest {
-                return StopOutcome::Stopped(seen[..seen.len() - stop_len].to_string());
+                let (text, stop) = seen.split_at(seen.len() - stop_len);
+                return StopOutcome::Stopped { text: text.to_string(), stop: stop.to_string() };
             }
         }
         StopOutcome::Continue(text.to_string())
@@ -204,7 +206,7 @@ mod tests {
         for chunk in chunks {
             match stream.push(chunk) {
                 StopOutcome::Continue(text) => released += &text,
-                StopOutcome::Stopped(text) => return StopOutcome::Stopped(released + &text),
+                StopOutcome::Stopped { text, stop } => return StopOutcome::Stopped { text: released + &text, stop },
             }
         }
         StopOutcome::Continue(released + &stream.finish())

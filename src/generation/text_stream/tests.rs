@@ -119,7 +119,10 @@ async fn a_stop_string_closes_the_channel_so_that_the_engine_ends_too() {
     assert!(matches!(stream.next().await, Some(Ok(TextEvent::Delta(delta))) if delta.text == "t"));
     assert!(events.is_closed());
     let finished = stream.next().await;
-    assert!(matches!(finished, Some(Ok(TextEvent::Finished { reason: FinishReason::Stop, .. }))), "{finished:?}");
+    let Some(Ok(TextEvent::Finished { reason: FinishReason::Stop, stop, .. })) = finished else {
+        panic!("{finished:?}");
+    };
+    assert_eq!(stop.as_deref(), Some("h"));
     assert!(stream.next().await.is_none());
     drop(stream);
     assert_eq!(metrics.requests_total.with_label_values(&["base", "stop"]).get(), 1);
