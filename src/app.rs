@@ -17,6 +17,7 @@ use crate::icl::{IclStores, OpenError};
 use crate::metrics::Metrics;
 use crate::model::base_weights::GgufWeights;
 use crate::model::catalogue::{self, CatalogueError};
+use crate::model::file::ModelFile;
 use crate::model::gguf::{GgufError, GgufFile};
 use crate::model::pull::{self, PullError};
 use crate::model::resident::{self, Resident, ResidentError, Source};
@@ -109,7 +110,8 @@ fn load_base(path: &Path, id: &str, device: String) -> Result<Base, AppError> {
         warn!("{id} is served without chat: {cause}");
     }
     let fill_in_middle = FillInMiddle::detect(&tokenizer);
-    Ok(Base { id: id.to_string(), device, tokenizer: Arc::new(tokenizer), chat_template, fill_in_middle })
+    let file = ModelFile::read(path, &gguf).map_err(|source| AppError::Model { path: in_file(), source })?;
+    Ok(Base { id: id.to_string(), device, file, tokenizer: Arc::new(tokenizer), chat_template, fill_in_middle })
 }
 
 fn load_adapters(config: &Config, path: &Path, metrics: &Arc<Metrics>) -> Result<AdapterRegistry, AppError> {

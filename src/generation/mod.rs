@@ -33,6 +33,7 @@ use crate::config::Config;
 use crate::engine::EngineHandle;
 use crate::icl::{self, IclStores};
 use crate::metrics::Metrics;
+use crate::model::file::ModelFile;
 use crate::prompt::PromptError;
 use crate::prompt::chat::ChatTemplate;
 use crate::prompt::fim::FillInMiddle;
@@ -44,6 +45,7 @@ use crate::tokenizer::Tokenizer;
 pub struct Base {
     /// What it runs on, for people.
     pub device: String,
+    pub file: ModelFile,
     /// What clients call it, e.g. `qwen2.5-coder:0.5b`.
     pub id: String,
     pub tokenizer: Arc<Tokenizer>,
@@ -165,6 +167,11 @@ impl Generation {
     /// What the base runs on, for people.
     pub fn device(&self) -> &str {
         &self.base.device
+    }
+
+    /// What of the base clients may want to know.
+    pub fn base(&self) -> &Base {
+        &self.base
     }
 
     /// Where adapters are registered, loaded and changed.

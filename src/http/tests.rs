@@ -26,6 +26,7 @@ use crate::engine::{EngineConfig, EngineHandle, EngineState};
 use crate::experiments::ModelNames;
 use crate::generation::Base;
 use crate::icl::IclStores;
+use crate::model::file::ModelFile;
 use crate::model::spec::{Architecture, ModelSpec};
 use crate::model::{ForwardBatch, Model};
 use crate::prompt::PromptError;
@@ -141,6 +142,13 @@ impl Server {
         let fill_in_middle = FillInMiddle::detect(&tokenizer);
         let base = Base {
             device: "CPU".to_owned(),
+            file: ModelFile {
+                architecture: "llama".to_owned(),
+                num_parameters: 1_000_000_000,
+                quantization: "Q4_K_M",
+                size_bytes: 600_000_000,
+                modified: SystemTime::UNIX_EPOCH,
+            },
             id: BASE.to_owned(),
             tokenizer,
             chat_template: Err(PromptError::NoChatTemplate),

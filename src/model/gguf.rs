@@ -138,6 +138,11 @@ impl GgufFile {
             .map_err(|_| GgufError::WrongType { key: key.to_string(), expected: "an array" })
     }
 
+    /// Of all tensors together.
+    pub fn num_parameters(&self) -> u64 {
+        self.content.tensor_infos.values().map(|tensor| tensor.shape.elem_count() as u64).sum()
+    }
+
     pub fn has_tensor(&self, name: &str) -> bool {
         self.content.tensor_infos.contains_key(name)
     }

@@ -3,6 +3,7 @@
 pub mod base_weights;
 pub mod catalogue;
 pub mod decoder;
+pub mod file;
 pub mod gguf;
 pub mod pull;
 pub mod random;
