@@ -1,10 +1,11 @@
-//! Who is asking, and what that opens: `Authorization: Bearer KEY` against the keys of the configuration.
+//! Who is asking, and what that opens: `Authorization: Bearer KEY`, or Anthropic's `x-api-key`, against the keys of the
+//! configuration.
 
 use std::sync::Arc;
 
 use axum::extract::{FromRequestParts, Request, State};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, HeaderName, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
@@ -14,6 +15,8 @@ use super::error::ApiError;
 use crate::config::{Secret, ServerConfig};
 use crate::generation::Access;
 use crate::hexadecimal::hexadecimal;
+
+const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
 #[derive(Debug)]
 pub struct Keys {
@@ -80,7 +83,7 @@ impl Keys {
 
 /// Lets a request through with its [`Caller`], or answers 401.
 pub async fn authenticate(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
-    match state.keys.caller(bearer(request.headers())) {
+    match state.keys.caller(key(request.headers())) {
         Ok(caller) => {
             request.extensions_mut().insert(caller);
             next.run(request).await
@@ -97,13 +100,17 @@ impl FromRequestParts<AppState> for Admin {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, ApiError> {
-        let caller = state.keys.caller(bearer(&parts.headers))?;
+        let caller = state.keys.caller(key(&parts.headers))?;
         state.keys.check_admin(&caller.role).map(|()| Self)
     }
 }
 
 fn identity(key: &str) -> String {
     hexadecimal(Sha256::new_with_prefix(key))
+}
+
+fn key(headers: &HeaderMap) -> Option<&str> {
+    bearer(headers).or_else(|| headers.get(API_KEY)?.to_str().ok())
 }
 
 fn bearer(headers: &HeaderMap) -> Option<&str> {
@@ -160,6 +167,18 @@ mod tests {
         assert!(client.allows("ab") && !client.allows("b"));
         assert_eq!(may_change(&keys, Some("client")), Err(StatusCode::FORBIDDEN));
         assert_eq!(may_change(&keys, Some("admin")), Ok(()));
+    }
+
+    #[test]
+    fn a_key_may_come_as_anthropics_clients_send_it() {
+        let headers = |values: &[(&'static str, &str)]| {
+            HeaderMap::from_iter(
+                values.iter().map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap())),
+            )
+        };
+        assert_eq!(key(&headers(&[("x-api-key", "k")])), Some("k"));
+        assert_eq!(key(&headers(&[("x-api-key", "k"), ("authorization", "Bearer b")])), Some("b"));
+        assert_eq!(key(&headers(&[])), None);
     }
 
     #[test]

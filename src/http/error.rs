@@ -1,4 +1,5 @@
-//! The one error a client sees: `{"error":{"message","type","param","code"}}` under the right status.
+//! The one error a client sees: `{"error":{"message","type","param","code"}}` under the right status, which `dialect.rs`
+//! words anew for the interfaces of others.
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -20,7 +21,7 @@ pub struct ApiError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rejection(pub &'static str);
 
-/// The inside of the envelope; also what a stream that breaks sends.
+/// The inside of the envelope; also what a stream that breaks sends, and in the extensions of a response.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ErrorBody {
     message: String,
@@ -40,12 +41,30 @@ pub struct ErrorEnvelope {
     pub error: Box<ErrorBody>,
 }
 
+impl ErrorBody {
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// The `type` that Anthropic's clients know.
+    pub fn anthropic_type(&self) -> &'static str {
+        match self.code {
+            Some("model_not_found" | "adapter_not_found" | "store_not_found" | "not_found") => "not_found_error",
+            Some("body_too_large") => "request_too_large",
+            Some("request_timeout") => "timeout_error",
+            _ if self.kind == "server_error" => "api_error",
+            _ => self.kind,
+        }
+    }
+}
+
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: String) -> Self {
         let body = Box::new(ErrorBody { message, kind, param: None, code, n_prompt_tokens: None, n_ctx: None });
         let rejection = Some(Rejection(match status {
             StatusCode::NOT_FOUND => "not_found",
             StatusCode::SERVICE_UNAVAILABLE => "overloaded",
+            StatusCode::NOT_IMPLEMENTED => "invalid",
             status if status.is_server_error() => "internal",
             _ => "invalid",
         }));
@@ -144,6 +163,11 @@ impl ApiError {
     pub fn internal() -> Self {
         let message = "the server failed to handle this request".to_owned();
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, message)
+    }
+
+    /// 501 for what other servers have and this one does not.
+    pub fn not_served(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_IMPLEMENTED, "invalid_request_error", Some("not_served"), message.into())
     }
 
     /// 503 that asks to come back.
@@ -277,7 +301,9 @@ impl From<IclError> for ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let (status, rejection) = (self.status, self.rejection);
-        let mut response = (status, Json(self.into_envelope())).into_response();
+        let envelope = self.into_envelope();
+        let mut response = (status, Json(&envelope)).into_response();
+        response.extensions_mut().insert(*envelope.error);
         if let Some(rejection) = rejection {
             response.extensions_mut().insert(rejection);
         }

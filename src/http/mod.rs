@@ -6,6 +6,7 @@ mod auth;
 mod chat;
 mod compare;
 mod completions;
+mod dialect;
 mod encoding;
 mod error;
 mod experiments;
@@ -16,9 +17,11 @@ mod listener;
 mod llama_cpp;
 mod logprobs;
 mod models;
+mod ollama;
 mod page;
 mod probes;
 mod reply;
+mod run;
 mod sampling;
 mod selection;
 mod sse;
@@ -53,6 +56,7 @@ use crate::experiments::Experiments;
 use crate::generation::{Generation, self_test};
 use crate::metrics::Metrics;
 use auth::{Keys, authenticate};
+use dialect::word_errors;
 use error::{ApiError, Rejection};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -135,6 +139,7 @@ pub fn router(state: AppState) -> Router {
     let routes = Router::new()
         .nest("/v1", api.clone())
         .merge(api)
+        .nest("/api", ollama::routes(&state))
         .merge(page::routes())
         .route("/health", get(probes::health))
         .route("/metrics", get(probes::metrics))
@@ -145,8 +150,11 @@ pub fn router(state: AppState) -> Router {
         .layer(from_fn(encoding::check))
         .with_state(state.clone());
     // Paths must be tidied before they are routed, and layers run after routing: so all is behind one fallback.
-    let mut router =
-        Router::new().fallback_service(routes).layer(map_request(tidy_path)).layer(CatchPanicLayer::custom(panicked));
+    let mut router = Router::new()
+        .fallback_service(routes)
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(from_fn(word_errors))
+        .layer(map_request(tidy_path));
     if state.config.server.cors {
         router = router.layer(any_origin());
     }

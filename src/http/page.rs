@@ -1,10 +1,10 @@
-//! The page at `/`: the files of `web/`, compiled in.
+//! The page at `/`: the files of `web/`, compiled in. What is no browser gets the line that clients of Ollama look for.
 
 use std::sync::LazyLock;
 
 use axum::Router;
 use axum::extract::Path;
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use sha2::{Digest, Sha256};
@@ -27,6 +27,8 @@ macro_rules! assets {
         &[$(Asset { name: $name, bytes: include_bytes!(concat!("../../web/", $name)) }),*]
     };
 }
+
+const OLLAMA_IS_HERE: &str = "Ollama is running";
 
 const INDEX: &str = "index.html";
 
@@ -77,7 +79,13 @@ pub fn routes() -> Router<AppState> {
 }
 
 async fn index(headers: HeaderMap) -> Result<Response, ApiError> {
-    serve(INDEX, &headers)
+    let mut accepted = headers.get_all(header::ACCEPT).iter().filter_map(|types| types.to_str().ok());
+    if !accepted.any(|types| types.contains("text/html")) {
+        return Ok(([(header::VARY, "accept")], OLLAMA_IS_HERE).into_response());
+    }
+    let mut page = serve(INDEX, &headers)?;
+    page.headers_mut().append(header::VARY, HeaderValue::from_static("accept"));
+    Ok(page)
 }
 
 async fn asset(Path(name): Path<String>, headers: HeaderMap) -> Result<Response, ApiError> {

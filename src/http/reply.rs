@@ -46,25 +46,39 @@ pub trait ReplyShape: Send + Sized + 'static {
 /// Answers in the way the client asks for. The generation lives in the response: dropping that cancels it.
 pub async fn answer<S: ReplyShape>(state: &AppState, caller: &Caller, fields: &Fields) -> Result<Response, ApiError> {
     let delivery = Delivery::parse(fields)?;
-    let mut request = S::parse(fields)?;
+    let request = S::parse(fields)?;
     let id = random_id(S::ID_PREFIX);
-    let mut trial = match choose_arm(state, caller, fields.string("user")?, &mut request)? {
-        Some(assignment) => Trial::assigned(state, &id, assignment, &request)?,
-        None => Trial::default(),
-    };
     let shape = S::new(state.generation.tokenizer().clone(), request.options.top_logprobs.is_some());
-    let generated = match state.generation.start(request, &caller.access).await {
-        Ok(generated) => generated,
-        Err(error) => {
-            trial.refused(&error);
-            return Err(error.into());
-        }
-    };
-    trial.started(&generated.model, generated.icl.as_ref());
+    let (generated, trial) = begin(state, caller, fields.string("user")?, &id, request).await?;
     let head = |object| reply_head(state, id, object, &generated);
     match delivery {
         Delivery::Plain => plain(shape, head(S::OBJECT), generated, trial).await,
         Delivery::Stream { include_usage } => Ok(stream(shape, head(S::CHUNK_OBJECT), generated, trial, include_usage)),
+    }
+}
+
+/// Starts a request, at the arm of its experiment if it names one. `user` is who it says it is for, `id` that of its
+/// reply.
+pub async fn begin(
+    state: &AppState,
+    caller: &Caller,
+    user: Option<&str>,
+    id: &str,
+    mut request: GenerationRequest,
+) -> Result<(Generated, Trial), ApiError> {
+    let mut trial = match choose_arm(state, caller, user, &mut request)? {
+        Some(assignment) => Trial::assigned(state, id, assignment, &request)?,
+        None => Trial::default(),
+    };
+    match state.generation.start(request, &caller.access).await {
+        Ok(generated) => {
+            trial.started(&generated.model, generated.icl.as_ref());
+            Ok((generated, trial))
+        }
+        Err(error) => {
+            trial.refused(&error);
+            Err(error.into())
+        }
     }
 }
 

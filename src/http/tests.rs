@@ -5,6 +5,7 @@ mod compare;
 mod gaps;
 mod icl;
 mod logprobs;
+mod ollama;
 mod trials;
 mod unserved;
 mod votes;
@@ -363,7 +364,7 @@ async fn every_refusal_has_the_right_status_and_names_the_field() {
 async fn the_page_and_its_files_are_served_beside_the_api() {
     let server = Server::quick().await;
     for (path, content) in [("/", "<!doctype html>"), ("//", "<!doctype html>"), ("/assets/main.js", "import")] {
-        let response = server.request(Method::GET, path).send().await.unwrap();
+        let response = server.request(Method::GET, path).header("accept", "text/html,*/*").send().await.unwrap();
         assert_eq!(response.status(), 200, "{path}");
         assert!(response.text().await.unwrap().contains(content), "{path}");
     }

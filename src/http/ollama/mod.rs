@@ -1,0 +1,64 @@
+//! Ollama's interface, for the editors and pages that speak no other: NDJSON streams, and errors that are
+//! `{"error": "…"}`.
+
+mod generate;
+mod models;
+mod reply;
+mod request;
+
+use axum::extract::OriginalUri;
+use axum::middleware::from_fn_with_state;
+use axum::routing::{any, get, post};
+use axum::{Json, Router};
+use serde::Serialize;
+
+use super::auth::authenticate;
+use super::error::ApiError;
+use super::{AppState, count_rejection};
+
+/// The interface that is spoken here; clients refuse older ones.
+const INTERFACE_VERSION: &str = "0.6.4";
+
+#[derive(Debug, Serialize)]
+struct Version {
+    version: &'static str,
+    lorry: &'static str,
+}
+
+/// Below `/api`.
+pub fn routes(state: &AppState) -> Router<AppState> {
+    let generating = Router::new()
+        .route("/generate", post(generate::generate))
+        .route("/chat", post(generate::chat))
+        .route_layer(from_fn_with_state(state.clone(), count_rejection));
+    generating
+        .route("/version", get(version))
+        .route("/tags", get(models::tags))
+        .route("/show", post(models::show))
+        .route("/ps", get(models::resident))
+        .route("/pull", any(no_changes))
+        .route("/push", any(no_changes))
+        .route("/create", any(no_changes))
+        .route("/copy", any(no_changes))
+        .route("/delete", any(no_changes))
+        .route("/blobs/{digest}", any(no_changes))
+        .route("/embed", any(no_embeddings))
+        .route("/embeddings", any(no_embeddings))
+        .route_layer(from_fn_with_state(state.clone(), authenticate))
+}
+
+async fn version() -> Json<Version> {
+    Json(Version { version: INTERFACE_VERSION, lorry: env!("CARGO_PKG_VERSION") })
+}
+
+async fn no_changes(OriginalUri(uri): OriginalUri) -> ApiError {
+    ApiError::not_served(format!(
+        "`{}` is not served: the base is chosen by `lorry serve --model`, and adapters are changed by PUT and DELETE of \
+         /v1/adapters/NAME",
+        uri.path()
+    ))
+}
+
+async fn no_embeddings(OriginalUri(uri): OriginalUri) -> ApiError {
+    ApiError::not_served(format!("`{}` is not served: this server generates text and makes no embeddings", uri.path()))
+}

@@ -1,0 +1,152 @@
+//! Replies as Ollama words them, whole or as lines of JSON.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::Json;
+use axum::body::Body;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use chrono::{SecondsFormat, Utc};
+use serde::Serialize;
+
+use crate::engine::request::FinishReason;
+use crate::generation::{SequenceUsage, TextEvent, Timing};
+use crate::http::dialect::ollama_error;
+use crate::http::error::ApiError;
+use crate::http::run::Run;
+
+const NDJSON: &str = "application/x-ndjson";
+
+#[derive(Debug, Clone, Copy)]
+pub enum Wording {
+    Generate,
+    Chat,
+}
+
+/// A whole reply, or one line of it.
+#[derive(Debug, Serialize)]
+struct Reply<'a> {
+    model: &'a str,
+    /// RFC 3339.
+    created_at: String,
+    #[serde(flatten)]
+    said: Said,
+    done: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    done_reason: Option<&'static str>,
+    #[serde(flatten)]
+    costs: Option<Costs>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Said {
+    Response(String),
+    Message { role: &'static str, content: String },
+}
+
+/// Durations in nanoseconds.
+#[derive(Debug, Serialize)]
+struct Costs {
+    total_duration: u64,
+    /// The base is always loaded; what an adapter took is in the time of the prompt, as is the wait for a place.
+    load_duration: u64,
+    prompt_eval_count: usize,
+    prompt_eval_duration: u64,
+    eval_count: usize,
+    eval_duration: u64,
+}
+
+impl Wording {
+    fn said(self, text: String) -> Said {
+        match self {
+            Self::Generate => Said::Response(text),
+            Self::Chat => Said::Message { role: "assistant", content: text },
+        }
+    }
+}
+
+impl Costs {
+    fn of(usage: SequenceUsage, timing: Timing) -> Self {
+        let first_token = timing.first_token.unwrap_or(timing.total);
+        Self {
+            total_duration: nanoseconds(timing.total),
+            load_duration: 0,
+            prompt_eval_count: usage.num_prompt_tokens,
+            prompt_eval_duration: nanoseconds(first_token),
+            eval_count: usage.num_output_tokens,
+            eval_duration: nanoseconds(timing.total.saturating_sub(first_token)),
+        }
+    }
+}
+
+impl<'a> Reply<'a> {
+    fn part(model: &'a str, said: Said) -> Self {
+        Self { model, created_at: now(), said, done: false, done_reason: None, costs: None }
+    }
+
+    fn last(model: &'a str, said: Said, reason: &'static str, costs: Option<Costs>) -> Self {
+        Self { done: true, done_reason: Some(reason), costs, ..Self::part(model, said) }
+    }
+}
+
+/// The answer to a request that asks for no text; the only line of a stream, too.
+pub fn without_text(model: &str, wording: Wording, reason: &'static str) -> Response {
+    Json(Reply::last(model, wording.said(String::new()), reason, None)).into_response()
+}
+
+pub async fn whole(mut run: Run, wording: Wording) -> Result<Response, ApiError> {
+    let mut text = String::new();
+    while let Some(event) = run.next().await {
+        match event? {
+            TextEvent::Delta(delta) => text.push_str(&delta.text),
+            TextEvent::Finished { reason, usage, timing, .. } => {
+                let costs = Costs::of(usage, timing);
+                let reply = Reply::last(run.model_id(), wording.said(text), done_reason(reason), Some(costs));
+                return Ok(Json(reply).into_response());
+            }
+        }
+    }
+    Err(ApiError::internal())
+}
+
+/// The generation lives in the response: dropping that cancels it.
+pub fn stream(run: Run, wording: Wording) -> Response {
+    let lines = futures::stream::unfold((run, wording), async |(mut run, wording)| {
+        let event = run.next().await?;
+        let line = line(run.model_id(), wording, event);
+        Some((Ok::<_, Infallible>(line + "\n"), (run, wording)))
+    });
+    ([(header::CONTENT_TYPE, NDJSON)], Body::from_stream(lines)).into_response()
+}
+
+fn line(model: &str, wording: Wording, event: Result<TextEvent, ApiError>) -> String {
+    let reply = match event {
+        Ok(TextEvent::Delta(delta)) => Reply::part(model, wording.said(delta.text)),
+        Ok(TextEvent::Finished { reason, usage, timing, .. }) => {
+            let said = wording.said(String::new());
+            Reply::last(model, said, done_reason(reason), Some(Costs::of(usage, timing)))
+        }
+        Err(error) => return ollama_error(&error.into_envelope().error).to_string(),
+    };
+    serde_json::to_string(&reply).unwrap_or_else(|error| {
+        tracing::error!(%error, "a line could not be written as JSON");
+        ollama_error(&ApiError::internal().into_envelope().error).to_string()
+    })
+}
+
+fn done_reason(reason: FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+    }
+}
+
+fn now() -> String {
+    Utc::now().to_rfc3339_opts(SecondsFormat::Nanos, true)
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    duration.as_nanos().try_into().unwrap_or(u64::MAX)
+}

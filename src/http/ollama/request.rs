@@ -1,0 +1,208 @@
+//! Ollama's requests in OpenAI's fields, which are then read like any other's.
+
+use serde_json::{Map, Value, json};
+
+use crate::http::error::ApiError;
+use crate::http::fields::{Fields, wrong_type};
+use crate::http::unsupported::{Route, refuse_unsupported};
+use crate::prompt::fim::foreign;
+
+/// Read here; all others go on as they are.
+const OWN_FIELDS: [&str; 11] =
+    ["model", "name", "prompt", "suffix", "raw", "system", "messages", "options", "stream", "keep_alive", "context"];
+/// The `options` that decide how tokens are drawn. Those left say how memory is laid out (`num_ctx`, `num_gpu`, …): here
+/// the server's configuration does, and a prompt that does not fit is refused, never cut.
+const SAMPLING: [&str; 10] = [
+    "num_predict",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+    "stop",
+    "repeat_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+];
+const NO_LIMIT: i64 = -1;
+
+/// What a request to `/api/generate` or `/api/chat` wants.
+pub enum Asked {
+    /// Nothing but to have the model in memory, or out of it.
+    Residency {
+        is_unload: bool,
+    },
+    Completion(Fields),
+    Chat(Fields),
+}
+
+/// `has_chat` is whether there is a template for what is not raw: without one, Ollama's is the prompt itself.
+pub fn read_generate(fields: &Fields, model: &str, has_chat: bool) -> Result<Asked, ApiError> {
+    let prompt = fields.string("prompt")?.unwrap_or_default();
+    let suffix = fields.string("suffix")?.filter(|suffix| !suffix.is_empty());
+    let system = fields.string("system")?.filter(|system| !system.is_empty());
+    let is_raw = fields.boolean("raw")?.unwrap_or(false);
+    if prompt.is_empty() && suffix.is_none() {
+        return residency(fields);
+    }
+    let mut converted = converted(fields, model)?;
+    // Text that a client has laid out around a gap says all there is to say.
+    let is_laid_out = || foreign::read(prompt, |_| false).is_some();
+    if is_raw || suffix.is_some() || !has_chat || is_laid_out() {
+        if system.is_some() {
+            let message =
+                "`system` needs a chat template, which is for no `raw` prompt or `suffix`: write it into `prompt`";
+            return Err(ApiError::invalid("system", message));
+        }
+        converted.insert("prompt".to_owned(), prompt.into());
+        converted.extend(suffix.map(|suffix| ("suffix".to_owned(), suffix.into())));
+        return Ok(Asked::Completion(converted.into()));
+    }
+    let system = system.map(|system| json!({"role": "system", "content": system}));
+    let messages = system.into_iter().chain([json!({"role": "user", "content": prompt})]).collect();
+    converted.insert("messages".to_owned(), Value::Array(messages));
+    Ok(Asked::Chat(converted.into()))
+}
+
+pub fn read_chat(fields: &Fields, model: &str) -> Result<Asked, ApiError> {
+    let messages = fields.array("messages")?.map_or(&[] as &[Value], Vec::as_slice);
+    if messages.is_empty() {
+        return residency(fields);
+    }
+    let messages = messages.iter().enumerate().map(|(index, message)| read_message(index, message));
+    let messages = messages.collect::<Result<_, _>>()?;
+    let mut converted = converted(fields, model)?;
+    converted.insert("messages".to_owned(), Value::Array(messages));
+    Ok(Asked::Chat(converted.into()))
+}
+
+/// The name under `model`, or as older clients send it.
+pub fn read_model(fields: &Fields) -> Result<Option<&str>, ApiError> {
+    fields.string(fields.first_given(&["model", "name"]))
+}
+
+/// What stays in memory is decided by the server; a client that unloads is told what it waits for.
+fn residency(fields: &Fields) -> Result<Asked, ApiError> {
+    let is_unload = match fields.get("keep_alive") {
+        None => false,
+        Some(Value::Number(number)) => number.as_f64() == Some(0.0),
+        Some(Value::String(duration)) => {
+            duration.starts_with('0') && !duration.contains(|c: char| ('1'..='9').contains(&c))
+        }
+        Some(other) => return Err(wrong_type("keep_alive", "a number of seconds or a duration such as \"5m\"", other)),
+    };
+    Ok(Asked::Residency { is_unload })
+}
+
+/// Everything but what the model is to read.
+fn converted(fields: &Fields, model: &str) -> Result<Map<String, Value>, ApiError> {
+    refuse_own(fields)?;
+    let own = fields.iter().filter(|(name, _)| !OWN_FIELDS.contains(&name.as_str()));
+    let mut converted: Map<String, Value> = own.map(|(name, value)| (name.clone(), value.clone())).collect();
+    // Where nothing is said, Ollama goes on to the end.
+    converted.insert("num_predict".to_owned(), NO_LIMIT.into());
+    if let Some(options) = fields.object("options")? {
+        refuse_unsupported(&options.clone().into(), Route::Chat)?;
+        let sampling = options.iter().filter(|(name, value)| SAMPLING.contains(&name.as_str()) && !value.is_null());
+        converted.extend(sampling.map(|(name, value)| (name.clone(), value.clone())));
+    }
+    converted.insert("model".to_owned(), model.into());
+    Ok(converted)
+}
+
+/// What is in no other interface, or would have no place in the reply.
+fn refuse_own(fields: &Fields) -> Result<(), ApiError> {
+    let is_given = |name: &&str| {
+        let nothing = [Value::Bool(false), json!(0), json!([])];
+        fields.get(name).is_some_and(|value| !nothing.contains(value))
+    };
+    let refused = [
+        ("context", "send the conversation so far as `messages` to /api/chat"),
+        ("logprobs", "/v1/completions and /v1/chat/completions have them"),
+        ("top_logprobs", "/v1/completions and /v1/chat/completions have them"),
+    ];
+    match refused.into_iter().find(|(name, _)| is_given(name)) {
+        None => Ok(()),
+        Some((name, advice)) => Err(ApiError::invalid(name, format!("`{name}` is not served here: {advice}"))),
+    }
+}
+
+/// OpenAI's messages have ids for tool calls, and their arguments as text.
+fn read_message(index: usize, message: &Value) -> Result<Value, ApiError> {
+    let at = format!("messages[{index}]");
+    let Value::Object(message) = message else { return Err(wrong_type(&at, "an object", message)) };
+    let mut message = message.clone();
+    if message.get("images").is_some_and(|images| !images.is_null() && *images != json!([])) {
+        let at = format!("{at}.images");
+        return Err(ApiError::invalid(&at, format!("`{at}` is not served: only text is read")));
+    }
+    message.entry("content").or_insert_with(|| "".into());
+    Ok(Value::Object(message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fields(value: Value) -> Fields {
+        Fields::parse(value.to_string().as_bytes()).unwrap()
+    }
+
+    fn generate(value: Value) -> Result<(bool, Value), ApiError> {
+        Ok(match read_generate(&fields(value), "m", true)? {
+            Asked::Residency { is_unload } => (is_unload, Value::Null),
+            Asked::Completion(fields) => (false, fields.iter().map(|(k, v)| (k.clone(), v.clone())).collect()),
+            Asked::Chat(fields) => (true, fields.iter().map(|(k, v)| (k.clone(), v.clone())).collect()),
+        })
+    }
+
+    #[test]
+    fn a_prompt_is_a_chat_unless_it_is_raw_or_laid_out() {
+        let (is_chat, chat) = generate(json!({"prompt": "a", "system": "s"})).unwrap();
+        let messages = json!([{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]);
+        assert!(is_chat && chat["messages"] == messages && chat["num_predict"] == -1, "{chat}");
+        for body in [
+            json!({"prompt": "a", "raw": true}),
+            json!({"prompt": "a", "suffix": "b"}),
+            json!({"prompt": "<PRE> a <SUF>b <MID>"}),
+            json!({"prompt": "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>"}),
+        ] {
+            let (is_chat, completion) = generate(body.clone()).unwrap();
+            assert!(!is_chat && completion["prompt"] == body["prompt"], "{completion}");
+            assert_eq!(completion.get("suffix"), body.get("suffix"));
+        }
+    }
+
+    #[test]
+    fn options_are_put_beside_the_model_and_those_of_memory_are_the_servers() {
+        let options =
+            json!({"num_predict": 3, "stop": ["x"], "repeat_penalty": null, "num_ctx": 8192, "model": "other"});
+        let (_, read) = generate(json!({"prompt": "a", "raw": true, "options": options, "adapter": "b"})).unwrap();
+        assert_eq!(read, json!({"model": "m", "prompt": "a", "num_predict": 3, "stop": ["x"], "adapter": "b"}));
+    }
+
+    #[test]
+    fn an_empty_prompt_is_about_memory() {
+        assert_eq!(generate(json!({})).unwrap(), (false, Value::Null));
+        assert_eq!(generate(json!({"prompt": "", "keep_alive": "5m"})).unwrap(), (false, Value::Null));
+        for zero in [json!(0), json!("0"), json!("0s")] {
+            assert_eq!(generate(json!({"keep_alive": zero})).unwrap(), (true, Value::Null));
+        }
+    }
+
+    #[test]
+    fn what_would_be_ignored_is_refused_by_name() {
+        for (body, name) in [
+            (json!({"prompt": "a", "context": [1]}), "context"),
+            (json!({"prompt": "a", "logprobs": true}), "logprobs"),
+            (json!({"prompt": "a", "raw": true, "system": "s"}), "system"),
+            (json!({"prompt": "a", "options": {"mirostat": 2}}), "mirostat"),
+            (json!({"prompt": "a", "options": {"repeat_last_n": 64, "repeat_penalty": 1.1}}), "repeat_last_n"),
+            (json!({"prompt": 1}), "prompt"),
+        ] {
+            assert_eq!(generate(body).unwrap_err().param(), Some(name));
+        }
+        let chat = json!({"messages": [{"role": "user", "content": "a", "images": ["x"]}]});
+        assert_eq!(read_chat(&fields(chat), "m").err().unwrap().param(), Some("messages[0].images"));
+    }
+}
