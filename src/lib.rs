@@ -22,3 +22,4 @@ pub mod metrics;
 pub mod model;
 pub mod prompt;
 pub mod tokenizer;
+pub mod tools;

@@ -1,0 +1,38 @@
+//! Functions that a chat offers to the model, and how calls of them are read from what it writes.
+//!
+//! How a model words a call is known from its chat template alone, which shows it ([`CallFormat`]). A call is read while
+//! it is written ([`CallReader`]); what only looks like one stays text.
+
+mod format;
+mod reader;
+mod value;
+
+use serde_json::Value;
+
+pub use format::CallFormat;
+pub use reader::{CallReader, ChatPart};
+
+/// What a request offers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tools {
+    /// As OpenAI words them, `{"type": "function", "function": {"name", "description", "parameters"}}`; never empty.
+    pub definitions: Vec<Value>,
+    /// Whether one reply may hold several calls.
+    pub parallel: bool,
+}
+
+impl Tools {
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.definitions.iter().filter_map(|tool| tool["function"]["name"].as_str())
+    }
+
+    pub fn has(&self, name: &str) -> bool {
+        self.names().any(|own| own == name)
+    }
+
+    /// The JSON schema of one parameter.
+    fn parameter(&self, name: &str, parameter: &str) -> Option<&Value> {
+        let tool = self.definitions.iter().find(|tool| tool["function"]["name"] == name)?;
+        tool["function"]["parameters"]["properties"].get(parameter)
+    }
+}
