@@ -117,7 +117,7 @@ fn chat_templates_render_as_the_models_were_trained() {
                         <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n";
         assert_eq!(template.render(&messages, true, None).expect("renders"), expected);
         let tools = json!([{"type": "function", "function": {"name": "f<a>"}}]);
-        let with_tools = template.render(&messages, true, Some(&tools)).expect("renders");
+        let with_tools = template.render(&messages, true, Some(tools.as_array().expect("a list"))).expect("renders");
         assert!(with_tools.contains(r#""name": "f<a>""#), "{with_tools}");
     }
     if let Some((gguf, tokenizer)) = open(SMOLLM.0) {

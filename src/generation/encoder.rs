@@ -11,6 +11,7 @@ use crate::prompt::formats::{PromptFormat, Reader, Rendered, with_example_turns}
 use crate::prompt::instruction;
 use crate::prompt::literal::Literal;
 use crate::tokenizer::{Specials, Tokenizer};
+use crate::tools::Tools;
 
 /// What prompts are made for, made of, and must fit into.
 pub(super) struct Encoder<'a> {
@@ -20,6 +21,8 @@ pub(super) struct Encoder<'a> {
     pub icl: Option<&'a icl::Selection>,
     /// The one that the request names.
     pub format: Option<&'a PromptFormat>,
+    /// What a chat offers the model to call.
+    pub tools: Option<&'a Tools>,
     /// As the client asked.
     pub max_tokens: Option<usize>,
     pub context_length: usize,
@@ -141,6 +144,7 @@ impl Encoder<'_> {
             (_, None, Some(template)) => Wording::Adapter { template, instruction: prompt.instruction()? },
             (_, None, None) => Wording::Format { format: &PromptFormat::Chat, instruction: prompt.instruction()? },
         };
+        self.check_tools(&wording)?;
         let is_given = [("icl", self.icl.is_some()), ("prompt_format", self.format.is_some())];
         match (&wording, is_given.into_iter().find(|(_, is_given)| *is_given)) {
             (Wording::Tokens(_) | Wording::FillInMiddle { .. }, Some((param, _))) => {
@@ -192,7 +196,8 @@ impl Encoder<'_> {
             }
             Wording::Messages(messages) => {
                 let messages = with_example_turns(messages, examples);
-                let literal = Literal::of_messages(tokenizer, &messages);
+                let tools = self.tools.map_or(&[] as &[Value], |tools| &tools.definitions);
+                let literal = Literal::of_values(tokenizer, messages.iter().chain(tools));
                 let messages: Vec<_> = messages.iter().map(|message| literal.message(message)).collect();
                 self.encode_messages(prompt, &messages, literal)?
             }
@@ -264,12 +269,26 @@ impl Encoder<'_> {
 
     /// Encoding takes time and memory: not for what is too long by its bytes. Around a gap it is cut.
     fn check_size(&self, prompt: &Prompt) -> Result<(), GenerationError> {
-        let num_bytes = prompt.num_text_bytes();
+        let of_tools = self.tools.map_or(0, Tools::num_text_bytes);
+        let num_bytes = prompt.num_text_bytes() + of_tools;
         if num_bytes <= self.max_prompt_bytes() {
             return Ok(());
         }
         let context_length = self.context_length;
         Err(GenerationError::PromptTooLarge { param: prompt.param(), num_bytes, context_length })
+    }
+
+    /// Tools are offered in the words of the chat template, and nowhere else.
+    fn check_tools(&self, wording: &Wording<'_>) -> Result<(), GenerationError> {
+        let refused = |message: String| Err(GenerationError::InvalidParameter { param: "tools", message });
+        match (self.tools, wording, &self.base.chat_template) {
+            (None, ..) | (_, _, Err(_)) => Ok(()),
+            (Some(_), Wording::Messages(_), Ok(template)) if template.call_format().is_some() => Ok(()),
+            (Some(_), Wording::Messages(_), _) => {
+                refused(format!("`{}` was not taught to call `tools`: leave them out", self.base.id))
+            }
+            _ => refused("`tools` need the chat template: send `prompt_format`: \"chat\"".to_owned()),
+        }
     }
 
     /// `messages` are marked by `literal`.
@@ -287,7 +306,9 @@ impl Encoder<'_> {
             prompt.invalid(format!("`{}` cannot chat, as {cause}: {hint}", self.base.id))
         })?;
         // The template writes every special token itself, the first one included.
-        let text = template.render(messages, true, None).map_err(|error| prompt.invalid(error))?;
+        let tools =
+            self.tools.map(|tools| tools.definitions.iter().map(|tool| literal.value(tool)).collect::<Vec<_>>());
+        let text = template.render(messages, true, tools.as_deref()).map_err(|error| prompt.invalid(error))?;
         literal.encode(&text).map_err(|error| prompt.invalid(error))
     }
 

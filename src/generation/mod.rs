@@ -39,6 +39,7 @@ use crate::prompt::chat::ChatTemplate;
 use crate::prompt::fim::FillInMiddle;
 use crate::prompt::formats::PromptFormats;
 use crate::tokenizer::Tokenizer;
+use crate::tools::{CallFormat, CallReader, Tools};
 
 /// The resident base, as far as prompts are concerned.
 #[derive(Debug)]
@@ -121,6 +122,8 @@ pub struct GenerationOptions {
     pub records_stop_token: bool,
     /// Repeat the prompt before the output.
     pub echo: bool,
+    /// What a chat offers the model to call.
+    pub tools: Option<Arc<Tools>>,
 }
 
 /// A request under way.
@@ -186,6 +189,16 @@ impl Generation {
 
     pub fn tokenizer(&self) -> &Arc<Tokenizer> {
         &self.base.tokenizer
+    }
+
+    /// How the base words calls of tools; `None` for one that was not taught to.
+    pub fn call_format(&self) -> Option<CallFormat> {
+        self.base.chat_template.as_ref().ok()?.call_format()
+    }
+
+    /// Reads the calls of one choice; `None` where nothing may be called.
+    pub fn call_reader(&self, options: &GenerationOptions) -> Option<CallReader> {
+        Some(CallReader::new(self.call_format()?, options.tools.clone()?))
     }
 
     /// Most tokens of a prompt and its output together.

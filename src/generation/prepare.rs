@@ -14,6 +14,7 @@ use super::recorder::Recorder;
 use super::text_stream::{Echo, TextStream, TextStreamOptions};
 use super::{Access, Generated, Generation, GenerationError, GenerationOptions, GenerationRequest, ResolvedModel};
 use crate::engine::request::{Event, PromptOutput, Request, SamplingParams};
+use crate::tools::CallFormat;
 
 /// Places in the queue, one a sequence or beam. Dropping gives them back.
 #[derive(Debug)]
@@ -133,6 +134,7 @@ impl Generation {
                 stores: &stores,
                 icl: icl.as_ref(),
                 format: format.as_ref(),
+                tools: options.tools.as_deref(),
                 max_tokens: options.max_tokens,
                 context_length,
                 is_echoed: options.echo,
@@ -266,6 +268,12 @@ impl Generation {
         streams
     }
 
+    /// Control tokens that open or close a call of a tool.
+    fn call_markers(&self) -> Vec<u32> {
+        let markers = self.call_format().map(CallFormat::markers).into_iter().flatten();
+        markers.filter_map(|marker| self.base.tokenizer.special_id(marker)).collect()
+    }
+
     fn stop_tokens(&self, options: &GenerationOptions) -> Arc<[u32]> {
         match (options.ignore_eos, options.stop_token_ids.as_slice()) {
             (true, ids) => Arc::from(ids),
@@ -288,6 +296,7 @@ impl Generation {
             stop: stop_strings(model, options),
             logprobs: options.top_logprobs.is_some(),
             records_stop_token: options.records_stop_token,
+            shown_tokens: options.tools.as_ref().map_or_else(Vec::new, |_| self.call_markers()),
             echo: options
                 .echo
                 .then(|| Echo { prompt_tokens: prompt.tokens.clone(), num_added_tokens: prompt.num_added_tokens }),

@@ -91,6 +91,8 @@ pub(super) struct TextStreamOptions {
     pub logprobs: bool,
     /// Whether the stop token has one, too.
     pub records_stop_token: bool,
+    /// Special tokens that are text here.
+    pub shown_tokens: Vec<u32>,
     pub echo: Option<Echo>,
 }
 
@@ -234,7 +236,7 @@ struct TextAssembler {
 impl TextAssembler {
     fn new(options: TextStreamOptions) -> Self {
         Self {
-            detokenizer: Detokenizer::new(options.tokenizer.clone()),
+            detokenizer: Detokenizer::new(options.tokenizer.clone()).showing(options.shown_tokens),
             tokenizer: options.tokenizer,
             stops: StopStrings::new(options.stop),
             found_stop: None,

@@ -1,6 +1,6 @@
 //! `POST /v1/chat/completions`
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use axum::Extension;
@@ -13,14 +13,18 @@ use super::auth::Caller;
 use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
 use super::logprobs::chat_logprobs;
-use super::reply::{ReplyShape, answer};
+use super::reply::{ReplyShape, answer, random_id};
 use super::sampling::parse_options;
 use super::selection::parse_selection;
-use super::types::{ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs, ChatMessage};
+use super::tools::{check_calls, parse_tools};
+use super::types::{
+    ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs, ChatMessage, FunctionCall, ToolCall, reason_name,
+};
 use super::unsupported::{Route, refuse_unsupported};
 use crate::engine::request::FinishReason;
-use crate::generation::{Completed, GenerationOptions, GenerationRequest, Prompt, TextDelta, TokenRecord};
+use crate::generation::{Completed, Generation, GenerationOptions, GenerationRequest, Prompt, TextDelta, TokenRecord};
 use crate::tokenizer::Tokenizer;
+use crate::tools::{CallReader, ChatPart};
 
 const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
 const MAX_TOP_LOGPROBS: u32 = 20;
@@ -39,7 +43,12 @@ fn options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
     if top_logprobs.is_some_and(|count| count > 0) && !logprobs {
         return Err(ApiError::invalid("top_logprobs", "`top_logprobs` needs `logprobs`: true"));
     }
-    Ok(GenerationOptions { top_logprobs: logprobs.then(|| top_logprobs.unwrap_or(0)), ..parse_options(fields)? })
+    let tools = parse_tools(fields)?;
+    if tools.is_some() && fields.boolean("use_beam_search")?.unwrap_or(false) {
+        return Err(ApiError::invalid("tools", "`tools` do not go with `use_beam_search`: leave one of them out"));
+    }
+    let top_logprobs = logprobs.then(|| top_logprobs.unwrap_or(0));
+    Ok(GenerationOptions { top_logprobs, tools, ..parse_options(fields)? })
 }
 
 fn messages(fields: &Fields) -> Result<Vec<Value>, ApiError> {
@@ -69,6 +78,9 @@ fn check_message(index: usize, message: &Value) -> Result<(), ApiError> {
         let at = format!("{at}.{name}");
         return Err(ApiError::invalid(&at, format!("`{at}` is not served: no message is gone on with, leave it out")));
     }
+    if role == "assistant" {
+        check_calls(&at, &message["tool_calls"])?;
+    }
     match &message["content"] {
         Value::String(_) => Ok(()),
         // An assistant that only called tools said nothing.
@@ -92,15 +104,71 @@ fn check_part(at: &str, part: &Value) -> Result<(), ApiError> {
 }
 
 pub struct ChatShape {
-    tokenizer: Arc<Tokenizer>,
-    logprobs: bool,
+    generation: Arc<Generation>,
+    options: GenerationOptions,
     /// Choices whose first delta, the one with the role, was sent.
     begun: HashSet<usize>,
+    /// What reads the calls of each choice that is streamed.
+    readers: HashMap<usize, CallReader>,
 }
 
 impl ChatShape {
     fn logprobs(&self, tokens: &[TokenRecord]) -> Option<ChatLogprobs> {
-        self.logprobs.then(|| chat_logprobs(&self.tokenizer, tokens))
+        self.options.top_logprobs.map(|_| chat_logprobs(self.tokenizer(), tokens))
+    }
+
+    fn tokenizer(&self) -> &Tokenizer {
+        self.generation.tokenizer()
+    }
+
+    /// What `text` adds to a choice; all that was held back when it is the end.
+    fn read(&mut self, index: usize, text: String, is_end: bool) -> ChatDelta {
+        let reader = match self.readers.get_mut(&index) {
+            Some(reader) => Some(reader),
+            None => {
+                self.generation.call_reader(&self.options).map(|reader| self.readers.entry(index).or_insert(reader))
+            }
+        };
+        let Some(reader) = reader else {
+            return ChatDelta { content: (!text.is_empty()).then_some(text), ..ChatDelta::default() };
+        };
+        let mut parts = reader.push(&text);
+        if is_end {
+            parts.extend(reader.finish());
+        }
+        let mut delta = ChatDelta::default();
+        for part in parts {
+            match part {
+                ChatPart::Text(text) => delta.content.get_or_insert_default().push_str(&text),
+                ChatPart::CallStarted { index, name } => delta.tool_calls.push(ToolCall {
+                    index: Some(index),
+                    id: Some(random_id("call")),
+                    kind: Some("function"),
+                    function: FunctionCall { name: Some(name), arguments: String::new() },
+                }),
+                ChatPart::Arguments { index, fragment } => match delta.tool_calls.last_mut() {
+                    Some(call) if call.index == Some(index) => call.function.arguments.push_str(&fragment),
+                    _ => delta.tool_calls.push(ToolCall {
+                        index: Some(index),
+                        id: None,
+                        kind: None,
+                        function: FunctionCall { name: None, arguments: fragment },
+                    }),
+                },
+            }
+        }
+        delta
+    }
+
+    fn has_calls(&self, index: usize) -> bool {
+        self.readers.get(&index).is_some_and(CallReader::has_calls)
+    }
+
+    fn reason(&self, index: usize, reason: FinishReason) -> &'static str {
+        match reason {
+            FinishReason::Stop if self.has_calls(index) => "tool_calls",
+            reason => reason_name(reason),
+        }
     }
 
     fn role(&mut self, index: usize) -> Option<&'static str> {
@@ -124,30 +192,45 @@ impl ReplyShape for ChatShape {
         Ok(GenerationRequest { selection, icl, prompt_format, prompts, options })
     }
 
-    fn new(tokenizer: Arc<Tokenizer>, logprobs: bool) -> Self {
-        Self { tokenizer, logprobs, begun: HashSet::new() }
+    fn new(generation: &Arc<Generation>, options: &GenerationOptions) -> Self {
+        Self {
+            generation: generation.clone(),
+            options: options.clone(),
+            begun: HashSet::new(),
+            readers: HashMap::new(),
+        }
     }
 
-    fn choice(&self, index: usize, completed: Completed) -> ChatChoice {
-        let message = ChatMessage { role: "assistant", content: completed.text, refusal: None };
+    fn choice(&mut self, index: usize, completed: Completed) -> ChatChoice {
+        let ChatDelta { content, mut tool_calls, .. } = self.read(index, completed.text, true);
+        tool_calls.iter_mut().for_each(|call| call.index = None);
+        let content = if tool_calls.is_empty() { content.or(Some(String::new())) } else { content };
+        let message = ChatMessage { role: "assistant", content, refusal: None, tool_calls };
         ChatChoice {
             index,
             message,
             logprobs: self.logprobs(&completed.tokens),
-            finish_reason: Some(completed.reason),
+            finish_reason: Some(self.reason(index, completed.reason)),
             score: completed.score,
         }
     }
 
-    fn delta(&mut self, index: usize, delta: TextDelta) -> ChatChunkChoice {
+    fn delta(&mut self, index: usize, delta: TextDelta) -> Option<ChatChunkChoice> {
         let logprobs = self.logprobs(&delta.tokens);
-        let delta = ChatDelta { role: self.role(index), content: Some(delta.text) };
-        ChatChunkChoice { index, delta, logprobs, finish_reason: None, score: None }
+        let delta = self.read(index, delta.text, false);
+        if delta == ChatDelta::default() && logprobs.as_ref().is_none_or(|logprobs| logprobs.content.is_empty()) {
+            return None;
+        }
+        let content = delta.content.or_else(|| delta.tool_calls.is_empty().then(String::new));
+        let delta = ChatDelta { role: self.role(index), content, tool_calls: delta.tool_calls };
+        Some(ChatChunkChoice { index, delta, logprobs, finish_reason: None, score: None })
     }
 
     fn finish(&mut self, index: usize, reason: FinishReason, score: Option<f32>) -> ChatChunkChoice {
-        let delta = ChatDelta { role: self.role(index), content: None };
-        ChatChunkChoice { index, delta, logprobs: None, finish_reason: Some(reason), score }
+        let delta = self.read(index, String::new(), true);
+        let delta = ChatDelta { role: self.role(index), ..delta };
+        let finish_reason = Some(self.reason(index, reason));
+        ChatChunkChoice { index, delta, logprobs: None, finish_reason, score }
     }
 }
 

@@ -18,7 +18,7 @@ use super::selection::parse_selection;
 use super::types::CompletionChoice;
 use super::unsupported::{Route, refuse_unsupported};
 use crate::engine::request::FinishReason;
-use crate::generation::{Completed, GenerationOptions, GenerationRequest, Prompt, TextDelta, TokenRecord};
+use crate::generation::{Completed, Generation, GenerationOptions, GenerationRequest, Prompt, TextDelta, TokenRecord};
 use crate::tokenizer::Tokenizer;
 
 /// Alternatives per token; OpenAI's own interface ends at 5.
@@ -136,16 +136,16 @@ impl ReplyShape for CompletionShape {
         Ok(GenerationRequest { selection, icl, prompt_format, prompts, options })
     }
 
-    fn new(tokenizer: Arc<Tokenizer>, logprobs: bool) -> Self {
-        Self { tokenizer, logprobs }
+    fn new(generation: &Arc<Generation>, options: &GenerationOptions) -> Self {
+        Self { tokenizer: generation.tokenizer().clone(), logprobs: options.top_logprobs.is_some() }
     }
 
-    fn choice(&self, index: usize, completed: Completed) -> CompletionChoice {
+    fn choice(&mut self, index: usize, completed: Completed) -> CompletionChoice {
         self.words(index, completed.text, &completed.tokens, Some(completed.reason), completed.score)
     }
 
-    fn delta(&mut self, index: usize, delta: TextDelta) -> CompletionChoice {
-        self.words(index, delta.text, &delta.tokens, None, None)
+    fn delta(&mut self, index: usize, delta: TextDelta) -> Option<CompletionChoice> {
+        Some(self.words(index, delta.text, &delta.tokens, None, None))
     }
 
     fn finish(&mut self, index: usize, reason: FinishReason, score: Option<f32>) -> CompletionChoice {

@@ -28,6 +28,7 @@ mod sse;
 mod surrogates;
 #[cfg(test)]
 mod tests;
+mod tools;
 mod trials;
 mod types;
 mod unsupported;

@@ -21,10 +21,10 @@ use super::trials::{Trial, choose_arm};
 use super::types::{AdapterName, IclReply, Reply, ReplyHead, Usage};
 use crate::engine::request::FinishReason;
 use crate::generation::{
-    Completed, Generated, GenerationError, GenerationRequest, ResolvedModel, TextDelta, TextEvent,
+    Completed, Generated, Generation, GenerationError, GenerationOptions, GenerationRequest, ResolvedModel, TextDelta,
+    TextEvent,
 };
 use crate::hexadecimal::hexadecimal;
-use crate::tokenizer::Tokenizer;
 
 /// How one interface reads a request and words its choices.
 pub trait ReplyShape: Send + Sized + 'static {
@@ -36,10 +36,10 @@ pub trait ReplyShape: Send + Sized + 'static {
 
     /// Everything but the way of the reply.
     fn parse(fields: &Fields) -> Result<GenerationRequest, ApiError>;
-    /// `logprobs` is whether the request asks for them.
-    fn new(tokenizer: Arc<Tokenizer>, logprobs: bool) -> Self;
-    fn choice(&self, index: usize, completed: Completed) -> Self::Choice;
-    fn delta(&mut self, index: usize, delta: TextDelta) -> Self::ChunkChoice;
+    fn new(generation: &Arc<Generation>, options: &GenerationOptions) -> Self;
+    fn choice(&mut self, index: usize, completed: Completed) -> Self::Choice;
+    /// `None` where there is nothing to say yet.
+    fn delta(&mut self, index: usize, delta: TextDelta) -> Option<Self::ChunkChoice>;
     fn finish(&mut self, index: usize, reason: FinishReason, score: Option<f32>) -> Self::ChunkChoice;
 }
 
@@ -48,7 +48,7 @@ pub async fn answer<S: ReplyShape>(state: &AppState, caller: &Caller, fields: &F
     let delivery = Delivery::parse(fields)?;
     let request = S::parse(fields)?;
     let id = random_id(S::ID_PREFIX);
-    let shape = S::new(state.generation.tokenizer().clone(), request.options.top_logprobs.is_some());
+    let shape = S::new(&state.generation, &request.options);
     let (generated, trial) = begin(state, caller, fields.string("user")?, &id, request).await?;
     let head = |object| reply_head(state, id, object, &generated);
     match delivery {
@@ -83,7 +83,7 @@ pub async fn begin(
 }
 
 async fn plain<S: ReplyShape>(
-    shape: S,
+    mut shape: S,
     mut head: ReplyHead,
     generated: Generated,
     mut trial: Trial,
@@ -178,13 +178,24 @@ impl<S: ReplyShape> Chunks<S> {
     /// The data of the next event.
     async fn next(&mut self) -> Option<String> {
         match self.state {
-            ChunkState::Choices => match self.events.next().await {
-                Some((index, Ok(event))) => Some(self.choice(index, event)),
+            ChunkState::Choices => self.next_choice().await,
+            ChunkState::Done => self.done(),
+            ChunkState::Closed => None,
+        }
+    }
+
+    async fn next_choice(&mut self) -> Option<String> {
+        loop {
+            match self.events.next().await {
+                Some((index, Ok(event))) => match self.choice(index, event) {
+                    Some(choice) => return Some(self.chunk(vec![choice], None)),
+                    None => continue,
+                },
                 Some((_, Err(error))) => {
                     self.events.clear();
                     self.trial.failed();
                     self.state = ChunkState::Closed;
-                    Some(sse::json(&ApiError::from(error).into_envelope()))
+                    return Some(sse::json(&ApiError::from(error).into_envelope()));
                 }
                 None => {
                     self.trial.completed();
@@ -192,16 +203,14 @@ impl<S: ReplyShape> Chunks<S> {
                         return self.done();
                     }
                     self.state = ChunkState::Done;
-                    Some(self.chunk(vec![], Some(self.usage)))
+                    return Some(self.chunk(vec![], Some(self.usage)));
                 }
-            },
-            ChunkState::Done => self.done(),
-            ChunkState::Closed => None,
+            }
         }
     }
 
-    fn choice(&mut self, index: usize, event: TextEvent) -> String {
-        let choice = match event {
+    fn choice(&mut self, index: usize, event: TextEvent) -> Option<S::ChunkChoice> {
+        match event {
             TextEvent::Delta(delta) => {
                 self.trial.push(index, &delta.text);
                 self.shape.delta(index, delta)
@@ -210,10 +219,9 @@ impl<S: ReplyShape> Chunks<S> {
                 self.trial.ended(index, usage, timing);
                 IclReply::saved(&mut self.head.icl, usage);
                 self.usage.add(usage, index.is_multiple_of(self.num_choices));
-                self.shape.finish(index, reason, score)
+                Some(self.shape.finish(index, reason, score))
             }
-        };
-        self.chunk(vec![choice], None)
+        }
     }
 
     fn chunk(&self, choices: Vec<S::ChunkChoice>, usage: Option<Usage>) -> String {

@@ -154,8 +154,7 @@ pub struct ChatChoice {
     pub index: usize,
     pub message: ChatMessage,
     pub logprobs: Option<ChatLogprobs>,
-    #[serde(serialize_with = "finish_reason")]
-    pub finish_reason: Option<FinishReason>,
+    pub finish_reason: Option<&'static str>,
     /// Of beam search: higher is better.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub score: Option<f32>,
@@ -164,9 +163,34 @@ pub struct ChatChoice {
 #[derive(Debug, Serialize)]
 pub struct ChatMessage {
     pub role: &'static str,
-    pub content: String,
+    /// `null` where the model only called tools.
+    pub content: Option<String>,
     /// Always `null`: strict clients want the key.
     pub refusal: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCall>,
+}
+
+/// A call of a tool, whole or a piece of it.
+#[derive(Debug, PartialEq, Serialize)]
+pub struct ToolCall {
+    /// Which call of the reply a piece belongs to; whole ones are in order.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub index: Option<usize>,
+    /// With the first piece.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub kind: Option<&'static str>,
+    pub function: FunctionCall,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+pub struct FunctionCall {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// JSON, as the model wrote it.
+    pub arguments: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -174,19 +198,20 @@ pub struct ChatChunkChoice {
     pub index: usize,
     pub delta: ChatDelta,
     pub logprobs: Option<ChatLogprobs>,
-    #[serde(serialize_with = "finish_reason")]
-    pub finish_reason: Option<FinishReason>,
+    pub finish_reason: Option<&'static str>,
     /// Of beam search: higher is better.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub score: Option<f32>,
 }
 
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, PartialEq, Serialize)]
 pub struct ChatDelta {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCall>,
 }
 
 #[derive(Debug, PartialEq, Serialize)]
@@ -209,11 +234,14 @@ pub struct TokenAlternative {
 }
 
 pub fn finish_reason<S: Serializer>(reason: &Option<FinishReason>, serializer: S) -> Result<S::Ok, S::Error> {
-    let name = reason.map(|reason| match reason {
+    reason.map(reason_name).serialize(serializer)
+}
+
+pub fn reason_name(reason: FinishReason) -> &'static str {
+    match reason {
         FinishReason::Stop => "stop",
         FinishReason::Length => "length",
-    });
-    name.serialize(serializer)
+    }
 }
 
 #[cfg(test)]

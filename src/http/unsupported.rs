@@ -25,11 +25,10 @@ struct Unsupported {
 
 const LEAVE_OUT: &str = "leave it out";
 const NO_GRAMMAR: &str = "output cannot be constrained: leave it out, and check the text";
-const NO_TOOLS: &str = "the model is offered no tools: leave it out";
 const OWN_PROMPT: &str = "send a finished `prompt` to /v1/completions, or name a `prompt_format`";
 const OWN_SAMPLING: &str = "use `temperature`, `top_k`, `top_p`, `min_p` and the penalties, in that order of effect";
 
-const UNSUPPORTED: [Unsupported; 26] = [
+const UNSUPPORTED: [Unsupported; 28] = [
     Unsupported {
         names: &["response_format"],
         is_harmless: |value, _, _| value["type"] == "text" || is_empty(value),
@@ -58,11 +57,21 @@ const UNSUPPORTED: [Unsupported; 26] = [
         is_harmless: |value, _, _| is_empty(value) || *value == false,
         advice: NO_GRAMMAR,
     },
-    Unsupported { names: &["tools", "functions"], is_harmless: |value, _, _| is_empty(value), advice: NO_TOOLS },
     Unsupported {
-        names: &["tool_choice", "function_call"],
+        names: &["tools"],
+        is_harmless: |value, _, route| is_empty(value) || route == Route::Chat,
+        advice: "tools are offered on /v1/chat/completions alone: leave it out",
+    },
+    Unsupported {
+        names: &["tool_choice"],
+        is_harmless: |value, _, route| is_empty(value) || *value == "none" || *value == "auto" || route == Route::Chat,
+        advice: "tools are offered on /v1/chat/completions alone: leave it out",
+    },
+    Unsupported { names: &["functions"], is_harmless: |value, _, _| is_empty(value), advice: "send them as `tools`" },
+    Unsupported {
+        names: &["function_call"],
         is_harmless: |value, _, _| is_empty(value) || *value == "none" || *value == "auto",
-        advice: NO_TOOLS,
+        advice: "send it as `tool_choice`",
     },
     Unsupported {
         names: &["tool_prompt", "guideline", "web_search_options", "documents"],

@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 use super::PromptError;
 use crate::model::gguf::GgufFile;
 use crate::tokenizer::Tokenizer;
+use crate::tools::CallFormat;
 
 const KEY: &str = "tokenizer.chat_template";
 
@@ -20,6 +21,7 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     bos_token: String,
     eos_token: String,
+    call_format: Option<CallFormat>,
 }
 
 impl ChatTemplate {
@@ -47,7 +49,12 @@ impl ChatTemplate {
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_template_owned(KEY, without_training_marks(source)).map_err(invalid)?;
-        Ok(Self { environment, bos_token, eos_token })
+        Ok(Self { environment, bos_token, eos_token, call_format: CallFormat::of_template(source) })
+    }
+
+    /// How the model words calls of tools; `None` for one that was not taught to.
+    pub fn call_format(&self) -> Option<CallFormat> {
+        self.call_format
     }
 
     /// The prompt text for OpenAI `messages`, to be encoded with special tokens parsed and nothing put before it: what the
@@ -59,12 +66,12 @@ impl ChatTemplate {
         &self,
         messages: &[Value],
         add_generation_prompt: bool,
-        tools: Option<&Value>,
+        tools: Option<&[Value]>,
     ) -> Result<String, PromptError> {
         let messages = normalize(messages)?;
         let context = context! {
             messages => messages.iter().map(template_value).collect::<Vec<_>>(),
-            tools => tools.map(template_value),
+            tools => tools.map(|tools| tools.iter().map(template_value).collect::<Vec<_>>()),
             add_generation_prompt,
             bos_token => &self.bos_token,
             eos_token => &self.eos_token,

@@ -28,9 +28,10 @@ impl<'t> Literal<'t> {
         Self { tokenizer, mark }
     }
 
-    pub fn of_messages(tokenizer: &'t Tokenizer, messages: &[Value]) -> Self {
+    /// For all that messages and definitions of tools say.
+    pub fn of_values<'v>(tokenizer: &'t Tokenizer, values: impl IntoIterator<Item = &'v Value>) -> Self {
         let mut texts = Vec::new();
-        messages.iter().for_each(|message| collect_texts(message, &mut texts));
+        values.into_iter().for_each(|value| collect_texts(value, &mut texts));
         Self::of_texts(tokenizer, &texts)
     }
 
@@ -69,7 +70,8 @@ impl<'t> Literal<'t> {
         Value::Object(fields.collect())
     }
 
-    fn value(&self, value: &Value) -> Value {
+    /// Every string in it, to be rendered.
+    pub fn value(&self, value: &Value) -> Value {
         match value {
             Value::String(text) => Value::String(self.text(text)),
             Value::Array(items) => items.iter().map(|item| self.value(item)).collect(),
@@ -166,7 +168,7 @@ mod tests {
         let call = json!({"function": {"name": "<a>", "arguments": {"<a>": ["<a>"]}}});
         let message = json!({"role": "assistant", "content": [{"type": "text", "text": "<a>"}], "name": "<a>",
             "tool_calls": [call]});
-        let literal = Literal::of_messages(&tokenizer, std::slice::from_ref(&message));
+        let literal = Literal::of_values(&tokenizer, std::slice::from_ref(&message));
         let marked = literal.message(&message);
         assert_eq!(marked["role"], "assistant");
         assert_eq!(marked.to_string().matches(&format!("<{}a>", literal.mark)).count(), 5, "{marked}");

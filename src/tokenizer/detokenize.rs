@@ -11,12 +11,14 @@ pub struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
     decoder: Utf8Decoder,
     keep_specials: bool,
+    /// Special tokens that are kept even so.
+    shown: Vec<u32>,
 }
 
 impl Detokenizer {
     /// Special tokens give no text.
     pub fn new(tokenizer: Arc<Tokenizer>) -> Self {
-        Self { tokenizer, decoder: Utf8Decoder::default(), keep_specials: false }
+        Self { tokenizer, decoder: Utf8Decoder::default(), keep_specials: false, shown: Vec::new() }
     }
 
     /// Special tokens give their own text, such as `<|im_end|>`.
@@ -24,10 +26,16 @@ impl Detokenizer {
         Self { keep_specials: true, ..Self::new(tokenizer) }
     }
 
+    /// These special tokens give their own text.
+    #[must_use]
+    pub fn showing(self, shown: Vec<u32>) -> Self {
+        Self { shown, ..self }
+    }
+
     /// The text that is complete with this token; empty within a character of several tokens.
     /// Bytes that cannot become a character are U+FFFD.
     pub fn push(&mut self, id: u32) -> String {
-        if !self.keep_specials && self.tokenizer.is_special(id) {
+        if !self.keep_specials && self.tokenizer.is_special(id) && !self.shown.contains(&id) {
             return String::new();
         }
         self.decoder.push(self.tokenizer.token_bytes(id))

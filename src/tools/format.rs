@@ -44,9 +44,10 @@ impl CallFormat {
     /// What may stand between the end of a call and what follows.
     pub(super) fn closings(self) -> &'static [&'static str] {
         match self {
-            Self::Hermes | Self::Xml => &["</tool_call>"],
-            Self::Mistral => &["]"],
-            Self::Llama => &[";"],
+            Self::Hermes => &["</tool_call>", "```"],
+            Self::Xml => &["</tool_call>"],
+            Self::Mistral => &["]", "```"],
+            Self::Llama => &[";", "```"],
         }
     }
 

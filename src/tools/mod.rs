@@ -30,6 +30,19 @@ impl Tools {
         self.names().any(|own| own == name)
     }
 
+    /// Bytes of all that is rendered, at least.
+    pub fn num_text_bytes(&self) -> usize {
+        fn of(value: &Value) -> usize {
+            match value {
+                Value::String(text) => text.len(),
+                Value::Array(items) => items.iter().map(of).sum(),
+                Value::Object(fields) => fields.iter().map(|(key, value)| key.len() + of(value)).sum(),
+                _ => 0,
+            }
+        }
+        self.definitions.iter().map(of).sum()
+    }
+
     /// The JSON schema of one parameter.
     fn parameter(&self, name: &str, parameter: &str) -> Option<&Value> {
         let tool = self.definitions.iter().find(|tool| tool["function"]["name"] == name)?;

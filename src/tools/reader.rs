@@ -12,9 +12,15 @@ use super::{CallFormat, Tools};
 pub enum ChatPart {
     Text(String),
     /// A call of one of the tools begins; `index` counts the calls of the reply.
-    CallStarted { index: usize, name: String },
+    CallStarted {
+        index: usize,
+        name: String,
+    },
     /// More of the arguments of the call that began last: all together a JSON object.
-    Arguments { index: usize, fragment: String },
+    Arguments {
+        index: usize,
+        fragment: String,
+    },
 }
 
 /// Reads one output. What begins like a call and is none is text.
@@ -29,6 +35,9 @@ pub struct CallReader {
     /// Whether any text, other than white space, has been let go.
     has_text: bool,
 }
+
+/// Of JSON in Markdown.
+const FENCE: &str = "```json";
 
 #[derive(Debug)]
 enum State {
@@ -50,7 +59,10 @@ enum Head {
     Open,
     No,
     /// So many bytes are before the arguments, an object.
-    Call { name: String, num_bytes: usize },
+    Call {
+        name: String,
+        num_bytes: usize,
+    },
 }
 
 impl CallReader {
@@ -118,11 +130,21 @@ impl CallReader {
 
     fn look_for_call(&mut self, parts: &mut Vec<ChatPart>) -> bool {
         let opening = self.format.opening();
-        let is_json = self.format != CallFormat::Xml;
-        if !self.has_text && is_json && self.pending.trim_start().starts_with('{') {
-            // Small models leave the marker out.
-            self.state = State::Opened { opening: "" };
-            return true;
+        // Small models leave the marker out, or write a fence for it.
+        if !self.has_text && self.format != CallFormat::Xml {
+            let begun = self.pending.trim_start();
+            if begun.starts_with('{') {
+                self.state = State::Opened { opening: "" };
+                return true;
+            }
+            if let Some(rest) = begun.strip_prefix(FENCE) {
+                self.pending = rest.to_owned();
+                self.state = State::Opened { opening: FENCE };
+                return true;
+            }
+            if FENCE.starts_with(begun) {
+                return false;
+            }
         }
         if let Some(at) = self.pending.find(opening) {
             let before = self.pending[..at].trim_end().len();
@@ -225,7 +247,9 @@ impl CallReader {
         let arguments = match call.get("arguments").or_else(|| call.get("parameters")) {
             None => "{}".to_owned(),
             // JSON in a string.
-            Some(Value::String(json)) => serde_json::from_str::<Map<String, Value>>(json).is_ok().then(|| json.clone())?,
+            Some(Value::String(json)) => {
+                serde_json::from_str::<Map<String, Value>>(json).is_ok().then(|| json.clone())?
+            }
             Some(object @ Value::Object(_)) => object.to_string(),
             Some(_) => return None,
         };
@@ -278,8 +302,8 @@ impl CallReader {
         }
         // Several calls of Mistral's stand in one list, those of Llama side by side.
         let next = rest.strip_prefix(',').map(str::trim_start);
-        let is_next = matches!(self.format, CallFormat::Mistral | CallFormat::Llama)
-            && (next.is_some() || rest.starts_with('{'));
+        let is_next =
+            matches!(self.format, CallFormat::Mistral | CallFormat::Llama) && (next.is_some() || rest.starts_with('{'));
         self.pending = next.unwrap_or(rest).to_owned();
         self.state = if is_next { State::Opened { opening: "" } } else { State::Text };
         true

@@ -10,6 +10,7 @@ fn assembler(stop: &[&str], echo: Option<Echo>) -> TextAssembler {
         stop: stop.iter().map(|stop| stop.to_string()).collect(),
         logprobs: true,
         records_stop_token: true,
+        shown_tokens: Vec::new(),
         echo,
     })
 }

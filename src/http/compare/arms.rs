@@ -160,6 +160,9 @@ fn parse_request(fields: &Fields) -> Result<GenerationRequest, ApiError> {
     if request.options.echo {
         return Err(ApiError::invalid("echo", "`echo` is not for comparisons: leave it out"));
     }
+    if request.options.tools.is_some() {
+        return Err(ApiError::invalid("tools", "an arm calls no `tools`: leave them out"));
+    }
     Ok(request)
 }
 

@@ -22,8 +22,8 @@ fn cases() -> Vec<(&'static str, Value, Value)> {
         ("json_schema", schema.clone(), json!({})),
         ("regex", json!("a+"), json!(null)),
         ("format", json!("json"), json!("")),
-        ("tools", json!([{}]), json!([])),
-        ("tool_choice", json!("required"), json!("auto")),
+        ("functions", json!([{}]), json!([])),
+        ("function_call", json!({"name": "f"}), json!("auto")),
         ("functions", json!([{}]), json!([])),
         ("function_call", json!({"name": "f"}), json!("none")),
         ("adapter_source", json!("s3"), json!("local")),
@@ -68,6 +68,14 @@ fn what_would_change_the_text_is_refused_by_name_on_every_route_and_its_neutral_
             assert_eq!(refused(json!({name: neutral}), route), None, "{name} {neutral}");
             assert_eq!(refused(json!({name: null}), route), None, "{name}");
         }
+    }
+}
+
+#[test]
+fn tools_are_of_chats() {
+    for (name, asking) in [("tools", json!([{}])), ("tool_choice", json!("required"))] {
+        assert_eq!(refused(json!({name: asking}), Route::Completions).unwrap()["param"], name);
+        assert_eq!(refused(json!({name: asking}), Route::Chat), None, "{name}");
     }
 }
 

@@ -50,6 +50,7 @@ fn every_wording_of_a_call_is_read() {
         ),
         (CallFormat::Hermes, format!("<tool_call>\n{call}\n</tool_call> done"), "done", vec![READ]),
         (CallFormat::Hermes, call.to_owned(), "", vec![READ]),
+        (CallFormat::Hermes, format!("```json\n{call}\n```"), "", vec![READ]),
         (CallFormat::Hermes, format!("<tool_call>\n{call}"), "", vec![READ]),
         (CallFormat::Mistral, format!("[TOOL_CALLS][{call}, {other}]"), "", vec![READ, write]),
         (CallFormat::Llama, call.replace("arguments", "parameters"), "", vec![READ]),
@@ -104,6 +105,9 @@ fn what_is_no_call_of_a_tool_is_text() {
         "{",
         "{'a'}",
         "a < b",
+        "```json\n{\"a\": 1}\n```",
+        "```python\npass\n```",
+        "``",
         "a <tool",
         "  leading\n",
         "\u{3000}{x}",
@@ -129,7 +133,7 @@ proptest! {
         pieces in prop::collection::vec(prop::sample::select(vec![
             "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "[", "]", "{", "}", ",", ";", "\n", " ", "x", "é",
             "\"name\": \"read\"", "\"arguments\": {", "\"parameters\": {}", "\"path\": \"}\"", "<function=read>",
-            "<parameter=path>", "</parameter>", "</function>",
+            "```json", "```", "<parameter=path>", "</parameter>", "</function>",
             "{\"name\": \"read\", \"arguments\": {\"path\": 1}}",
         ]), 0..12),
     ) {

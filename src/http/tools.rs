@@ -1,0 +1,153 @@
+//! `tools`, `tool_choice` and `parallel_tool_calls` of a chat, and the calls in its messages.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use super::error::ApiError;
+use super::fields::{Fields, wrong_type};
+use crate::tools::Tools;
+
+const MAX_TOOLS: usize = 128;
+const MAX_NAME_CHARS: usize = 64;
+
+/// What the model is offered; `None` where that is nothing, or nothing is to be called.
+pub fn parse_tools(fields: &Fields) -> Result<Option<Arc<Tools>>, ApiError> {
+    let definitions = fields.array("tools")?.map_or(&[] as &[Value], Vec::as_slice);
+    if definitions.len() > MAX_TOOLS {
+        let message = format!("`tools` has {} tools, {MAX_TOOLS} are the most", definitions.len());
+        return Err(ApiError::invalid("tools", message));
+    }
+    let mut names = HashSet::new();
+    for (index, tool) in definitions.iter().enumerate() {
+        let name = check_tool(&format!("tools[{index}]"), tool)?;
+        if !names.insert(name) {
+            let at = format!("tools[{index}].function.name");
+            return Err(ApiError::invalid(&at, format!("`{at}` is `{name}`, as that of a tool before it")));
+        }
+    }
+    let parallel = fields.boolean("parallel_tool_calls")?.unwrap_or(true);
+    let is_offered = match fields.get("tool_choice") {
+        None => true,
+        Some(Value::String(choice)) => match choice.as_str() {
+            "auto" => true,
+            "none" => false,
+            "required" => return Err(forced("tool_choice")),
+            other => {
+                let message = format!(
+                    "`tool_choice` is `{other}`, not one of auto, none, required, or an object that names a function"
+                );
+                return Err(ApiError::invalid("tool_choice", message));
+            }
+        },
+        Some(Value::Object(_)) => return Err(forced("tool_choice")),
+        Some(other) => return Err(wrong_type("tool_choice", "a string or an object", other)),
+    };
+    let is_offered = is_offered && !definitions.is_empty();
+    Ok(is_offered.then(|| Arc::new(Tools { definitions: definitions.to_vec(), parallel })))
+}
+
+fn forced(name: &str) -> ApiError {
+    ApiError::invalid(name, format!("`{name}` cannot force a call here: send \"auto\""))
+}
+
+/// The name of a function that is defined as OpenAI does.
+fn check_tool<'v>(at: &str, tool: &'v Value) -> Result<&'v str, ApiError> {
+    if !tool.is_object() {
+        return Err(wrong_type(at, "an object", tool));
+    }
+    if tool["type"] != "function" {
+        let message = format!("`{at}.type` must be \"function\": this server runs no tools of its own");
+        return Err(ApiError::invalid(&format!("{at}.type"), message));
+    }
+    let at = format!("{at}.function");
+    let function = &tool["function"];
+    if !function.is_object() {
+        return Err(wrong_type(&at, "an object", function));
+    }
+    for (field, expected, is_right) in [
+        ("description", "a string", function["description"].is_string()),
+        ("parameters", "an object", function["parameters"].is_object()),
+    ] {
+        if !is_right && !function[field].is_null() {
+            return Err(wrong_type(&format!("{at}.{field}"), expected, &function[field]));
+        }
+    }
+    let at = format!("{at}.name");
+    let name = function["name"].as_str().ok_or_else(|| wrong_type(&at, "a string", &function["name"]))?;
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "_-.:/".contains(c);
+    if name.is_empty() || name.len() > MAX_NAME_CHARS || !name.chars().all(is_plain) {
+        let message = format!(
+            "`{at}` must be 1 to {MAX_NAME_CHARS} ASCII letters, digits, `_`, `-`, `.`, `:` or `/`, not `{name:.80}`"
+        );
+        return Err(ApiError::invalid(&at, message));
+    }
+    Ok(name)
+}
+
+/// The `tool_calls` of an assistant's message.
+pub fn check_calls(at: &str, calls: &Value) -> Result<(), ApiError> {
+    let calls = match calls {
+        Value::Null => return Ok(()),
+        Value::Array(calls) => calls,
+        other => return Err(wrong_type(&format!("{at}.tool_calls"), "an array", other)),
+    };
+    for (index, call) in calls.iter().enumerate() {
+        let at = format!("{at}.tool_calls[{index}].function");
+        let (name, arguments) = (&call["function"]["name"], &call["function"]["arguments"]);
+        if !name.is_string() {
+            return Err(wrong_type(&format!("{at}.name"), "a string", name));
+        }
+        if !(arguments.is_string() || arguments.is_object()) {
+            return Err(wrong_type(&format!("{at}.arguments"), "JSON in a string", arguments));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse(body: &Value) -> Result<Option<Arc<Tools>>, ApiError> {
+        parse_tools(&Fields::parse(body.to_string().as_bytes()).unwrap())
+    }
+
+    fn tool(name: &str) -> Value {
+        json!({"type": "function", "function": {"name": name, "description": "x", "parameters": {"type": "object"}}})
+    }
+
+    #[test]
+    fn tools_are_offered_unless_none_is_to_be_called() {
+        let offered = parse(&json!({"tools": [tool("a"), tool("b")], "parallel_tool_calls": false})).unwrap().unwrap();
+        assert!(offered.has("b") && !offered.has("c") && !offered.parallel);
+        assert_eq!(parse(&json!({})), Ok(None));
+        assert_eq!(parse(&json!({"tools": [], "tool_choice": "auto"})), Ok(None));
+        assert_eq!(parse(&json!({"tools": [tool("a")], "tool_choice": "none"})), Ok(None));
+    }
+
+    #[test]
+    fn a_bad_tool_is_named_by_its_place() {
+        for (body, place) in [
+            (json!({"tools": {}}), "tools"),
+            (json!({"tools": [1]}), "tools[0]"),
+            (json!({"tools": [{"type": "web_search"}]}), "tools[0].type"),
+            (json!({"tools": [{"type": "function"}]}), "tools[0].function"),
+            (json!({"tools": [{"type": "function", "function": {}}]}), "tools[0].function.name"),
+            (json!({"tools": [tool("a"), tool("a b")]}), "tools[1].function.name"),
+            (json!({"tools": [tool("a"), tool("a")]}), "tools[1].function.name"),
+            (
+                json!({"tools": [{"type": "function", "function": {"name": "a", "parameters": 1}}]}),
+                "tools[0].function.parameters",
+            ),
+            (json!({"tools": [tool("a")], "tool_choice": "always"}), "tool_choice"),
+            (json!({"tools": vec![tool("a"); MAX_TOOLS + 1]}), "tools"),
+        ] {
+            let error = parse(&body).expect_err(place);
+            assert_eq!(error.param(), Some(place), "{body}");
+        }
+    }
+}
