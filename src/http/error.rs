@@ -187,6 +187,12 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some(code), message.into())
     }
 
+    /// 404 for a response that is not kept; `param` is where it is named.
+    pub fn unknown_response(param: &str, message: String) -> Self {
+        let code = "response_not_found";
+        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some(code), message).naming(param)
+    }
+
     pub fn into_envelope(self) -> ErrorEnvelope {
         ErrorEnvelope { error: self.body }
     }

@@ -21,6 +21,7 @@ mod ollama;
 mod page;
 mod probes;
 mod reply;
+mod responses;
 mod run;
 mod sampling;
 mod selection;
@@ -59,6 +60,7 @@ use crate::metrics::Metrics;
 use auth::{Keys, authenticate};
 use dialect::word_errors;
 use error::{ApiError, Rejection};
+use responses::KeptResponses;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -70,6 +72,7 @@ pub struct AppState {
     pub metrics: Arc<Metrics>,
     pub config: Arc<Config>,
     keys: Arc<Keys>,
+    responses: Arc<KeptResponses>,
     /// Unix seconds.
     started: u64,
 }
@@ -83,7 +86,8 @@ impl AppState {
     ) -> Self {
         let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let keys = Arc::new(Keys::new(&config.server));
-        Self { generation, experiments, metrics, config, keys, started }
+        let responses = Arc::default();
+        Self { generation, experiments, metrics, config, keys, responses, started }
     }
 }
 
@@ -115,11 +119,13 @@ pub fn router(state: AppState) -> Router {
     let generating = Router::new()
         .route("/completions", post(completions::completions))
         .route("/chat/completions", post(chat::chat_completions))
+        .route("/responses", post(responses::create))
         .route("/compare", post(compare::compare))
         .route_layer(from_fn_with_state(state.clone(), count_rejection));
     let adapter = get(adapters::get).put(adapters::put).delete(adapters::delete);
     let api = generating
         .route("/models", get(models::list))
+        .route("/responses/{id}", get(responses::get).delete(responses::delete))
         .route("/models/{*id}", get(models::get))
         .route("/icl", get(icl::list))
         .route("/icl/{name}", get(icl::get).put(icl::put).delete(icl::delete))

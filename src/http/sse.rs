@@ -16,11 +16,19 @@ pub const DONE: &str = "[DONE]";
 
 /// Each event is sent as soon as `data` has it.
 pub fn respond(data: impl Stream<Item = String> + Send + 'static) -> Response {
-    let events = data.map(|data| Ok::<_, Infallible>(Event::default().data(data)));
-    let mut response = Sse::new(events).into_response();
+    respond_events(data.map(|data| Event::default().data(data)))
+}
+
+fn respond_events(events: impl Stream<Item = Event> + Send + 'static) -> Response {
+    let mut response = Sse::new(events.map(Ok::<_, Infallible>)).into_response();
     // Proxies that buffer would hold tokens back.
     response.headers_mut().insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
     response
+}
+
+/// As [`respond`], of events that have names.
+pub fn respond_named(events: impl Stream<Item = (&'static str, String)> + Send + 'static) -> Response {
+    respond_events(events.map(|(name, data)| Event::default().event(name).data(data)))
 }
 
 /// `value` on one line. `data:` inside is escaped: there are clients that split events at every occurrence.

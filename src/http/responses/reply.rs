@@ -1,0 +1,343 @@
+//! A response while it is written, as items and as the events that tell of them.
+
+use std::collections::VecDeque;
+
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use serde_json::{Map, Value, json};
+
+use super::kept::Turn;
+use crate::engine::request::FinishReason;
+use crate::generation::{SequenceUsage, TextEvent};
+use crate::http::error::ApiError;
+use crate::http::reply::{random_id, unix_seconds};
+use crate::http::run::Run;
+use crate::http::sse;
+use crate::tools::{CallReader, ChatPart};
+
+/// An event: its name, and its data.
+type Named = (&'static str, Value);
+
+#[derive(Debug)]
+pub struct Writer {
+    id: String,
+    created_at: u64,
+    model: String,
+    echoed: Map<String, Value>,
+    reader: Option<CallReader>,
+    output: Vec<Item>,
+    /// Whether the last item is still written.
+    is_open: bool,
+    sequence_number: usize,
+}
+
+#[derive(Debug)]
+enum Item {
+    Message { id: String, text: String },
+    Call { id: String, call_id: String, name: String, arguments: String },
+}
+
+impl Item {
+    fn id(&self) -> &str {
+        match self {
+            Self::Message { id, .. } | Self::Call { id, .. } => id,
+        }
+    }
+
+    fn to_json(&self, status: &str) -> Value {
+        match self {
+            Self::Message { id, text } => {
+                let content = if status == "in_progress" { json!([]) } else { json!([text_part(text)]) };
+                json!({"id": id, "type": "message", "status": status, "role": "assistant", "content": content})
+            }
+            Self::Call { id, call_id, name, arguments } => json!({"id": id, "type": "function_call", "status": status,
+                "call_id": call_id, "name": name, "arguments": arguments}),
+        }
+    }
+}
+
+fn text_part(text: &str) -> Value {
+    json!({"type": "output_text", "text": text, "annotations": [], "logprobs": []})
+}
+
+impl Writer {
+    pub fn new(id: String, model: &str, echoed: Map<String, Value>, reader: Option<CallReader>) -> Self {
+        let (created_at, model) = (unix_seconds(), model.to_owned());
+        Self { id, created_at, model, echoed, reader, output: Vec::new(), is_open: false, sequence_number: 0 }
+    }
+
+    /// The whole response as it stands. `usage` is there once it has ended.
+    fn response(&self, status: &str, usage: Option<SequenceUsage>) -> Value {
+        let item_status = |index: usize| match status {
+            "completed" => "completed",
+            _ if index + 1 < self.output.len() => "completed",
+            other => other,
+        };
+        let output: Vec<Value> =
+            self.output.iter().enumerate().map(|(index, item)| item.to_json(item_status(index))).collect();
+        let mut response = self.echoed.clone();
+        let incomplete = (status == "incomplete").then(|| json!({"reason": "max_output_tokens"}));
+        for (name, value) in [
+            ("id", json!(self.id)),
+            ("object", json!("response")),
+            ("created_at", json!(self.created_at)),
+            ("status", json!(status)),
+            ("error", Value::Null),
+            ("incomplete_details", json!(incomplete)),
+            ("model", json!(self.model)),
+            ("output", json!(output)),
+            ("usage", json!(usage.map(usage_json))),
+        ] {
+            response.insert(name.to_owned(), value);
+        }
+        Value::Object(response)
+    }
+
+    fn begin(&mut self) -> Vec<Named> {
+        let response = self.response("in_progress", None);
+        ["response.created", "response.in_progress"].map(|name| self.event(name, json!({"response": response}))).into()
+    }
+
+    fn text(&mut self, text: &str) -> Vec<Named> {
+        let parts = match &mut self.reader {
+            Some(reader) => reader.push(text),
+            None => vec![ChatPart::Text(text.to_owned())],
+        };
+        self.write(parts)
+    }
+
+    fn write(&mut self, parts: Vec<ChatPart>) -> Vec<Named> {
+        let mut events = Vec::new();
+        for part in parts {
+            match part {
+                ChatPart::Text(text) => self.write_text(text, &mut events),
+                ChatPart::CallStarted { name, .. } => {
+                    self.close("completed", &mut events);
+                    let (id, call_id) = (random_id("fc"), random_id("call"));
+                    self.open(Item::Call { id, call_id, name, arguments: String::new() }, &mut events);
+                }
+                ChatPart::Arguments { fragment, .. } => {
+                    if let Some(Item::Call { arguments, .. }) = self.output.last_mut() {
+                        arguments.push_str(&fragment);
+                    }
+                    let delta = json!({"delta": fragment});
+                    events.push(self.item_event("response.function_call_arguments.delta", delta));
+                }
+            }
+        }
+        events
+    }
+
+    fn write_text(&mut self, text: String, events: &mut Vec<Named>) {
+        if text.is_empty() {
+            return;
+        }
+        if !(self.is_open && matches!(self.output.last(), Some(Item::Message { .. }))) {
+            self.close("completed", events);
+            self.open(Item::Message { id: random_id("msg"), text: String::new() }, events);
+            let part = json!({"content_index": 0, "part": text_part("")});
+            events.push(self.item_event("response.content_part.added", part));
+        }
+        if let Some(Item::Message { text: whole, .. }) = self.output.last_mut() {
+            whole.push_str(&text);
+        }
+        let delta = json!({"content_index": 0, "delta": text, "logprobs": []});
+        events.push(self.item_event("response.output_text.delta", delta));
+    }
+
+    fn open(&mut self, item: Item, events: &mut Vec<Named>) {
+        let added = item.to_json("in_progress");
+        self.output.push(item);
+        self.is_open = true;
+        let data = json!({"output_index": self.output.len() - 1, "item": added});
+        events.push(self.event("response.output_item.added", data));
+    }
+
+    fn close(&mut self, status: &str, events: &mut Vec<Named>) {
+        let Some(item) = self.output.last().filter(|_| self.is_open) else { return };
+        let done = item.to_json(status);
+        match item {
+            Item::Message { text, .. } => {
+                let whole = json!({"content_index": 0, "text": text, "logprobs": []});
+                let part = json!({"content_index": 0, "part": text_part(text)});
+                events.push(self.item_event("response.output_text.done", whole));
+                events.push(self.item_event("response.content_part.done", part));
+            }
+            Item::Call { name, arguments, .. } => {
+                let whole = json!({"name": name, "arguments": arguments});
+                events.push(self.item_event("response.function_call_arguments.done", whole));
+            }
+        }
+        let data = json!({"output_index": self.output.len() - 1, "item": done});
+        events.push(self.event("response.output_item.done", data));
+        self.is_open = false;
+    }
+
+    /// The last events, and the response as it is then.
+    fn end(&mut self, reason: FinishReason, usage: SequenceUsage) -> (Vec<Named>, Value) {
+        let rest = self.reader.as_mut().map(CallReader::finish).unwrap_or_default();
+        let mut events = self.write(rest);
+        let (status, name) = match reason {
+            FinishReason::Stop => ("completed", "response.completed"),
+            FinishReason::Length => ("incomplete", "response.incomplete"),
+        };
+        self.close(status, &mut events);
+        let response = self.response(status, Some(usage));
+        events.push(self.event(name, json!({"response": response})));
+        (events, response)
+    }
+
+    fn fail(&mut self, error: ApiError) -> Named {
+        let mut response = self.response("failed", None);
+        response["error"] = json!({"code": "server_error", "message": error.into_envelope().error.message()});
+        self.event("response.failed", json!({"response": response}))
+    }
+
+    /// What was said, as messages of a chat.
+    fn answer(&self) -> Vec<Value> {
+        let (mut content, mut calls) = (String::new(), Vec::new());
+        for item in &self.output {
+            match item {
+                Item::Message { text, .. } => content.push_str(text),
+                Item::Call { call_id, name, arguments, .. } => calls.push(json!({"id": call_id, "type": "function",
+                    "function": {"name": name, "arguments": arguments}})),
+            }
+        }
+        let mut message = json!({"role": "assistant", "content": content});
+        if !calls.is_empty() {
+            message["tool_calls"] = calls.into();
+        }
+        vec![message]
+    }
+
+    /// An event of the item that is written.
+    fn item_event(&mut self, name: &'static str, mut data: Value) -> Named {
+        data["item_id"] = json!(self.output.last().map(Item::id));
+        data["output_index"] = json!(self.output.len().saturating_sub(1));
+        self.event(name, data)
+    }
+
+    fn event(&mut self, name: &'static str, mut data: Value) -> Named {
+        data["type"] = json!(name);
+        data["sequence_number"] = json!(self.sequence_number);
+        self.sequence_number += 1;
+        (name, data)
+    }
+}
+
+fn usage_json(usage: SequenceUsage) -> Value {
+    let SequenceUsage { num_prompt_tokens, num_cached_tokens, num_output_tokens } = usage;
+    json!({
+        "input_tokens": num_prompt_tokens,
+        "input_tokens_details": {"cached_tokens": num_cached_tokens},
+        "output_tokens": num_output_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": num_prompt_tokens + num_output_tokens,
+    })
+}
+
+pub async fn whole(mut run: Run, mut writer: Writer, turn: Turn) -> Result<Response, ApiError> {
+    while let Some(event) = run.next().await {
+        match event? {
+            TextEvent::Delta(delta) => drop(writer.text(&delta.text)),
+            TextEvent::Finished { reason, usage, .. } => {
+                let (_, response) = writer.end(reason, usage);
+                turn.keep(&writer.id, response.clone(), writer.answer());
+                return Ok(Json(response).into_response());
+            }
+        }
+    }
+    Err(ApiError::internal())
+}
+
+/// The generation lives in the response: dropping that cancels it.
+pub fn stream(run: Run, mut writer: Writer, turn: Turn) -> Response {
+    let events = VecDeque::from(writer.begin());
+    let stream = Stream { run, writer, turn: Some(turn), events };
+    sse::respond_named(futures::stream::unfold(stream, async |mut stream| {
+        let (name, data) = stream.next().await?;
+        Some(((name, sse::json(&data)), stream))
+    }))
+}
+
+struct Stream {
+    run: Run,
+    writer: Writer,
+    /// Until the end.
+    turn: Option<Turn>,
+    events: VecDeque<Named>,
+}
+
+impl Stream {
+    async fn next(&mut self) -> Option<Named> {
+        while self.events.is_empty() {
+            match self.run.next().await? {
+                Ok(TextEvent::Delta(delta)) => self.events.extend(self.writer.text(&delta.text)),
+                Ok(TextEvent::Finished { reason, usage, .. }) => {
+                    let (events, response) = self.writer.end(reason, usage);
+                    self.events.extend(events);
+                    if let Some(turn) = self.turn.take() {
+                        turn.keep(&self.writer.id, response, self.writer.answer());
+                    }
+                }
+                Err(error) => self.events.push_back(self.writer.fail(error)),
+            }
+        }
+        self.events.pop_front()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::tools::{CallFormat, Tools};
+
+    fn names(events: &[Named]) -> Vec<&str> {
+        events.iter().map(|(name, _)| name.strip_prefix("response.").unwrap()).collect()
+    }
+
+    #[test]
+    fn every_item_is_told_from_its_beginning_to_its_end() {
+        let tools = Tools { definitions: vec![json!({"function": {"name": "f"}})], parallel: true };
+        let reader = CallReader::new(CallFormat::Hermes, Arc::new(tools));
+        let mut writer = Writer::new("resp-1".to_owned(), "m", Map::new(), Some(reader));
+        let mut events = writer.begin();
+        events.extend(writer.text("Hm. <tool_call>{\"name\": \"f\", \"arguments\": {\"a\": 1}}</tool_call>"));
+        let (last, response) = writer.end(FinishReason::Stop, SequenceUsage::default());
+        events.extend(last);
+        let expected = [
+            "created",
+            "in_progress",
+            "output_item.added",
+            "content_part.added",
+            "output_text.delta",
+            "output_text.done",
+            "content_part.done",
+            "output_item.done",
+            "output_item.added",
+            "function_call_arguments.delta",
+            "function_call_arguments.done",
+            "output_item.done",
+            "completed",
+        ];
+        assert_eq!(names(&events), expected);
+        let numbers = events.iter().map(|(_, data)| data["sequence_number"].as_u64().unwrap());
+        assert!(numbers.eq(0..expected.len() as u64));
+        assert_eq!(response["output"][0]["content"][0]["text"], "Hm.");
+        assert_eq!(response["output"][1]["arguments"], "{\"a\": 1}");
+        let [answer] = writer.answer().try_into().unwrap();
+        assert_eq!(answer["tool_calls"][0]["id"], response["output"][1]["call_id"]);
+    }
+
+    #[test]
+    fn what_was_cut_off_is_incomplete() {
+        let mut writer = Writer::new("resp-1".to_owned(), "m", Map::new(), None);
+        writer.text("a");
+        let (events, response) = writer.end(FinishReason::Length, SequenceUsage::default());
+        assert_eq!(names(&events).last(), Some(&"incomplete"));
+        assert_eq!(response["incomplete_details"]["reason"], "max_output_tokens");
+        assert_eq!(response["output"][0]["status"], "incomplete");
+    }
+}

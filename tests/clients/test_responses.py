@@ -1,0 +1,79 @@
+"""The Responses interface through the OpenAI client library."""
+
+import openai
+import pytest
+
+from lorry_server import serving
+from test_tools import BASE, TOOLS
+
+FUNCTIONS = [{"type": "function", **tool["function"]} for tool in TOOLS]
+
+
+@pytest.fixture(scope="module")
+def client():
+    with serving() as server:
+        yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
+
+
+def respond(client, text, **options):
+    options = {"model": BASE, "max_output_tokens": 48, "temperature": 0, **options}
+    return client.responses.create(input=text, **options)
+
+
+def test_a_response_is_what_a_chat_says(client):
+    response = respond(client, "Say hi.", instructions="Be brief.")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say hi."}]
+    chat = client.chat.completions.create(model=BASE, messages=messages, max_tokens=48, temperature=0)
+    assert response.output_text == chat.choices[0].message.content
+    assert response.status == "completed" and response.usage.output_tokens == chat.usage.completion_tokens
+
+
+def test_a_stream_tells_the_whole_response(client):
+    whole = respond(client, "Count from one to five.")
+    events = list(respond(client, "Count from one to five.", stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type.removeprefix("response.") for event in events]
+    assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
+    assert kinds[-4:] == ["output_text.done", "content_part.done", "output_item.done", "completed"]
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == events[-1].response.output_text == whole.output_text
+
+
+def test_a_conversation_goes_on_from_what_is_kept(client):
+    first = respond(client, "My name is Ada. Say hi.")
+    second = respond(client, "What is my name?", previous_response_id=first.id)
+    messages = [
+        {"role": "user", "content": "My name is Ada. Say hi."},
+        {"role": "assistant", "content": first.output_text},
+        {"role": "user", "content": "What is my name?"},
+    ]
+    assert second.output_text == respond(client, messages).output_text
+    assert client.responses.retrieve(first.id).output_text == first.output_text
+    client.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(first.id)
+    unkept = respond(client, "Say hi.", store=False)
+    with pytest.raises(openai.NotFoundError) as unknown:
+        respond(client, "Again.", previous_response_id=unkept.id)
+    assert unknown.value.param == "previous_response_id"
+
+
+def test_a_function_is_called_and_its_result_goes_back(client):
+    response = respond(client, "What is the weather in Paris?", tools=FUNCTIONS)
+    [call] = response.output
+    assert (call.type, call.name, call.arguments) == ("function_call", "get_weather", '{"city": "Paris"}')
+    events = list(respond(client, "What is the weather in Paris?", tools=FUNCTIONS, stream=True))
+    [done] = [event for event in events if event.type == "response.function_call_arguments.done"]
+    assert done.arguments == call.arguments
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "18 degrees"}
+    answered = respond(client, [result], tools=FUNCTIONS, previous_response_id=response.id)
+    assert answered.usage.input_tokens > response.usage.input_tokens
+
+
+def test_what_is_cut_off_is_incomplete_and_what_is_not_served_is_refused(client):
+    cut = respond(client, "Count to one hundred.", max_output_tokens=4)
+    assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    for field, value in [("background", True), ("truncation", "auto"), ("reasoning", {"effort": "high"})]:
+        with pytest.raises(openai.BadRequestError) as refused:
+            respond(client, "a", **{field: value})
+        assert refused.value.param.startswith(field)
