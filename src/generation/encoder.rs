@@ -28,6 +28,8 @@ pub(super) struct Encoder<'a> {
     pub context_length: usize,
     /// Whether the reply repeats the prompt, which then must stay as it is.
     pub is_echoed: bool,
+    /// What the output begins with, read by the model as if it had written that.
+    pub output_prefix: &'a str,
     pub config: &'a GenerationConfig,
 }
 
@@ -178,8 +180,29 @@ impl Encoder<'_> {
         })
     }
 
-    /// The tokens, and how many of the first were added to what the client wrote.
+    /// The tokens with the beginning of the output, and how many of the first were added to what the client wrote.
     fn tokens(
+        &self,
+        prompt: &Prompt,
+        wording: &Wording<'_>,
+        examples: &[&Example],
+    ) -> Result<(Vec<u32>, usize), GenerationError> {
+        match wording {
+            // Words go over the seam.
+            Wording::Text(text) if !self.output_prefix.is_empty() => {
+                let text = [text, self.output_prefix].concat();
+                self.prompt_tokens(prompt, &Wording::Text(&text), examples)
+            }
+            _ => {
+                let (mut tokens, num_added_tokens) = self.prompt_tokens(prompt, wording, examples)?;
+                let begun = self.base.tokenizer.encode(self.output_prefix, Specials::AsText);
+                tokens.extend(begun.map_err(|error| prompt.invalid(error))?);
+                Ok((tokens, num_added_tokens))
+            }
+        }
+    }
+
+    fn prompt_tokens(
         &self,
         prompt: &Prompt,
         wording: &Wording<'_>,
@@ -270,7 +293,7 @@ impl Encoder<'_> {
     /// Encoding takes time and memory: not for what is too long by its bytes. Around a gap it is cut.
     fn check_size(&self, prompt: &Prompt) -> Result<(), GenerationError> {
         let of_tools = self.tools.map_or(0, Tools::num_text_bytes);
-        let num_bytes = prompt.num_text_bytes() + of_tools;
+        let num_bytes = prompt.num_text_bytes() + of_tools + self.output_prefix.len();
         if num_bytes <= self.max_prompt_bytes() {
             return Ok(());
         }

@@ -124,6 +124,8 @@ pub struct GenerationOptions {
     pub echo: bool,
     /// What a chat offers the model to call.
     pub tools: Option<Arc<Tools>>,
+    /// What every output begins with; not for prompts of tokens or chat.
+    pub output_prefix: String,
 }
 
 /// A request under way.

@@ -138,6 +138,7 @@ impl Generation {
                 max_tokens: options.max_tokens,
                 context_length,
                 is_echoed: options.echo,
+                output_prefix: &options.output_prefix,
                 config: &config.generation,
             };
             prompts.iter().map(|prompt| encoder.encode(prompt)).collect()
@@ -297,6 +298,8 @@ impl Generation {
             logprobs: options.top_logprobs.is_some(),
             records_stop_token: options.records_stop_token,
             shown_tokens: options.tools.as_ref().map_or_else(Vec::new, |_| self.call_markers()),
+            // An echoed prompt ends in it.
+            output_prefix: if options.echo { String::new() } else { options.output_prefix.clone() },
             echo: options
                 .echo
                 .then(|| Echo { prompt_tokens: prompt.tokens.clone(), num_added_tokens: prompt.num_added_tokens }),

@@ -93,6 +93,8 @@ pub(super) struct TextStreamOptions {
     pub records_stop_token: bool,
     /// Special tokens that are text here.
     pub shown_tokens: Vec<u32>,
+    /// What the output begins with, the model having read it as the end of its prompt.
+    pub output_prefix: String,
     pub echo: Option<Echo>,
 }
 
@@ -223,6 +225,7 @@ struct TextAssembler {
     logprobs: bool,
     records_stop_token: bool,
     stop_token: Option<(u32, TokenLogprob)>,
+    output_prefix: String,
     echo: Option<Echo>,
     prompt_logprobs: Vec<Option<TokenLogprob>>,
     /// Records whose text is still held back.
@@ -243,6 +246,7 @@ impl TextAssembler {
             logprobs: options.logprobs,
             records_stop_token: options.records_stop_token,
             stop_token: None,
+            output_prefix: options.output_prefix,
             echo: options.echo,
             prompt_logprobs: Vec::new(),
             held: VecDeque::new(),
@@ -254,7 +258,7 @@ impl TextAssembler {
 
     /// The text that `id` sets free, and whether a stop string ended the sequence.
     fn token(&mut self, id: u32, logprob: Option<TokenLogprob>) -> (TextDelta, bool) {
-        let mut delta = self.take_echo();
+        let mut delta = self.take_beginning();
         self.usage.num_output_tokens += 1;
         if self.logprobs {
             self.held.push_back(TokenRecord { id, text_offset: self.num_chars_seen, logprob });
@@ -271,7 +275,7 @@ impl TextAssembler {
 
     /// Everything still held back, and whether a stop string was in it.
     fn end(&mut self) -> (TextDelta, bool) {
-        let mut delta = self.take_echo();
+        let mut delta = self.take_beginning();
         let text = self.detokenizer.finish();
         let stopped = self.push_text(&text, &mut delta);
         if !stopped {
@@ -308,6 +312,17 @@ impl TextAssembler {
         while let Some(record) = self.held.pop_front_if(|record| record.text_offset < self.num_chars_released) {
             delta.tokens.push(record);
         }
+    }
+
+    /// What comes before the model's own text, once.
+    fn take_beginning(&mut self) -> TextDelta {
+        let mut delta = self.take_echo();
+        let output_prefix = std::mem::take(&mut self.output_prefix);
+        let num_chars = output_prefix.chars().count();
+        self.num_chars_seen += num_chars;
+        self.num_chars_released += num_chars;
+        delta.text.push_str(&output_prefix);
+        delta
     }
 
     /// The prompt, once: by the first output event all its log-probabilities have come.

@@ -38,6 +38,7 @@ fn options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
         // As in vLLM; clients that score a prompt cut off the one token behind it, whatever that is.
         records_stop_token: true,
         echo: fields.boolean("echo")?.unwrap_or(false),
+        output_prefix: fields.string("prefix")?.unwrap_or_default().to_owned(),
         ..parse_options(fields)?
     })
 }
@@ -133,6 +134,12 @@ impl ReplyShape for CompletionShape {
         let (selection, icl) = parse_selection(fields)?;
         let prompt_format = fields.string("prompt_format")?.map(str::to_owned);
         let prompts = prompts(fields, options.echo)?;
+        if !options.output_prefix.is_empty() && prompts.iter().any(|prompt| matches!(prompt, Prompt::Tokens(_))) {
+            return Err(ApiError::invalid(
+                "prefix",
+                "`prefix` needs a `prompt` of text: add its tokens to the token ids",
+            ));
+        }
         Ok(GenerationRequest { selection, icl, prompt_format, prompts, options })
     }
 

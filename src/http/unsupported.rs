@@ -109,12 +109,12 @@ const UNSUPPORTED: [Unsupported; 28] = [
         advice: "a prompt is read whole: shorten it",
     },
     Unsupported {
-        names: &["prefix", "input_prefix", "input_suffix", "input_extra", "segments", "inputs"],
+        names: &["input_prefix", "input_suffix", "input_extra", "segments", "inputs"],
         is_harmless: |value, _, _| is_empty(value),
         advice: "send the text before the cursor as `prompt`, that after it as `suffix`",
     },
     Unsupported {
-        names: &["suffix", "echo"],
+        names: &["prefix", "suffix", "echo"],
         is_harmless: |value, _, route| route == Route::Completions || is_empty(value) || *value == false,
         advice: "it is for /v1/completions",
     },

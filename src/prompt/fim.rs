@@ -20,6 +20,8 @@ struct Gap {
     context: Vec<u32>,
     prefix: Vec<u32>,
     suffix: Vec<u32>,
+    /// How the middle begins, where that is not for the model to say.
+    middle: Vec<u32>,
 }
 
 impl FillInMiddle {
@@ -35,6 +37,7 @@ impl FillInMiddle {
             context: Vec::new(),
             prefix: tokenizer.encode(prefix, Specials::AsText)?,
             suffix: tokenizer.encode(suffix, Specials::AsText)?,
+            middle: Vec::new(),
         }))
     }
 
@@ -57,7 +60,7 @@ impl FillInMiddle {
         tokenizer.special_id(sentinel).is_some_and(|id| self.tokens.all().any(|own| own == id))
     }
 
-    /// The gap of a prompt that has each sentinel once, in order, the last one at the end.
+    /// The gap of a prompt that has each sentinel once, in order.
     fn read(&self, tokenizer: &Tokenizer, tokens: &[u32]) -> Option<Gap> {
         let FimTokens { prefix, suffix, middle, .. } = self.tokens;
         let place = |sentinel| {
@@ -65,7 +68,7 @@ impl FillInMiddle {
             places.next().filter(|_| places.next().is_none())
         };
         let (prefix, suffix, middle) = (place(prefix)?, place(suffix)?, place(middle)?);
-        if !(prefix < suffix && suffix < middle && middle + 1 == tokens.len()) {
+        if !(prefix < suffix && suffix < middle) {
             return None;
         }
         let beginning = tokens.first().copied().filter(|first| Some(*first) == tokenizer.bos());
@@ -74,6 +77,7 @@ impl FillInMiddle {
             context: tokens[usize::from(beginning.is_some())..prefix].to_vec(),
             prefix: tokens[prefix + 1..suffix].to_vec(),
             suffix: tokens[suffix + 1..middle].to_vec(),
+            middle: tokens[middle + 1..].to_vec(),
         })
     }
 
@@ -83,13 +87,14 @@ impl FillInMiddle {
     }
 
     fn tokens(&self, gap: &Gap) -> Vec<u32> {
-        let Gap { beginning, context, prefix, suffix } = gap;
+        let Gap { beginning, context, prefix, suffix, middle } = gap;
         let mut tokens: Vec<u32> = beginning.iter().chain(context).copied().collect();
         tokens.push(self.tokens.prefix);
         tokens.extend(prefix);
         tokens.push(self.tokens.suffix);
         tokens.extend(suffix);
         tokens.push(self.tokens.middle);
+        tokens.extend(middle);
         tokens
     }
 }
@@ -100,7 +105,8 @@ impl Gap {
     /// Cuts what is farthest from the gap until the prompt has at most `max_tokens` tokens: first the head of other
     /// files, then the head of the prefix and the tail of the suffix, of which the suffix keeps a quarter of the room.
     fn cut(&mut self, max_tokens: usize) {
-        let room = max_tokens.saturating_sub(Self::NUM_SENTINELS + usize::from(self.beginning.is_some()));
+        let kept = Self::NUM_SENTINELS + usize::from(self.beginning.is_some()) + self.middle.len();
+        let room = max_tokens.saturating_sub(kept);
         let suffix_room = (room / 4).max(room.saturating_sub(self.prefix.len()));
         self.suffix.truncate(suffix_room);
         keep_tail(&mut self.prefix, room - self.suffix.len());
@@ -150,12 +156,12 @@ mod tests {
         };
         assert_eq!(read("<fim_prefix>ab<fim_suffix>c<fim_middle>"), Some((true, 0)));
         assert_eq!(read("<file_sep>xy<fim_prefix>ab<fim_suffix>c<fim_middle>"), Some((true, 3)));
+        assert_eq!(read("<fim_prefix>ab<fim_suffix>c<fim_middle>begun"), Some((true, 0)));
         for other in [
             "ab",
             "<file_sep>ab",
             "<fim_prefix>a<fim_suffix>b",
             "<fim_suffix>a<fim_prefix>b<fim_middle>",
-            "<fim_prefix>a<fim_suffix>b<fim_middle>c",
             "<fim_prefix>a<fim_suffix>b<fim_suffix>b<fim_middle>",
         ] {
             assert_eq!(read(other), None, "{other}");
@@ -171,6 +177,7 @@ mod tests {
                 context: vec![1; num_context],
                 prefix: (100..).take(num_prefix).collect(),
                 suffix: (200..).take(num_suffix).collect(),
+                middle: Vec::new(),
             };
             let mut cut = whole.clone();
             cut.cut(max_tokens);

@@ -11,6 +11,7 @@ fn assembler(stop: &[&str], echo: Option<Echo>) -> TextAssembler {
         logprobs: true,
         records_stop_token: true,
         shown_tokens: Vec::new(),
+        output_prefix: String::new(),
         echo,
     })
 }

@@ -108,3 +108,41 @@ async fn a_prompt_that_no_tokens_could_hold_is_refused_by_its_bytes() {
         server.complete(json!({"prompt": "p".repeat(4000), "suffix": "s".repeat(4000), "temperature": 0})).await;
     assert_eq!(around["usage"]["prompt_tokens"], 48);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prefix_begins_the_output_and_the_model_goes_on_from_it() {
+    let server = server().await;
+    let begun = |more: Value| {
+        let mut body = json!({"prompt": "ab", "prefix": "xy", "max_tokens": 3, "temperature": 0});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    let reply = server.complete(begun(json!({}))).await;
+    assert_eq!((text(&reply), &reply["usage"]["prompt_tokens"]), ("xyz", &json!(4)));
+    let filled = server.complete(begun(json!({"suffix": "b", "prefix": "gh"}))).await;
+    assert_eq!((text(&filled), &filled["usage"]["prompt_tokens"]), ("ghijk", &json!(3 + 3 + 2)));
+    let laid_out = server.complete(begun(json!({"prompt": raw("ab", "b"), "prefix": "gh"}))).await;
+    let num_tokens = |reply: &Value| reply["usage"]["total_tokens"].clone();
+    assert_eq!((text(&laid_out), num_tokens(&laid_out)), (text(&filled), num_tokens(&filled)));
+    assert_eq!(text(&server.complete(begun(json!({"echo": true}))).await), "abxyz");
+    assert_eq!(text(&server.complete(begun(json!({"max_tokens": 0}))).await), "xy");
+    // Nothing that the client wrote ends the output.
+    assert_eq!(text(&server.complete(begun(json!({"prefix": "gh", "stop": "h"}))).await), "ghijk");
+    let offsets = server.complete(begun(json!({"prefix": "gh", "logprobs": 0}))).await;
+    assert_eq!(offsets["choices"][0]["logprobs"]["text_offset"], json!([2, 3, 4]));
+
+    let events = server.stream(begun(json!({"prefix": "gh"}))).await;
+    let first: Value = serde_json::from_str(&events[0]).unwrap();
+    assert!(text(&first).starts_with("gh"), "{first}");
+
+    let long = server.complete(begun(json!({"prompt": "p".repeat(100), "suffix": "s", "prefix": "gh"}))).await;
+    assert_eq!(
+        (text(&long), &long["usage"]["prompt_tokens"]),
+        ("ghijk", &json!(CONTEXT_LENGTH - 3)),
+        "what is cut is the prompt"
+    );
+    let refused = server.completions(begun(json!({"prompt": [97]}))).send().await.unwrap();
+    assert_eq!(refused.status(), 400);
+    assert_eq!(refused.json::<Value>().await.unwrap()["error"]["param"], "prefix");
+    assert_eq!(text(&server.complete(begun(json!({"prompt": [97], "prefix": ""}))).await), "bcd");
+}

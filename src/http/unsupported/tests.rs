@@ -53,7 +53,7 @@ fn cases() -> Vec<(&'static str, Value, Value)> {
         ("reasoning_effort", json!("high"), json!("none")),
         ("extra_body", json!({"top_k": 1}), json!({})),
         ("options", json!({"temperature": 0}), json!({})),
-        ("prefix", json!("a"), json!("")),
+        ("input_prefix", json!("a"), json!("")),
         ("t_max_predict_ms", json!(250), json!(0)),
     ]
 }
@@ -112,7 +112,9 @@ fn some_fields_are_harmless_only_beside_others() {
 
 #[test]
 fn fields_of_one_route_are_refused_on_the_other() {
-    for (body, name) in [(json!({"suffix": "x"}), "suffix"), (json!({"echo": true}), "echo")] {
+    for (body, name) in
+        [(json!({"suffix": "x"}), "suffix"), (json!({"echo": true}), "echo"), (json!({"prefix": "x"}), "prefix")]
+    {
         assert_eq!(refused(body.clone(), Route::Completions), None);
         assert_eq!(refused(body, Route::Chat).unwrap()["param"], name);
     }
