@@ -12,6 +12,7 @@ mod error;
 mod experiments;
 mod feedback;
 mod fields;
+mod fim;
 mod icl;
 mod listener;
 mod llama_cpp;
@@ -120,6 +121,7 @@ pub fn router(state: AppState) -> Router {
         .route("/completions", post(completions::completions))
         .route("/chat/completions", post(chat::chat_completions))
         .route("/responses", post(responses::create))
+        .route("/fim/completions", post(fim::completions))
         .route("/compare", post(compare::compare))
         .route_layer(from_fn_with_state(state.clone(), count_rejection));
     let adapter = get(adapters::get).put(adapters::put).delete(adapters::delete);

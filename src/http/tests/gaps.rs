@@ -146,3 +146,35 @@ async fn a_prefix_begins_the_output_and_the_model_goes_on_from_it() {
     assert_eq!(refused.json::<Value>().await.unwrap()["error"]["param"], "prefix");
     assert_eq!(text(&server.complete(begun(json!({"prompt": [97], "prefix": ""}))).await), "bcd");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mistrals_route_answers_in_the_form_of_chat_with_a_string_in_every_chunk() {
+    let server = server().await;
+    let ask = |body: Value| server.request(Method::POST, "/v1/fim/completions").body(body.to_string()).send();
+    let mut body = json!({"model": BASE, "prompt": "uv", "suffix": "b", "temperature": 0, "random_seed": 1});
+    let reply: Value = ask(body.clone()).await.unwrap().json().await.unwrap();
+    let choice = &reply["choices"][0];
+    assert_eq!((&reply["object"], &choice["finish_reason"]), (&json!("chat.completion"), &json!("stop")));
+    assert_eq!(choice["message"]["content"], "abcdefghijklmnopqrstuvwxyz", "to the end of what is missing");
+
+    (body["stream"], body["suffix"], body["max_tokens"]) = (json!(true), json!(null), json!(4));
+    let events = ask(body).await.unwrap().text().await.unwrap();
+    let data: Vec<_> = events.split("\n\n").filter_map(|event| event.strip_prefix("data: ")).collect();
+    let (done, chunks) = data.split_last().unwrap();
+    let chunks: Vec<Value> = chunks.iter().map(|chunk| serde_json::from_str(chunk).unwrap()).collect();
+    let content = |chunk: &Value| chunk["choices"][0]["delta"]["content"].as_str().unwrap().to_owned();
+    assert_eq!((*done, chunks.iter().map(content).collect::<String>().as_str()), ("[DONE]", "abcd"));
+    assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], "length");
+
+    for (body, param) in [
+        (json!({"prompt": "a", "min_tokens": 3}), "min_tokens"),
+        (json!({"prompt": [1]}), "prompt"),
+        (json!({}), "prompt"),
+    ] {
+        let refused = ask(body).await.unwrap();
+        assert_eq!(refused.status(), 400);
+        assert_eq!(refused.json::<Value>().await.unwrap()["error"]["param"], param);
+    }
+    let accepted = ask(json!({"prompt": "a", "min_tokens": 0, "max_tokens": 1})).await.unwrap();
+    assert_eq!(accepted.status(), 200);
+}
