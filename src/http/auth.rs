@@ -1,4 +1,4 @@
-//! Who is asking, and what that opens: `Authorization: Bearer KEY`, or Anthropic's `x-api-key`, against the keys of the
+//! Who is asking, and what that opens: `Authorization: Bearer KEY`, or Anthropic's `x-api-key` and Azure's `api-key`, against the keys of the
 //! configuration.
 
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::config::{Secret, ServerConfig};
 use crate::generation::Access;
 use crate::hexadecimal::hexadecimal;
 
-const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+const API_KEYS: [HeaderName; 2] = [HeaderName::from_static("x-api-key"), HeaderName::from_static("api-key")];
 
 #[derive(Debug)]
 pub struct Keys {
@@ -110,7 +110,7 @@ fn identity(key: &str) -> String {
 }
 
 fn key(headers: &HeaderMap) -> Option<&str> {
-    bearer(headers).or_else(|| headers.get(API_KEY)?.to_str().ok())
+    bearer(headers).or_else(|| API_KEYS.iter().find_map(|name| headers.get(name)?.to_str().ok()))
 }
 
 fn bearer(headers: &HeaderMap) -> Option<&str> {
@@ -177,6 +177,7 @@ mod tests {
             )
         };
         assert_eq!(key(&headers(&[("x-api-key", "k")])), Some("k"));
+        assert_eq!(key(&headers(&[("api-key", "k")])), Some("k"));
         assert_eq!(key(&headers(&[("x-api-key", "k"), ("authorization", "Bearer b")])), Some("b"));
         assert_eq!(key(&headers(&[])), None);
     }
