@@ -1,5 +1,5 @@
-//! Who is asking, and what that opens: `Authorization: Bearer KEY`, or Anthropic's `x-api-key` and Azure's `api-key`, against the keys of the
-//! configuration.
+//! Who is asking, and what that opens: `Authorization: Bearer KEY`, or Anthropic's `x-api-key` and Azure's `api-key`,
+//! against the keys of the configuration.
 
 use std::sync::Arc;
 
