@@ -61,6 +61,8 @@ pub struct ServerConfig {
     pub cors: bool,
     pub admin_key: Secret,
     pub keys: Vec<KeyConfig>,
+    /// Names that clients send of their own accord, and the base or adapter that each stands for.
+    pub model_aliases: BTreeMap<String, String>,
 }
 
 /// A client's key and what it opens.

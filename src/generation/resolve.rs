@@ -42,8 +42,15 @@ impl Generation {
         format!("{}-{adapter}", self.base.id)
     }
 
+    /// Names of the configuration that stand for a model that `access` shows.
+    pub fn visible_aliases(&self, access: &Access) -> impl Iterator<Item = (&str, Option<AdapterStatus>)> {
+        let aliases = self.config.server.model_aliases.keys();
+        aliases.filter_map(|alias| self.find_model(alias, access).ok().map(|model| (alias.as_str(), model)))
+    }
+
     /// What `name` means to a caller, to whom hidden adapters are not there.
-    fn read_name<'a>(&self, name: Option<&'a str>, access: &Access) -> ModelName<'a> {
+    fn read_name<'a>(&'a self, name: Option<&'a str>, access: &Access) -> ModelName<'a> {
+        let name = name.map(|name| self.config.server.model_aliases.get(name).map_or(name, String::as_str));
         let is_adapter = |name: &str| access.allows(name) && self.adapters.status(name).is_some();
         ModelName::parse(name, &self.base.id, is_adapter)
     }

@@ -50,8 +50,10 @@ pub async fn list(State(state): State<AppState>, Extension(caller): Extension<Ca
     let adapters = state.generation.visible_adapters(&caller.access).into_iter();
     let servable = adapters.filter(|adapter| adapter.phase != Phase::Failed);
     let models = std::iter::once(None).chain(servable.map(Some)).map(|adapter| card(&state, adapter));
-    let aliases = state.experiments.aliases().map(|alias| alias_card(&state, alias));
-    Json(ModelList { object: "list", data: models.chain(aliases).collect() })
+    let aliases = state.generation.visible_aliases(&caller.access);
+    let aliases = aliases.map(|(alias, adapter)| ModelCard { id: alias.to_owned(), ..card(&state, adapter) });
+    let experiments = state.experiments.aliases().map(|alias| alias_card(&state, alias));
+    Json(ModelList { object: "list", data: models.chain(aliases).chain(experiments).collect() })
 }
 
 /// Ids may contain `/`, and every name that a request accepts finds its model.

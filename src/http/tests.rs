@@ -124,7 +124,7 @@ impl Server {
         std::fs::create_dir(&stores).unwrap();
         let short = "{% for example in examples %}{{ example.code }}{% endfor %}{{ instruction }}";
         let toml = format!(
-            "[server]\nadmin_key = 'admin'\n[icl]\ndir = {stores:?}\n[prompt_formats.short]\ntemplate = '{short}'"
+            "[server]\nadmin_key = 'admin'\nmodel_aliases = {{ claude-tiny = '{BASE}' }}\n[icl]\ndir = {stores:?}\n[prompt_formats.short]\ntemplate = '{short}'"
         );
         std::fs::write(&file, toml).unwrap();
         let mut config = Config::load(Some(&file), &Overrides::default()).unwrap();
@@ -455,6 +455,9 @@ async fn paths_tolerate_slashes_and_a_missing_prefix_and_every_reply_has_a_reque
         assert_eq!(models["data"][0]["id"], "tiny-coder:1b", "{path}");
         assert_eq!(models["data"][0]["max_model_len"], CONTEXT_LENGTH, "{path}");
     }
+    let models = server.request(Method::GET, "/v1/models").send().await.unwrap().json::<Value>().await.unwrap();
+    assert_eq!((&models["data"][1]["id"], &models["data"][1]["root"]), (&json!("claude-tiny"), &json!(BASE)));
+    assert_eq!(server.complete(json!({"model": "claude-tiny", "prompt": "a", "max_tokens": 1})).await["model"], BASE);
     let one = server.request(Method::GET, "/v1/models/Tiny-Coder-1B").send().await.unwrap();
     assert!(!one.headers()["x-request-id"].is_empty());
     assert_eq!(one.json::<Value>().await.unwrap()["id"], "tiny-coder:1b");

@@ -37,8 +37,10 @@ def test_a_prompt_that_is_not_raw_is_a_chat(client):
     said = client.generate(BASE, QUESTION[0]["content"], system="Answer briefly.", options=OPTIONS)
     messages = [{"role": "system", "content": "Answer briefly."}, *QUESTION]
     chat = client.chat(BASE, messages, options=OPTIONS)
-    assert "Paris" in said.response and chat.message.content == said.response
+    assert said.response and chat.message.content == said.response
     assert chat.prompt_eval_count == said.prompt_eval_count
+    raw = client.generate(BASE, QUESTION[0]["content"], raw=True, options=OPTIONS)
+    assert raw.prompt_eval_count < said.prompt_eval_count
 
 
 def test_a_streamed_chat_says_the_same_as_a_whole_one(client):

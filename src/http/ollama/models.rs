@@ -81,8 +81,10 @@ pub async fn tags(State(state): State<AppState>, Extension(caller): Extension<Ca
     let adapters = state.generation.visible_adapters(&caller.access).into_iter();
     let servable = adapters.filter(|adapter| adapter.phase != Phase::Failed);
     let models = std::iter::once(None).chain(servable.map(Some)).map(|adapter| card(&state, adapter.as_ref()));
-    let aliases = state.experiments.aliases().map(|alias| alias_card(&state, alias));
-    Json(Models { models: models.chain(aliases).collect() })
+    let aliases = state.generation.visible_aliases(&caller.access);
+    let aliases = aliases.map(|(alias, adapter)| alias_card(&state, alias, adapter.as_ref()));
+    let experiments = state.experiments.aliases().map(|alias| alias_card(&state, alias, None));
+    Json(Models { models: models.chain(aliases).chain(experiments).collect() })
 }
 
 pub async fn resident(State(state): State<AppState>, Extension(caller): Extension<Caller>) -> Json<Models> {
@@ -163,10 +165,10 @@ fn model_info(state: &AppState) -> Map<String, Value> {
     ])
 }
 
-/// Of an experiment, of which a client sees no more than that it can be asked.
-fn alias_card(state: &AppState, alias: &str) -> ModelCard {
+/// Of a name that stands for a model, or an experiment, of which a client sees no more than that it can be asked.
+fn alias_card(state: &AppState, alias: &str, adapter: Option<&AdapterStatus>) -> ModelCard {
     let digest = hexadecimal(Sha256::new_with_prefix(alias));
-    ModelCard { name: alias.to_owned(), model: alias.to_owned(), digest, ..card(state, None) }
+    ModelCard { name: alias.to_owned(), model: alias.to_owned(), digest, ..card(state, adapter) }
 }
 
 fn card(state: &AppState, adapter: Option<&AdapterStatus>) -> ModelCard {

@@ -69,7 +69,8 @@ async fn models_are_described_as_clients_look_for_it() {
     let get = async |path: &str| server.request(Method::GET, path).send().await.unwrap().json::<Value>().await.unwrap();
     assert_eq!(get("/api/version").await["lorry"], env!("CARGO_PKG_VERSION"));
     let tags = get("/api/tags").await;
-    let [base] = tags["models"].as_array().unwrap().as_slice() else { panic!("{tags}") };
+    let [base, alias] = tags["models"].as_array().unwrap().as_slice() else { panic!("{tags}") };
+    assert_eq!((&alias["name"], &alias["size"]), (&json!("claude-tiny"), &base["size"]));
     assert_eq!((&base["name"], &base["model"], &base["size"]), (&json!(BASE), &json!(BASE), &json!(600_000_000)));
     assert_eq!(base["modified_at"], "1970-01-01T00:00:00Z");
     assert_eq!(base["details"]["parameter_size"], "1.00B");
