@@ -86,6 +86,24 @@ impl Generation {
         Ok(Prepared { model, prompts, options, seed, places })
     }
 
+    /// How many tokens the first prompt has, be it too long or not.
+    ///
+    /// # Errors
+    /// What is wrong with the request.
+    pub async fn count_prompt_tokens(
+        &self,
+        mut request: GenerationRequest,
+        access: &Access,
+    ) -> Result<usize, GenerationError> {
+        let model = self.resolve(&request.selection, access).await?;
+        request.options.max_tokens = Some(0);
+        match self.encode(&model, request).await {
+            Ok(prompts) => Ok(prompts.first().map_or(0, |prompt| prompt.tokens.len())),
+            Err(GenerationError::ContextLengthExceeded { num_prompt_tokens, .. }) => Ok(num_prompt_tokens),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Starts every sequence. Dropping the result cancels them.
     ///
     /// # Errors

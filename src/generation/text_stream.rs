@@ -117,6 +117,11 @@ impl TextStream {
         Self { events, assembler, recorder, ready: VecDeque::new(), ended: false, score: None, _in_flight: in_flight }
     }
 
+    /// What is known so far.
+    pub fn usage(&self) -> SequenceUsage {
+        self.assembler.usage
+    }
+
     /// Waits for the end of the sequence.
     pub async fn collect(mut self) -> Result<Completed, GenerationError> {
         let (mut text, mut tokens) = (String::new(), Vec::new());

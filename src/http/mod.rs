@@ -1,7 +1,8 @@
-//! The HTTP interface: OpenAI's routes over [`Generation`], the life of the adapters, probes, and one shape for every
-//! error.
+//! The HTTP interface: OpenAI's routes over [`Generation`], those of Ollama and Anthropic, the life of the adapters,
+//! probes, and one shape for every error.
 
 mod adapters;
+mod anthropic;
 mod auth;
 mod chat;
 mod compare;
@@ -123,9 +124,11 @@ pub fn router(state: AppState) -> Router {
         .route("/responses", post(responses::create))
         .route("/fim/completions", post(fim::completions))
         .route("/compare", post(compare::compare))
+        .route("/messages", post(anthropic::messages))
         .route_layer(from_fn_with_state(state.clone(), count_rejection));
     let adapter = get(adapters::get).put(adapters::put).delete(adapters::delete);
     let api = generating
+        .route("/messages/count_tokens", post(anthropic::count_tokens))
         .route("/models", get(models::list))
         .route("/responses/{id}", get(responses::get).delete(responses::delete))
         .route("/models/{*id}", get(models::get))

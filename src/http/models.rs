@@ -2,11 +2,15 @@
 //! experiments.
 
 use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
+use chrono::{DateTime, SecondsFormat, Utc};
 use serde::Serialize;
 
 use super::AppState;
 use super::auth::Caller;
+use super::dialect::Dialect;
 use super::error::ApiError;
 use super::fields::PathName;
 use crate::adapter::registry::{AdapterStatus, Phase};
@@ -46,14 +50,57 @@ struct AdapterCard {
     resident_bytes: Option<usize>,
 }
 
-pub async fn list(State(state): State<AppState>, Extension(caller): Extension<Caller>) -> Json<ModelList> {
+/// As Anthropic lists models.
+#[derive(Debug, Serialize)]
+struct AnthropicModelList {
+    data: Vec<AnthropicModelCard>,
+    first_id: Option<String>,
+    last_id: Option<String>,
+    has_more: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct AnthropicModelCard {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    id: String,
+    display_name: String,
+    /// RFC 3339.
+    created_at: String,
+}
+
+impl From<ModelCard> for AnthropicModelCard {
+    fn from(card: ModelCard) -> Self {
+        let created = i64::try_from(card.created).ok().and_then(|seconds| DateTime::<Utc>::from_timestamp(seconds, 0));
+        let created_at = created.unwrap_or_default().to_rfc3339_opts(SecondsFormat::Secs, true);
+        Self { kind: "model", display_name: card.id.clone(), id: card.id, created_at }
+    }
+}
+
+impl From<Vec<ModelCard>> for AnthropicModelList {
+    fn from(cards: Vec<ModelCard>) -> Self {
+        let data: Vec<AnthropicModelCard> = cards.into_iter().map(Into::into).collect();
+        let id = |card: Option<&AnthropicModelCard>| card.map(|card| card.id.clone());
+        Self { first_id: id(data.first()), last_id: id(data.last()), has_more: false, data }
+    }
+}
+
+pub async fn list(State(state): State<AppState>, Extension(caller): Extension<Caller>, headers: HeaderMap) -> Response {
+    let models = served(&state, &caller);
+    if Dialect::is_anthropic(&headers) {
+        return Json(AnthropicModelList::from(models)).into_response();
+    }
+    Json(ModelList { object: "list", data: models }).into_response()
+}
+
+fn served(state: &AppState, caller: &Caller) -> Vec<ModelCard> {
     let adapters = state.generation.visible_adapters(&caller.access).into_iter();
     let servable = adapters.filter(|adapter| adapter.phase != Phase::Failed);
-    let models = std::iter::once(None).chain(servable.map(Some)).map(|adapter| card(&state, adapter));
+    let models = std::iter::once(None).chain(servable.map(Some)).map(|adapter| card(state, adapter));
     let aliases = state.generation.visible_aliases(&caller.access);
-    let aliases = aliases.map(|(alias, adapter)| ModelCard { id: alias.to_owned(), ..card(&state, adapter) });
-    let experiments = state.experiments.aliases().map(|alias| alias_card(&state, alias));
-    Json(ModelList { object: "list", data: models.chain(aliases).chain(experiments).collect() })
+    let aliases = aliases.map(|(alias, adapter)| ModelCard { id: alias.to_owned(), ..card(state, adapter) });
+    let experiments = state.experiments.aliases().map(|alias| alias_card(state, alias));
+    models.chain(aliases).chain(experiments).collect()
 }
 
 /// Ids may contain `/`, and every name that a request accepts finds its model.
@@ -61,13 +108,18 @@ pub async fn get(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
     PathName(id): PathName,
-) -> Result<Json<ModelCard>, ApiError> {
-    if state.experiments.is_alias(&id) {
-        return Ok(Json(alias_card(&state, &id)));
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let card = if state.experiments.is_alias(&id) {
+        alias_card(&state, &id)
+    } else {
+        let (model, _) = icl::Selection::split_model_name(&id)?;
+        card(&state, state.generation.find_model(model, &caller.access)?)
+    };
+    if Dialect::is_anthropic(&headers) {
+        return Ok(Json(AnthropicModelCard::from(card)).into_response());
     }
-    let (model, _) = icl::Selection::split_model_name(&id)?;
-    let adapter = state.generation.find_model(model, &caller.access)?;
-    Ok(Json(card(&state, adapter)))
+    Ok(Json(card).into_response())
 }
 
 /// Of an experiment, of which a client sees no more than that it can be asked.

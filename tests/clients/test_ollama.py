@@ -89,3 +89,21 @@ def test_adapters_are_models(coder):
     said = coder.chat(ADAPTER, intent, options={"temperature": 0, "num_predict": 48})
     assert said.model == ADAPTER and "mylist" in said.message.content
     assert ADAPTER in {model.model for model in coder.ps().models}
+
+
+def test_tools_are_called_whole_and_streamed(coder):
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    weather = {"name": "get_weather", "description": "Current weather of a city", "parameters": schema}
+    question = [{"role": "user", "content": "What is the weather in Paris?"}]
+    options = {"temperature": 0, "num_predict": 80}
+    ask = {"messages": question, "tools": [{"type": "function", "function": weather}], "options": options}
+    assert "tools" in coder.show(CODER).capabilities
+    whole = coder.chat(CODER, **ask).message
+    [call] = whole.tool_calls
+    assert (call.function.name, call.function.arguments) == ("get_weather", {"city": "Paris"})
+    calls = [call for part in coder.chat(CODER, stream=True, **ask) for call in part.message.tool_calls or []]
+    assert [call.function.arguments for call in calls] == [{"city": "Paris"}]
+    result = {"role": "tool", "content": "18 degrees and sunny", "tool_name": "get_weather"}
+    asked = coder.chat(CODER, **{**ask, "options": {"num_predict": 1}})
+    answered = coder.chat(CODER, [*question, whole, result], tools=ask["tools"], options={"num_predict": 1})
+    assert answered.prompt_eval_count > asked.prompt_eval_count + 20

@@ -19,6 +19,7 @@ use crate::http::auth::Caller;
 use crate::http::error::ApiError;
 use crate::http::fields::Fields;
 use crate::icl;
+use crate::prompt::chat::ChatTemplate;
 
 /// The tag that Ollama's clients put behind a name without one.
 const DEFAULT_TAG: &str = "latest";
@@ -134,7 +135,8 @@ pub async fn show(
 
 fn capabilities(base: &Base) -> Vec<&'static str> {
     let insert = base.fill_in_middle.as_ref().map(|_| "insert");
-    std::iter::once("completion").chain(insert).collect()
+    let tools = base.chat_template.as_ref().ok().and_then(ChatTemplate::call_format).map(|_| "tools");
+    std::iter::once("completion").chain(insert).chain(tools).collect()
 }
 
 /// In Ollama's own language, for clients that look for what it can do in it: the base's template is applied as the GGUF

@@ -9,12 +9,12 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use chrono::{SecondsFormat, Utc};
 use serde::Serialize;
+use serde_json::{Map, Value};
 
 use crate::engine::request::FinishReason;
-use crate::generation::{SequenceUsage, TextEvent, Timing};
 use crate::http::dialect::ollama_error;
 use crate::http::error::ApiError;
-use crate::http::run::Run;
+use crate::http::run::{Ending, Run, RunEvent};
 
 const NDJSON: &str = "application/x-ndjson";
 
@@ -43,7 +43,26 @@ struct Reply<'a> {
 #[serde(rename_all = "snake_case")]
 enum Said {
     Response(String),
-    Message { role: &'static str, content: String },
+    Message(Message),
+}
+
+#[derive(Debug, Serialize)]
+struct Message {
+    role: &'static str,
+    content: String,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<ToolCall>,
+}
+
+#[derive(Debug, Serialize)]
+struct ToolCall {
+    function: Function,
+}
+
+#[derive(Debug, Serialize)]
+struct Function {
+    name: String,
+    arguments: Map<String, Value>,
 }
 
 /// Durations in nanoseconds.
@@ -59,16 +78,22 @@ struct Costs {
 }
 
 impl Wording {
-    fn said(self, text: String) -> Said {
+    fn said(self, text: String, tool_calls: Vec<ToolCall>) -> Said {
         match self {
             Self::Generate => Said::Response(text),
-            Self::Chat => Said::Message { role: "assistant", content: text },
+            Self::Chat => Said::Message(Message { role: "assistant", content: text, tool_calls }),
         }
     }
 }
 
+impl ToolCall {
+    fn new(name: String, arguments: Map<String, Value>) -> Self {
+        Self { function: Function { name, arguments } }
+    }
+}
+
 impl Costs {
-    fn of(usage: SequenceUsage, timing: Timing) -> Self {
+    fn of(Ending { usage, timing, .. }: &Ending) -> Self {
         let first_token = timing.first_token.unwrap_or(timing.total);
         Self {
             total_duration: nanoseconds(timing.total),
@@ -93,17 +118,19 @@ impl<'a> Reply<'a> {
 
 /// The answer to a request that asks for no text; the only line of a stream, too.
 pub fn without_text(model: &str, wording: Wording, reason: &'static str) -> Response {
-    Json(Reply::last(model, wording.said(String::new()), reason, None)).into_response()
+    Json(Reply::last(model, wording.said(String::new(), Vec::new()), reason, None)).into_response()
 }
 
 pub async fn whole(mut run: Run, wording: Wording) -> Result<Response, ApiError> {
-    let mut text = String::new();
+    let (mut text, mut calls) = (String::new(), Vec::new());
     while let Some(event) = run.next().await {
         match event? {
-            TextEvent::Delta(delta) => text.push_str(&delta.text),
-            TextEvent::Finished { reason, usage, timing, .. } => {
-                let costs = Costs::of(usage, timing);
-                let reply = Reply::last(run.model_id(), wording.said(text), done_reason(reason), Some(costs));
+            RunEvent::Text(more) => text.push_str(&more),
+            RunEvent::CallEnded { name, arguments } => calls.push(ToolCall::new(name, arguments)),
+            RunEvent::CallStarted { .. } | RunEvent::Arguments(_) => {}
+            RunEvent::Finished(ending) => {
+                let (reason, costs) = (done_reason(ending.reason), Costs::of(&ending));
+                let reply = Reply::last(run.model_id(), wording.said(text, calls), reason, Some(costs));
                 return Ok(Json(reply).into_response());
             }
         }
@@ -114,26 +141,35 @@ pub async fn whole(mut run: Run, wording: Wording) -> Result<Response, ApiError>
 /// The generation lives in the response: dropping that cancels it.
 pub fn stream(run: Run, wording: Wording) -> Response {
     let lines = futures::stream::unfold((run, wording), async |(mut run, wording)| {
-        let event = run.next().await?;
-        let line = line(run.model_id(), wording, event);
-        Some((Ok::<_, Infallible>(line + "\n"), (run, wording)))
+        loop {
+            let event = run.next().await?;
+            if let Some(line) = line(run.model_id(), wording, event) {
+                return Some((Ok::<_, Infallible>(line + "\n"), (run, wording)));
+            }
+        }
     });
     ([(header::CONTENT_TYPE, NDJSON)], Body::from_stream(lines)).into_response()
 }
 
-fn line(model: &str, wording: Wording, event: Result<TextEvent, ApiError>) -> String {
+/// `None` for what is told later: a call is sent whole.
+fn line(model: &str, wording: Wording, event: Result<RunEvent, ApiError>) -> Option<String> {
+    let said = |text, calls| wording.said(text, calls);
     let reply = match event {
-        Ok(TextEvent::Delta(delta)) => Reply::part(model, wording.said(delta.text)),
-        Ok(TextEvent::Finished { reason, usage, timing, .. }) => {
-            let said = wording.said(String::new());
-            Reply::last(model, said, done_reason(reason), Some(Costs::of(usage, timing)))
+        Ok(RunEvent::Text(text)) => Reply::part(model, said(text, Vec::new())),
+        Ok(RunEvent::CallEnded { name, arguments }) => {
+            Reply::part(model, said(String::new(), vec![ToolCall::new(name, arguments)]))
         }
-        Err(error) => return ollama_error(&error.into_envelope().error).to_string(),
+        Ok(RunEvent::CallStarted { .. } | RunEvent::Arguments(_)) => return None,
+        Ok(RunEvent::Finished(ending)) => {
+            let (reason, costs) = (done_reason(ending.reason), Costs::of(&ending));
+            Reply::last(model, said(String::new(), Vec::new()), reason, Some(costs))
+        }
+        Err(error) => return Some(ollama_error(&error.into_envelope().error).to_string()),
     };
-    serde_json::to_string(&reply).unwrap_or_else(|error| {
+    Some(serde_json::to_string(&reply).unwrap_or_else(|error| {
         tracing::error!(%error, "a line could not be written as JSON");
         ollama_error(&ApiError::internal().into_envelope().error).to_string()
-    })
+    }))
 }
 
 fn done_reason(reason: FinishReason) -> &'static str {

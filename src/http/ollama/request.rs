@@ -96,7 +96,7 @@ fn residency(fields: &Fields) -> Result<Asked, ApiError> {
 
 /// Everything but what the model is to read.
 fn converted(fields: &Fields, model: &str) -> Result<Map<String, Value>, ApiError> {
-    refuse_own(fields)?;
+    refuse_context(fields)?;
     let own = fields.iter().filter(|(name, _)| !OWN_FIELDS.contains(&name.as_str()));
     let mut converted: Map<String, Value> = own.map(|(name, value)| (name.clone(), value.clone())).collect();
     // Where nothing is said, Ollama goes on to the end.
@@ -110,24 +110,17 @@ fn converted(fields: &Fields, model: &str) -> Result<Map<String, Value>, ApiErro
     Ok(converted)
 }
 
-/// What is in no other interface, or would have no place in the reply.
-fn refuse_own(fields: &Fields) -> Result<(), ApiError> {
-    let is_given = |name: &&str| {
-        let nothing = [Value::Bool(false), json!(0), json!([])];
-        fields.get(name).is_some_and(|value| !nothing.contains(value))
-    };
-    let refused = [
-        ("context", "send the conversation so far as `messages` to /api/chat"),
-        ("logprobs", "/v1/completions and /v1/chat/completions have them"),
-        ("top_logprobs", "/v1/completions and /v1/chat/completions have them"),
-    ];
-    match refused.into_iter().find(|(name, _)| is_given(name)) {
-        None => Ok(()),
-        Some((name, advice)) => Err(ApiError::invalid(name, format!("`{name}` is not served here: {advice}"))),
+/// Tokens of an earlier reply, which no reply has here.
+fn refuse_context(fields: &Fields) -> Result<(), ApiError> {
+    match fields.get("context") {
+        Some(context) if *context != json!([]) => {
+            let message = "`context` is not served: send the conversation so far as `messages` to /api/chat";
+            Err(ApiError::invalid("context", message))
+        }
+        _ => Ok(()),
     }
 }
 
-/// OpenAI's messages have ids for tool calls, and their arguments as text.
 fn read_message(index: usize, message: &Value) -> Result<Value, ApiError> {
     let at = format!("messages[{index}]");
     let Value::Object(message) = message else { return Err(wrong_type(&at, "an object", message)) };
@@ -194,7 +187,6 @@ mod tests {
     fn what_would_be_ignored_is_refused_by_name() {
         for (body, name) in [
             (json!({"prompt": "a", "context": [1]}), "context"),
-            (json!({"prompt": "a", "logprobs": true}), "logprobs"),
             (json!({"prompt": "a", "raw": true, "system": "s"}), "system"),
             (json!({"prompt": "a", "options": {"mirostat": 2}}), "mirostat"),
             (json!({"prompt": "a", "options": {"repeat_last_n": 64, "repeat_penalty": 1.1}}), "repeat_last_n"),

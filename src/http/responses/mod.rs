@@ -32,10 +32,9 @@ pub async fn create(
     };
     let request = ResponseRequest::parse(&fields, previous)?;
     let generation = ChatShape::parse(&request.chat)?;
-    let reader = state.generation.call_reader(&generation.options);
     let id = random_id("resp");
     let run = Run::start(&state, &caller, fields.string("user")?, &id, generation).await?;
-    let writer = Writer::new(id, run.model_id(), request.echoed, reader);
+    let writer = Writer::new(id, run.model_id(), request.echoed);
     let turn = Turn {
         responses: request.is_stored.then(|| state.responses.clone()),
         identity: caller.identity.clone(),

@@ -8,12 +8,11 @@ use serde_json::{Map, Value, json};
 
 use super::kept::Turn;
 use crate::engine::request::FinishReason;
-use crate::generation::{SequenceUsage, TextEvent};
+use crate::generation::SequenceUsage;
 use crate::http::error::ApiError;
 use crate::http::reply::{random_id, unix_seconds};
-use crate::http::run::Run;
+use crate::http::run::{Ending, Run, RunEvent};
 use crate::http::sse;
-use crate::tools::{CallReader, ChatPart};
 
 /// An event: its name, and its data.
 type Named = (&'static str, Value);
@@ -24,7 +23,6 @@ pub struct Writer {
     created_at: u64,
     model: String,
     echoed: Map<String, Value>,
-    reader: Option<CallReader>,
     output: Vec<Item>,
     /// Whether the last item is still written.
     is_open: bool,
@@ -61,9 +59,9 @@ fn text_part(text: &str) -> Value {
 }
 
 impl Writer {
-    pub fn new(id: String, model: &str, echoed: Map<String, Value>, reader: Option<CallReader>) -> Self {
+    pub fn new(id: String, model: &str, echoed: Map<String, Value>) -> Self {
         let (created_at, model) = (unix_seconds(), model.to_owned());
-        Self { id, created_at, model, echoed, reader, output: Vec::new(), is_open: false, sequence_number: 0 }
+        Self { id, created_at, model, echoed, output: Vec::new(), is_open: false, sequence_number: 0 }
     }
 
     /// The whole response as it stands. `usage` is there once it has ended.
@@ -98,40 +96,30 @@ impl Writer {
         ["response.created", "response.in_progress"].map(|name| self.event(name, json!({"response": response}))).into()
     }
 
-    fn text(&mut self, text: &str) -> Vec<Named> {
-        let parts = match &mut self.reader {
-            Some(reader) => reader.push(text),
-            None => vec![ChatPart::Text(text.to_owned())],
-        };
-        self.write(parts)
-    }
-
-    fn write(&mut self, parts: Vec<ChatPart>) -> Vec<Named> {
+    /// What came before the end.
+    fn write(&mut self, event: RunEvent) -> Vec<Named> {
         let mut events = Vec::new();
-        for part in parts {
-            match part {
-                ChatPart::Text(text) => self.write_text(text, &mut events),
-                ChatPart::CallStarted { name, .. } => {
-                    self.close("completed", &mut events);
-                    let (id, call_id) = (random_id("fc"), random_id("call"));
-                    self.open(Item::Call { id, call_id, name, arguments: String::new() }, &mut events);
-                }
-                ChatPart::Arguments { fragment, .. } => {
-                    if let Some(Item::Call { arguments, .. }) = self.output.last_mut() {
-                        arguments.push_str(&fragment);
-                    }
-                    let delta = json!({"delta": fragment});
-                    events.push(self.item_event("response.function_call_arguments.delta", delta));
-                }
+        match event {
+            RunEvent::Text(text) => self.write_text(text, &mut events),
+            RunEvent::CallStarted { name } => {
+                self.close("completed", &mut events);
+                let (id, call_id) = (random_id("fc"), random_id("call"));
+                self.open(Item::Call { id, call_id, name, arguments: String::new() }, &mut events);
             }
+            RunEvent::Arguments(fragment) => {
+                if let Some(Item::Call { arguments, .. }) = self.output.last_mut() {
+                    arguments.push_str(&fragment);
+                }
+                let delta = json!({"delta": fragment});
+                events.push(self.item_event("response.function_call_arguments.delta", delta));
+            }
+            // An item ends with the next one, or in `end`, which knows whether it was cut off.
+            RunEvent::CallEnded { .. } | RunEvent::Finished(_) => {}
         }
         events
     }
 
     fn write_text(&mut self, text: String, events: &mut Vec<Named>) {
-        if text.is_empty() {
-            return;
-        }
         if !(self.is_open && matches!(self.output.last(), Some(Item::Message { .. }))) {
             self.close("completed", events);
             self.open(Item::Message { id: random_id("msg"), text: String::new() }, events);
@@ -175,8 +163,7 @@ impl Writer {
 
     /// The last events, and the response as it is then.
     fn end(&mut self, reason: FinishReason, usage: SequenceUsage) -> (Vec<Named>, Value) {
-        let rest = self.reader.as_mut().map(CallReader::finish).unwrap_or_default();
-        let mut events = self.write(rest);
+        let mut events = Vec::new();
         let (status, name) = match reason {
             FinishReason::Stop => ("completed", "response.completed"),
             FinishReason::Length => ("incomplete", "response.incomplete"),
@@ -239,12 +226,12 @@ fn usage_json(usage: SequenceUsage) -> Value {
 pub async fn whole(mut run: Run, mut writer: Writer, turn: Turn) -> Result<Response, ApiError> {
     while let Some(event) = run.next().await {
         match event? {
-            TextEvent::Delta(delta) => drop(writer.text(&delta.text)),
-            TextEvent::Finished { reason, usage, .. } => {
+            RunEvent::Finished(Ending { reason, usage, .. }) => {
                 let (_, response) = writer.end(reason, usage);
                 turn.keep(&writer.id, response.clone(), writer.answer());
                 return Ok(Json(response).into_response());
             }
+            event => drop(writer.write(event)),
         }
     }
     Err(ApiError::internal())
@@ -272,14 +259,14 @@ impl Stream {
     async fn next(&mut self) -> Option<Named> {
         while self.events.is_empty() {
             match self.run.next().await? {
-                Ok(TextEvent::Delta(delta)) => self.events.extend(self.writer.text(&delta.text)),
-                Ok(TextEvent::Finished { reason, usage, .. }) => {
+                Ok(RunEvent::Finished(Ending { reason, usage, .. })) => {
                     let (events, response) = self.writer.end(reason, usage);
                     self.events.extend(events);
                     if let Some(turn) = self.turn.take() {
                         turn.keep(&self.writer.id, response, self.writer.answer());
                     }
                 }
+                Ok(event) => self.events.extend(self.writer.write(event)),
                 Err(error) => self.events.push_back(self.writer.fail(error)),
             }
         }
@@ -289,10 +276,7 @@ impl Stream {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
-    use crate::tools::{CallFormat, Tools};
 
     fn names(events: &[Named]) -> Vec<&str> {
         events.iter().map(|(name, _)| name.strip_prefix("response.").unwrap()).collect()
@@ -300,11 +284,16 @@ mod tests {
 
     #[test]
     fn every_item_is_told_from_its_beginning_to_its_end() {
-        let tools = Tools { definitions: vec![json!({"function": {"name": "f"}})], parallel: true };
-        let reader = CallReader::new(CallFormat::Hermes, Arc::new(tools));
-        let mut writer = Writer::new("resp-1".to_owned(), "m", Map::new(), Some(reader));
+        let mut writer = Writer::new("resp-1".to_owned(), "m", Map::new());
         let mut events = writer.begin();
-        events.extend(writer.text("Hm. <tool_call>{\"name\": \"f\", \"arguments\": {\"a\": 1}}</tool_call>"));
+        for told in [
+            RunEvent::Text("Hm.".to_owned()),
+            RunEvent::CallStarted { name: "f".to_owned() },
+            RunEvent::Arguments("{\"a\": 1}".to_owned()),
+            RunEvent::CallEnded { name: "f".to_owned(), arguments: Map::from_iter([("a".to_owned(), json!(1))]) },
+        ] {
+            events.extend(writer.write(told));
+        }
         let (last, response) = writer.end(FinishReason::Stop, SequenceUsage::default());
         events.extend(last);
         let expected = [
@@ -333,8 +322,8 @@ mod tests {
 
     #[test]
     fn what_was_cut_off_is_incomplete() {
-        let mut writer = Writer::new("resp-1".to_owned(), "m", Map::new(), None);
-        writer.text("a");
+        let mut writer = Writer::new("resp-1".to_owned(), "m", Map::new());
+        writer.write(RunEvent::Text("a".to_owned()));
         let (events, response) = writer.end(FinishReason::Length, SequenceUsage::default());
         assert_eq!(names(&events).last(), Some(&"incomplete"));
         assert_eq!(response["incomplete_details"]["reason"], "max_output_tokens");

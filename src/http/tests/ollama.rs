@@ -92,6 +92,7 @@ async fn every_error_is_a_sentence_and_nothing_else() {
         ("/api/generate", json!({"prompt": "a", "template": "x"}), 400, "`template`"),
         ("/api/generate", json!({"prompt": "a", "think": true}), 400, "`think`"),
         ("/api/generate", json!({"prompt": "a", "n": 2}), 400, "`n`"),
+        ("/api/generate", json!({"prompt": "a", "logprobs": 1}), 400, "`logprobs`"),
         ("/api/generate", json!({"prompt": "a", "suffix": "b"}), 400, "suffix"),
         ("/api/generate", json!([]), 400, "JSON object"),
         ("/api/chat", json!({"messages": [{"role": "robot", "content": "a"}]}), 400, "messages[0].role"),

@@ -1,0 +1,61 @@
+//! Anthropic's interface: messages made of blocks, streams of named events, and errors of its own form.
+
+mod message;
+mod request;
+mod stream;
+
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
+use serde::Serialize;
+
+use request::read_messages;
+
+use super::AppState;
+use super::auth::Caller;
+use super::chat::ChatShape;
+use super::error::ApiError;
+use super::fields::Fields;
+use super::reply::ReplyShape;
+use super::run::Run;
+use super::trials::choose_arm;
+
+#[derive(Debug, Serialize)]
+pub struct TokenCount {
+    input_tokens: usize,
+}
+
+/// `POST /v1/messages`
+pub async fn messages(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    fields: Fields,
+) -> Result<Response, ApiError> {
+    if fields.count("max_tokens", 1..=u32::MAX)?.is_none() {
+        return Err(ApiError::invalid("max_tokens", "`max_tokens` is required"));
+    }
+    let is_streamed = fields.boolean("stream")?.unwrap_or(false);
+    let converted = read_messages(&fields)?;
+    let request = ChatShape::parse(&converted)?;
+    let id = format!("msg_{:032x}", rand::random::<u128>());
+    let stops = request.options.stop.clone();
+    let run = Run::start(&state, &caller, converted.string("user")?, &id, request).await?;
+    if is_streamed {
+        return Ok(stream::respond(id, run, stops));
+    }
+    Ok(Json(message::whole(id, run, &stops).await?).into_response())
+}
+
+/// `POST /v1/messages/count_tokens`
+pub async fn count_tokens(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    fields: Fields,
+) -> Result<Json<TokenCount>, ApiError> {
+    let converted = read_messages(&fields)?;
+    let mut request = ChatShape::parse(&converted)?;
+    // An experiment's arm is chosen as for the message itself, and nothing of it is recorded.
+    choose_arm(&state, &caller, converted.string("user")?, &mut request)?;
+    let input_tokens = state.generation.count_prompt_tokens(request, &caller.access).await?;
+    Ok(Json(TokenCount { input_tokens }))
+}

@@ -1,0 +1,303 @@
+//! Anthropic's messages in OpenAI's fields, which are then read like any other chat's.
+
+use serde_json::{Map, Value, json};
+
+use crate::http::error::ApiError;
+use crate::http::fields::{Fields, wrong_type};
+
+/// Read here; all others go on as they are.
+const OWN_FIELDS: [&str; 13] = [
+    "system",
+    "messages",
+    "metadata",
+    "tools",
+    "tool_choice",
+    "thinking",
+    "temperature",
+    "stream",
+    "context_management",
+    "output_config",
+    "output_format",
+    "mcp_servers",
+    "container",
+];
+/// Blocks that carry no text here. Earlier thinking is left out by Anthropic's own models, too.
+const THINKING: [&str; 2] = ["thinking", "redacted_thinking"];
+const BETWEEN_BLOCKS: &str = "\n\n";
+
+/// A chat's fields. `cache_control` is read nowhere: every prompt's prefix is found again without being marked.
+///
+/// # Errors
+/// 400 that names what is wrong or not served, by its place in Anthropic's own fields.
+pub fn read_messages(fields: &Fields) -> Result<Fields, ApiError> {
+    refuse_own(fields)?;
+    let others = fields.iter().filter(|(name, _)| !OWN_FIELDS.contains(&name.as_str()));
+    let mut converted: Map<String, Value> = others.map(|(name, value)| (name.clone(), value.clone())).collect();
+    let mut set = |name: &str, value: Value| drop(converted.insert(name.to_owned(), value));
+
+    let mut messages: Vec<Value> = read_system(fields)?.into_iter().collect();
+    let given = fields.array("messages")?.ok_or_else(|| ApiError::invalid("messages", "`messages` is required"))?;
+    for (index, message) in given.iter().enumerate() {
+        read_message(&format!("messages[{index}]"), message, &mut messages)?;
+    }
+    if given.last().is_some_and(|message| message["role"] == "assistant") {
+        let message =
+            "`messages` ends with the beginning of an answer, which is not gone on with here: end with `user`";
+        return Err(ApiError::invalid("messages", message));
+    }
+    set("messages", Value::Array(messages));
+    if let Some(temperature) = fields.number("temperature", 0.0..=1.0)? {
+        set("temperature", temperature.into());
+    }
+    if let Some(user) = fields.object("metadata")?.and_then(|metadata| metadata.get("user_id")) {
+        set("user", user.clone());
+    }
+    if let Some(tools) = fields.array("tools")? {
+        let tools = tools.iter().enumerate().map(|(index, tool)| read_tool(&format!("tools[{index}]"), tool));
+        set("tools", tools.collect::<Result<_, _>>()?);
+    }
+    if let Some(choice) = fields.object("tool_choice")? {
+        set("tool_choice", read_tool_choice(choice)?);
+        if choice.get("disable_parallel_tool_use") == Some(&Value::Bool(true)) {
+            set("parallel_tool_calls", Value::Bool(false));
+        }
+    }
+    Ok(converted.into())
+}
+
+/// What no other interface has, and would change the reply.
+fn refuse_own(fields: &Fields) -> Result<(), ApiError> {
+    let is_thinking = fields.get("thinking").is_some_and(|thinking| thinking["type"] != "disabled");
+    let is_given = |name: &str| fields.get(name).is_some_and(|value| *value != json!([]) && *value != json!({}));
+    // No thinking is kept, so there is none to clear.
+    let is_harmless = |edit: &Value| edit["type"].as_str().is_some_and(|edit| edit.starts_with("clear_thinking"));
+    let edits = fields.get("context_management").and_then(|management| management["edits"].as_array());
+    let refused = [
+        ("thinking", is_thinking, "no model here reasons before it answers: send {\"type\": \"disabled\"}"),
+        ("output_config", is_given("output_config"), "leave it out"),
+        ("output_format", is_given("output_format"), "output cannot be constrained: leave it out"),
+        ("mcp_servers", is_given("mcp_servers"), "this server calls no tools of its own: leave it out"),
+        ("container", is_given("container"), "this server runs no code: leave it out"),
+        (
+            "context_management",
+            edits.is_some_and(|edits| !edits.iter().all(is_harmless)),
+            "a conversation is read whole: shorten it",
+        ),
+    ];
+    match refused.into_iter().find(|(_, is_refused, _)| *is_refused) {
+        None => Ok(()),
+        Some((name, _, advice)) => Err(ApiError::invalid(name, format!("`{name}` is not served as asked: {advice}"))),
+    }
+}
+
+fn read_system(fields: &Fields) -> Result<Option<Value>, ApiError> {
+    let text = match fields.get("system") {
+        None => return Ok(None),
+        Some(system) => read_text("system", system)?,
+    };
+    Ok((!text.is_empty()).then(|| json!({"role": "system", "content": text})))
+}
+
+/// A string, or blocks of text.
+fn read_text(at: &str, value: &Value) -> Result<String, ApiError> {
+    match value {
+        Value::String(text) => Ok(text.clone()),
+        Value::Array(blocks) => {
+            let texts = blocks.iter().enumerate().map(|(index, block)| read_block(&format!("{at}[{index}]"), block));
+            Ok(texts.collect::<Result<Vec<_>, _>>()?.join(BETWEEN_BLOCKS))
+        }
+        other => Err(wrong_type(at, "a string or an array of blocks", other)),
+    }
+}
+
+/// The text of a block of text.
+fn read_block<'v>(at: &str, block: &'v Value) -> Result<&'v str, ApiError> {
+    match block["type"].as_str() {
+        Some("text") => {
+            block["text"].as_str().ok_or_else(|| wrong_type(&format!("{at}.text"), "a string", &block["text"]))
+        }
+        Some(other) => {
+            let message = format!("`{at}` is a block of type `{other}`, which is not served here: send `text`");
+            Err(ApiError::invalid(&format!("{at}.type"), message))
+        }
+        None => Err(wrong_type(&format!("{at}.type"), "a string", &block["type"])),
+    }
+}
+
+/// One message may be several: OpenAI has the result of each tool in a message of its own.
+fn read_message(at: &str, message: &Value, messages: &mut Vec<Value>) -> Result<(), ApiError> {
+    let role = match message["role"].as_str() {
+        Some(role @ ("user" | "assistant")) => role,
+        Some(other) => {
+            let message = format!("`{at}.role` is `{other}`, not one of user, assistant");
+            return Err(ApiError::invalid(&format!("{at}.role"), message));
+        }
+        None => return Err(wrong_type(&format!("{at}.role"), "a string", &message["role"])),
+    };
+    let at = format!("{at}.content");
+    let blocks = match &message["content"] {
+        Value::Array(blocks) => blocks,
+        Value::String(text) => {
+            messages.push(json!({"role": role, "content": text}));
+            return Ok(());
+        }
+        other => return Err(wrong_type(&at, "a string or an array of blocks", other)),
+    };
+    let (mut texts, mut calls) = (Vec::new(), Vec::new());
+    for (index, block) in blocks.iter().enumerate() {
+        let at = format!("{at}[{index}]");
+        match block["type"].as_str() {
+            Some("tool_result") if role == "user" => {
+                messages.extend(said(role, &mut texts, Vec::new()));
+                messages.push(read_result(&at, block)?);
+            }
+            Some("tool_use") if role == "assistant" => calls.push(read_call(&at, block)?),
+            Some(kind) if THINKING.contains(&kind) && role == "assistant" => {}
+            _ => texts.push(read_block(&at, block)?),
+        }
+    }
+    messages.extend(said(role, &mut texts, calls));
+    Ok(())
+}
+
+fn said(role: &str, texts: &mut Vec<&str>, calls: Vec<Value>) -> Option<Value> {
+    let texts = std::mem::take(texts);
+    match calls.is_empty() {
+        true if texts.is_empty() => None,
+        true => Some(json!({"role": role, "content": texts.join(BETWEEN_BLOCKS)})),
+        false => Some(json!({"role": role, "content": texts.join(BETWEEN_BLOCKS), "tool_calls": calls})),
+    }
+}
+
+fn read_call(at: &str, block: &Value) -> Result<Value, ApiError> {
+    let string =
+        |name: &str| block[name].as_str().ok_or_else(|| wrong_type(&format!("{at}.{name}"), "a string", &block[name]));
+    let (id, name) = (string("id")?, string("name")?);
+    if !block["input"].is_object() {
+        return Err(wrong_type(&format!("{at}.input"), "an object", &block["input"]));
+    }
+    Ok(json!({"id": id, "type": "function", "function": {"name": name, "arguments": block["input"].to_string()}}))
+}
+
+fn read_result(at: &str, block: &Value) -> Result<Value, ApiError> {
+    let id = &block["tool_use_id"];
+    let id = id.as_str().ok_or_else(|| wrong_type(&format!("{at}.tool_use_id"), "a string", id))?;
+    let text = match &block["content"] {
+        Value::Null => String::new(),
+        content => read_text(&format!("{at}.content"), content)?,
+    };
+    // OpenAI has no field for it.
+    let text = if block["is_error"] == true { format!("Error: {text}") } else { text };
+    Ok(json!({"role": "tool", "tool_call_id": id, "content": text}))
+}
+
+fn read_tool(at: &str, tool: &Value) -> Result<Value, ApiError> {
+    match &tool["type"] {
+        Value::Null => {}
+        Value::String(kind) if kind == "custom" => {}
+        other => {
+            let at = format!("{at}.type");
+            let message = format!("`{at}` is `{other}`: this server runs no tools of its own, send \"custom\" ones");
+            return Err(ApiError::invalid(&at, message));
+        }
+    }
+    if !tool["input_schema"].is_object() {
+        return Err(wrong_type(&format!("{at}.input_schema"), "an object", &tool["input_schema"]));
+    }
+    let function = ["name", "description"].into_iter().filter_map(|name| Some((name, tool.get(name)?.clone())));
+    let function: Map<String, Value> = function
+        .chain([("parameters", tool["input_schema"].clone())])
+        .map(|(name, value)| (name.to_owned(), value))
+        .collect();
+    Ok(json!({"type": "function", "function": function}))
+}
+
+fn read_tool_choice(choice: &Map<String, Value>) -> Result<Value, ApiError> {
+    let kind = choice.get("type").and_then(Value::as_str).unwrap_or_default();
+    match kind {
+        "auto" | "none" => Ok(kind.into()),
+        "any" => Ok("required".into()),
+        "tool" => Ok(json!({"type": "function", "function": {"name": choice.get("name")}})),
+        _ => {
+            let message = "`tool_choice.type` must be one of auto, any, tool, none";
+            Err(ApiError::invalid("tool_choice.type", message))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(body: Value) -> Result<Value, ApiError> {
+        let fields = read_messages(&Fields::parse(body.to_string().as_bytes()).unwrap())?;
+        Ok(fields.iter().map(|(name, value)| (name.clone(), value.clone())).collect())
+    }
+
+    #[test]
+    fn text_in_strings_and_in_blocks_is_the_same() {
+        let block = |text: &str| json!({"type": "text", "text": text, "cache_control": {"type": "ephemeral"}});
+        let read = read(json!({"system": [block("a"), block("b")], "messages": [
+            {"role": "user", "content": "c"}, {"role": "assistant", "content": [block("d")]},
+            {"role": "user", "content": [block("e")]}], "metadata": {"user_id": "u"}, "thinking": {"type": "disabled"},
+            "max_tokens": 3, "stop_sequences": ["x"], "temperature": 0.5}));
+        let messages = json!([{"role": "system", "content": "a\n\nb"}, {"role": "user", "content": "c"},
+            {"role": "assistant", "content": "d"}, {"role": "user", "content": "e"}]);
+        let expected = json!({"messages": messages, "user": "u", "max_tokens": 3, "stop_sequences": ["x"],
+            "temperature": 0.5});
+        assert_eq!(read.unwrap(), expected);
+    }
+
+    #[test]
+    fn calls_and_their_results_are_messages_of_their_own() {
+        let read = read(json!({"messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "b"},
+                {"type": "tool_use", "id": "t1", "name": "f", "input": {"x": 1}}]},
+            {"role": "user", "content": [
+                {"type": "tool_result", "tool_use_id": "t1", "is_error": true, "content": [{"type": "text", "text": "c"}]},
+                {"type": "tool_result", "tool_use_id": "t2"}, {"type": "text", "text": "d"}]}],
+            "tools": [{"name": "f", "description": "g", "input_schema": {"type": "object"}}],
+            "tool_choice": {"type": "auto", "disable_parallel_tool_use": true}}));
+        let read = read.unwrap();
+        let call = json!({"id": "t1", "type": "function", "function": {"name": "f", "arguments": "{\"x\":1}"}});
+        let expected = json!([
+            {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "t1", "content": "Error: c"},
+            {"role": "tool", "tool_call_id": "t2", "content": ""}, {"role": "user", "content": "d"}]);
+        assert_eq!(read["messages"], expected);
+        let function = json!({"name": "f", "description": "g", "parameters": {"type": "object"}});
+        assert_eq!(read["tools"], json!([{"type": "function", "function": function}]));
+        assert_eq!((&read["tool_choice"], &read["parallel_tool_calls"]), (&json!("auto"), &json!(false)));
+    }
+
+    #[test]
+    fn what_is_not_served_is_refused_by_its_place() {
+        let user = json!([{"role": "user", "content": "a"}]);
+        let content = |block: Value| json!({"messages": [{"role": "user", "content": [block]}]});
+        for (body, place) in [
+            (json!({}), "messages"),
+            (json!({"messages": [{"role": "system", "content": "a"}]}), "messages[0].role"),
+            (json!({"messages": [{"role": "assistant", "content": "a"}]}), "messages"),
+            (json!({"messages": [{"role": "user"}]}), "messages[0].content"),
+            (content(json!({"type": "image", "source": {}})), "messages[0].content[0].type"),
+            (content(json!({"type": "tool_use", "id": "a"})), "messages[0].content[0].type"),
+            (content(json!({"type": "tool_result"})), "messages[0].content[0].tool_use_id"),
+            (json!({"messages": user, "system": [{"type": "image"}]}), "system[0].type"),
+            (json!({"messages": user, "thinking": {"type": "enabled", "budget_tokens": 9}}), "thinking"),
+            (json!({"messages": user, "thinking": {"type": "adaptive"}}), "thinking"),
+            (json!({"messages": user, "temperature": 1.5}), "temperature"),
+            (json!({"messages": user, "mcp_servers": [{"url": "x"}]}), "mcp_servers"),
+            (json!({"messages": user, "output_config": {"effort": "high"}}), "output_config"),
+            (
+                json!({"messages": user, "context_management": {"edits": [{"type": "clear_tool_uses_1"}]}}),
+                "context_management",
+            ),
+            (json!({"messages": user, "tools": [{"type": "bash_20250124", "name": "bash"}]}), "tools[0].type"),
+            (json!({"messages": user, "tools": [{"name": "f"}]}), "tools[0].input_schema"),
+            (json!({"messages": user, "tool_choice": {"type": "all"}}), "tool_choice.type"),
+        ] {
+            assert_eq!(read(body.clone()).unwrap_err().param(), Some(place), "{body}");
+        }
+    }
+}
