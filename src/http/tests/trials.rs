@@ -65,6 +65,34 @@ async fn an_alias_is_answered_by_an_arm_that_a_user_stays_with_and_what_came_of_
 }
 
 #[tokio::test]
+async fn an_alias_is_asked_for_and_recorded_in_every_interface() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = start(folder.path(), "", "").await;
+    let messages = json!([{"role": "user", "content": "abc"}]);
+    let common = json!({"model": "coder", "prompt_format": "short", "messages": messages, "prompt": "abc"});
+    for (path, more) in [
+        ("/v1/messages", json!({"max_tokens": 3})),
+        ("/api/chat", json!({"model": "coder:latest", "options": {"num_predict": 3}, "stream": false})),
+        ("/api/generate", json!({"options": {"num_predict": 3}})),
+    ] {
+        let mut body = common.clone();
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let response = server.request(Method::POST, path).body(body.to_string()).send().await.unwrap();
+        let (status, reply) = (response.status(), response.text().await.unwrap());
+        assert!(status == StatusCode::OK && reply.contains(BASE), "{path}: {reply}");
+    }
+    for _ in 0..500 {
+        let (_, report) = server.get("/v1/experiments/one").await;
+        let requests = |arm: usize| report["arms"][arm]["requests"].as_u64().unwrap();
+        if requests(0) + requests(1) == 3 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("not all were recorded: {}", server.get("/v1/experiments/one").await.1);
+}
+
+#[tokio::test]
 async fn a_shadow_is_recorded_and_not_returned() {
     let folder = tempfile::tempdir().unwrap();
     let server = start(folder.path(), "{name = 'shadow', model = 'tiny-coder:1b+icl:ops@2', shadow = true}", "").await;
