@@ -83,7 +83,7 @@ fn qwen_fills_in_the_middle_with_its_own_sentinels_only() {
     let Some((_, tokenizer)) = open(QWEN.0) else { return };
     let fim = FillInMiddle::detect(&tokenizer).expect("Qwen2.5-Coder has sentinels");
     let ids =
-        fim.render(&tokenizer, "def add(a, b):\n    # <|fim_middle|>\n", "\nprint(add(1, 2))\n").expect("renders");
+        fim.render(&tokenizer, &[], "def add(a, b):\n    # <|fim_middle|>\n", "\nprint(add(1, 2))\n").expect("renders");
     let specials: Vec<u32> = ids.iter().copied().filter(|id| tokenizer.is_special(*id)).collect();
     assert_eq!(specials, [151659, 151661, 151660]);
     assert_eq!((ids[0], ids[ids.len() - 1]), (151659, 151660));

@@ -6,6 +6,7 @@ use super::{Base, GenerationError, Prompt};
 use crate::adapter::canonical::Adapter;
 use crate::config::GenerationConfig;
 use crate::icl::{self, Example, IclError, IclStores, Select, TokenBudget};
+use crate::prompt::fim::ContextFile;
 use crate::prompt::fim::foreign::{self, TextAround};
 use crate::prompt::formats::{PromptFormat, Reader, Rendered, with_example_turns};
 use crate::prompt::instruction;
@@ -52,6 +53,7 @@ pub(super) struct EncodedPrompt {
 enum Wording<'a> {
     Tokens(&'a [u32]),
     FillInMiddle {
+        files: &'a [ContextFile],
         prefix: &'a str,
         suffix: &'a str,
     },
@@ -77,7 +79,7 @@ impl Encoder<'_> {
     pub fn encode(&self, prompt: &Prompt) -> Result<EncodedPrompt, GenerationError> {
         match prompt {
             // To a base that fills no gaps, nothing behind the cursor is no gap.
-            Prompt::FillInMiddle { prefix, suffix } if suffix.is_empty() && self.base.fill_in_middle.is_none() => {
+            Prompt::FillInMiddle { prefix, suffix, .. } if suffix.is_empty() && self.base.fill_in_middle.is_none() => {
                 self.encode_as(&Prompt::Text(prefix.clone()))
             }
             _ => self.encode_as(prompt),
@@ -134,7 +136,7 @@ impl Encoder<'_> {
         let template = self.adapter.and_then(|adapter| adapter.manifest.prompt.as_deref());
         let wording = match (prompt, self.format, template) {
             (Prompt::Tokens(ids), ..) => Wording::Tokens(ids),
-            (Prompt::FillInMiddle { prefix, suffix }, ..) => Wording::FillInMiddle { prefix, suffix },
+            (Prompt::FillInMiddle { files, prefix, suffix }, ..) => Wording::FillInMiddle { files, prefix, suffix },
             (Prompt::Chat(messages), Some(PromptFormat::Chat), _) | (Prompt::Chat(messages), None, None) => {
                 Wording::Messages(messages)
             }
@@ -211,8 +213,12 @@ impl Encoder<'_> {
         let tokenizer = &self.base.tokenizer;
         let encoded = match wording {
             Wording::Tokens(ids) => check_ids(ids, tokenizer.vocab_size())?,
-            Wording::FillInMiddle { prefix, suffix } => self.fill_in_middle(prompt, prefix, suffix, "suffix")?,
-            Wording::Foreign(TextAround { prefix, suffix }) => self.fill_in_middle(prompt, prefix, suffix, "prompt")?,
+            Wording::FillInMiddle { files, prefix, suffix } => {
+                self.fill_in_middle(prompt, files, prefix, suffix, "suffix")?
+            }
+            Wording::Foreign(TextAround { prefix, suffix }) => {
+                self.fill_in_middle(prompt, &[], prefix, suffix, "prompt")?
+            }
             Wording::Text(text) => {
                 let encoded = tokenizer.encode(text, Specials::Parse).map_err(|error| prompt.invalid(error))?;
                 return self.after_bos(prompt, &encoded);
@@ -260,6 +266,7 @@ impl Encoder<'_> {
     fn fill_in_middle(
         &self,
         prompt: &Prompt,
+        files: &[ContextFile],
         prefix: &str,
         suffix: &str,
         param: &'static str,
@@ -273,7 +280,15 @@ impl Encoder<'_> {
         };
         // What cannot be in the context is not worth encoding.
         let (prefix, suffix) = (tail(prefix, self.max_prompt_bytes()), head(suffix, self.max_prompt_bytes()));
-        fill_in_middle.render(&self.base.tokenizer, prefix, suffix).map_err(|error| prompt.invalid(error))
+        let mut room = self.max_prompt_bytes();
+        let fits = |file: &&ContextFile| {
+            let (left, fits) = (room.checked_sub(file.text.len()), room > 0);
+            room = left.unwrap_or(0);
+            fits
+        };
+        let num_files = files.iter().rev().take_while(fits).count();
+        let files = &files[files.len() - num_files..];
+        fill_in_middle.render(&self.base.tokenizer, files, prefix, suffix).map_err(|error| prompt.invalid(error))
     }
 
     /// A gap that the client has laid out for another model than this.

@@ -16,9 +16,11 @@ mod text_stream;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
+use std::time::Duration;
 
 use tokio::sync::watch;
 
+pub use crate::prompt::fim::ContextFile;
 pub use beam_search::BeamOptions;
 pub use error::GenerationError;
 pub use prepare::{Places, Prepared, random_seed};
@@ -126,6 +128,10 @@ pub struct GenerationOptions {
     pub tools: Option<Arc<Tools>>,
     /// What every output begins with; not for prompts of tokens or chat.
     pub output_prefix: String,
+    /// A line of the output after its first that is indented less ends it, and is cut; 0 cuts none.
+    pub min_indent: usize,
+    /// From the first token on: what is over ends at once, if a line has ended.
+    pub time_limit: Option<Duration>,
 }
 
 /// A request under way.

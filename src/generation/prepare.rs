@@ -316,6 +316,8 @@ impl Generation {
             logprobs: options.top_logprobs.is_some(),
             records_stop_token: options.records_stop_token,
             shown_tokens: options.tools.as_ref().map_or_else(Vec::new, |_| self.call_markers()),
+            min_indent: options.min_indent,
+            time_limit: options.time_limit,
             // An echoed prompt ends in it.
             output_prefix: if options.echo { String::new() } else { options.output_prefix.clone() },
             echo: options

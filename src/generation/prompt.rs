@@ -4,6 +4,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::GenerationError;
+use crate::prompt::fim::ContextFile;
 use crate::prompt::formats::split_system;
 
 /// One prompt of a request.
@@ -15,6 +16,9 @@ pub enum Prompt {
     Tokens(Vec<u32>),
     /// Text around the gap, never read as special tokens.
     FillInMiddle {
+        /// From the oldest to the newest: the oldest go first where there is no room.
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        files: Vec<ContextFile>,
         prefix: String,
         suffix: String,
     },

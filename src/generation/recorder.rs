@@ -59,6 +59,11 @@ impl Recorder {
         self.num_output_tokens += 1;
     }
 
+    /// Of the first token.
+    pub fn since_first_token(&self) -> Option<Duration> {
+        self.first_token.map(|first_token| first_token.elapsed())
+    }
+
     /// `finish_reason` is one of `stop`, `length`, `error`.
     pub fn finish(&mut self, finish_reason: &'static str) {
         self.finish_reason = finish_reason;

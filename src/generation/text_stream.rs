@@ -1,13 +1,17 @@
 //! One sequence seen from outside: engine events in, text out.
 
+mod indented_block;
+
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use tokio::sync::{mpsc, watch};
 
+use self::indented_block::IndentedBlock;
 use super::GenerationError;
 use super::recorder::{Recorder, Timing};
 use crate::engine::request::{Event, FinishReason, TokenLogprob};
@@ -20,6 +24,7 @@ pub struct TextStream {
     events: mpsc::UnboundedReceiver<Event>,
     assembler: TextAssembler,
     recorder: Recorder,
+    time_limit: Option<Duration>,
     ready: VecDeque<Result<TextEvent, GenerationError>>,
     ended: bool,
     score: Option<f32>,
@@ -95,6 +100,9 @@ pub(super) struct TextStreamOptions {
     pub shown_tokens: Vec<u32>,
     /// What the output begins with, the model having read it as the end of its prompt.
     pub output_prefix: String,
+    /// As [`GenerationOptions`](super::GenerationOptions) has them.
+    pub min_indent: usize,
+    pub time_limit: Option<Duration>,
     pub echo: Option<Echo>,
 }
 
@@ -113,8 +121,18 @@ impl TextStream {
         recorder: Recorder,
         in_flight: watch::Receiver<()>,
     ) -> Self {
+        let time_limit = options.time_limit;
         let assembler = TextAssembler::new(options);
-        Self { events, assembler, recorder, ready: VecDeque::new(), ended: false, score: None, _in_flight: in_flight }
+        Self {
+            events,
+            assembler,
+            recorder,
+            time_limit,
+            ready: VecDeque::new(),
+            ended: false,
+            score: None,
+            _in_flight: in_flight,
+        }
     }
 
     /// What is known so far.
@@ -151,17 +169,28 @@ impl TextStream {
                 self.push_delta(delta);
                 if stopped {
                     self.finish(FinishReason::Stop);
+                } else if self.is_out_of_time() {
+                    self.release_rest(FinishReason::Length);
                 }
             }
             Event::StopToken { id, logprob } => self.assembler.stop_token(id, logprob),
             Event::Score(score) => self.score = Some(score),
-            Event::Finished(reason) => {
-                let (delta, stopped) = self.assembler.end();
-                self.push_delta(delta);
-                self.finish(if stopped { FinishReason::Stop } else { reason });
-            }
+            Event::Finished(reason) => self.release_rest(reason),
             Event::Failed(cause) => self.fail(GenerationError::Failed(cause)),
         }
+    }
+
+    /// Half a line is of no use, whatever it took.
+    fn is_out_of_time(&self) -> bool {
+        let limit = self.time_limit.filter(|_| self.assembler.has_line);
+        limit.zip(self.recorder.since_first_token()).is_some_and(|(limit, elapsed)| elapsed > limit)
+    }
+
+    /// Finishes with what is held back, for `reason` unless a stop is in it.
+    fn release_rest(&mut self, reason: FinishReason) {
+        let (delta, stopped) = self.assembler.end();
+        self.push_delta(delta);
+        self.finish(if stopped { FinishReason::Stop } else { reason });
     }
 
     fn push_delta(&mut self, delta: TextDelta) {
@@ -227,6 +256,9 @@ struct TextAssembler {
     detokenizer: Detokenizer,
     stops: StopStrings,
     found_stop: Option<String>,
+    block: Option<IndentedBlock>,
+    /// Whether the model has ended a line.
+    has_line: bool,
     logprobs: bool,
     records_stop_token: bool,
     stop_token: Option<(u32, TokenLogprob)>,
@@ -248,6 +280,8 @@ impl TextAssembler {
             tokenizer: options.tokenizer,
             stops: StopStrings::new(options.stop),
             found_stop: None,
+            block: (options.min_indent > 0).then(|| IndentedBlock::new(options.min_indent)),
+            has_line: false,
             logprobs: options.logprobs,
             records_stop_token: options.records_stop_token,
             stop_token: None,
@@ -282,10 +316,14 @@ impl TextAssembler {
     fn end(&mut self) -> (TextDelta, bool) {
         let mut delta = self.take_beginning();
         let text = self.detokenizer.finish();
-        let stopped = self.push_text(&text, &mut delta);
+        let mut stopped = self.push_text(&text, &mut delta);
         if !stopped {
             let rest = self.stops.finish();
-            self.release(&rest, &mut delta);
+            stopped = self.release(&rest, &mut delta);
+        }
+        if !stopped {
+            let rest = self.block.as_mut().map(IndentedBlock::finish).unwrap_or_default();
+            self.let_go(&rest, &mut delta);
             delta.tokens.extend(self.held.drain(..));
             let text_offset = self.num_chars_seen;
             let stop_token = self.stop_token.take();
@@ -300,6 +338,7 @@ impl TextAssembler {
 
     fn push_text(&mut self, text: &str, delta: &mut TextDelta) -> bool {
         self.num_chars_seen += text.chars().count();
+        self.has_line |= text.contains('\n');
         let (released, stopped) = match self.stops.push(text) {
             StopOutcome::Continue(text) => (text, false),
             StopOutcome::Stopped { text, stop } => {
@@ -307,11 +346,25 @@ impl TextAssembler {
                 (text, true)
             }
         };
-        self.release(&released, delta);
-        stopped
+        self.release(&released, delta) || stopped
     }
 
-    fn release(&mut self, text: &str, delta: &mut TextDelta) {
+    /// Whether the text ends the output, which is then cut.
+    fn release(&mut self, text: &str, delta: &mut TextDelta) -> bool {
+        match &mut self.block {
+            None => {
+                self.let_go(text, delta);
+                false
+            }
+            Some(block) => {
+                let (inside, has_ended) = block.push(text);
+                self.let_go(&inside, delta);
+                has_ended
+            }
+        }
+    }
+
+    fn let_go(&mut self, text: &str, delta: &mut TextDelta) {
         self.num_chars_released += text.chars().count();
         delta.text.push_str(text);
         while let Some(record) = self.held.pop_front_if(|record| record.text_offset < self.num_chars_released) {

@@ -62,7 +62,7 @@ fn prompts(fields: &Fields, echo: bool) -> Result<Vec<Prompt>, ApiError> {
         return Err(ApiError::invalid("echo", "`echo` cannot be combined with `suffix`"));
     }
     let text = |text: &str| match suffix {
-        Some(suffix) => Prompt::FillInMiddle { prefix: text.to_owned(), suffix: suffix.to_owned() },
+        Some(suffix) => Prompt::FillInMiddle { files: Vec::new(), prefix: text.to_owned(), suffix: suffix.to_owned() },
         None => Prompt::Text(text.to_owned()),
     };
     let expected = "a string, an array of strings, an array of token ids, or an array of such arrays";
@@ -199,7 +199,9 @@ mod tests {
 
     #[test]
     fn a_suffix_even_an_empty_one_makes_a_gap_to_fill() {
-        let gap = |suffix: &str| vec![Prompt::FillInMiddle { prefix: "a".to_owned(), suffix: suffix.to_owned() }];
+        let gap = |suffix: &str| {
+            vec![Prompt::FillInMiddle { files: Vec::new(), prefix: "a".to_owned(), suffix: suffix.to_owned() }]
+        };
         assert_eq!(parse(r#"{"prompt": "a", "suffix": "b"}"#), Ok(gap("b")));
         assert_eq!(parse(r#"{"prompt": "a", "suffix": ""}"#), Ok(gap("")));
         assert_eq!(parse(r#"{"prompt": "a", "suffix": null}"#), Ok(vec![text("a")]));

@@ -170,6 +170,11 @@ impl ApiError {
         Self::new(StatusCode::NOT_IMPLEMENTED, "invalid_request_error", Some("not_served"), message.into())
     }
 
+    /// 501 for what the model cannot do, in llama.cpp's words.
+    pub fn not_supported(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_IMPLEMENTED, "not_supported_error", None, message.into())
+    }
+
     /// 503 that asks to come back.
     pub fn unavailable(message: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded_error", Some("overloaded"), message.into())

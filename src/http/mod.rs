@@ -25,6 +25,7 @@ mod probes;
 mod reply;
 mod responses;
 mod run;
+mod samplers;
 mod sampling;
 mod selection;
 mod sse;
@@ -146,7 +147,7 @@ pub fn router(state: AppState) -> Router {
         .route("/adapters/{name}/rollback", post(adapters::roll_back))
         .route("/load_lora_adapter", post(vllm::load_lora_adapter))
         .route("/unload_lora_adapter", post(vllm::unload_lora_adapter))
-        .route("/lora-adapters", get(llama_cpp::list).post(llama_cpp::set))
+        .merge(llama_cpp::routes(&state))
         .route_layer(from_fn_with_state(state.clone(), authenticate));
     let routes = Router::new()
         .nest("/v1", api.clone())

@@ -1,9 +1,12 @@
 //! The generation parameters that completions and chat share.
 
+use std::time::Duration;
+
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
+use super::samplers::apply_order;
 use crate::generation::{BeamOptions, GenerationOptions};
 
 /// Most choices per prompt, as in OpenAI's interface.
@@ -18,6 +21,7 @@ pub const STOP_NAMES: [&str; 2] = ["stop", "stop_sequences"];
 /// Each is looked for in every token's text.
 const MAX_STOPS: usize = 128;
 const MAX_STOP_BYTES: usize = 1024;
+const MAX_INDENT: i64 = 1024;
 /// What others write for a seed that is to be drawn.
 const RANDOM_SEED: i64 = -1;
 
@@ -32,7 +36,7 @@ pub fn parse_options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
         Some(penalty) => Some(penalty),
         None => fields.number("repeat_penalty", 0.01..=10.0)?,
     };
-    Ok(GenerationOptions {
+    let mut options = GenerationOptions {
         num_choices,
         max_tokens: parse_max_tokens(fields)?,
         beams,
@@ -49,8 +53,17 @@ pub fn parse_options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
         stop: parse_stops(fields)?,
         stop_token_ids: parse_stop_token_ids(fields)?,
         ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
+        min_indent: fields.integer("n_indent", -1..=MAX_INDENT)?.map_or(0, |indent| indent.max(0) as usize),
+        time_limit: fields.integer("t_max_predict_ms", -1..=i64::from(u32::MAX))?.and_then(milliseconds),
         ..GenerationOptions::default()
-    })
+    };
+    apply_order(fields, &mut options)?;
+    Ok(options)
+}
+
+/// 0 and less are no limit, as in llama.cpp.
+fn milliseconds(count: i64) -> Option<Duration> {
+    u64::try_from(count).ok().filter(|count| *count > 0).map(Duration::from_millis)
 }
 
 fn parse_max_tokens(fields: &Fields) -> Result<Option<usize>, ApiError> {
@@ -117,6 +130,8 @@ fn parse_beams(fields: &Fields, num_choices: usize) -> Result<Option<BeamOptions
         ("repeat_penalty", 1.0),
         ("presence_penalty", 0.0),
         ("frequency_penalty", 0.0),
+        ("n_indent", 0.0),
+        ("t_max_predict_ms", 0.0),
     ] {
         if fields.number(name, f64::MIN..=f64::MAX)?.is_some_and(|value| value != neutral) {
             let message = format!("`{name}` does not go with `use_beam_search`: leave it out, or send {neutral}");

@@ -5,6 +5,7 @@ mod beams;
 mod compare;
 mod gaps;
 mod icl;
+mod llama_cpp;
 mod logprobs;
 mod ollama;
 mod trials;

@@ -144,7 +144,7 @@ const UNSUPPORTED: [Unsupported; 28] = [
     },
     // How tokens are drawn.
     Unsupported {
-        names: &["min_tokens", "min_new_tokens", "min_length", "n_indent", "t_max_predict_ms", "max_time"],
+        names: &["min_tokens", "min_new_tokens", "min_length", "max_time"],
         is_harmless: |value, _, _| *value == 0 || *value == -1,
         advice: "use `ignore_eos`, `max_tokens` and `stop`",
     },
@@ -208,7 +208,7 @@ const UNSUPPORTED: [Unsupported; 28] = [
         advice: OWN_SAMPLING,
     },
     Unsupported {
-        names: &["samplers", "sampler_seq", "sampler_order", "sampler_priority"],
+        names: &["sampler_seq", "sampler_order", "sampler_priority"],
         is_harmless: |_, fields, _| fields.get("temperature").is_some_and(|temperature| is_number(temperature, 0.0)),
         advice: OWN_SAMPLING,
     },

@@ -2,6 +2,8 @@
 
 pub mod foreign;
 
+use serde::Serialize;
+
 use crate::tokenizer::sentinels::FimTokens;
 use crate::tokenizer::{Specials, Tokenizer, TokenizerError};
 
@@ -9,7 +11,29 @@ use crate::tokenizer::{Specials, Tokenizer, TokenizerError};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FillInMiddle {
     tokens: FimTokens,
+    /// `None` for a model that was trained on single files.
+    repository: Option<RepositoryTokens>,
 }
+
+/// What stands before the name of a repository, and of each of its files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct RepositoryTokens {
+    repository: u32,
+    file: u32,
+}
+
+/// Text from elsewhere that is worth knowing at the gap.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ContextFile {
+    pub name: String,
+    pub text: String,
+}
+
+const REPOSITORY_TOKENS: [&str; 3] = ["<|repo_name|>", "<repo_name>", "<reponame>"];
+const FILE_TOKENS: [&str; 2] = ["<|file_sep|>", "<file_sep>"];
+/// Clients name neither; the names only complete the layout, as in llama.cpp.
+const REPOSITORY_NAME: &str = "myproject";
+const CURRENT_FILE_NAME: &str = "filename";
 
 /// A gap and what stands around it, in tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,18 +51,46 @@ struct Gap {
 impl FillInMiddle {
     /// `None` for a model whose vocabulary has no complete set of sentinels: it was not trained for this.
     pub fn detect(tokenizer: &Tokenizer) -> Option<Self> {
-        tokenizer.fim().map(|tokens| Self { tokens: tokens.clone() })
+        let id = |texts: &[&str]| texts.iter().find_map(|text| tokenizer.special_id(text));
+        let repository = id(&REPOSITORY_TOKENS).zip(id(&FILE_TOKENS));
+        tokenizer.fim().map(|tokens| Self {
+            tokens: tokens.clone(),
+            repository: repository.map(|(repository, file)| RepositoryTokens { repository, file }),
+        })
     }
 
-    /// The prompt's token ids, ready to run. A sentinel's text inside `prefix` or `suffix` stays text.
-    pub fn render(&self, tokenizer: &Tokenizer, prefix: &str, suffix: &str) -> Result<Vec<u32>, TokenizerError> {
+    /// The prompt's token ids, ready to run. A sentinel's text inside the texts stays text. `files` are from the oldest
+    /// to the newest, and left out where the model was trained on single files.
+    pub fn render(
+        &self,
+        tokenizer: &Tokenizer,
+        files: &[ContextFile],
+        prefix: &str,
+        suffix: &str,
+    ) -> Result<Vec<u32>, TokenizerError> {
         Ok(self.tokens(&Gap {
             beginning: tokenizer.bos(),
-            context: Vec::new(),
+            context: self.context(tokenizer, files)?,
             prefix: tokenizer.encode(prefix, Specials::AsText)?,
             suffix: tokenizer.encode(suffix, Specials::AsText)?,
             middle: Vec::new(),
         }))
+    }
+
+    fn context(&self, tokenizer: &Tokenizer, files: &[ContextFile]) -> Result<Vec<u32>, TokenizerError> {
+        let Some(RepositoryTokens { repository, file }) = self.repository.filter(|_| !files.is_empty()) else {
+            return Ok(Vec::new());
+        };
+        let encode = |text: &str| tokenizer.encode(text, Specials::AsText);
+        let mut tokens = vec![repository];
+        tokens.extend(encode(&format!("{REPOSITORY_NAME}\n"))?);
+        for ContextFile { name, text } in files {
+            tokens.push(file);
+            tokens.extend(encode(&format!("{name}\n{text}"))?);
+        }
+        tokens.push(file);
+        tokens.extend(encode(&format!("{CURRENT_FILE_NAME}\n"))?);
+        Ok(tokens)
     }
 
     /// `tokens` with at most `max_tokens` of them, if they lay out one gap. What is farthest from it goes first.
@@ -135,7 +187,7 @@ mod tests {
     #[test]
     fn sentinels_are_ids_and_a_users_sentinel_is_text() {
         let (tokenizer, fim) = tiny();
-        let ids = fim.render(&tokenizer, "a<fim_middle>", "b").unwrap();
+        let ids = fim.render(&tokenizer, &[], "a<fim_middle>", "b").unwrap();
         assert_eq!(ids.iter().filter(|id| tokenizer.is_special(**id)).count(), 3);
         assert_eq!((ids[0], ids[1]), (258, 97));
         assert_eq!(ids[ids.len() - 3..], [260, 98, 259]);
@@ -166,6 +218,23 @@ mod tests {
         ] {
             assert_eq!(read(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn files_stand_before_the_gap_where_the_model_knows_repositories() {
+        let files = [("a.py", "x<file_sep>"), ("b.py", "y")];
+        let files = files.map(|(name, text)| ContextFile { name: name.to_owned(), text: text.to_owned() });
+        let sentinels = ["<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<file_sep>", "<repo_name>"];
+        let tokenizer = Tokenizer::tiny(&sentinels);
+        let fim = FillInMiddle::detect(&tokenizer).unwrap();
+        let laid_out = "<repo_name>myproject\n<file_sep>a.py\nx\u{1}<file_sep>b.py\ny<file_sep>filename\n<fim_prefix>p<fim_suffix>s<fim_middle>";
+        let mut expected = tokenizer.encode(laid_out, Specials::Parse).unwrap();
+        let place = expected.iter().position(|token| *token == 1).unwrap();
+        expected.splice(place..=place, tokenizer.encode("<file_sep>", Specials::AsText).unwrap());
+        assert_eq!(fim.render(&tokenizer, &files, "p", "s").unwrap(), expected);
+        let (tokenizer, single) = tiny();
+        let alone = single.render(&tokenizer, &[], "p", "s").unwrap();
+        assert_eq!(single.render(&tokenizer, &files, "p", "s").unwrap(), alone);
     }
 
     proptest! {

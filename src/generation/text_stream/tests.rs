@@ -12,6 +12,8 @@ fn assembler(stop: &[&str], echo: Option<Echo>) -> TextAssembler {
         records_stop_token: true,
         shown_tokens: Vec::new(),
         output_prefix: String::new(),
+        min_indent: 0,
+        time_limit: None,
         echo,
     })
 }
@@ -106,6 +108,7 @@ fn stream(stop: &[&str]) -> (mpsc::UnboundedSender<Event>, TextStream, Arc<crate
         events: receiver,
         assembler,
         recorder,
+        time_limit: None,
         ready: VecDeque::new(),
         ended: false,
         score: None,
@@ -137,4 +140,24 @@ async fn an_engine_that_goes_away_is_an_error_not_an_end() {
     drop(events);
     assert!(matches!(stream.collect().await, Err(GenerationError::EngineStopped)));
     assert_eq!(metrics.requests_total.with_label_values(&["base", "error"]).get(), 1);
+}
+
+#[tokio::test]
+async fn time_is_over_once_a_line_is_out() {
+    let (events, mut stream, _) = stream(&[]);
+    stream.time_limit = Some(Duration::ZERO);
+    for byte in *b"a\nb" {
+        events.send(Event::Token { id: u32::from(byte), logprob: None }).unwrap();
+    }
+    let completed = stream.collect().await.unwrap();
+    assert_eq!((completed.text.as_str(), completed.reason), ("a\n", FinishReason::Length));
+}
+
+#[test]
+fn a_line_outside_of_the_block_ends_the_output_and_is_cut() {
+    let mut assembler = assembler(&[], None);
+    assembler.block = Some(IndentedBlock::new(2));
+    let text: Vec<_> = b"a\n  b\nc".iter().map(|byte| assembler.token(u32::from(*byte), None)).collect();
+    assert_eq!(text.iter().map(|(delta, _)| delta.text.as_str()).collect::<String>(), "a\n  b");
+    assert_eq!(text.iter().map(|(_, stopped)| *stopped).collect::<Vec<_>>(), [[false; 6].as_slice(), &[true]].concat());
 }

@@ -46,7 +46,7 @@ fn cases() -> Vec<(&'static str, Value, Value)> {
         ("tfs_z", json!(0.9), json!(1.0)),
         ("top_n_sigma", json!(1.0), json!(-1.0)),
         ("n_probs", json!(5), json!(0)),
-        ("samplers", json!(["top_k"]), json!(null)),
+        ("sampler_seq", json!("kp"), json!(null)),
         ("skip_special_tokens", json!(false), json!(true)),
         ("do_sample", json!(false), json!(true)),
         ("include_stop_str_in_output", json!(true), json!(false)),
@@ -54,7 +54,7 @@ fn cases() -> Vec<(&'static str, Value, Value)> {
         ("extra_body", json!({"top_k": 1}), json!({})),
         ("options", json!({"temperature": 0}), json!({})),
         ("input_prefix", json!("a"), json!("")),
-        ("t_max_predict_ms", json!(250), json!(0)),
+        ("max_time", json!(250), json!(0)),
     ]
 }
 

@@ -5,12 +5,12 @@ use axum::{Extension, Json};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::AppState;
-use super::auth::{Admin, Caller};
-use super::error::ApiError;
-use super::fields::JsonBody;
-use super::selection::parse_entries;
 use crate::adapter::registry::Phase;
+use crate::http::AppState;
+use crate::http::auth::{Admin, Caller};
+use crate::http::error::ApiError;
+use crate::http::fields::JsonBody;
+use crate::http::selection::parse_entries;
 
 #[derive(Debug, Serialize)]
 pub struct LoraAdapter {

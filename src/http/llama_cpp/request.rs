@@ -1,0 +1,82 @@
+//! llama.cpp's requests in OpenAI's fields, which are then read like any other's.
+
+use serde_json::{Map, Value};
+
+use crate::generation::{ContextFile, GenerationRequest, Prompt};
+use crate::http::completions::CompletionShape;
+use crate::http::error::ApiError;
+use crate::http::fields::{Fields, wrong_type};
+use crate::http::reply::ReplyShape;
+use crate::http::sampling::LENGTH_NAMES;
+
+const INFILL: [&str; 4] = ["prompt", "input_prefix", "input_suffix", "input_extra"];
+/// Where nothing is said, llama.cpp goes on to the end.
+const NO_LIMIT: i64 = -1;
+/// Of text that comes without a name.
+const UNNAMED: &str = "tmp";
+
+pub fn read_completion(fields: &Fields) -> Result<GenerationRequest, ApiError> {
+    CompletionShape::parse(&converted(fields, &[])?.into())
+}
+
+/// `prompt` is the line up to the cursor: it ends the prefix.
+pub fn read_infill(fields: &Fields) -> Result<GenerationRequest, ApiError> {
+    let text = |name| Ok::<_, ApiError>(fields.string(name)?.unwrap_or_default());
+    let prefix = [text("input_prefix")?, text("prompt")?].concat();
+    let extra = context_files(fields.array("input_extra")?.map_or(&[], Vec::as_slice))?;
+    let mut converted = converted(fields, &INFILL)?;
+    converted.insert("prompt".to_owned(), prefix.into());
+    converted.insert("suffix".to_owned(), text("input_suffix")?.into());
+    let mut request = CompletionShape::parse(&converted.into())?;
+    for prompt in &mut request.prompts {
+        if let Prompt::FillInMiddle { files, .. } = prompt {
+            files.clone_from(&extra);
+        }
+    }
+    Ok(request)
+}
+
+/// Whether the reply lists the ids of its tokens.
+pub fn wants_tokens(fields: &Fields) -> Result<bool, ApiError> {
+    Ok(fields.boolean("return_tokens")?.unwrap_or(false))
+}
+
+/// All fields but `own`, in OpenAI's words.
+fn converted(fields: &Fields, own: &[&str]) -> Result<Map<String, Value>, ApiError> {
+    if let Some(name) =
+        ["logprobs", "echo"].into_iter().find(|name| fields.get(name).is_some_and(|value| *value != false))
+    {
+        let message = format!("`{name}` has no place in this reply: /v1/completions serves it");
+        return Err(ApiError::invalid(name, message));
+    }
+    let others = fields.iter().filter(|(name, value)| !own.contains(&name.as_str()) && !value.is_null());
+    let mut converted: Map<String, Value> = others.map(|(name, value)| (name.clone(), value.clone())).collect();
+    if let Some(num_choices) = converted.remove("n_cmpl") {
+        converted.insert("n".to_owned(), num_choices);
+    }
+    if LENGTH_NAMES.iter().all(|name| !converted.contains_key(*name)) {
+        converted.insert("n_predict".to_owned(), NO_LIMIT.into());
+    }
+    // Records of the tokens have their ids.
+    if wants_tokens(fields)? {
+        converted.insert("logprobs".to_owned(), 0.into());
+    }
+    Ok(converted)
+}
+
+fn context_files(items: &[Value]) -> Result<Vec<ContextFile>, ApiError> {
+    let file = |(index, item): (usize, &Value)| {
+        let at = format!("input_extra[{index}]");
+        let Value::Object(item) = item else { return Err(wrong_type(&at, "an object", item)) };
+        let text = |name: &str| match item.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text.clone())),
+            Some(other) => Err(wrong_type(&format!("{at}.{name}"), "a string", other)),
+        };
+        Ok(ContextFile {
+            name: text("filename")?.unwrap_or_else(|| UNNAMED.to_owned()),
+            text: text("text")?.unwrap_or_default(),
+        })
+    };
+    items.iter().enumerate().map(file).collect()
+}
