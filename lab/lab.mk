@@ -4,11 +4,11 @@
 
 ## lab-test: the tests of evaluation
 lab-test: $(LAB_VENV)/ready
-	$(LAB_VENV)/bin/python -m pytest lab/tests --ignore lab/tests/test_train.py
+	$(LAB_VENV)/bin/python -m pytest lab/tests --ignore lab/tests/test_train.py --ignore lab/tests/test_lm_eval.py
 
-## lab-train-test: the tests of training, lab-smoke among them
+## lab-train-test: the tests that need torch: training, lab-smoke among them, and lm-eval against transformers
 lab-train-test: models $(LAB_VENV)/ready-to-train
-	$(LAB_VENV)/bin/python -m pytest lab/tests/test_train.py
+	$(LAB_VENV)/bin/python -m pytest lab/tests/test_train.py lab/tests/test_lm_eval.py
 
 ## lab-smoke: train a tiny adapter, serve it, evaluate it
 lab-smoke: models $(LAB_VENV)/ready-to-train
