@@ -9,6 +9,7 @@ CUDA         := kernels/cuda
 CUDA_VENV    := .venv-cuda
 GPU_BINARIES := target/gpu
 PAGE         := tests/page
+SDKS         := tests/sdks
 BENCH        ?= --prompt-tokens 128 --batch 8 --num-adapters 1
 
 .PHONY: serve test environments build fmt lint unit cuda ptx gpu-binaries test-gpu bench-gpu compiler clients page browser models bench clean-venv
@@ -23,7 +24,7 @@ test:
 	$(MAKE) unit cuda clients page lab-test lab-train-test
 
 ## environments: what the tests need beside Rust
-environments: $(VENV)/ready $(CUDA_VENV)/ready $(LAB_VENV)/ready-to-train compiler browser $(PAGE)/node_modules/ready
+environments: $(VENV)/ready $(CUDA_VENV)/ready $(LAB_VENV)/ready-to-train compiler browser $(PAGE)/node_modules/ready $(SDKS)/node_modules/ready
 
 build:
 	cargo build --release --locked
@@ -77,8 +78,8 @@ compiler:
 		|| { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends g++; } \
 		|| { echo "the CUDA kernels are tested as C++: apt-get install g++" >&2; exit 1; }
 
-## clients: the OpenAI client library and other clients against the running binary
-clients: models $(VENV)/ready browser $(PAGE)/node_modules/ready
+## clients: the libraries and agents that clients are made of, unmodified, against the running binary
+clients: models $(VENV)/ready browser $(PAGE)/node_modules/ready $(SDKS)/node_modules/ready
 	$(VENV)/bin/python -m pytest tests/clients
 
 ## page: the compare page in a real Chromium with made-up models, or with those of a running server: LORRY_URL=http://…
@@ -104,9 +105,11 @@ bench: build
 clean-venv:
 	rm -rf $(VENV) $(CUDA_VENV) $(LAB_VENV)
 
-$(VENV)/ready: tests/clients/requirements.txt
+# Sweep's client also asks for a llama.cpp to compile, which it does without here.
+$(VENV)/ready: tests/clients/requirements.txt tests/clients/requirements-sweep.txt
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python $(PIP_INSTALL) $<
+	$(VENV)/bin/python $(PIP_INSTALL) tests/clients/requirements-sweep.txt --no-deps
 	touch $@
 
 # ptxas needs nothing of what its package asks for.
@@ -115,8 +118,8 @@ $(CUDA_VENV)/ready: $(CUDA)/requirements.txt
 	$(CUDA_VENV)/bin/python $(PIP_INSTALL) $< --no-deps
 	touch $@
 
-$(PAGE)/node_modules/ready: $(PAGE)/package.json | browser
-	cd $(PAGE) && npm install --no-package-lock --no-audit --no-fund --ignore-scripts
+$(PAGE)/node_modules/ready $(SDKS)/node_modules/ready: %/node_modules/ready: %/package.json | browser
+	cd $* && npm install --no-package-lock --no-audit --no-fund --ignore-scripts
 	touch $@
 
 include lab/lab.mk
