@@ -225,6 +225,7 @@ async fn run_once(
             max_tokens,
             stop_tokens: Arc::new([]),
             top_logprobs: None,
+            grammar: None,
             prompt_output: PromptOutput::Nothing,
             events,
             permit: handle.try_permit()?,

@@ -15,6 +15,7 @@ pub mod config;
 pub mod engine;
 pub mod experiments;
 pub mod generation;
+pub mod grammar;
 mod hexadecimal;
 pub mod http;
 pub mod icl;

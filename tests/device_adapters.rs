@@ -338,6 +338,7 @@ impl Served {
             max_tokens,
             stop_tokens: Arc::from([]),
             top_logprobs: Some(2),
+            grammar: None,
             prompt_output: PromptOutput::Nothing,
             events,
             permit: self.engine.try_permit().unwrap(),

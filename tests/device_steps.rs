@@ -352,6 +352,7 @@ fn a_summary_of_the_logits_draws_what_all_of_them_draw() {
                 max_tokens: 12,
                 stop_tokens: Arc::from([]),
                 top_logprobs: Some(seed % 6),
+                grammar: None,
                 prompt_output: PromptOutput::Nothing,
                 events,
                 permit: engine.try_permit().unwrap(),

@@ -210,6 +210,7 @@ impl Ask {
             max_tokens: self.max_tokens,
             stop_tokens: self.stop_tokens.clone().into(),
             top_logprobs: self.top_logprobs,
+            grammar: None,
             prompt_output: if self.prompt_logprobs { PromptOutput::Logprobs } else { PromptOutput::Nothing },
             events,
             permit: handle.try_permit().expect("the queue has room"),

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 
 use kernels::device::{Caller, DeviceError, Logits};
 
-use super::client::{Client, log_probability};
+use super::client::{Client, Drawn, log_probability};
 use super::outbox::Outbox;
-use super::request::{Event, PromptOutput, TokenLogprob};
+use super::request::{Event, PromptOutput};
 use super::sampler::{SamplingError, Scratch};
 use super::scheduler::Scheduler;
 use super::sequence::{LogitsUse, SequenceId};
@@ -18,7 +18,7 @@ pub(super) struct Sampled {
     pub id: SequenceId,
     /// The token before it was guessed, and the guess came true.
     pub is_after_guess: bool,
-    pub token: Result<(u32, Option<TokenLogprob>), SamplingError>,
+    pub drawn: Result<Drawn, SamplingError>,
 }
 
 /// The engine during a step: all but the model.
@@ -68,24 +68,25 @@ impl Caller for UnderWay<'_> {
         let Some(client) = clients.get_mut(&id) else { return Ok(()) };
         match logits_use {
             LogitsUse::Sample => {
-                let token = client.sample(logits, sampling, raw_logits)?;
-                sampled.push(Sampled { id, is_after_guess: false, token });
+                let drawn = client.sample(logits, sampling, raw_logits)?;
+                sampled.push(Sampled { id, is_after_guess: false, drawn });
             }
             LogitsUse::Verify { index, guess } => {
                 // As many tokens drawn as guesses before this one: none of them was wrong.
                 let num_drawn = sampled.iter().rev().take_while(|sampled| sampled.id == id).count();
-                let is_right =
-                    sampled.last().is_some_and(|last| matches!(last.token, Ok((token, _)) if token == guess));
-                if num_drawn == index + 1 && is_right && !client.stop_tokens.contains(&guess) {
-                    let token = client.sample(logits, sampling, raw_logits)?;
-                    sampled.push(Sampled { id, is_after_guess: true, token });
+                let is_right = sampled
+                    .last()
+                    .is_some_and(|last| matches!(last.drawn, Ok(Drawn { token, ends: None, .. }) if token == guess));
+                if num_drawn == index + 1 && is_right {
+                    let drawn = client.sample(logits, sampling, raw_logits)?;
+                    sampled.push(Sampled { id, is_after_guess: true, drawn });
                 }
             }
             LogitsUse::Report => outbox.push(id, Event::PromptLogits(logits.all()?.to_vec())),
             LogitsUse::Score(token) => {
                 match log_probability(logits, token, client.top_logprobs.unwrap_or(0), sampling)? {
                     Ok(logprob) => outbox.push(id, Event::PromptToken(Some(logprob))),
-                    Err(error) => sampled.push(Sampled { id, is_after_guess: false, token: Err(error) }),
+                    Err(error) => sampled.push(Sampled { id, is_after_guess: false, drawn: Err(error) }),
                 }
             }
         }

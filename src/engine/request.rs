@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use crate::adapter::canonical::Adapter;
+use crate::grammar::Matcher;
 
 /// One sequence to generate. Dropping the receiver of `events` cancels it: that is the only way, and it is enough.
 #[derive(Debug)]
@@ -17,6 +18,8 @@ pub struct Request {
     /// The adapter generation this request holds until it ends; `None` is the base.
     pub adapter: Option<Arc<Adapter>>,
     pub sampling: SamplingParams,
+    /// What the output must follow, at its beginning.
+    pub grammar: Option<Matcher>,
     /// Most tokens to generate; 0 only scores the prompt.
     pub max_tokens: usize,
     /// Tokens that end the sequence; they are not reported as output.

@@ -8,6 +8,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::request::{SamplingParams, TokenLogprob};
+use crate::grammar::GrammarError;
 
 /// One sequence's sampling state: its parameters, its generator and the tokens it has seen.
 #[derive(Debug)]
@@ -27,12 +28,14 @@ pub struct Scratch {
     candidates: Vec<Candidate>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SamplingError {
     #[error("the model's logits hold a value that is not a number; check the model and adapter files")]
     NotANumber,
-    #[error("no token has a finite logit; check logit_bias and the model and adapter files")]
+    #[error("no token has a finite logit; check logit_bias, the grammar, and the model and adapter files")]
     NoCandidate,
+    #[error(transparent)]
+    Grammar(#[from] GrammarError),
 }
 
 impl Sampler {

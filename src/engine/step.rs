@@ -11,7 +11,7 @@ use kernels::device::{DeviceError, Lease, Placement};
 use prometheus::IntCounter;
 
 use super::EngineConfig;
-use super::client::Client;
+use super::client::{Client, Drawn, End};
 use super::forward::{Sampled, UnderWay};
 use super::outbox::Outbox;
 use super::request::{Event, FinishReason, Request};
@@ -143,6 +143,7 @@ impl Engine {
             accepted,
             is_started: false,
             sampler: Sampler::new(request.sampling, &request.prompt_tokens),
+            grammar: request.grammar,
             stop_tokens: request.stop_tokens,
             top_logprobs: request.top_logprobs,
             prompt_output: request.prompt_output,
@@ -260,25 +261,27 @@ impl Engine {
     /// Adds the drawn tokens to their sequences and ends those that are complete. The clients are told later.
     fn emit(&mut self) {
         let mut sampled = mem::take(&mut self.buffers.sampled);
-        for Sampled { id, is_after_guess, token } in sampled.drain(..) {
+        for Sampled { id, is_after_guess, drawn } in sampled.drain(..) {
             if is_after_guess {
                 self.scheduler.accept(id);
                 self.tokens.accepted.inc();
             }
-            let (Some(client), Some(sequence)) = (self.clients.get(&id), self.scheduler.get_mut(id)) else { continue };
-            match token {
+            let Some(sequence) = self.scheduler.get_mut(id) else { continue };
+            match drawn {
                 Err(error) => self.end(id, Event::Failed(error.to_string())),
-                Ok((token, logprob)) if client.stop_tokens.contains(&token) => {
+                Ok(Drawn { token, logprob, ends: Some(End::StopToken) }) => {
                     if let Some(logprob) = logprob {
                         self.outbox.push(id, Event::StopToken { id: token, logprob });
                     }
                     self.end(id, Event::Finished(FinishReason::Stop));
                 }
-                Ok((token, logprob)) => {
+                Ok(Drawn { token, logprob, ends }) => {
                     sequence.push(token);
                     self.tokens.output.inc();
                     self.outbox.push(id, Event::Token { id: token, logprob });
-                    if sequence.is_at_max_tokens() {
+                    if ends == Some(End::Complete) {
+                        self.end(id, Event::Finished(FinishReason::Stop));
+                    } else if sequence.is_at_max_tokens() {
                         self.end(id, Event::Finished(FinishReason::Length));
                     }
                 }

@@ -96,6 +96,7 @@ impl BeamRun {
             max_tokens: 1,
             stop_tokens: Arc::from([]),
             top_logprobs: Some(num_candidates),
+            grammar: None,
             prompt_output: PromptOutput::Nothing,
             events,
             permit: permit.clone(),

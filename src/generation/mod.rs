@@ -33,6 +33,7 @@ pub use text_stream::{Completed, SequenceUsage, TextDelta, TextEvent, TextStream
 use crate::adapter::registry::AdapterRegistry;
 use crate::config::Config;
 use crate::engine::EngineHandle;
+use crate::grammar::{Constraint, GrammarCompiler};
 use crate::icl::{self, IclStores};
 use crate::metrics::Metrics;
 use crate::model::file::ModelFile;
@@ -64,6 +65,7 @@ pub struct Generation {
     adapters: Arc<AdapterRegistry>,
     icl: Arc<IclStores>,
     prompt_formats: PromptFormats,
+    grammars: Arc<GrammarCompiler>,
     /// Names and strengths of the adapters that a request to the base gets when it says nothing of adapters.
     default_scales: RwLock<Vec<(String, f32)>>,
     engine: EngineHandle,
@@ -122,6 +124,10 @@ pub struct GenerationOptions {
     pub top_logprobs: Option<usize>,
     /// With log-probabilities, the stop token that ends an output has a record too.
     pub records_stop_token: bool,
+    /// What each output must be.
+    pub constraint: Option<Constraint>,
+    /// The request's field that asks for it, which an error about it names.
+    pub constraint_param: &'static str,
     /// Repeat the prompt before the output.
     pub echo: bool,
     /// What a chat offers the model to call.
@@ -158,6 +164,7 @@ impl Generation {
     ) -> Self {
         let in_flight = watch::Sender::new(());
         Self {
+            grammars: Arc::new(GrammarCompiler::new(base.tokenizer.clone())),
             base: Arc::new(base),
             adapters,
             icl,

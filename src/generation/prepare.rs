@@ -14,6 +14,7 @@ use super::recorder::Recorder;
 use super::text_stream::{Echo, TextStream, TextStreamOptions};
 use super::{Access, Generated, Generation, GenerationError, GenerationOptions, GenerationRequest, ResolvedModel};
 use crate::engine::request::{Event, PromptOutput, Request, SamplingParams};
+use crate::grammar::Matcher;
 use crate::tools::CallFormat;
 
 /// Places in the queue, one a sequence or beam. Dropping gives them back.
@@ -34,11 +35,13 @@ impl Places {
     }
 }
 
-/// A request that can start at once: its weights are in memory, its prompts encoded and checked.
+/// A request that can start at once: its weights are in memory, its prompts encoded and checked, its grammar compiled.
 #[derive(Debug)]
 pub struct Prepared {
     model: ResolvedModel,
     prompts: Vec<EncodedPrompt>,
+    /// At the beginning of every output.
+    grammar: Option<Matcher>,
     options: GenerationOptions,
     seed: i64,
     places: Places,
@@ -81,9 +84,9 @@ impl Generation {
         let model = self.resolve(&request.selection, access).await?;
         let options = request.options.clone();
         self.check_token_ids(&options)?;
-        let prompts = self.encode(&model, request).await?;
+        let (prompts, grammar) = self.encode(&model, request).await?;
         let seed = options.seed.unwrap_or_else(random_seed);
-        Ok(Prepared { model, prompts, options, seed, places })
+        Ok(Prepared { model, prompts, grammar, options, seed, places })
     }
 
     /// How many tokens the first prompt has, be it too long or not.
@@ -98,7 +101,7 @@ impl Generation {
         let model = self.resolve(&request.selection, access).await?;
         request.options.max_tokens = Some(0);
         match self.encode(&model, request).await {
-            Ok(prompts) => Ok(prompts.first().map_or(0, |prompt| prompt.tokens.len())),
+            Ok((prompts, _)) => Ok(prompts.first().map_or(0, |prompt| prompt.tokens.len())),
             Err(GenerationError::ContextLengthExceeded { num_prompt_tokens, .. }) => Ok(num_prompt_tokens),
             Err(error) => Err(error),
         }
@@ -128,13 +131,13 @@ impl Generation {
         self.engine.submit_together(requests).map_err(|_| GenerationError::EngineStopped)
     }
 
-    /// Choosing examples, rendering and encoding a long prompt takes milliseconds: not on a thread that serves
-    /// connections.
+    /// Choosing examples, rendering and encoding a long prompt takes milliseconds, and so does compiling a grammar: not on
+    /// a thread that serves connections.
     async fn encode(
         &self,
         model: &ResolvedModel,
         request: GenerationRequest,
-    ) -> Result<Vec<EncodedPrompt>, GenerationError> {
+    ) -> Result<(Vec<EncodedPrompt>, Option<Matcher>), GenerationError> {
         let GenerationRequest { icl, prompt_format, prompts, options, .. } = request;
         if icl.is_some() && prompts.len() != 1 {
             let message = format!("`icl` takes one prompt at a time, not {}", prompts.len());
@@ -145,6 +148,7 @@ impl Generation {
         })?;
         let (base, adapter, stores) = (self.base.clone(), model.adapter.clone(), self.icl.clone());
         let (config, context_length) = (self.config.clone(), self.context_length());
+        let (grammars, param) = (self.grammars.clone(), options.constraint_param);
         let encode = move || {
             let encoder = Encoder {
                 base: &base,
@@ -159,7 +163,13 @@ impl Generation {
                 output_prefix: &options.output_prefix,
                 config: &config.generation,
             };
-            prompts.iter().map(|prompt| encoder.encode(prompt)).collect()
+            let encoded = prompts.iter().map(|prompt| encoder.encode(prompt)).collect::<Result<_, _>>()?;
+            let grammar = options.constraint.map(|constraint| grammars.compile(&constraint)).transpose();
+            let grammar = grammar.map_err(|error| GenerationError::InvalidParameter {
+                param,
+                message: format!("the output cannot be constrained as `{param}` asks: {error}"),
+            })?;
+            Ok((encoded, grammar))
         };
         match tokio::task::spawn_blocking(encode).await {
             Ok(encoded) => encoded,
@@ -182,8 +192,8 @@ impl Generation {
 
     /// What is sent to the engine, and what comes back from it.
     fn sequences(&self, prepared: Prepared) -> (Generated, Vec<Request>) {
-        let Prepared { model, prompts, options, seed, places: Places { permits, accepted, in_flight: _in_flight } } =
-            prepared;
+        let Prepared { model, prompts, grammar, options, seed, places } = prepared;
+        let Places { permits, accepted, in_flight: _in_flight } = places;
         let (sequences, requests) = match options.beams {
             Some(beams) => {
                 let searched = prompts.iter().zip(permits.chunks(beams.num_beams));
@@ -196,7 +206,8 @@ impl Generation {
                     prompts.iter().flat_map(|prompt| (0..options.num_choices).map(move |choice| (prompt, choice)));
                 let sequence = |((prompt, choice), permit)| {
                     let sampling = self.sampling(&model, prompt, &options, seed.wrapping_add_unsigned(choice as u64));
-                    self.sequence(&model, prompt, &options, sampling, permit, accepted)
+                    let (stream, request) = self.sequence(&model, prompt, &options, sampling, permit, accepted);
+                    (stream, Request { grammar: grammar.clone(), ..request })
                 };
                 choices.zip(permits).map(sequence).unzip()
             }
@@ -248,6 +259,7 @@ impl Generation {
             max_tokens: prompt.max_tokens,
             stop_tokens: self.stop_tokens(options),
             top_logprobs: options.top_logprobs,
+            grammar: None,
             prompt_output: if options.echo && options.top_logprobs.is_some() {
                 PromptOutput::Logprobs
             } else {

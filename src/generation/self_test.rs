@@ -92,6 +92,7 @@ async fn logits(
         max_tokens: 0,
         stop_tokens: Arc::from([]),
         top_logprobs: None,
+        grammar: None,
         prompt_output: PromptOutput::Logits,
         events,
         permit,

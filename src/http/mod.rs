@@ -7,6 +7,7 @@ mod auth;
 mod chat;
 mod compare;
 mod completions;
+mod constraint;
 mod dialect;
 mod encoding;
 mod error;

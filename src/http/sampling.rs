@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
+use super::constraint::parse_constraint;
 use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
 use super::samplers::apply_order;
@@ -32,6 +33,10 @@ pub fn parse_options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
     if beams.is_none() && fields.count("best_of", 1..=MAX_CHOICES)?.is_some_and(|best_of| best_of != num_choices) {
         return Err(ApiError::invalid("best_of", "`best_of` must equal `n`: choices are not ranked"));
     }
+    let (constraint, constraint_param) = parse_constraint(fields)?.unzip();
+    if let (Some(_), Some(param)) = (&beams, constraint_param) {
+        return Err(ApiError::invalid(param, format!("`{param}` does not go with `use_beam_search`: leave one out")));
+    }
     let repetition_penalty = match fields.number("repetition_penalty", 0.01..=10.0)? {
         Some(penalty) => Some(penalty),
         None => fields.number("repeat_penalty", 0.01..=10.0)?,
@@ -55,6 +60,8 @@ pub fn parse_options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
         ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
         min_indent: fields.integer("n_indent", -1..=MAX_INDENT)?.map_or(0, |indent| indent.max(0) as usize),
         time_limit: fields.integer("t_max_predict_ms", -1..=i64::from(u32::MAX))?.and_then(milliseconds),
+        constraint,
+        constraint_param: constraint_param.unwrap_or_default(),
         ..GenerationOptions::default()
     };
     apply_order(fields, &mut options)?;

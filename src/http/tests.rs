@@ -4,6 +4,7 @@ mod anthropic;
 mod beams;
 mod compare;
 mod gaps;
+mod grammar;
 mod icl;
 mod llama_cpp;
 mod logprobs;

@@ -24,29 +24,15 @@ struct Unsupported {
 }
 
 const LEAVE_OUT: &str = "leave it out";
-const NO_GRAMMAR: &str = "output cannot be constrained: leave it out, and check the text";
 const OWN_PROMPT: &str = "send a finished `prompt` to /v1/completions, or name a `prompt_format`";
 const OWN_SAMPLING: &str = "use `temperature`, `top_k`, `top_p`, `min_p` and the penalties, in that order of effect";
 
-const UNSUPPORTED: [Unsupported; 28] = [
-    Unsupported {
-        names: &["response_format"],
-        is_harmless: |value, _, _| value["type"] == "text" || is_empty(value),
-        advice: NO_GRAMMAR,
-    },
+const UNSUPPORTED: [Unsupported; 27] = [
     Unsupported {
         names: &[
-            "guided_json",
-            "guided_regex",
-            "guided_choice",
-            "guided_grammar",
-            "guided_json_object",
             "guided_whitespace_pattern",
-            "structured_outputs",
             "structural_tag",
-            "grammar",
             "grammar_triggers",
-            "json_schema",
             "json_object",
             "regex",
             "ebnf",
@@ -55,7 +41,7 @@ const UNSUPPORTED: [Unsupported; 28] = [
             "format",
         ],
         is_harmless: |value, _, _| is_empty(value) || *value == false,
-        advice: NO_GRAMMAR,
+        advice: "constrain the output with `response_format`, `structured_outputs` or `grammar`",
     },
     Unsupported {
         names: &["tools"],

@@ -234,6 +234,7 @@ impl Ask {
             max_tokens: self.max_tokens,
             stop_tokens: Arc::from([]),
             top_logprobs: Some(3),
+            grammar: None,
             prompt_output: PromptOutput::Nothing,
             events,
             permit: engine.try_permit().unwrap(),

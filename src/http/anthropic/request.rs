@@ -75,7 +75,7 @@ fn refuse_own(fields: &Fields) -> Result<(), ApiError> {
     let refused = [
         ("thinking", is_thinking, "no model here reasons before it answers: send {\"type\": \"disabled\"}"),
         ("output_config", is_given("output_config"), "leave it out"),
-        ("output_format", is_given("output_format"), "output cannot be constrained: leave it out"),
+        ("output_format", is_given("output_format"), "leave it out"),
         ("mcp_servers", is_given("mcp_servers"), "this server calls no tools of its own: leave it out"),
         ("container", is_given("container"), "this server runs no code: leave it out"),
         (

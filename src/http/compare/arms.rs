@@ -250,8 +250,8 @@ mod tests {
             (json!({}), json!({}), "arms[1].prompt"),
             (json!({"prompt": "p"}), json!({"n": 2}), "arms[1].n"),
             (json!({"prompt": "p", "echo": true}), json!({}), "echo"),
-            (json!({"prompt": "p", "grammar": "x"}), json!({}), "grammar"),
-            (json!({"prompt": "p"}), json!({"guided_json": {"a": 1}}), "arms[1].guided_json"),
+            (json!({"prompt": "p", "grammar": 1}), json!({}), "grammar"),
+            (json!({"prompt": "p"}), json!({"guided_json": 1}), "arms[1].guided_json"),
         ] {
             let (mut body, mut own) = (shared, own);
             own["name"] = json!("b");

@@ -10,16 +10,8 @@ fn refused(body: Value, route: Route) -> Option<Value> {
 
 /// Each with a value that asks for something, and one that asks for nothing.
 fn cases() -> Vec<(&'static str, Value, Value)> {
-    let format = json!({"type": "json_object"});
-    let schema = json!({"type": "object"});
     vec![
-        ("response_format", format, json!({"type": "text"})),
-        ("guided_json", schema.clone(), json!(null)),
-        ("guided_regex", json!("a+"), json!("")),
-        ("guided_choice", json!(["a"]), json!([])),
-        ("structured_outputs", json!({"json": schema}), json!({})),
-        ("grammar", json!("root ::= \"a\""), json!("")),
-        ("json_schema", schema.clone(), json!({})),
+        ("structural_tag", json!({"a": 1}), json!({})),
         ("regex", json!("a+"), json!(null)),
         ("format", json!("json"), json!("")),
         ("functions", json!([{}]), json!([])),

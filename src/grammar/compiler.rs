@@ -1,0 +1,142 @@
+//! Constraints compiled for one vocabulary.
+
+use std::sync::{Arc, OnceLock};
+
+use llguidance::ParserFactory;
+use llguidance::api::{ParserLimits, TopLevelGrammar};
+use serde_json::{Value, json};
+use toktrie::{TokEnv, TokRxInfo, TokTrie, TokenId, TokenizerEnv};
+
+use super::{Constraint, GrammarError, Matcher};
+use crate::tokenizer::Tokenizer;
+
+/// The most of a constraint, as JSON or text.
+const MAX_BYTES: usize = 128 * 1024;
+/// The most of an error that goes on to the client.
+const MAX_ERROR_CHARS: usize = 400;
+/// Between the parts of JSON: enough to be indented, and an end to blanks without end.
+const JSON_WHITESPACE: &str = r"[\x20]|\x0A{1,2}[\x20\x09]{0,20}";
+
+/// Compiles constraints for the vocabulary of one tokenizer, whose tokens are sorted when the first constraint comes.
+#[derive(Debug)]
+pub struct GrammarCompiler {
+    tokenizer: Arc<Tokenizer>,
+    parsers: OnceLock<Result<Parsers, GrammarError>>,
+}
+
+struct Parsers(ParserFactory);
+
+impl std::fmt::Debug for Parsers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Parsers")
+    }
+}
+
+impl GrammarCompiler {
+    pub fn new(tokenizer: Arc<Tokenizer>) -> Self {
+        Self { tokenizer, parsers: OnceLock::new() }
+    }
+
+    /// A matcher at the beginning of an output. Takes milliseconds, the first time of all a second.
+    ///
+    /// # Errors
+    /// What is wrong with the constraint, or goes beyond the limits.
+    pub fn compile(&self, constraint: &Constraint) -> Result<Matcher, GrammarError> {
+        let grammar = grammar(constraint)?;
+        let parsers = self.parsers.get_or_init(|| Parsers::new(&self.tokenizer)).as_ref().map_err(Clone::clone)?;
+        let parser = parsers.0.create_parser(grammar).map_err(|error| GrammarError::Invalid(worded(&error)))?;
+        Ok(Matcher::new(parser, end_of(&self.tokenizer)))
+    }
+}
+
+impl Parsers {
+    fn new(tokenizer: &Tokenizer) -> Result<Self, GrammarError> {
+        let environment: TokEnv = Arc::new(Vocabulary::new(tokenizer));
+        let mut parsers = ParserFactory::new_simple(&environment).map_err(|e| GrammarError::Invalid(worded(&e)))?;
+        parsers.quiet();
+        *parsers.limits_mut() = ParserLimits {
+            // Of up to 2 KB each, in every sequence.
+            max_lexer_states: 20_000,
+            max_grammar_size: 200_000,
+            verbose_errors: false,
+            ..ParserLimits::default()
+        };
+        Ok(Self(parsers))
+    }
+}
+
+/// A token behind the vocabulary that stands for the end of the output, whichever token a sequence ends with.
+fn end_of(tokenizer: &Tokenizer) -> TokenId {
+    tokenizer.vocab_size() as TokenId
+}
+
+/// The texts of the tokens, as the parser wants them. A special token has none, so that no grammar allows it.
+struct Vocabulary(TokTrie);
+
+impl Vocabulary {
+    fn new(tokenizer: &Tokenizer) -> Self {
+        let end = end_of(tokenizer);
+        let text =
+            |id| if id == end || tokenizer.is_special(id) { Vec::new() } else { tokenizer.token_bytes(id).to_vec() };
+        let texts: Vec<_> = (0..=end).map(text).collect();
+        Self(TokTrie::from(&TokRxInfo::new(end + 1, end), &texts))
+    }
+}
+
+impl TokenizerEnv for Vocabulary {
+    fn tok_trie(&self) -> &TokTrie {
+        &self.0
+    }
+
+    fn tokenize_bytes(&self, text: &[u8]) -> Vec<TokenId> {
+        self.0.greedy_tokenize(text)
+    }
+
+    /// The model chooses the tokens of a text that the grammar leaves no choice of.
+    fn tokenize_is_canonical(&self) -> bool {
+        false
+    }
+}
+
+fn grammar(constraint: &Constraint) -> Result<TopLevelGrammar, GrammarError> {
+    let bounded = |num_bytes: usize| match num_bytes {
+        0..=MAX_BYTES => Ok(()),
+        _ => Err(GrammarError::TooLarge(num_bytes, MAX_BYTES)),
+    };
+    match constraint {
+        Constraint::Json => Ok(of_schema(json!({"type": "object"}))),
+        Constraint::JsonSchema(schema) => {
+            bounded(schema.to_string().len())?;
+            Ok(of_schema(schema.clone()))
+        }
+        Constraint::Regex(pattern) => {
+            bounded(pattern.len())?;
+            Ok(TopLevelGrammar::from_regex(pattern))
+        }
+        Constraint::Choice(texts) => {
+            bounded(texts.iter().map(String::len).sum())?;
+            let texts: Vec<_> = texts.iter().map(|text| Value::from(text.as_str()).to_string()).collect();
+            Ok(TopLevelGrammar::from_lark(format!("start: {}", texts.join(" | "))))
+        }
+        Constraint::Lark(grammar) => {
+            bounded(grammar.len())?;
+            Ok(TopLevelGrammar::from_lark(grammar.clone()))
+        }
+        Constraint::Gbnf(grammar) => {
+            bounded(grammar.len())?;
+            Err(GrammarError::Invalid("grammars in GBNF are not read here: send one in Lark's notation".to_owned()))
+        }
+    }
+}
+
+fn of_schema(mut schema: Value) -> TopLevelGrammar {
+    if let Some(fields) = schema.as_object_mut() {
+        fields.entry("x-guidance").or_insert_with(|| json!({"whitespace_pattern": JSON_WHITESPACE}));
+    }
+    TopLevelGrammar::from_json_schema(schema)
+}
+
+/// The first line of an error, cut.
+pub(super) fn worded(error: &dyn std::fmt::Display) -> String {
+    error.to_string().lines().next().unwrap_or_default().chars().take(MAX_ERROR_CHARS).collect()
+}

@@ -1,0 +1,71 @@
+//! Where one sequence is in its grammar.
+
+use toktrie::TokenId;
+
+use super::GrammarError;
+use super::compiler::worded;
+
+/// Says which tokens may follow those it has consumed.
+pub struct Matcher {
+    parser: llguidance::Matcher,
+    /// Stands for the end of the output in masks; behind the vocabulary.
+    end: TokenId,
+}
+
+impl std::fmt::Debug for Matcher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Matcher")
+    }
+}
+
+/// A clone shares nothing with its origin.
+impl Clone for Matcher {
+    fn clone(&self) -> Self {
+        Self { parser: self.parser.deep_clone(), end: self.end }
+    }
+}
+
+impl Matcher {
+    pub(super) fn new(parser: llguidance::TokenParser, end: TokenId) -> Self {
+        Self { parser: llguidance::Matcher::new(Ok(parser)), end }
+    }
+
+    /// Makes the logits of what must not follow −∞. The `stop_tokens` may follow an output that is complete, whatever their
+    /// text is.
+    ///
+    /// # Errors
+    /// When the parser reaches a limit; then nothing more can be asked of it.
+    pub fn mask(&mut self, logits: &mut [f32], stop_tokens: &[u32]) -> Result<(), GrammarError> {
+        let mut mask = self.parser.compute_mask_or_eos().map_err(|error| GrammarError::Lost(worded(&error)))?;
+        let may_end = mask.is_allowed(self.end);
+        mask.disallow_token(self.end);
+        for &token in stop_tokens.iter().filter(|token| **token < self.end) {
+            mask.set(token as usize, may_end);
+        }
+        let mut words = mask.as_slice().iter().copied();
+        for logits in logits.chunks_mut(u32::BITS as usize) {
+            match words.next().unwrap_or(0) {
+                u32::MAX => {}
+                0 => logits.fill(f32::NEG_INFINITY),
+                word => {
+                    let forbidden = logits.iter_mut().enumerate().filter(|(bit, _)| word & (1 << bit) == 0);
+                    forbidden.for_each(|(_, logit)| *logit = f32::NEG_INFINITY);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// `token`, which the mask allowed and which is no stop token, has come next.
+    ///
+    /// # Errors
+    /// When it must not, or the parser reaches a limit; then nothing more can be asked of it.
+    pub fn consume(&mut self, token: u32) -> Result<(), GrammarError> {
+        self.parser.consume_token(token).map_err(|error| GrammarError::Lost(worded(&error)))
+    }
+
+    /// Whether nothing but the end may follow.
+    pub fn is_complete(&self) -> bool {
+        self.parser.is_stopped()
+    }
+}
