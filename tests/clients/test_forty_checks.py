@@ -1,6 +1,6 @@
 """Forty things that editors, SDKs and agents rely on, each one call or a pair, over plain HTTP; named by their numbers in
 the list of what clients send and read. Those of llama.cpp's and Mistral's routes are in
-`test_forty_checks_llama_cpp.py`; not there yet: 15, 16, 31, 33, 35."""
+`test_forty_checks_llama_cpp.py`; not there yet: 15, 16, 31, 35."""
 
 import json
 import re
@@ -318,6 +318,25 @@ def test_30_three_requests_at_once_draw_three_texts(http):
 
     with ThreadPoolExecutor(3) as pool:
         assert len({reply["choices"][0]["text"] for reply in pool.map(draw, range(3))}) > 1
+
+
+def test_33_json_is_what_a_schema_says_even_when_drawn_wildly(http):
+    schema = {
+        "type": "object", "additionalProperties": False, "required": ["name", "arity"],
+        "properties": {"name": {"type": "string", "maxLength": 20}, "arity": {"type": "integer", "minimum": 0, "maximum": 9}},
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "function", "schema": schema}}
+    for seed in range(4):
+        reply = chat(http, response_format=form, temperature=1.2, seed=seed, max_tokens=80)["choices"][0]
+        assert reply["finish_reason"] == "stop"
+        value = json.loads(reply["message"]["content"])
+        assert value.keys() == {"name", "arity"} and 0 <= value["arity"] <= 9
+    plain = chat(http, response_format={"type": "json_object"}, temperature=1.2, seed=1, max_tokens=400)["choices"][0]
+    if plain["finish_reason"] == "stop":
+        assert isinstance(json.loads(plain["message"]["content"]), dict)
+    bad = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such type"}}}
+    refused = http.post("/v1/chat/completions", json={"messages": INTENT, "response_format": bad})
+    assert assert_error(refused, 400)["param"].startswith("response_format")
 
 
 def test_34_the_layout_of_another_family_is_rendered_in_the_models_own(http):
