@@ -8,8 +8,20 @@ use crate::http::unsupported::{Route, refuse_unsupported};
 use crate::prompt::fim::foreign;
 
 /// Read here; all others go on as they are.
-const OWN_FIELDS: [&str; 11] =
-    ["model", "name", "prompt", "suffix", "raw", "system", "messages", "options", "stream", "keep_alive", "context"];
+const OWN_FIELDS: [&str; 12] = [
+    "model",
+    "name",
+    "prompt",
+    "suffix",
+    "raw",
+    "system",
+    "messages",
+    "options",
+    "stream",
+    "keep_alive",
+    "context",
+    "format",
+];
 /// The `options` that decide how tokens are drawn. Those left say how memory is laid out (`num_ctx`, `num_gpu`, …): here
 /// the server's configuration does, and a prompt that does not fit is refused, never cut.
 const SAMPLING: [&str; 10] = [
@@ -107,7 +119,21 @@ fn converted(fields: &Fields, model: &str) -> Result<Map<String, Value>, ApiErro
         converted.extend(sampling.map(|(name, value)| (name.clone(), value.clone())));
     }
     converted.insert("model".to_owned(), model.into());
+    converted.extend(response_format(fields)?.map(|format| ("response_format".to_owned(), format)));
     Ok(converted)
+}
+
+/// `format`: `"json"` or a schema.
+fn response_format(fields: &Fields) -> Result<Option<Value>, ApiError> {
+    match fields.get("format") {
+        None => Ok(None),
+        Some(Value::String(name)) if name.is_empty() => Ok(None),
+        Some(Value::String(name)) if name == "json" => Ok(Some(json!({"type": "json_object"}))),
+        Some(schema @ Value::Object(_)) => {
+            Ok(Some(json!({"type": "json_schema", "json_schema": {"name": "format", "schema": schema}})))
+        }
+        Some(other) => Err(wrong_type("format", "\"json\" or a JSON schema", other)),
+    }
 }
 
 /// Tokens of an earlier reply, which no reply has here.

@@ -88,7 +88,7 @@ async fn models_are_described_as_clients_look_for_it() {
 async fn every_error_is_a_sentence_and_nothing_else() {
     let server = Server::quick().await;
     for (path, body, status, part) in [
-        ("/api/generate", json!({"prompt": "a", "format": "json"}), 400, "`format`"),
+        ("/api/generate", json!({"prompt": "a", "format": "yaml"}), 400, "`format`"),
         ("/api/generate", json!({"prompt": "a", "template": "x"}), 400, "`template`"),
         ("/api/generate", json!({"prompt": "a", "think": true}), 400, "`think`"),
         ("/api/generate", json!({"prompt": "a", "n": 2}), 400, "`n`"),
