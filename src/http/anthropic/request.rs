@@ -67,7 +67,9 @@ pub fn read_messages(fields: &Fields) -> Result<Fields, ApiError> {
 
 /// What no other interface has, and would change the reply.
 fn refuse_own(fields: &Fields) -> Result<(), ApiError> {
-    let is_thinking = fields.get("thinking").is_some_and(|thinking| thinking["type"] != "disabled");
+    // Left to the model, the models here never do.
+    let is_thinking =
+        fields.get("thinking").is_some_and(|thinking| thinking["type"] != "disabled" && thinking["type"] != "adaptive");
     let is_given = |name: &str| fields.get(name).is_some_and(|value| *value != json!([]) && *value != json!({}));
     // No thinking is kept, so there is none to clear.
     let is_harmless = |edit: &Value| edit["type"].as_str().is_some_and(|edit| edit.starts_with("clear_thinking"));
@@ -239,7 +241,7 @@ mod tests {
         let block = |text: &str| json!({"type": "text", "text": text, "cache_control": {"type": "ephemeral"}});
         let read = read(json!({"system": [block("a"), block("b")], "messages": [
             {"role": "user", "content": "c"}, {"role": "assistant", "content": [block("d")]},
-            {"role": "user", "content": [block("e")]}], "metadata": {"user_id": "u"}, "thinking": {"type": "disabled"},
+            {"role": "user", "content": [block("e")]}], "metadata": {"user_id": "u"}, "thinking": {"type": "adaptive"},
             "max_tokens": 3, "stop_sequences": ["x"], "temperature": 0.5}));
         let messages = json!([{"role": "system", "content": "a\n\nb"}, {"role": "user", "content": "c"},
             {"role": "assistant", "content": "d"}, {"role": "user", "content": "e"}]);
@@ -285,7 +287,6 @@ mod tests {
             (content(json!({"type": "tool_result"})), "messages[0].content[0].tool_use_id"),
             (json!({"messages": user, "system": [{"type": "image"}]}), "system[0].type"),
             (json!({"messages": user, "thinking": {"type": "enabled", "budget_tokens": 9}}), "thinking"),
-            (json!({"messages": user, "thinking": {"type": "adaptive"}}), "thinking"),
             (json!({"messages": user, "temperature": 1.5}), "temperature"),
             (json!({"messages": user, "mcp_servers": [{"url": "x"}]}), "mcp_servers"),
             (json!({"messages": user, "output_config": {"effort": "high"}}), "output_config"),
