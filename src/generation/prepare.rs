@@ -14,7 +14,7 @@ use super::recorder::Recorder;
 use super::text_stream::{Echo, TextStream, TextStreamOptions};
 use super::{Access, Generated, Generation, GenerationError, GenerationOptions, GenerationRequest, ResolvedModel};
 use crate::engine::request::{Event, PromptOutput, Request, SamplingParams};
-use crate::grammar::Matcher;
+use crate::grammar::{Constraint, Matcher};
 use crate::tools::CallFormat;
 
 /// Places in the queue, one a sequence or beam. Dropping gives them back.
@@ -148,7 +148,7 @@ impl Generation {
         })?;
         let (base, adapter, stores) = (self.base.clone(), model.adapter.clone(), self.icl.clone());
         let (config, context_length) = (self.config.clone(), self.context_length());
-        let (grammars, param) = (self.grammars.clone(), options.constraint_param);
+        let (grammars, constraint) = (self.grammars.clone(), self.constraint(&options)?);
         let encode = move || {
             let encoder = Encoder {
                 base: &base,
@@ -164,16 +164,37 @@ impl Generation {
                 config: &config.generation,
             };
             let encoded = prompts.iter().map(|prompt| encoder.encode(prompt)).collect::<Result<_, _>>()?;
-            let grammar = options.constraint.map(|constraint| grammars.compile(&constraint)).transpose();
-            let grammar = grammar.map_err(|error| GenerationError::InvalidParameter {
-                param,
-                message: format!("the output cannot be constrained as `{param}` asks: {error}"),
-            })?;
-            Ok((encoded, grammar))
+            let compile = |(constraint, param)| {
+                grammars.compile(&constraint).map_err(|error| GenerationError::InvalidParameter {
+                    param,
+                    message: format!("the output cannot be constrained as `{param}` asks: {error}"),
+                })
+            };
+            Ok((encoded, constraint.map(compile).transpose()?))
         };
         match tokio::task::spawn_blocking(encode).await {
             Ok(encoded) => encoded,
             Err(panic) => Err(GenerationError::Failed(format!("the prompt could not be encoded: {panic}"))),
+        }
+    }
+
+    /// What the output must be, as the request says or as the call that it forces, and which field asks for it.
+    fn constraint(&self, options: &GenerationOptions) -> Result<Option<(Constraint, &'static str)>, GenerationError> {
+        const CHOICE: &str = "tool_choice";
+        let invalid = |message: String| GenerationError::InvalidParameter { param: CHOICE, message };
+        let forced = match (&options.tools, self.call_format()) {
+            (Some(tools), Some(format)) => {
+                tools.forced_call(format).map_err(|cause| invalid(format!("`{CHOICE}` is not served: {cause}")))?
+            }
+            _ => None,
+        };
+        let (asked, param) = (options.constraint.clone(), options.constraint_param);
+        match (forced, asked) {
+            (Some(_), Some(_)) => {
+                Err(invalid(format!("`{CHOICE}` forces a call, which does not go with `{param}`: leave one out")))
+            }
+            (Some(forced), None) => Ok(Some((forced, CHOICE))),
+            (None, asked) => Ok(asked.map(|asked| (asked, param))),
         }
     }
 

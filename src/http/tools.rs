@@ -3,11 +3,11 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
-use crate::tools::Tools;
+use crate::tools::{ToolChoice, Tools};
 
 const MAX_TOOLS: usize = 128;
 const MAX_NAME_CHARS: usize = 64;
@@ -28,12 +28,12 @@ pub fn parse_tools(fields: &Fields) -> Result<Option<Arc<Tools>>, ApiError> {
         }
     }
     let parallel = fields.boolean("parallel_tool_calls")?.unwrap_or(true);
-    let is_offered = match fields.get("tool_choice") {
-        None => true,
+    let choice = match fields.get("tool_choice") {
+        None => Some(ToolChoice::Auto),
         Some(Value::String(choice)) => match choice.as_str() {
-            "auto" => true,
-            "none" => false,
-            "required" => return Err(forced("tool_choice")),
+            "auto" => Some(ToolChoice::Auto),
+            "none" => None,
+            "required" => Some(ToolChoice::Required),
             other => {
                 let message = format!(
                     "`tool_choice` is `{other}`, not one of auto, none, required, or an object that names a function"
@@ -41,15 +41,25 @@ pub fn parse_tools(fields: &Fields) -> Result<Option<Arc<Tools>>, ApiError> {
                 return Err(ApiError::invalid("tool_choice", message));
             }
         },
-        Some(Value::Object(_)) => return Err(forced("tool_choice")),
+        Some(Value::Object(choice)) => Some(named(choice, &names)?),
         Some(other) => return Err(wrong_type("tool_choice", "a string or an object", other)),
     };
-    let is_offered = is_offered && !definitions.is_empty();
-    Ok(is_offered.then(|| Arc::new(Tools { definitions: definitions.to_vec(), parallel })))
+    if definitions.is_empty() && choice.as_ref().is_some_and(|choice| *choice != ToolChoice::Auto) {
+        return Err(ApiError::invalid("tool_choice", "`tool_choice` forces a call, but there are no `tools`"));
+    }
+    let choice = choice.filter(|_| !definitions.is_empty());
+    Ok(choice.map(|choice| Arc::new(Tools { definitions: definitions.to_vec(), parallel, choice })))
 }
 
-fn forced(name: &str) -> ApiError {
-    ApiError::invalid(name, format!("`{name}` cannot force a call here: send \"auto\""))
+/// `{"type": "function", "function": {"name": …}}`
+fn named(choice: &Map<String, Value>, names: &HashSet<&str>) -> Result<ToolChoice, ApiError> {
+    let at = "tool_choice.function.name";
+    let name = choice.get("function").map_or(&Value::Null, |function| &function["name"]);
+    let name = name.as_str().ok_or_else(|| wrong_type(at, "a string", name))?;
+    if !names.contains(name) {
+        return Err(ApiError::invalid(at, format!("`{at}` is `{name:.80}`, which none of the `tools` is")));
+    }
+    Ok(ToolChoice::Named(name.to_owned()))
 }
 
 /// The name of a function that is defined as OpenAI does.
@@ -127,6 +137,12 @@ mod tests {
         assert_eq!(parse(&json!({})), Ok(None));
         assert_eq!(parse(&json!({"tools": [], "tool_choice": "auto"})), Ok(None));
         assert_eq!(parse(&json!({"tools": [tool("a")], "tool_choice": "none"})), Ok(None));
+        let choice = |choice: Value| {
+            parse(&json!({"tools": [tool("a")], "tool_choice": choice})).unwrap().unwrap().choice.clone()
+        };
+        assert_eq!(choice(json!("required")), ToolChoice::Required);
+        let named = json!({"type": "function", "function": {"name": "a"}});
+        assert_eq!(choice(named), ToolChoice::Named("a".to_owned()));
     }
 
     #[test]
@@ -144,6 +160,9 @@ mod tests {
                 "tools[0].function.parameters",
             ),
             (json!({"tools": [tool("a")], "tool_choice": "always"}), "tool_choice"),
+            (json!({"tool_choice": "required"}), "tool_choice"),
+            (json!({"tools": [tool("a")], "tool_choice": {"type": "function"}}), "tool_choice.function.name"),
+            (json!({"tools": [tool("a")], "tool_choice": {"function": {"name": "b"}}}), "tool_choice.function.name"),
             (json!({"tools": vec![tool("a"); MAX_TOOLS + 1]}), "tools"),
         ] {
             let error = parse(&body).expect_err(place);

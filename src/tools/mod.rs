@@ -3,12 +3,14 @@
 //! How a model words a call is known from its chat template alone, which shows it ([`CallFormat`]). A call is read while
 //! it is written ([`CallReader`]); what only looks like one stays text.
 
+mod forced;
 mod format;
 mod reader;
 mod value;
 
 use serde_json::Value;
 
+pub use forced::ToolChoice;
 pub use format::CallFormat;
 pub use reader::{CallReader, ChatPart};
 
@@ -19,6 +21,7 @@ pub struct Tools {
     pub definitions: Vec<Value>,
     /// Whether one reply may hold several calls.
     pub parallel: bool,
+    pub choice: ToolChoice,
 }
 
 impl Tools {

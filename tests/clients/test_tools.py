@@ -75,3 +75,19 @@ def test_tools_need_a_model_that_was_taught_to_call_and_a_chat(client):
         other = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.BadRequestError, match="not taught"):
             chat(other, model="smollm2:135m")
+
+
+@pytest.mark.parametrize("choice, names", [
+    ("required", {"get_weather", "read_file"}),
+    ({"type": "function", "function": {"name": "read_file"}}, {"read_file"}),
+])
+def test_a_forced_call_is_made_whatever_is_said(client, choice, names):
+    messages = [{"role": "user", "content": "Tell me a joke about the sea."}]
+    for seed in range(3):
+        options = {"tool_choice": choice, "temperature": 1.2, "seed": seed, "max_tokens": 200}
+        answered = chat(client, messages, **options).choices[0]
+        assert answered.finish_reason == "tool_calls" and not answered.message.content
+        [call] = answered.message.tool_calls
+        assert call.function.name in names
+        required = {"get_weather": "city", "read_file": "path"}[call.function.name]
+        assert isinstance(json.loads(call.function.arguments)[required], str)

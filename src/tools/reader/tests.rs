@@ -2,13 +2,14 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
+use crate::tools::ToolChoice;
 
 fn tools(parallel: bool) -> Arc<Tools> {
     let tool = |name: &str| {
         let properties = json!({"path": {"type": "string"}, "lines": {"type": "integer"}});
         json!({"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}})
     };
-    Arc::new(Tools { definitions: vec![tool("read"), tool("write_file")], parallel })
+    Arc::new(Tools { definitions: vec![tool("read"), tool("write_file")], parallel, choice: ToolChoice::Auto })
 }
 
 /// Text, and the calls as `name(arguments)`, from a reader that is given these pieces.
