@@ -1,6 +1,7 @@
 """The OpenAI client library against the default base and the committed adapter."""
 
 import ast
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -186,11 +187,11 @@ def test_concurrent_requests_to_base_and_adapter_get_what_they_get_alone(client)
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("guided_json", {"type": "object"}),
+        ("structural_tag", {"type": "structural_tag"}),
         ("grammar", 'root ::= "a"'),
         ("continue_final_message", True),
         ("min_tokens", 5),
-        ("response_format", {"type": "json_object"}),
+        ("functions", [{"name": "f"}]),
     ],
 )
 def test_what_is_not_served_is_refused_by_name_in_both_interfaces(client, field, value):
@@ -198,6 +199,14 @@ def test_what_is_not_served_is_refused_by_name_in_both_interfaces(client, field,
         with pytest.raises(openai.BadRequestError) as refusal:
             ask(client, extra_body={field: value})
         assert refusal.value.param == field
+
+
+def test_a_schema_is_kept_to_in_both_interfaces(client):
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    for ask in (complete, chat):
+        [choice] = ask(client, max_tokens=64, extra_body={"guided_json": schema}).choices
+        text = choice.text if hasattr(choice, "text") else choice.message.content
+        assert json.loads(text) in ({"a": 1}, {"a": 2})
 
 
 def test_the_adapter_field_of_another_server_names_ours(client):
