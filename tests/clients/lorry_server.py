@@ -55,6 +55,19 @@ def serving(*arguments, environment={}):
                 process.wait()
 
 
+def assert_node_test_passes(test, server):
+    """Runs a test for Node.js, which finds the server in LORRY_URL."""
+    run = subprocess.run(
+        ["node", "--test", test],
+        cwd=test.parent,
+        env={**os.environ, "LORRY_URL": server.url},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 def wait_until_serving(process, log_path):
     deadline = time.monotonic() + MAX_START_SECONDS
     while time.monotonic() < deadline:

@@ -7,7 +7,7 @@ import urllib.request
 
 import pytest
 
-from lorry_server import BINARY, REPOSITORY, serving
+from lorry_server import BINARY
 
 BASE = "qwen2.5-coder:0.5b"
 INTENT = "check if all elements in list `mylist` are the same"
@@ -20,12 +20,6 @@ ARMS = [
     {"name": "tuned, with examples", "adapter": "conala", "icl": EXAMPLES},
     {"name": "paper", "adapter": "conala", "icl": EXAMPLES, "prompt_format": "paper-v2", "temperature": 0.7},
 ]
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving("--adapters", REPOSITORY / "adapters") as server:
-        yield server
 
 
 def post(server, path, body):

@@ -11,18 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from lorry_server import REPOSITORY, serving
+from lorry_server import serving
 
 BASE = "qwen2.5-coder:0.5b"
 ADAPTER = f"{BASE}-conala"
 INTENT = [{"role": "user", "content": "check if all elements in list `mylist` are the same"}]
 PREFIX, SUFFIX = "def add(a, b):\n    return ", "\n\nprint(add(1, 2))\n"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving("--adapters", REPOSITORY / "adapters") as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,9 @@ import sys
 
 import pytest
 
-from lorry_server import REPOSITORY, serving
-
 BASE = "qwen2.5-coder:0.5b"
 ADAPTER = f"{BASE}-conala"
 INTENT = "check if all elements in list `mylist` are the same"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving("--adapters", REPOSITORY / "adapters") as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
