@@ -104,6 +104,12 @@ impl Fields {
         self.0.iter()
     }
 
+    /// Copies of all fields but these, to be said in the words of another interface.
+    pub fn without(&self, names: &[&str]) -> Map<String, Value> {
+        let others = self.iter().filter(|(name, _)| !names.contains(&name.as_str()));
+        others.map(|(name, value)| (name.clone(), value.clone())).collect()
+    }
+
     pub fn get(&self, name: &str) -> Option<&Value> {
         self.0.get(name).filter(|value| !value.is_null())
     }

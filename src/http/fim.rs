@@ -5,7 +5,6 @@ use std::sync::Arc;
 use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
-use serde_json::{Map, Value};
 
 use super::AppState;
 use super::auth::Caller;
@@ -14,7 +13,7 @@ use super::completions::CompletionShape;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::reply::{ReplyShape, answer};
-use super::sampling::LENGTH_NAMES;
+use super::sampling::default_to_no_limit;
 use super::types::{ChatChoice, ChatChunkChoice};
 use crate::engine::request::FinishReason;
 use crate::generation::{Completed, Generation, GenerationOptions, GenerationRequest, TextDelta};
@@ -39,15 +38,11 @@ impl ReplyShape for FimShape {
 
     fn parse(fields: &Fields) -> Result<GenerationRequest, ApiError> {
         fields.string("prompt")?;
-        let mut request: Map<String, Value> =
-            fields.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
+        let mut request = fields.without(&[]);
         if fields.get("suffix").is_none() {
             request.insert("suffix".to_owned(), "".into());
         }
-        // To the end of what is missing, as Mistral does.
-        if LENGTH_NAMES.iter().all(|name| fields.get(name).is_none()) {
-            request.insert("n_predict".to_owned(), (-1).into());
-        }
+        default_to_no_limit(&mut request);
         CompletionShape::parse(&request.into())
     }
 

@@ -16,6 +16,8 @@ const MAX_BEAMS: u32 = 16;
 /// The most tokens to generate: OpenAI's names, and those of llama.cpp, TGI and Ollama. The first that is given counts.
 pub const LENGTH_NAMES: [&str; 5] =
     ["max_completion_tokens", "max_tokens", "n_predict", "max_new_tokens", "num_predict"];
+/// As many tokens as there is room for.
+const NO_LIMIT: i64 = -1;
 /// Mistral's name is the second.
 pub const SEED_NAMES: [&str; 2] = ["seed", "random_seed"];
 pub const STOP_NAMES: [&str; 2] = ["stop", "stop_sequences"];
@@ -71,6 +73,13 @@ pub fn parse_options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
 /// 0 and less are no limit, as in llama.cpp.
 fn milliseconds(count: i64) -> Option<Duration> {
     u64::try_from(count).ok().filter(|count| *count > 0).map(Duration::from_millis)
+}
+
+/// For interfaces in which an output goes on to its end where no length is given.
+pub fn default_to_no_limit(fields: &mut Map<String, Value>) {
+    if LENGTH_NAMES.iter().all(|name| fields.get(*name).is_none_or(Value::is_null)) {
+        fields.insert("n_predict".to_owned(), NO_LIMIT.into());
+    }
 }
 
 fn parse_max_tokens(fields: &Fields) -> Result<Option<usize>, ApiError> {

@@ -31,8 +31,7 @@ const BETWEEN_BLOCKS: &str = "\n\n";
 /// 400 that names what is wrong or not served, by its place in Anthropic's own fields.
 pub fn read_messages(fields: &Fields) -> Result<Fields, ApiError> {
     refuse_own(fields)?;
-    let others = fields.iter().filter(|(name, _)| !OWN_FIELDS.contains(&name.as_str()));
-    let mut converted: Map<String, Value> = others.map(|(name, value)| (name.clone(), value.clone())).collect();
+    let mut converted = fields.without(&OWN_FIELDS);
     let mut set = |name: &str, value: Value| drop(converted.insert(name.to_owned(), value));
 
     let mut messages: Vec<Value> = read_system(fields)?.into_iter().collect();

@@ -7,11 +7,9 @@ use crate::http::completions::CompletionShape;
 use crate::http::error::ApiError;
 use crate::http::fields::{Fields, wrong_type};
 use crate::http::reply::ReplyShape;
-use crate::http::sampling::LENGTH_NAMES;
+use crate::http::sampling::default_to_no_limit;
 
 const INFILL: [&str; 4] = ["prompt", "input_prefix", "input_suffix", "input_extra"];
-/// Where nothing is said, llama.cpp goes on to the end.
-const NO_LIMIT: i64 = -1;
 /// Of text that comes without a name.
 const UNNAMED: &str = "tmp";
 
@@ -49,14 +47,11 @@ fn converted(fields: &Fields, own: &[&str]) -> Result<Map<String, Value>, ApiErr
         let message = format!("`{name}` has no place in this reply: /v1/completions serves it");
         return Err(ApiError::invalid(name, message));
     }
-    let others = fields.iter().filter(|(name, value)| !own.contains(&name.as_str()) && !value.is_null());
-    let mut converted: Map<String, Value> = others.map(|(name, value)| (name.clone(), value.clone())).collect();
+    let mut converted = fields.without(own);
     if let Some(num_choices) = converted.remove("n_cmpl") {
         converted.insert("n".to_owned(), num_choices);
     }
-    if LENGTH_NAMES.iter().all(|name| !converted.contains_key(*name)) {
-        converted.insert("n_predict".to_owned(), NO_LIMIT.into());
-    }
+    default_to_no_limit(&mut converted);
     // Records of the tokens have their ids.
     if wants_tokens(fields)? {
         converted.insert("logprobs".to_owned(), 0.into());

@@ -109,8 +109,7 @@ fn residency(fields: &Fields) -> Result<Asked, ApiError> {
 /// Everything but what the model is to read.
 fn converted(fields: &Fields, model: &str) -> Result<Map<String, Value>, ApiError> {
     refuse_context(fields)?;
-    let own = fields.iter().filter(|(name, _)| !OWN_FIELDS.contains(&name.as_str()));
-    let mut converted: Map<String, Value> = own.map(|(name, value)| (name.clone(), value.clone())).collect();
+    let mut converted = fields.without(&OWN_FIELDS);
     // Where nothing is said, Ollama goes on to the end.
     converted.insert("num_predict".to_owned(), NO_LIMIT.into());
     if let Some(options) = fields.object("options")? {

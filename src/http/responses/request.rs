@@ -66,11 +66,7 @@ impl ResponseRequest {
         messages.extend(input(fields)?);
         let instructions = fields.string("instructions")?;
         let told = instructions.map(|text| json!({"role": "system", "content": text}));
-        let mut chat: Map<String, Value> = fields
-            .iter()
-            .filter(|(name, _)| !OWN.contains(&name.as_str()))
-            .map(|(name, value)| (name.clone(), value.clone()))
-            .collect();
+        let mut chat = fields.without(&OWN);
         chat.insert("messages".to_owned(), told.into_iter().chain(messages.iter().cloned()).collect());
         if let Some(most) = fields.count("max_output_tokens", 1..=u32::MAX)? {
             chat.insert("max_tokens".to_owned(), most.into());
@@ -121,7 +117,7 @@ fn check_reasoning(fields: &Fields) -> Result<(), ApiError> {
         None | Some(Value::Null) => Ok(()),
         Some(effort) if *effort == "none" => Ok(()),
         Some(effort) => {
-            let message = format!("`reasoning.effort` is {effort:.80}, but `{}` only: leave it out", "none");
+            let message = format!("`reasoning.effort` is {effort:.80}, but `none` only: leave it out");
             Err(ApiError::invalid("reasoning.effort", message))
         }
     }
