@@ -104,34 +104,27 @@ fn check_part(at: &str, part: &Value) -> Result<(), ApiError> {
 }
 
 pub struct ChatShape {
-    generation: Arc<Generation>,
-    options: GenerationOptions,
+    tokenizer: Arc<Tokenizer>,
+    logprobs: bool,
+    /// Where tools are offered, a reader that has read nothing.
+    reader: Option<CallReader>,
     /// Choices whose first delta, the one with the role, was sent.
     begun: HashSet<usize>,
-    /// What reads the calls of each choice that is streamed.
+    /// What reads the calls of each choice.
     readers: HashMap<usize, CallReader>,
 }
 
 impl ChatShape {
     fn logprobs(&self, tokens: &[TokenRecord]) -> Option<ChatLogprobs> {
-        self.options.top_logprobs.map(|_| chat_logprobs(self.tokenizer(), tokens))
-    }
-
-    fn tokenizer(&self) -> &Tokenizer {
-        self.generation.tokenizer()
+        self.logprobs.then(|| chat_logprobs(&self.tokenizer, tokens))
     }
 
     /// What `text` adds to a choice; all that was held back when it is the end.
     fn read(&mut self, index: usize, text: String, is_end: bool) -> ChatDelta {
-        let reader = match self.readers.get_mut(&index) {
-            Some(reader) => Some(reader),
-            None => {
-                self.generation.call_reader(&self.options).map(|reader| self.readers.entry(index).or_insert(reader))
-            }
-        };
-        let Some(reader) = reader else {
+        let Some(unused) = &self.reader else {
             return ChatDelta { content: (!text.is_empty()).then_some(text), ..ChatDelta::default() };
         };
+        let reader = self.readers.entry(index).or_insert_with(|| unused.clone());
         let mut parts = reader.push(&text);
         if is_end {
             parts.extend(reader.finish());
@@ -192,10 +185,11 @@ impl ReplyShape for ChatShape {
         Ok(GenerationRequest { selection, icl, prompt_format, prompts, options })
     }
 
-    fn new(generation: &Arc<Generation>, options: &GenerationOptions) -> Self {
+    fn new(generation: &Generation, options: &GenerationOptions) -> Self {
         Self {
-            generation: generation.clone(),
-            options: options.clone(),
+            tokenizer: generation.tokenizer().clone(),
+            logprobs: options.top_logprobs.is_some(),
+            reader: generation.call_reader(options),
             begun: HashSet::new(),
             readers: HashMap::new(),
         }

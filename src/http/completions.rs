@@ -143,7 +143,7 @@ impl ReplyShape for CompletionShape {
         Ok(GenerationRequest { selection, icl, prompt_format, prompts, options })
     }
 
-    fn new(generation: &Arc<Generation>, options: &GenerationOptions) -> Self {
+    fn new(generation: &Generation, options: &GenerationOptions) -> Self {
         Self { tokenizer: generation.tokenizer().clone(), logprobs: options.top_logprobs.is_some() }
     }
 

@@ -1,7 +1,5 @@
 //! `POST /v1/fim/completions`, Mistral's: a gap between `prompt` and `suffix`, filled by a reply in the form of chat.
 
-use std::sync::Arc;
-
 use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
@@ -46,7 +44,7 @@ impl ReplyShape for FimShape {
         CompletionShape::parse(&request.into())
     }
 
-    fn new(generation: &Arc<Generation>, options: &GenerationOptions) -> Self {
+    fn new(generation: &Generation, options: &GenerationOptions) -> Self {
         Self(ChatShape::new(generation, options))
     }
 

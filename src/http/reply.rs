@@ -1,6 +1,5 @@
 //! From a generation under way to a reply, whole or streamed; completions and chat differ only in their [`ReplyShape`].
 
-use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Json;
@@ -36,7 +35,7 @@ pub trait ReplyShape: Send + Sized + 'static {
 
     /// Everything but the way of the reply.
     fn parse(fields: &Fields) -> Result<GenerationRequest, ApiError>;
-    fn new(generation: &Arc<Generation>, options: &GenerationOptions) -> Self;
+    fn new(generation: &Generation, options: &GenerationOptions) -> Self;
     fn choice(&mut self, index: usize, completed: Completed) -> Self::Choice;
     /// `None` where there is nothing to say yet.
     fn delta(&mut self, index: usize, delta: TextDelta) -> Option<Self::ChunkChoice>;

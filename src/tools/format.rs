@@ -51,9 +51,9 @@ impl CallFormat {
         }
     }
 
-    /// Control tokens that a reader of calls must see.
-    pub fn markers(self) -> [&'static str; 2] {
-        [self.opening(), if matches!(self, Self::Hermes | Self::Xml) { "</tool_call>" } else { self.opening() }]
+    /// What a reader of calls must see, also where it is a control token.
+    pub fn markers(self) -> impl Iterator<Item = &'static str> {
+        std::iter::once(self.opening()).chain(self.closings().iter().copied())
     }
 }
 

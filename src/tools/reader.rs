@@ -24,7 +24,7 @@ pub enum ChatPart {
 }
 
 /// Reads one output. What begins like a call and is none is text.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct CallReader {
     format: CallFormat,
     tools: Arc<Tools>,
@@ -39,7 +39,7 @@ pub struct CallReader {
 /// Of JSON in Markdown.
 const FENCE: &str = "```json";
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum State {
     /// Outside of calls.
     Text,

@@ -1,7 +1,7 @@
 //! Where a JSON value ends that is still being written.
 
 /// Follows an object or array, character by character.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct ValueEnd {
     depth: usize,
     in_string: bool,
