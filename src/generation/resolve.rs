@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError};
 use super::model_name::ModelName;
 use super::{Access, AdapterEntry, AdapterField, AdapterRef, Generation, GenerationError, Selection};
 use crate::adapter::canonical::{Adapter, Member};
-use crate::adapter::registry::{AcquireError, AdapterStatus};
+use crate::adapter::registry::{AcquireError, AdapterStatus, Phase};
 
 /// The weights a request was promised, under the names its reply uses. They stay in memory for as long as it lives.
 #[derive(Debug, Clone)]
@@ -60,6 +60,11 @@ impl Generation {
         let mut adapters = self.adapters.list();
         adapters.retain(|adapter| access.allows(&adapter.name));
         adapters
+    }
+
+    /// Those of them that were not refused.
+    pub fn servable_adapters(&self, access: &Access) -> impl Iterator<Item = AdapterStatus> + use<> {
+        self.visible_adapters(access).into_iter().filter(|adapter| adapter.phase != Phase::Failed)
     }
 
     /// What is known of the model `name`, without loading it; `None` is the base.

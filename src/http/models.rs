@@ -13,7 +13,7 @@ use super::auth::Caller;
 use super::dialect::Dialect;
 use super::error::ApiError;
 use super::fields::PathName;
-use crate::adapter::registry::{AdapterStatus, Phase};
+use crate::adapter::registry::AdapterStatus;
 use crate::icl;
 
 #[derive(Debug, Serialize)]
@@ -94,8 +94,7 @@ pub async fn list(State(state): State<AppState>, Extension(caller): Extension<Ca
 }
 
 fn served(state: &AppState, caller: &Caller) -> Vec<ModelCard> {
-    let adapters = state.generation.visible_adapters(&caller.access).into_iter();
-    let servable = adapters.filter(|adapter| adapter.phase != Phase::Failed);
+    let servable = state.generation.servable_adapters(&caller.access);
     let models = std::iter::once(None).chain(servable.map(Some)).map(|adapter| card(state, adapter));
     let aliases = state.generation.visible_aliases(&caller.access);
     let aliases = aliases.map(|(alias, adapter)| ModelCard { id: alias.to_owned(), ..card(state, adapter) });

@@ -5,7 +5,6 @@ use axum::{Extension, Json};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::adapter::registry::Phase;
 use crate::http::AppState;
 use crate::http::auth::{Admin, Caller};
 use crate::http::error::ApiError;
@@ -25,8 +24,7 @@ pub struct LoraAdapter {
 pub async fn list(State(state): State<AppState>, Extension(caller): Extension<Caller>) -> Json<Vec<LoraAdapter>> {
     let scales = state.generation.default_scales();
     let scale = |name: &str| scales.iter().find(|(scaled, _)| scaled == name).map_or(0.0, |(_, scale)| *scale);
-    let adapters = state.generation.visible_adapters(&caller.access).into_iter();
-    let servable = adapters.filter(|adapter| adapter.phase != Phase::Failed);
+    let servable = state.generation.servable_adapters(&caller.access);
     let mut list: Vec<_> = servable
         .map(|adapter| LoraAdapter { id: adapter.id, scale: scale(&adapter.name), name: adapter.name, path: "" })
         .collect();

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use super::request::read_model;
-use crate::adapter::registry::{AdapterStatus, Phase, Tier};
+use crate::adapter::registry::{AdapterStatus, Tier};
 use crate::generation::Base;
 use crate::hexadecimal::hexadecimal;
 use crate::http::AppState;
@@ -79,8 +79,7 @@ pub fn served_name<'a>(state: &'a AppState, name: &'a str) -> Cow<'a, str> {
 }
 
 pub async fn tags(State(state): State<AppState>, Extension(caller): Extension<Caller>) -> Json<Models> {
-    let adapters = state.generation.visible_adapters(&caller.access).into_iter();
-    let servable = adapters.filter(|adapter| adapter.phase != Phase::Failed);
+    let servable = state.generation.servable_adapters(&caller.access);
     let models = std::iter::once(None).chain(servable.map(Some)).map(|adapter| card(&state, adapter.as_ref()));
     let aliases = state.generation.visible_aliases(&caller.access);
     let aliases = aliases.map(|(alias, adapter)| alias_card(&state, alias, adapter.as_ref()));

@@ -11,10 +11,10 @@ use chrono::{SecondsFormat, Utc};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::engine::request::FinishReason;
 use crate::http::dialect::ollama_error;
 use crate::http::error::ApiError;
 use crate::http::run::{Ending, Run, RunEvent};
+use crate::http::types::reason_name;
 
 const NDJSON: &str = "application/x-ndjson";
 
@@ -129,7 +129,7 @@ pub async fn whole(mut run: Run, wording: Wording) -> Result<Response, ApiError>
             RunEvent::CallEnded { name, arguments } => calls.push(ToolCall::new(name, arguments)),
             RunEvent::CallStarted { .. } | RunEvent::Arguments(_) => {}
             RunEvent::Finished(ending) => {
-                let (reason, costs) = (done_reason(ending.reason), Costs::of(&ending));
+                let (reason, costs) = (reason_name(ending.reason), Costs::of(&ending));
                 let reply = Reply::last(run.model_id(), wording.said(text, calls), reason, Some(costs));
                 return Ok(Json(reply).into_response());
             }
@@ -161,7 +161,7 @@ fn line(model: &str, wording: Wording, event: Result<RunEvent, ApiError>) -> Opt
         }
         Ok(RunEvent::CallStarted { .. } | RunEvent::Arguments(_)) => return None,
         Ok(RunEvent::Finished(ending)) => {
-            let (reason, costs) = (done_reason(ending.reason), Costs::of(&ending));
+            let (reason, costs) = (reason_name(ending.reason), Costs::of(&ending));
             Reply::last(model, said(String::new(), Vec::new()), reason, Some(costs))
         }
         Err(error) => return Some(ollama_error(&error.into_envelope().error).to_string()),
@@ -170,13 +170,6 @@ fn line(model: &str, wording: Wording, event: Result<RunEvent, ApiError>) -> Opt
         tracing::error!(%error, "a line could not be written as JSON");
         ollama_error(&ApiError::internal().into_envelope().error).to_string()
     }))
-}
-
-fn done_reason(reason: FinishReason) -> &'static str {
-    match reason {
-        FinishReason::Stop => "stop",
-        FinishReason::Length => "length",
-    }
 }
 
 fn now() -> String {
