@@ -188,7 +188,7 @@ impl Server {
 
     /// One token takes long enough to do something meanwhile.
     async fn slow() -> Self {
-        Self::start(&["<|end|>"], Duration::from_millis(20)).await
+        Self::start(&["<|end|>"], Duration::from_millis(50)).await
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
@@ -230,8 +230,11 @@ impl Server {
         tokio::time::timeout(Duration::from_secs(60), polled).await.expect("the condition comes true");
     }
 
+    /// Waits for the end of all that was taken in: its state alone says nothing yet of what has not been planned.
     async fn until_idle(&self) {
-        self.until(|server| server.engine.state() == EngineState::default()).await;
+        let is_idle =
+            |engine: &EngineHandle| engine.num_free_places() == MAX_QUEUED && engine.state() == EngineState::default();
+        self.until(|server| is_idle(&server.engine)).await;
     }
 }
 
