@@ -17,11 +17,11 @@
 namespace {
 
 using Address = unsigned long long;
-using Work = std::function<bool()>; // false: it must wait for another stream
+using Work = std::function<void()>;
 
 enum Result : int {
     Success = 0, InvalidValue = 1, OutOfMemory = 2, NotInitialized = 3, NoDevice = 100, InvalidDevice = 101, InvalidContext = 201,
-    InvalidPtx = 218, NotFound = 500, IllegalAddress = 700, CaptureUnsupported = 900, CaptureInvalidated = 901,
+    InvalidPtx = 218, NotFound = 500, NotReady = 600, IllegalAddress = 700, CaptureUnsupported = 900, CaptureInvalidated = 901,
     WrongThread = 908,
 };
 
@@ -30,13 +30,13 @@ using Hook = void (*)(const char* kernel, const unsigned* grid, unsigned threads
 struct Function { std::string name; size_t argument_bytes; };
 struct Module { std::string program; std::vector<Function*> functions; };
 struct Graph { std::vector<Launch> launches; };
-struct Event { uint64_t recorded = 0, reached = 0; };
 struct Stream {
     std::deque<Work> work;
     bool capturing = false, broken = false;
     std::thread::id captured_by;
     Graph captured;
 };
+struct Event { Stream* stream = nullptr; uint64_t recorded = 0, reached = 0; };
 
 struct Machine {
     std::mutex lock;
@@ -45,7 +45,7 @@ struct Machine {
     std::string refusal; // what compiling says, if it fails
     Hook hook = nullptr;
     int retained = 0, late = 0;
-    bool initialized = false, fault = false;
+    bool initialized = false, fault = false, no_pinned = false;
     std::map<Address, size_t> device, pinned;
     std::multiset<Address> copied; // of pinned memory, by copies under way
     std::set<Stream*> streams;
@@ -62,13 +62,11 @@ bool is_within(const std::map<Address, size_t>& memory, Address address, size_t 
 }
 void* at(Address address) { return (void*)(uintptr_t)address; }
 
-// Does the next thing of a stream, and what it must wait for.
+// Does the next thing of a stream.
 void advance(Stream* stream) {
-    auto& m = machine();
     if (stream->work.empty()) return;
-    if (stream->work.front()()) { stream->work.pop_front(); return; }
-    for (Stream* other : m.streams)
-        if (other != stream && !other->work.empty() && other->work.front()()) other->work.pop_front();
+    stream->work.front()();
+    stream->work.pop_front();
 }
 void finish(Stream* stream) { while (!stream->work.empty()) advance(stream); }
 
@@ -91,13 +89,11 @@ Work copy(Address to, std::function<const void*()> from, size_t bytes) {
         auto& m = machine();
         if (is_within(m.device, to, bytes)) std::memcpy(at(to), from(), bytes);
         else m.fault = true;
-        return true;
     };
 }
 Work work_of(const Launch& launch) {
     return [launch] {
         machine().hook(launch.kernel.c_str(), launch.grid, launch.threads, launch.args.data(), launch.args.size());
-        return true;
     };
 }
 
@@ -110,7 +106,13 @@ extern "C" {
 void libcuda_set(int version, int num_devices, int major, int init, const char* refusal, Hook hook) {
     auto& m = machine();
     m.version = version, m.num_devices = num_devices, m.major = major, m.init = init;
-    m.refusal = refusal, m.hook = hook, m.initialized = m.fault = false, m.late = 0;
+    m.refusal = refusal, m.hook = hook, m.initialized = m.fault = m.no_pinned = false, m.late = 0;
+}
+// Whether there is no more page-locked memory.
+void libcuda_set_no_pinned(bool no_pinned) {
+    auto& m = machine();
+    std::lock_guard<std::mutex> guard(m.lock);
+    m.no_pinned = no_pinned;
 }
 // Streams, events, memory and so on that were not given back, and memory of the host that was given back too early.
 int libcuda_left() {
@@ -195,27 +197,31 @@ int cuStreamSynchronize(void* stream) {
     finish((Stream*)stream);
     return m.fault ? IllegalAddress : Success;
 }
-int cuStreamWaitEvent(void* stream, void* event, unsigned) {
-    ENTER_CONTEXT
-    // The event may be destroyed before it is waited for, so that its memory is kept.
-    uint64_t wanted = ((Event*)event)->recorded;
-    ((Stream*)stream)->work.push_back([=] { return ((Event*)event)->reached >= wanted; });
-    return Success;
-}
 int cuEventCreate(void** event, unsigned) { ENTER_CONTEXT *event = *m.events.insert(new Event).first; return Success; }
 int cuEventDestroy_v2(void* event) { ENTER_CONTEXT m.events.erase((Event*)event); return Success; }
 int cuEventRecord(void* event, void* stream) {
     ENTER_CONTEXT
     NOT_RECORDED(((Stream*)stream))
-    uint64_t number = ++((Event*)event)->recorded;
-    ((Stream*)stream)->work.push_back([=] { ((Event*)event)->reached = number; return true; });
+    auto* e = (Event*)event;
+    e->stream = (Stream*)stream;
+    uint64_t number = ++e->recorded;
+    // It may be destroyed before it is reached, so that its memory is kept.
+    e->stream->work.push_back([=] { e->reached = number; });
     return Success;
 }
 int cuEventSynchronize(void* event) {
     ENTER_CONTEXT
-    while (((Event*)event)->reached < ((Event*)event)->recorded)
-        for (Stream* stream : m.streams) advance(stream);
+    auto* e = (Event*)event;
+    while (e->reached < e->recorded) advance(e->stream);
     return m.fault ? IllegalAddress : Success;
+}
+// Nothing is done before somebody asks, and then one thing.
+int cuEventQuery(void* event) {
+    ENTER_CONTEXT
+    auto* e = (Event*)event;
+    if (e->reached == e->recorded) return Success;
+    advance(e->stream);
+    return m.fault ? IllegalAddress : NotReady;
 }
 
 int cuMemGetInfo_v2(size_t* free, size_t* total) {
@@ -246,6 +252,7 @@ int cuMemFree_v2(Address address) {
 }
 int cuMemHostAlloc(void** start, size_t bytes, unsigned) {
     ENTER_CONTEXT
+    if (m.no_pinned) return OutOfMemory;
     m.pinned[(uintptr_t)(*start = std::malloc(bytes))] = bytes;
     return Success;
 }
@@ -260,16 +267,13 @@ int cuMemFreeHost(void* start) {
 int cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, void* stream) {
     ENTER_CONTEXT
     NOT_RECORDED(((Stream*)stream))
-    if (is_within(m.pinned, (uintptr_t)from, bytes)) {
-        m.copied.insert((uintptr_t)from);
-        ((Stream*)stream)->work.push_back(copy(to, [=] {
-            machine().copied.erase(machine().copied.find((uintptr_t)from));
-            return from;
-        }, bytes));
-    } else {
-        std::vector<char> staged((const char*)from, (const char*)from + bytes);
-        ((Stream*)stream)->work.push_back(copy(to, [staged] { return staged.data(); }, bytes));
-    }
+    // Of other memory the driver would take a copy first, and whoever asks would wait for it.
+    if (!is_within(m.pinned, (uintptr_t)from, bytes)) return InvalidValue;
+    m.copied.insert((uintptr_t)from);
+    ((Stream*)stream)->work.push_back(copy(to, [=] {
+        machine().copied.erase(machine().copied.find((uintptr_t)from));
+        return from;
+    }, bytes));
     return Success;
 }
 int cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void* stream) {
@@ -279,7 +283,6 @@ int cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void* stream) {
         auto& m = machine();
         if (is_within(m.device, from, bytes) && is_within(m.pinned, (uintptr_t)to, bytes)) std::memcpy(to, at(from), bytes);
         else m.fault = true;
-        return true;
     });
     return Success;
 }

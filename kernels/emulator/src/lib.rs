@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use kernels::cuda::driver::{DeviceMemory, Driver, DriverError, Grid, MemorySize, Transfer};
+use kernels::cuda::driver::{DeviceMemory, Driver, DriverError, Grid, MemorySize, Transfer, Unset};
 
 unsafe extern "C" {
     fn lorry_emulator_launch(
@@ -25,6 +25,8 @@ unsafe extern "C" {
 /// Bytes behind every allocation that nobody may write.
 const GUARD: usize = 256;
 const GUARD_BYTE: u8 = 0xA5;
+/// What memory holds that is not set. As an f32 or f16 it is no number.
+const UNSET_BYTE: u8 = 0xFF;
 /// Blocks from which a launch is worth a second thread.
 const BLOCKS_PER_THREAD: usize = 4;
 
@@ -142,6 +144,20 @@ impl Emulator {
         self.used.clone()
     }
 
+    /// Takes `bytes` of memory, each of them `value`.
+    fn take(&self, bytes: usize, value: u8) -> Result<Memory, DriverError> {
+        let MemorySize { free, total } = self.memory_size()?;
+        if bytes > free {
+            return Err(DriverError::OutOfMemory { wanted: bytes, free, total });
+        }
+        self.used.fetch_add(bytes, Ordering::Relaxed);
+        let lines = vec![Line([value; 256]); (bytes + GUARD).div_ceil(256)];
+        let memory = Memory { lines, len: bytes, used: self.used.clone() };
+        // SAFETY: within the lines, which are this function's alone.
+        unsafe { memory.start().add(bytes).write_bytes(GUARD_BYTE, memory.lines.len() * 256 - bytes) };
+        Ok(memory)
+    }
+
     fn run(&self, launch: &Launch) -> Result<(), DriverError> {
         self.num_launches.fetch_add(1, Ordering::Relaxed);
         let name = CString::new(launch.kernel).expect("a kernel's name holds no zero");
@@ -185,16 +201,11 @@ impl Driver for Emulator {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Memory, DriverError> {
-        let MemorySize { free, total } = self.memory_size()?;
-        if bytes > free {
-            return Err(DriverError::OutOfMemory { wanted: bytes, free, total });
-        }
-        self.used.fetch_add(bytes, Ordering::Relaxed);
-        let lines = vec![Line([0; 256]); (bytes + GUARD).div_ceil(256)];
-        let memory = Memory { lines, len: bytes, used: self.used.clone() };
-        // SAFETY: within the lines, which are this function's alone.
-        unsafe { memory.start().add(bytes).write_bytes(GUARD_BYTE, memory.lines.len() * 256 - bytes) };
-        Ok(memory)
+        self.take(bytes, 0)
+    }
+
+    fn allocate_unset(&self, bytes: usize) -> Result<Unset<Memory>, DriverError> {
+        self.take(bytes, UNSET_BYTE).map(Unset)
     }
 
     fn write(&self, memory: &Memory, offset: usize, bytes: &[u8]) -> Result<(), DriverError> {
@@ -235,7 +246,8 @@ impl Driver for Emulator {
         graph.0.iter().try_for_each(|launch| self.run(launch))
     }
 
-    fn send(&self, bytes: Vec<u8>, memory: Memory) -> Result<Sent, DriverError> {
+    fn send(&self, bytes: Vec<u8>, Unset(memory): Unset<Memory>) -> Result<Sent, DriverError> {
+        assert_eq!(bytes.len(), memory.len, "the bytes of a transfer");
         self.write(&memory, 0, &bytes)?;
         Ok(Sent { memory: Some(memory), polls_left: Self::TRANSFER_POLLS })
     }

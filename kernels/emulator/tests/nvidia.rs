@@ -4,8 +4,8 @@ use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use kernels::cuda::driver::{DeviceMemory, Driver, DriverError, Transfer};
-use kernels::cuda::nvidia::{Nvidia, OpenError};
+use kernels::cuda::driver::{DeviceMemory, Driver, DriverError, MemorySize, Transfer};
+use kernels::cuda::nvidia::{Nvidia, OpenError, Sent};
 use libloading::{Library, Symbol};
 
 /// One kernel, `add`, in PTX as NVRTC writes it. What it does is below.
@@ -68,6 +68,12 @@ impl Machine {
         }
     }
 
+    /// Takes the page-locked memory that is left, or gives it back.
+    fn set_no_pinned(&self, no_pinned: bool) {
+        // SAFETY: as it is declared there.
+        unsafe { self.library.get::<unsafe extern "C" fn(bool)>(b"libcuda_set_no_pinned").unwrap()(no_pinned) }
+    }
+
     /// What was not given back to the driver.
     fn left(&self) -> c_int {
         // SAFETY: as it is declared there.
@@ -93,6 +99,11 @@ where
 
 fn noise(len: usize) -> Vec<u8> {
     (0..len as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
+}
+
+fn send(nvidia: &Nvidia, bytes: Vec<u8>) -> Sent {
+    let memory = nvidia.allocate_unset(bytes.len()).unwrap();
+    nvidia.send(bytes, memory).unwrap()
 }
 
 /// Waits until the copy is there.
@@ -265,19 +276,56 @@ fn only_launches_are_recorded() {
 fn what_is_sent_is_there_when_the_transfer_says_so() {
     let machine = Machine::new();
     let nvidia = machine.open(0).unwrap();
-    let bytes = noise(9 << 20);
-    let sent: Vec<_> = [bytes.clone(), vec![3; 100], Vec::new()]
-        .into_iter()
-        .map(|bytes| nvidia.send(bytes.clone(), nvidia.allocate(bytes.len() + 10).unwrap()).unwrap())
-        .collect();
-    let [first, second, third] = sent.try_into().unwrap();
-    assert_eq!(bytes_of(&nvidia, &memory_of(second)), [[3; 100].as_slice(), &[0; 10]].concat());
-    assert!(bytes_of(&nvidia, &memory_of(first)) == [bytes.as_slice(), &[0; 10]].concat());
-    assert_eq!(bytes_of(&nvidia, &memory_of(third)), [0; 10]);
+    // More than the page-locked memory holds, each and all together; large and small ones in turn.
+    let bytes: Vec<_> = (0..8).map(|i| noise(if i % 2 == 0 { 9_000_000 + i } else { 100 * (i - 1) })).collect();
+    let sent: Vec<_> = bytes.iter().map(|bytes| send(&nvidia, bytes.clone())).collect();
+    for (transfer, bytes) in sent.into_iter().zip(&bytes).rev() {
+        assert!(bytes_of(&nvidia, &memory_of(transfer)) == *bytes, "{} bytes", bytes.len());
+    }
 
-    let mut again = nvidia.send(vec![1], nvidia.allocate(1).unwrap()).unwrap();
+    let mut again = send(&nvidia, vec![1]);
     while again.poll().unwrap().is_none() {}
     assert!(again.poll().unwrap().is_none(), "what was handed over is gone");
+    // Nobody waits for these.
+    drop((send(&nvidia, bytes[0].clone()), send(&nvidia, vec![2])));
+    drop((again, nvidia));
+    assert_eq!(machine.left(), 0);
+}
+
+#[test]
+fn a_transfer_that_fails_says_so_and_the_next_one_does_not() {
+    let machine = Machine::new();
+    let nvidia = machine.open(0).unwrap();
+    machine.set_no_pinned(true);
+    let mut failed = send(&nvidia, vec![1; 1000]);
+    let error = loop {
+        match failed.poll() {
+            Ok(None) => thread::yield_now(),
+            Ok(Some(_)) => panic!("there is nothing to copy it through"),
+            Err(error) => break error.to_string(),
+        }
+    };
+    assert_eq!(error, "cuMemHostAlloc: CUDA_ERROR: error 2");
+    let MemorySize { free, total } = nvidia.memory_size().unwrap();
+    assert_eq!(free, total, "its memory is given back");
+    machine.set_no_pinned(false);
+    assert_eq!(bytes_of(&nvidia, &memory_of(send(&nvidia, vec![2; 3]))), [2; 3]);
+    drop((failed, nvidia));
+    assert_eq!(machine.left(), 0);
+}
+
+#[test]
+fn a_transfer_does_not_wait_for_what_was_asked_for_before() {
+    let machine = Machine::new();
+    let nvidia = machine.open(0).unwrap();
+    let memory = nvidia.allocate(1).unwrap();
+    nvidia.synchronize().unwrap();
+    launch_add(&nvidia, memory.address(), 4, [1, 1, 1]).unwrap();
+    let sent = memory_of(send(&nvidia, vec![7; 5_000_000]));
+    // SAFETY: memory of the driver is memory of this process, and nobody else is at it.
+    assert_eq!(unsafe { (memory.address() as *const u8).read() }, 0, "the launch is still to be done");
+    assert_eq!(bytes_of(&nvidia, &memory), [4]);
+    assert!(bytes_of(&nvidia, &sent).iter().all(|byte| *byte == 7));
 }
 
 #[test]
@@ -289,7 +337,7 @@ fn the_thread_that_opens_is_not_the_one_that_works() {
         launch_add(&nvidia, memory.address(), 4, [1, 1, 1]).unwrap();
         assert_eq!(bytes_of(&nvidia, &memory), [4]);
         // Memory and a copy that is under way outlive the driver.
-        let sent = nvidia.send(vec![9], nvidia.allocate(1).unwrap()).unwrap();
+        let sent = send(&nvidia, vec![9]);
         nvidia.write(&memory, 0, &[5]).unwrap();
         drop(nvidia);
         (memory, sent)

@@ -192,12 +192,12 @@ impl<D: Driver> Adapters<D> {
     /// Sends the bytes, after making room if the device has less than the budget promises.
     fn send(&mut self, driver: &D, bytes: AdapterBytes) -> Result<D::Transfer, DriverError> {
         let memory = loop {
-            match driver.allocate(bytes.len()) {
+            match driver.allocate_unset(bytes.len()) {
                 Err(DriverError::OutOfMemory { .. }) if self.evict_one() => {}
                 other => break other?,
             }
         };
-        driver.send(bytes.relocate(memory.address()), memory)
+        driver.send(bytes.relocate(memory.0.address()), memory)
     }
 
     /// Whether `bytes` more fit, after what had to go.

@@ -57,6 +57,12 @@ pub trait Driver: fmt::Debug + Send + 'static {
     /// When there is not so much.
     fn allocate(&self, bytes: usize) -> Result<Self::Memory, DriverError>;
 
+    /// Takes `bytes` of whatever is in them, aligned to 256: for [`Driver::send`].
+    ///
+    /// # Errors
+    /// When there is not so much.
+    fn allocate_unset(&self, bytes: usize) -> Result<Unset<Self::Memory>, DriverError>;
+
     /// Copies `bytes` to `memory` from `offset` on; they may be changed at once.
     ///
     /// # Panics
@@ -86,11 +92,14 @@ pub trait Driver: fmt::Debug + Send + 'static {
     /// What held for the launches when they were recorded must hold now.
     unsafe fn replay(&self, graph: &Self::Graph) -> Result<(), DriverError>;
 
-    /// Takes memory for `bytes` and copies them there beside what else is done.
+    /// Copies `bytes` to `memory` beside what else is done, also what was asked for before.
     ///
     /// # Errors
-    /// When there is not so much memory.
-    fn send(&self, bytes: Vec<u8>, memory: Self::Memory) -> Result<Self::Transfer, DriverError>;
+    /// When it cannot begin.
+    ///
+    /// # Panics
+    /// When they are not as many as the memory holds.
+    fn send(&self, bytes: Vec<u8>, memory: Unset<Self::Memory>) -> Result<Self::Transfer, DriverError>;
 
     /// Waits for all that was asked for.
     fn synchronize(&self) -> Result<(), DriverError>;
@@ -103,6 +112,10 @@ pub trait DeviceMemory: fmt::Debug + Send {
         self.len() == 0
     }
 }
+
+/// Device memory that is to be written whole before it is used. Nothing is under way in it.
+#[derive(Debug)]
+pub struct Unset<M>(pub M);
 
 pub trait Transfer: fmt::Debug + Send {
     type Memory;

@@ -5,26 +5,30 @@
 
 mod card;
 mod staging;
+mod transfers;
 
 use std::cell::{Cell, RefCell};
 use std::ptr::null_mut;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
 
 use cudarc::driver::sys::{self, CUresult};
 
-use self::card::{Card, Kernel, check};
-use self::staging::{Event, Staging, wait_for};
-use super::driver::{DeviceMemory, Driver, DriverError, Grid, MemorySize, Transfer};
+use self::card::{Card, Kernel, Lane, check};
+use self::staging::{Incoming, Outgoing};
+use self::transfers::Transfers;
+use super::driver::{DeviceMemory, Driver, DriverError, Grid, MemorySize, Unset};
 use super::ptx;
 
 pub use self::card::OpenError;
+pub use self::transfers::Sent;
 
 /// An NVIDIA card of compute capability 8.0 or newer.
 #[derive(Debug)]
 pub struct Nvidia {
     card: Arc<Card>,
-    staging: RefCell<Staging>,
+    outgoing: RefCell<Outgoing>,
+    incoming: RefCell<Incoming>,
+    transfers: Transfers,
     /// Whether launches are recorded.
     recording: Cell<bool>,
 }
@@ -52,8 +56,10 @@ impl Nvidia {
     /// As there.
     pub fn with_program(index: usize, ptx: &str) -> Result<Self, OpenError> {
         let card = Arc::new(Card::open(index, ptx)?);
-        let staging = RefCell::new(Staging::new(&card)?);
-        Ok(Self { card, staging, recording: Cell::new(false) })
+        let outgoing = RefCell::new(Outgoing::new(&card, Lane::Compute)?);
+        let incoming = RefCell::new(Incoming::new(&card)?);
+        let transfers = Transfers::start(&card)?;
+        Ok(Self { card, outgoing, incoming, transfers, recording: Cell::new(false) })
     }
 
     /// Makes the card current, unless launches are recorded: they alone may be part of a graph.
@@ -75,15 +81,6 @@ impl Nvidia {
     }
 }
 
-impl Drop for Nvidia {
-    fn drop(&mut self) {
-        // The page-locked memory goes with it: no copy may be under way. Nothing can be done about an error.
-        if self.card.bind().is_ok() {
-            let _ = wait_for(self.card.compute);
-        }
-    }
-}
-
 impl Driver for Nvidia {
     type Memory = Memory;
     type Graph = Graph;
@@ -102,6 +99,16 @@ impl Driver for Nvidia {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Memory, DriverError> {
+        let Unset(memory) = self.allocate_unset(bytes)?;
+        if bytes > 0 {
+            let stream = self.card.stream(Lane::Compute);
+            // SAFETY: as long as it is said to be.
+            check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(memory.address, 0, bytes, stream) })?;
+        }
+        Ok(memory)
+    }
+
+    fn allocate_unset(&self, bytes: usize) -> Result<Unset<Memory>, DriverError> {
         self.bind_to("an allocation")?;
         let mut address = 0;
         // SAFETY: writes one address, of memory that `Memory` gives back; the driver aligns to 256 at least.
@@ -112,26 +119,21 @@ impl Driver for Nvidia {
             }
             result => check("cuMemAlloc", result)?,
         }
-        let memory = Memory { address, len: bytes, card: self.card.clone() };
-        if bytes > 0 {
-            // SAFETY: as long as it is said to be.
-            check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(address, 0, bytes, self.card.compute) })?;
-        }
-        Ok(memory)
+        Ok(Unset(Memory { address, len: bytes, card: self.card.clone() }))
     }
 
     fn write(&self, memory: &Memory, offset: usize, bytes: &[u8]) -> Result<(), DriverError> {
         let address = memory.part(offset, bytes.len());
         self.bind_to("a write")?;
         // SAFETY: within the memory (checked), which goes only when the card has done what it was asked for.
-        unsafe { self.staging.borrow_mut().write(address, bytes) }
+        unsafe { self.outgoing.borrow_mut().write(address, bytes) }
     }
 
     fn read(&self, memory: &Memory, offset: usize, bytes: &mut [u8]) -> Result<(), DriverError> {
         let address = memory.part(offset, bytes.len());
         self.bind_to("a read")?;
         // SAFETY: as in `write`.
-        unsafe { self.staging.borrow_mut().read(address, bytes) }
+        unsafe { self.incoming.borrow_mut().read(address, bytes) }
     }
 
     unsafe fn launch(&self, kernel: &'static str, grid: Grid, args: &[u8]) -> Result<(), DriverError> {
@@ -145,7 +147,7 @@ impl Driver for Nvidia {
         let mut parameters = [args.as_ptr().cast_mut().cast()];
         // SAFETY: the function is of this card's module and takes as many bytes (checked); the caller vouches for them.
         let result = unsafe {
-            let (threads, stream) = (entry.threads, self.card.compute);
+            let (threads, stream) = (entry.threads, self.card.stream(Lane::Compute));
             sys::cuLaunchKernel(function, x, y, z, threads, 1, 1, 0, stream, parameters.as_mut_ptr(), null_mut())
         };
         check(kernel, result)
@@ -156,7 +158,7 @@ impl Driver for Nvidia {
         // Other threads may allocate and free meanwhile.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives.
-        check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(self.card.compute, mode) })?;
+        check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(self.card.stream(Lane::Compute), mode) })?;
         self.recording.set(true);
         Ok(())
     }
@@ -168,7 +170,9 @@ impl Driver for Nvidia {
         self.card.bind()?;
         let (mut recorded, mut executable) = (null_mut(), null_mut());
         // SAFETY: writes one handle, of a graph that is destroyed below.
-        check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(self.card.compute, &mut recorded) })?;
+        check("cuStreamEndCapture", unsafe {
+            sys::cuStreamEndCapture(self.card.stream(Lane::Compute), &mut recorded)
+        })?;
         // SAFETY: the graph is whole, and its executable form needs it no more once it is made.
         let result = unsafe {
             let result = sys::cuGraphInstantiateWithFlags(&mut executable, recorded, 0);
@@ -182,26 +186,17 @@ impl Driver for Nvidia {
     unsafe fn replay(&self, graph: &Graph) -> Result<(), DriverError> {
         self.bind_to("a replay")?;
         // SAFETY: the graph lives; what its launches write is the caller's word.
-        check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(graph.executable, self.card.compute) })
+        check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(graph.executable, self.card.stream(Lane::Compute)) })
     }
 
-    fn send(&self, bytes: Vec<u8>, memory: Memory) -> Result<Sent, DriverError> {
-        memory.part(0, bytes.len());
-        self.bind_to("a transfer")?;
-        // The zeros of memory that was just taken are still on their way.
-        let zeroed = Event::new(&self.card)?;
-        zeroed.record()?;
-        zeroed.hold_transfers()?;
-        let thread = thread::Builder::new().name("lorry-transfer".to_owned());
-        let thread = thread.spawn(move || memory.fill(&bytes).map(|()| memory));
-        thread
-            .map(|thread| Sent(Some(thread)))
-            .map_err(|error| DriverError::Failed(format!("no thread for a transfer: {error}")))
+    fn send(&self, bytes: Vec<u8>, Unset(memory): Unset<Memory>) -> Result<Sent, DriverError> {
+        assert_eq!(bytes.len(), memory.len, "the bytes of a transfer");
+        Ok(self.transfers.send(bytes, memory))
     }
 
     fn synchronize(&self) -> Result<(), DriverError> {
         self.bind_to("a wait")?;
-        wait_for(self.card.compute)
+        self.card.wait_for(Lane::Compute)
     }
 }
 
@@ -221,19 +216,6 @@ impl Memory {
     fn part(&self, offset: usize, len: usize) -> u64 {
         assert!(offset.checked_add(len).is_some_and(|end| end <= self.len), "bytes outside device memory");
         self.address + offset as u64
-    }
-
-    /// Copies `bytes` to the start by the transfer stream, and waits for it.
-    fn fill(&self, bytes: &[u8]) -> Result<(), DriverError> {
-        self.card.bind()?;
-        if !bytes.is_empty() {
-            let to = self.part(0, bytes.len());
-            // SAFETY: within the memory (checked); the bytes live until the stream has been waited for.
-            let result =
-                unsafe { sys::cuMemcpyHtoDAsync_v2(to, bytes.as_ptr().cast(), bytes.len(), self.card.transfer) };
-            check("cuMemcpyHtoDAsync", result)?;
-        }
-        wait_for(self.card.transfer)
     }
 }
 
@@ -274,20 +256,5 @@ impl Drop for Graph {
             // an error.
             unsafe { sys::cuGraphExecDestroy(self.executable) };
         }
-    }
-}
-
-/// A copy under way. Its own thread hands the bytes to the card: the engine's has better things to do than to copy them to
-/// page-locked memory.
-#[derive(Debug)]
-pub struct Sent(Option<JoinHandle<Result<Memory, DriverError>>>);
-
-impl Transfer for Sent {
-    type Memory = Memory;
-
-    fn poll(&mut self) -> Result<Option<Memory>, DriverError> {
-        let Some(thread) = self.0.take_if(|thread| thread.is_finished()) else { return Ok(None) };
-        let copied = thread.join().unwrap_or_else(|_| Err(DriverError::Failed("a transfer panicked".to_owned())));
-        copied.map(Some)
     }
 }

@@ -147,16 +147,23 @@ pub(super) struct Kernel {
     pub entry: Entry,
 }
 
+/// One of the streams of a card.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Lane {
+    /// All work, in order.
+    Compute,
+    /// What is sent beside it.
+    Transfer,
+}
+
 /// An opened card. What it holds is released with the last of its memory, graphs and copies.
 pub(super) struct Card {
     context: Context,
     module: sys::CUmodule,
     pub name: String,
     pub kernels: HashMap<String, Kernel>,
-    /// All work, in order.
-    pub compute: sys::CUstream,
-    /// What is sent beside it.
-    pub transfer: sys::CUstream,
+    /// `[Lane]`
+    streams: [sys::CUstream; 2],
 }
 
 // SAFETY: handles of the driver, which any thread may use that has the context; every use begins with `bind`. The driver's
@@ -183,12 +190,23 @@ impl Card {
             Ok((name, Kernel { function, entry }))
         });
         let kernels = kernels.collect::<Result<_, OpenError>>()?;
-        Ok(Self { context, module, name, kernels, compute: stream()?, transfer: stream()? })
+        Ok(Self { context, module, name, kernels, streams: [stream()?, stream()?] })
     }
 
     /// Makes the card the one that this thread's calls are about.
     pub fn bind(&self) -> Result<(), DriverError> {
         self.context.bind()
+    }
+
+    pub fn stream(&self, lane: Lane) -> sys::CUstream {
+        self.streams[lane as usize]
+    }
+
+    /// Waits for all that was asked of a stream.
+    pub fn wait_for(&self, lane: Lane) -> Result<(), DriverError> {
+        self.bind()?;
+        // SAFETY: streams live as long as their card.
+        check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream(lane)) })
     }
 }
 
@@ -197,8 +215,9 @@ impl Drop for Card {
         if self.bind().is_ok() {
             // SAFETY: made by `open`, and nothing is left that uses them. Nothing can be done about errors.
             unsafe {
-                sys::cuStreamDestroy_v2(self.compute);
-                sys::cuStreamDestroy_v2(self.transfer);
+                for stream in self.streams {
+                    sys::cuStreamDestroy_v2(stream);
+                }
                 sys::cuModuleUnload(self.module);
             }
         }

@@ -4,13 +4,13 @@ use std::ffi::c_uint;
 use std::ptr::null_mut;
 use std::sync::Arc;
 
-use cudarc::driver::sys;
+use cudarc::driver::sys::{self, CUresult};
 
-use super::card::{Card, check};
+use super::card::{Card, Lane, check};
 use crate::cuda::driver::DriverError;
 
 /// Of one part: large enough for the bus to be busy, small beside what a host has.
-pub(super) const PART_BYTES: usize = 4 << 20;
+const PART_BYTES: usize = 4 << 20;
 const NUM_PARTS: usize = 4;
 
 /// Bytes in page-locked memory.
@@ -61,11 +61,11 @@ impl Event {
         check("cuEventCreate", result).map(|()| Self { raw, card: card.clone() })
     }
 
-    /// Puts it behind all that was asked of the compute stream.
-    pub fn record(&self) -> Result<(), DriverError> {
+    /// Puts it behind all that was asked of a stream.
+    fn record(&self, lane: Lane) -> Result<(), DriverError> {
         self.card.bind()?;
         // SAFETY: both live.
-        check("cuEventRecord", unsafe { sys::cuEventRecord(self.raw, self.card.compute) })
+        check("cuEventRecord", unsafe { sys::cuEventRecord(self.raw, self.card.stream(lane)) })
     }
 
     /// Waits until it is reached; at once if it was never recorded.
@@ -75,11 +75,13 @@ impl Event {
         check("cuEventSynchronize", unsafe { sys::cuEventSynchronize(self.raw) })
     }
 
-    /// Lets the transfer stream wait until it is reached.
-    pub fn hold_transfers(&self) -> Result<(), DriverError> {
+    pub fn is_reached(&self) -> Result<bool, DriverError> {
         self.card.bind()?;
-        // SAFETY: both live; the stream keeps what it needs of the event.
-        check("cuStreamWaitEvent", unsafe { sys::cuStreamWaitEvent(self.card.transfer, self.raw, 0) })
+        // SAFETY: it lives.
+        match unsafe { sys::cuEventQuery(self.raw) } {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            result => check("cuEventQuery", result).map(|()| true),
+        }
     }
 }
 
@@ -99,31 +101,32 @@ struct Part {
     copied: Event,
 }
 
-/// What is written waits here for its copy, in parts that take turns; what is read passes through the last one.
+/// What is written waits here for its copy by one stream, in parts that take turns.
 #[derive(Debug)]
-pub(super) struct Staging {
+pub(super) struct Outgoing {
     card: Arc<Card>,
+    lane: Lane,
     parts: Vec<Part>,
     current: usize,
     /// Bytes of the current part.
     used: usize,
-    incoming: Pinned,
 }
 
-impl Staging {
-    pub fn new(card: &Arc<Card>) -> Result<Self, DriverError> {
+impl Outgoing {
+    pub fn new(card: &Arc<Card>, lane: Lane) -> Result<Self, DriverError> {
         let part = |_| Ok(Part { bytes: Pinned::new(card)?, copied: Event::new(card)? });
         let parts = (0..NUM_PARTS).map(part).collect::<Result<_, DriverError>>()?;
-        Ok(Self { card: card.clone(), parts, current: 0, used: 0, incoming: Pinned::new(card)? })
+        Ok(Self { card: card.clone(), lane, parts, current: 0, used: 0 })
     }
 
     /// Where `len` bytes have room whose last copy is done. `len` is at most a part.
     fn room_for(&mut self, len: usize) -> Result<*mut u8, DriverError> {
         if self.used + len > PART_BYTES {
-            self.parts[self.current].copied.record()?;
-            self.current = (self.current + 1) % NUM_PARTS;
-            self.used = 0;
-            self.parts[self.current].copied.wait()?;
+            let next = (self.current + 1) % NUM_PARTS;
+            self.parts[self.current].copied.record(self.lane)?;
+            self.parts[next].copied.wait()?;
+            // Only now: after an error, whoever comes next waits again.
+            (self.current, self.used) = (next, 0);
         }
         // SAFETY: with `len` it is within the part.
         let start = unsafe { self.parts[self.current].bytes.start.add(self.used) };
@@ -131,7 +134,7 @@ impl Staging {
         Ok(start)
     }
 
-    /// Copies `bytes` to the card, in the order of the compute stream. They may be changed at once.
+    /// Copies `bytes` to the card, in the order of the stream. They may be changed at once.
     ///
     /// # Safety
     /// `address` is of as much device memory.
@@ -143,12 +146,38 @@ impl Staging {
             // SAFETY: pinned memory that no copy reads any more; it is left alone until its part's event is reached.
             let result = unsafe {
                 start.copy_from_nonoverlapping(chunk.as_ptr(), chunk.len());
-                sys::cuMemcpyHtoDAsync_v2(to, start.cast(), chunk.len(), self.card.compute)
+                sys::cuMemcpyHtoDAsync_v2(to, start.cast(), chunk.len(), self.card.stream(self.lane))
             };
             check("cuMemcpyHtoDAsync", result)?;
             to += chunk.len() as u64;
         }
         Ok(())
+    }
+
+    /// An event behind all that was written.
+    pub fn mark(&self) -> Result<Event, DriverError> {
+        let event = Event::new(&self.card)?;
+        event.record(self.lane).map(|()| event)
+    }
+}
+
+impl Drop for Outgoing {
+    fn drop(&mut self) {
+        // The page-locked memory goes with it: no copy may be under way. Nothing can be done about an error.
+        let _ = self.card.wait_for(self.lane);
+    }
+}
+
+/// What is read passes through here.
+#[derive(Debug)]
+pub(super) struct Incoming {
+    card: Arc<Card>,
+    bytes: Pinned,
+}
+
+impl Incoming {
+    pub fn new(card: &Arc<Card>) -> Result<Self, DriverError> {
+        Ok(Self { card: card.clone(), bytes: Pinned::new(card)? })
     }
 
     /// Waits for the compute stream and copies from the card.
@@ -159,21 +188,22 @@ impl Staging {
         let mut from = address;
         for chunk in bytes.chunks_mut(PART_BYTES) {
             self.card.bind()?;
+            let (start, stream) = (self.bytes.start, self.card.stream(Lane::Compute));
             // SAFETY: pinned memory for a whole part, which is left alone until the stream has come so far.
-            let result =
-                unsafe { sys::cuMemcpyDtoHAsync_v2(self.incoming.start.cast(), from, chunk.len(), self.card.compute) };
+            let result = unsafe { sys::cuMemcpyDtoHAsync_v2(start.cast(), from, chunk.len(), stream) };
             check("cuMemcpyDtoHAsync", result)?;
-            wait_for(self.card.compute)?;
+            self.card.wait_for(Lane::Compute)?;
             // SAFETY: the copy is done.
-            unsafe { chunk.as_mut_ptr().copy_from_nonoverlapping(self.incoming.start, chunk.len()) };
+            unsafe { chunk.as_mut_ptr().copy_from_nonoverlapping(start, chunk.len()) };
             from += chunk.len() as u64;
         }
         Ok(())
     }
 }
 
-/// Waits for all that was asked of a stream of the current context.
-pub(super) fn wait_for(stream: sys::CUstream) -> Result<(), DriverError> {
-    // SAFETY: streams live as long as their card.
-    check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(stream) })
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        // As of `Outgoing`: a read that failed may be under way.
+        let _ = self.card.wait_for(Lane::Compute);
+    }
 }
