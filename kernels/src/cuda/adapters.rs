@@ -3,12 +3,10 @@
 //! An adapter comes when a sequence wants it: a thread lays it out, its bytes go to the device beside the steps under way, and
 //! the sequence runs once they are there. The one used longest ago goes when there is no room, but none that a lease holds.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::mem;
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Weak};
-use std::thread;
 use std::time::Instant;
 
 use crate::canonical::AdapterWeights;
@@ -18,6 +16,7 @@ use crate::low_rank::LowRank;
 use super::adapter_layout::{AdapterBytes, device_bytes};
 use super::driver::{DeviceMemory, Driver, DriverError, Transfer};
 use super::step_data::Needs;
+use super::worker::{Pending, Worker};
 
 pub(super) struct Adapters<D: Driver> {
     num_layers: usize,
@@ -26,7 +25,9 @@ pub(super) struct Adapters<D: Driver> {
     entries: HashMap<String, Entry<D>>,
     /// Counts the uses: the smaller, the longer ago.
     clock: u64,
-    layouts: Layouts,
+    layouts: Worker<(Arc<AdapterWeights>, usize), AdapterBytes>,
+    /// By generation, in the order they were asked for, which is that of the thread.
+    laid_out: VecDeque<(String, Pending<AdapterBytes>)>,
     loads: u64,
     evictions: u64,
     transfer_seconds: f64,
@@ -81,7 +82,10 @@ impl<D: Driver> Adapters<D> {
             used: 0,
             entries: HashMap::new(),
             clock: 0,
-            layouts: Layouts::start(),
+            layouts: Worker::start("lorry-device-adapters", |(weights, num_layers): (Arc<AdapterWeights>, usize)| {
+                Ok(AdapterBytes::of(&weights, num_layers))
+            }),
+            laid_out: VecDeque::new(),
             loads: 0,
             evictions: 0,
             transfer_seconds: 0.0,
@@ -142,7 +146,8 @@ impl<D: Driver> Adapters<D> {
         if !self.make_room(bytes) {
             return Ok(Placement::Full);
         }
-        self.layouts.ask(generation, weights, self.num_layers)?;
+        let pending = self.layouts.ask((weights.clone(), self.num_layers));
+        self.laid_out.push_back((generation.to_owned(), pending));
         self.used += bytes;
         let sites = || weights.sites().chain(weights.head_delta());
         let needs = Needs {
@@ -160,8 +165,9 @@ impl<D: Driver> Adapters<D> {
 
     /// Takes what is under way one step on. What fails concerns those alone who want that adapter.
     fn advance(&mut self, driver: &D) {
-        while let Some((generation, bytes)) = self.layouts.next() {
-            let state = match self.send(driver, bytes) {
+        while let Some(bytes) = self.laid_out.front().and_then(|(_, pending)| pending.poll()) {
+            let Some((generation, _)) = self.laid_out.pop_front() else { break };
+            let state = match bytes.and_then(|bytes| self.send(driver, bytes)) {
                 Ok(transfer) => State::Sent { transfer, since: Instant::now() },
                 Err(error) => State::Failed(error),
             };
@@ -228,36 +234,5 @@ impl<D: Driver> Adapters<D> {
         if let Some(entry) = self.entries.remove(generation) {
             self.used -= entry.bytes;
         }
-    }
-}
-
-/// The thread that lays adapters out.
-struct Layouts {
-    wanted: Sender<(String, Arc<AdapterWeights>, usize)>,
-    done: Receiver<(String, AdapterBytes)>,
-}
-
-impl Layouts {
-    fn start() -> Self {
-        let (wanted, asked) = channel::<(String, Arc<AdapterWeights>, usize)>();
-        let (finished, done) = channel();
-        let work = move || {
-            for (generation, weights, num_layers) in asked {
-                // Nobody to tell: the device is gone.
-                let _ = finished.send((generation, AdapterBytes::of(&weights, num_layers)));
-            }
-        };
-        // Without the thread the channel is closed, and asking is an error.
-        drop(thread::Builder::new().name("lorry-device-adapters".to_owned()).spawn(work));
-        Self { wanted, done }
-    }
-
-    fn ask(&self, generation: &str, weights: &Arc<AdapterWeights>, num_layers: usize) -> Result<(), DeviceError> {
-        let asked = self.wanted.send((generation.to_owned(), weights.clone(), num_layers));
-        asked.map_err(|_| DeviceError::Unsupported("the thread that lays adapters out has ended".to_owned()))
-    }
-
-    fn next(&self) -> Option<(String, AdapterBytes)> {
-        self.done.try_recv().ok()
     }
 }

@@ -25,6 +25,7 @@ pub mod nvidia;
 pub mod peak;
 pub mod ptx;
 mod step_data;
+mod worker;
 
 use std::thread;
 

@@ -58,7 +58,7 @@ impl Nvidia {
         let card = Arc::new(Card::open(index, ptx)?);
         let outgoing = RefCell::new(Outgoing::new(&card, Lane::Compute)?);
         let incoming = RefCell::new(Incoming::new(&card)?);
-        let transfers = Transfers::start(&card)?;
+        let transfers = Transfers::start(&card);
         Ok(Self { card, outgoing, incoming, transfers, recording: Cell::new(false) })
     }
 
