@@ -80,3 +80,8 @@ def write(base: Base, root: Path, name: str, modules: tuple[str, ...], rank: int
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
     return root / f"{name}.gguf"
+
+
+def folders(root: Path) -> list[Path]:
+    """The PEFT folders in `root`. A lorry that serves them keeps a `.lorry` beside them."""
+    return sorted(config.parent for config in root.glob("*/adapter_config.json"))

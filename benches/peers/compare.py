@@ -55,7 +55,7 @@ class Comparison:
         self.qv = self.write(base, "qv", args.adapters, adapters.QV)
         # Only registered, never asked for: small ones, so that a thousand fit into memory.
         self.write(base, "many", args.registered - args.adapters, adapters.QV)
-        for folder in (root / "all" / "peft").iterdir():
+        for folder in adapters.folders(root / "all" / "peft"):
             shutil.copytree(folder, root / "many" / "peft" / folder.name, copy_function=os.link)
 
     def write(self, base: adapters.Base, group: str, count: int, modules: tuple[str, ...]) -> list[Path]:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import adapters
+
 START_SECONDS = 300
 
 
@@ -30,13 +32,12 @@ class Lorry:
     model: str
 
     @contextlib.contextmanager
-    def serve(self, adapters: Path | None) -> Iterator[Server]:
-        """Serves the PEFT folders of `adapters`."""
-        with _folder(adapters) as folder:
+    def serve(self, root: Path | None) -> Iterator[Server]:
+        """Serves the PEFT folders of `root`."""
+        with _folder(root) as folder:
             command = [self.binary, "serve", "--model", self.model, "--adapters", folder]
             with _running(command) as url:
-                names = [path.name for path in sorted(folder.iterdir())]
-                yield Server(url, {"model": self.model}, [{"model": name} for name in names])
+                yield Server(url, {"model": self.model}, [{"model": path.name} for path in adapters.folders(folder)])
 
     def bench(self, prompt_tokens: int, max_tokens: int, batch: int, repeat: int, figure: str) -> float:
         """Median of one `figure` of `lorry bench`, without adapters."""
@@ -61,15 +62,15 @@ class LlamaCpp:
     threads: int
 
     @contextlib.contextmanager
-    def serve(self, adapters: list[Path], num_slots: int, slot_tokens: int) -> Iterator[Server]:
+    def serve(self, files: list[Path], num_slots: int, slot_tokens: int) -> Iterator[Server]:
         """Serves adapters in GGUF, all loaded and none applied unless a request asks for it."""
         command = [self.server, "--model", self.gguf, "--threads", str(self.threads)]
         command += ["--parallel", str(num_slots), "--ctx-size", str(num_slots * slot_tokens)]
-        if adapters:
-            command += ["--lora", ",".join(map(str, adapters)), "--lora-init-without-apply"]
+        if files:
+            command += ["--lora", ",".join(map(str, files)), "--lora-init-without-apply"]
         with _running(command) as url:
             base = {"model": "base", "cache_prompt": False}
-            yield Server(url, base, [{**base, "lora": [{"id": i, "scale": 1.0}]} for i in range(len(adapters))])
+            yield Server(url, base, [{**base, "lora": [{"id": i, "scale": 1.0}]} for i in range(len(files))])
 
     def sequence(self, prompt_tokens: int, max_tokens: int, depth: int, repeat: int) -> float:
         """Median rate of one sequence: of its prompt, or of tokens generated after `depth` others."""
