@@ -23,7 +23,9 @@ TESTS = ["promises_gpu", "fidelity_gpu"]
 SHAPES = ["0.5b", "7b", "32b"]
 LARGEST = SHAPES[-1]
 ROWS = "1,8,16,32,64"
-RESULT = re.compile(r"^test (\S+) \.\.\. (ok|FAILED|ignored)$")
+# A test's name is printed before what it prints itself, on the same line, and its result after that.
+STARTED = re.compile(r"^test (\S+) \.\.\. ")
+RESULT = re.compile(r"^(ok|FAILED|ignored)\b")
 FIDELITY = re.compile(r"^\w+: \S+ of \S+$")
 
 
@@ -63,9 +65,13 @@ def test(deadline):
             failed += 1
             continue
         *said, status = lines([BINARIES / binary, "--nocapture", "--test-threads=1"], left, LORRY_TEST_GPU="1")
+        name = None
         for line in map(str.rstrip, said):
-            if found := RESULT.match(line):
-                say(test=found[1], result=found[2])
+            if started := STARTED.match(f"{line} "):
+                name, line = started[1], line[started.end() :]
+            if name and (result := RESULT.match(line)):
+                say(test=name, result=result[1])
+                name = None
             elif FIDELITY.match(line):
                 say(fidelity=line)
         say(binary=binary, exit=status, **({"last_lines": said[-12:]} if status else {}))
