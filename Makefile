@@ -4,6 +4,7 @@ LORRY        := target/release/lorry
 TEST_MODELS  := smollm2:135m qwen2.5-coder:0.5b
 VENV         := .venv
 LAB_VENV     := .venv-lab
+PEERS_VENV   := .venv-peers
 PIP_INSTALL  := -m pip install --quiet --disable-pip-version-check --no-compile --requirement
 CUDA         := kernels/cuda
 CUDA_VENV    := .venv-cuda
@@ -12,7 +13,7 @@ PAGE         := tests/page
 SDKS         := tests/sdks
 BENCH        ?= --prompt-tokens 128 --batch 8 --num-adapters 1
 
-.PHONY: serve test environments build fmt lint unit cuda ptx gpu-binaries test-gpu bench-gpu compiler clients page browser models bench clean-venv
+.PHONY: serve test environments build fmt lint unit cuda ptx gpu-binaries test-gpu bench-gpu compiler clients page browser models bench bench-test clean-venv
 
 ## serve: the default model and the adapters of ./adapters on 127.0.0.1:8080
 serve: build
@@ -21,10 +22,10 @@ serve: build
 ## test: everything that CI checks. The packages of the tests come while the first crates compile.
 test:
 	$(MAKE) --jobs 3 lint environments
-	$(MAKE) unit cuda clients page lab-test lab-train-test
+	$(MAKE) unit cuda clients page bench-test lab-test lab-train-test
 
 ## environments: what the tests need beside Rust
-environments: $(VENV)/ready $(CUDA_VENV)/ready $(LAB_VENV)/ready-to-train compiler browser $(PAGE)/node_modules/ready $(SDKS)/node_modules/ready
+environments: $(VENV)/ready $(CUDA_VENV)/ready $(PEERS_VENV)/ready $(LAB_VENV)/ready-to-train compiler browser $(PAGE)/node_modules/ready $(SDKS)/node_modules/ready
 
 build:
 	cargo build --release --locked
@@ -101,9 +102,13 @@ models: build
 bench: build
 	$(LORRY) bench $(BENCH)
 
+## bench-test: the scripts of benches/, as far as they come without a card and without peers
+bench-test: models $(PEERS_VENV)/ready
+	$(PEERS_VENV)/bin/python -m pytest benches
+
 ## clean-venv: forget the Python environments
 clean-venv:
-	rm -rf $(VENV) $(CUDA_VENV) $(LAB_VENV)
+	rm -rf $(VENV) $(CUDA_VENV) $(PEERS_VENV) $(LAB_VENV)
 
 # Sweep's client also asks for a llama.cpp to compile, which it does without here.
 $(VENV)/ready: tests/clients/requirements.txt tests/clients/requirements-sweep.txt
@@ -116,6 +121,11 @@ $(VENV)/ready: tests/clients/requirements.txt tests/clients/requirements-sweep.t
 $(CUDA_VENV)/ready: $(CUDA)/requirements.txt
 	python3 -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/python $(PIP_INSTALL) $< --no-deps
+	touch $@
+
+$(PEERS_VENV)/ready: benches/peers/requirements.txt
+	python3 -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python $(PIP_INSTALL) $<
 	touch $@
 
 $(PAGE)/node_modules/ready $(SDKS)/node_modules/ready: %/node_modules/ready: %/package.json | browser

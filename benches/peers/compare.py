@@ -109,11 +109,11 @@ class Comparison:
 
     def lorry_edits(self) -> float:
         with self.lorry.serve(None) as server:
-            return edits.run(server.url, self.args.model)
+            return edits.run(server.url, self.args.model, self.args.edits)
 
     def llama_edits(self) -> float:
         with self.llama.serve([], 1, EDIT_SLOT_TOKENS) as server:
-            return edits.run(server.url, "")
+            return edits.run(server.url, "", self.args.edits)
 
     def run_load(self, server: Server, bodies: list[dict]) -> dict[str, float]:
         result = asyncio.run(load.run(server.url, replace(self.load, bodies=bodies)))
@@ -225,6 +225,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--prompt-words", type=int, default=128)
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--edits", type=int, default=4, help="code edits, one after the other")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3, help="runs within a round, where no server is involved")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of llama.cpp; lorry takes every core")
@@ -236,7 +237,8 @@ def main() -> None:
     if args.registered < args.adapters:
         parser.error("--registered counts the --adapters too")
     if args.quick:
-        args.rounds, args.repeat, args.requests, args.max_tokens, args.registered = 1, 1, args.clients, 8, args.adapters + 8
+        args.rounds, args.repeat, args.edits, args.requests, args.max_tokens = 1, 1, 1, args.clients, 8
+        args.registered = args.adapters + 8
 
     with tempfile.TemporaryDirectory(prefix="lorry-peers-") as folder:
         comparison = Comparison(args, Path(folder))

@@ -24,7 +24,7 @@ def prompts(count: int) -> list[str]:
     return [f"{task}\n```python\n{piece}\n```" for piece in pieces]
 
 
-def run(url: str, model: str, count: int = 4) -> float:
+def run(url: str, model: str, count: int) -> float:
     """Output tokens per second of decoding: the first token of an edit and the time before it do not count."""
     num_tokens, elapsed = 0, 0.0
     for prompt in prompts(count):
@@ -57,8 +57,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", help="of a server that runs, without /v1")
     parser.add_argument("--model", default="")
+    parser.add_argument("--count", type=int, default=4)
     args = parser.parse_args()
-    print(f"{run(args.url.rstrip('/'), args.model):.1f}")
+    print(f"{run(args.url.rstrip('/'), args.model, args.count):.1f}")
 
 
 if __name__ == "__main__":
