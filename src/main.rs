@@ -19,6 +19,7 @@ use lorry::http;
 use lorry::model::base_weights::GgufWeights;
 use lorry::model::{catalogue, pull};
 use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 
@@ -120,7 +121,7 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
             }
             if let Some(shape) = &args.random_weights {
                 let run = bench::run_random(shape, &config.engine, &args);
-                return Ok(tokio::runtime::Runtime::new()?.block_on(run)?);
+                return Ok(Runtime::new()?.block_on(run)?);
             }
             let app = App::load(config)?;
             let adapters = app.adapters.resident();
@@ -128,7 +129,7 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
             let (model_id, device) = (generation.base_id(), generation.device());
             let subject = Subject { model_id, device, vocab_size, limits: None };
             let run = bench::run(&app.engine, &adapters, &args, subject);
-            Ok(tokio::runtime::Runtime::new()?.block_on(run)?)
+            Ok(Runtime::new()?.block_on(run)?)
         }
     }
 }
@@ -139,10 +140,15 @@ fn serve(config: Config) -> Result<(), Box<dyn Error>> {
     let listener = std::net::TcpListener::bind(&address)
         .map_err(|e| format!("cannot listen on {}:{} (server.host, server.port): {e}", address.0, address.1))?;
     listener.set_nonblocking(true)?;
-    let app = App::load(config)?;
-    tokio::runtime::Runtime::new()?.block_on(async {
+    let address = listener.local_addr()?;
+    let runtime = Runtime::new()?;
+    let server = runtime.block_on(async {
         let listener = TcpListener::from_std(listener)?;
-        info!("serving {} on http://{}", app.state.generation.base_id(), listener.local_addr()?);
+        Ok::<_, std::io::Error>(http::Server::start(listener, &config.server))
+    })?;
+    let app = App::load(config)?;
+    runtime.block_on(async {
+        info!("serving {} on http://{address}", app.state.generation.base_id());
         let (stopping, mut stopped) = tokio::sync::watch::channel(false);
         let shutdown = async move {
             shutdown_signal().await;
@@ -155,7 +161,7 @@ fn serve(config: Config) -> Result<(), Box<dyn Error>> {
             tokio::time::sleep(SHUTDOWN_GRACE).await;
         };
         tokio::select! {
-            ended = http::serve(listener, app.state, shutdown) => ended?,
+            ended = server.serve(app.state, shutdown) => ended?,
             () = deadline => warn!("some requests did not finish in time and are cut off"),
         }
         app.engine.stop();

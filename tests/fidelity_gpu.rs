@@ -64,7 +64,8 @@ async fn log_probabilities_are_within_their_bounds_of_those_of_peft() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let (stop, stopped) = oneshot::channel::<()>();
-    let served = tokio::spawn(http::serve(listener, app.state, async move { drop(stopped.await) }));
+    let server = http::Server::start(listener, &app.state.config.server);
+    let served = tokio::spawn(server.serve(app.state, async move { drop(stopped.await) }));
     let bounds: Value = serde_json::from_slice(&std::fs::read(fixtures.join("bounds.json")).unwrap()).unwrap();
     for kind in std::iter::once("base").chain(KINDS) {
         let (name, reference) = match kind {

@@ -51,7 +51,7 @@ fn start() -> Server {
         let runtime = tokio::runtime::Runtime::new().expect("a runtime starts");
         runtime.block_on(async {
             let listener = TcpListener::from_std(listener).expect("tokio can use it");
-            http::serve(listener, state, std::future::pending()).await
+            http::Server::start(listener, &state.config.server).serve(state, std::future::pending()).await
         })
     });
     Server { url, engine, adapters }

@@ -45,7 +45,8 @@ impl Server {
         let app = tokio::task::spawn_blocking(|| App::load(config).unwrap()).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        tokio::spawn(http::serve(listener, app.state, std::future::pending()));
+        let server = http::Server::start(listener, &app.state.config.server);
+        tokio::spawn(server.serve(app.state, std::future::pending()));
         Self { address, client: Client::builder().no_proxy().build().unwrap(), _dir: dir }
     }
 

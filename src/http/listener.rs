@@ -20,7 +20,7 @@ use hyper_util::service::TowerToHyperService;
 #[cfg(unix)]
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::AbortHandle;
 
 use super::error::ApiError;
@@ -40,11 +40,12 @@ const UNADMITTED_PATIENCE: Duration = Duration::from_secs(1);
 /// Before the next try, when the system refuses a connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Serves until `shutdown` resolves, and returns when every connection has ended.
+/// Serves until `shutdown` resolves, and returns when every connection has ended. A request goes to the router that
+/// there is when it comes.
 pub async fn serve(
     listener: TcpListener,
-    router: Router,
-    config: &ServerConfig,
+    router: watch::Receiver<Router>,
+    config: ServerConfig,
     shutdown: impl Future<Output = ()>,
 ) -> io::Result<()> {
     let patience = Patience {
@@ -53,7 +54,6 @@ pub async fn serve(
     };
     allow_open_files(config.max_connections);
     let places = Arc::new(Semaphore::new(config.max_connections));
-    let router = TowerToHyperService::new(router);
     let connections = GracefulShutdown::new();
     let mut unadmitted: VecDeque<AbortHandle> = VecDeque::new();
     let mut shutdown = std::pin::pin!(shutdown);
@@ -108,7 +108,7 @@ fn allow_open_files(max_connections: usize) {
 fn allow_open_files(_: usize) {}
 
 struct Connection {
-    router: TowerToHyperService<Router>,
+    router: watch::Receiver<Router>,
     /// `None` where all are taken.
     place: Option<OwnedSemaphorePermit>,
     patience: Patience,
@@ -126,7 +126,7 @@ impl Connection {
         let service = service_fn(move |request: hyper::Request<Incoming>| {
             let answering = clock.answer();
             let is_served = is_admitted || PROBES.contains(&tidy(request.uri().path()).as_str());
-            let reply = is_served.then(|| router.call(request));
+            let reply = is_served.then(|| TowerToHyperService::new(router.borrow().clone()).call(request));
             async move {
                 let reply = match reply {
                     Some(reply) => reply.await?,

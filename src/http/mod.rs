@@ -51,13 +51,15 @@ use axum::middleware::{Next, from_fn, from_fn_with_state, map_request};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use tokio::net::TcpListener;
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{self, AllowHeaders, AllowMethods, CorsLayer};
 use tower_http::decompression::RequestDecompressionLayer;
 use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
 use tower_http::trace::TraceLayer;
 
-use crate::config::Config;
+use crate::config::{Config, ServerConfig};
 use crate::experiments::Experiments;
 use crate::generation::{Generation, self_test};
 use crate::metrics::Metrics;
@@ -95,26 +97,49 @@ impl AppState {
     }
 }
 
-/// Serves until `shutdown` resolves, then refuses new requests with 503 and returns when those under way have ended.
-/// How long that may take is for the caller to bound.
-///
-/// # Errors
-/// When the listener fails for good.
-pub async fn serve(
-    listener: TcpListener,
-    state: AppState,
-    shutdown: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
-    let (generation, config) = (state.generation.clone(), state.config.clone());
-    let draining = generation.clone();
-    let drained = async move {
-        shutdown.await;
-        draining.drain().await;
-    };
-    let served = listener::serve(listener, router(state), &config.server, drained);
-    tokio::select! {
-        ended = served => ended,
-        () = self_test::run(&generation) => Ok(()),
+/// A port that is answered on: with 503 while the model is loading, so that who waits for it knows what for.
+#[derive(Debug)]
+pub struct Server {
+    router: watch::Sender<Router>,
+    stop: oneshot::Sender<()>,
+    served: JoinHandle<std::io::Result<()>>,
+}
+
+impl Server {
+    /// Must be called within a runtime, on which it then runs.
+    pub fn start(listener: TcpListener, config: &ServerConfig) -> Self {
+        let loading = Router::new().fallback(loading);
+        let (router, routers) = watch::channel(behind_shared_layers(loading, config));
+        let (stop, stopped) = oneshot::channel();
+        // Who drops the server has stopped it too.
+        let stopped = async move { stopped.await.unwrap_or_default() };
+        let served = tokio::spawn(listener::serve(listener, routers, config.clone(), stopped));
+        Self { router, stop, served }
+    }
+
+    /// Serves `state` from now on. The result, when it is polled, waits until `shutdown` resolves, then refuses new
+    /// requests with 503 and ends when those under way have ended. How long that may take is for the caller to bound.
+    pub fn serve(
+        self,
+        state: AppState,
+        shutdown: impl Future<Output = ()>,
+    ) -> impl Future<Output = std::io::Result<()>> {
+        let Self { router: routers, stop, served } = self;
+        let generation = state.generation.clone();
+        drop(routers.send_replace(router(state)));
+        async move {
+            let drained = async {
+                shutdown.await;
+                generation.drain().await;
+                // An error means that nothing is served any more.
+                let _ = stop.send(());
+                served.await.unwrap_or_else(|panic| Err(std::io::Error::other(panic)))
+            };
+            tokio::select! {
+                ended = drained => ended,
+                () = self_test::run(&generation) => Ok(()),
+            }
+        }
     }
 }
 
@@ -163,13 +188,17 @@ pub fn router(state: AppState) -> Router {
         .layer(RequestDecompressionLayer::new())
         .layer(from_fn(encoding::check))
         .with_state(state.clone());
-    // Paths must be tidied before they are routed, and layers run after routing: so all is behind one fallback.
+    behind_shared_layers(routes, &state.config.server)
+}
+
+/// Paths must be tidied before they are routed, and layers run after routing: so all is behind one fallback.
+fn behind_shared_layers(routes: Router, config: &ServerConfig) -> Router {
     let mut router = Router::new()
         .fallback_service(routes)
         .layer(CatchPanicLayer::custom(panicked))
         .layer(from_fn(word_errors))
         .layer(map_request(tidy_path));
-    if state.config.server.cors {
+    if config.cors {
         router = router.layer(any_origin());
     }
     router
@@ -215,6 +244,11 @@ async fn count_rejection(State(state): State<AppState>, request: Request, next: 
         state.metrics.rejected_total.with_label_values(&[*reason]).inc();
     }
     response
+}
+
+/// In the words that clients of llama.cpp look for.
+async fn loading() -> ApiError {
+    ApiError::unavailable("Loading model")
 }
 
 async fn unknown_route(OriginalUri(uri): OriginalUri) -> ApiError {

@@ -92,6 +92,7 @@ struct Server {
     client: Client,
     metrics: Arc<Metrics>,
     experiments: Arc<Experiments>,
+    state: AppState,
     engine: EngineHandle,
     shutdown: oneshot::Sender<()>,
     served: JoinHandle<std::io::Result<()>>,
@@ -177,9 +178,10 @@ impl Server {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (shutdown, stopped) = oneshot::channel();
         let stopped = async move { stopped.await.unwrap_or_default() };
-        let served = tokio::spawn(serve(listener, state, stopped));
+        let served = super::Server::start(listener, &state.config.server);
+        let served = tokio::spawn(served.serve(state.clone(), stopped));
         let client = Client::builder().no_proxy().build().unwrap();
-        Self { url, client, metrics, experiments, engine, shutdown, served, dir }
+        Self { url, client, metrics, experiments, state, engine, shutdown, served, dir }
     }
 
     async fn quick() -> Self {
@@ -364,6 +366,26 @@ async fn every_refusal_has_the_right_status_and_names_the_field() {
     }
     assert_eq!(server.metrics.rejected_total.with_label_values(&["not_found"]).get(), 1);
     server.until_idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_without_its_model_says_so_and_becomes_one_with_it() {
+    let with_model = Server::quick().await;
+    let (generation, config) = (with_model.state.generation.clone(), with_model.state.config.clone());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let loading = super::Server::start(listener, &config.server);
+    for path in ["/health", "/v1/models", "/v1/messages", "/api/tags", "/nothing"] {
+        let reply = with_model.client.get(format!("{url}{path}")).send().await.unwrap();
+        assert_eq!((reply.status().as_u16(), reply.headers()["retry-after"].to_str().unwrap()), (503, "1"), "{path}");
+        assert!(reply.headers().contains_key("x-request-id"));
+        assert!(reply.text().await.unwrap().contains("Loading model"), "{path}");
+    }
+    let _served = tokio::spawn(loading.serve(with_model.state.clone(), std::future::pending()));
+    // On the connection that was opened before.
+    let health = async || with_model.client.get(format!("{url}/health")).send().await.unwrap().status().as_u16();
+    while health().await != 200 {}
+    assert!(generation.is_accepting());
 }
 
 #[tokio::test(flavor = "multi_thread")]

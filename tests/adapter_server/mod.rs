@@ -76,7 +76,8 @@ impl Server {
         let app = tokio::task::spawn_blocking(|| App::load(config).unwrap()).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        tokio::spawn(http::serve(listener, app.state, std::future::pending()));
+        let server = http::Server::start(listener, &app.state.config.server);
+        tokio::spawn(server.serve(app.state, std::future::pending()));
         Self { url, client: Client::builder().no_proxy().build().unwrap(), dir }
     }
 

@@ -31,13 +31,20 @@ class Server:
 @contextmanager
 def serving(*arguments, environment={}):
     """`lorry serve ARGUMENTS` on a free port; yields when it serves, and stops it whatever happens."""
+    with starting(*arguments, environment=environment) as (process, log_path):
+        yield Server(wait_until_serving(process, log_path), log_path, process)
+
+
+@contextmanager
+def starting(*arguments, port=0, environment={}):
+    """As `serving`, but its model may still be loading; on a free port for 0."""
     with tempfile.TemporaryDirectory() as folder:
         log_path = Path(folder) / "lorry.log"
         # A test that says nothing of votes leaves none in the user's own file.
         environment = {"LORRY__EXPERIMENTS__PATH": str(Path(folder) / "experiments.db"), **environment}
         with log_path.open("wb") as log:
             process = subprocess.Popen(
-                [BINARY, "serve", "--port", "0", *map(str, arguments)],
+                [BINARY, "serve", "--port", str(port), *map(str, arguments)],
                 cwd=REPOSITORY,
                 env={**os.environ, "NO_COLOR": "1", "RUST_LOG": "info", **environment},
                 stdin=subprocess.DEVNULL,
@@ -45,7 +52,7 @@ def serving(*arguments, environment={}):
                 stderr=log,
             )
         try:
-            yield Server(wait_until_serving(process, log_path), log_path, process)
+            yield process, log_path
         finally:
             process.terminate()
             try:
