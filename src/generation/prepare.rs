@@ -89,19 +89,32 @@ impl Generation {
         Ok(Prepared { model, prompts, grammar, options, seed, places })
     }
 
+    /// The tokens of the first prompt, as the model reads them.
+    ///
+    /// # Errors
+    /// What is wrong with the request, such as a prompt that is too long.
+    pub async fn prompt_tokens(
+        &self,
+        mut request: GenerationRequest,
+        access: &Access,
+    ) -> Result<Vec<u32>, GenerationError> {
+        let model = self.resolve(&request.selection, access).await?;
+        request.options.max_tokens = Some(0);
+        let (prompts, _) = self.encode(&model, request).await?;
+        Ok(prompts.into_iter().next().map_or_else(Vec::new, |prompt| prompt.tokens))
+    }
+
     /// How many tokens the first prompt has, be it too long or not.
     ///
     /// # Errors
     /// What is wrong with the request.
     pub async fn count_prompt_tokens(
         &self,
-        mut request: GenerationRequest,
+        request: GenerationRequest,
         access: &Access,
     ) -> Result<usize, GenerationError> {
-        let model = self.resolve(&request.selection, access).await?;
-        request.options.max_tokens = Some(0);
-        match self.encode(&model, request).await {
-            Ok((prompts, _)) => Ok(prompts.first().map_or(0, |prompt| prompt.tokens.len())),
+        match self.prompt_tokens(request, access).await {
+            Ok(tokens) => Ok(tokens.len()),
             Err(GenerationError::ContextLengthExceeded { num_prompt_tokens, .. }) => Ok(num_prompt_tokens),
             Err(error) => Err(error),
         }

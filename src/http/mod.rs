@@ -33,6 +33,7 @@ mod sse;
 mod surrogates;
 #[cfg(test)]
 mod tests;
+mod tokenize;
 mod tools;
 mod trials;
 mod types;

@@ -12,7 +12,7 @@ use super::AppState;
 use super::auth::Caller;
 use super::dialect::Dialect;
 use super::error::ApiError;
-use super::fields::PathName;
+use super::fields::{Fields, PathName};
 use crate::adapter::registry::AdapterStatus;
 use crate::icl;
 
@@ -35,7 +35,20 @@ pub struct ModelCard {
     /// The same number under the names that clients look for.
     max_model_len: usize,
     context_length: usize,
+    meta: ModelMeta,
     adapter: Option<AdapterCard>,
+}
+
+/// Of the base, in llama.cpp's words: clients that see it ask `/props` for the rest.
+#[derive(Debug, Serialize)]
+struct ModelMeta {
+    n_vocab: usize,
+    n_ctx: usize,
+    n_ctx_train: usize,
+    n_embd: usize,
+    n_params: u64,
+    /// Bytes of the file.
+    size: u64,
 }
 
 /// What is not known before the adapter has been read is `null`.
@@ -121,6 +134,15 @@ pub async fn get(
     Ok(Json(card).into_response())
 }
 
+/// # Errors
+/// 404 where the field `model` names none that the caller may use.
+pub fn check_name(state: &AppState, caller: &Caller, fields: &Fields) -> Result<(), ApiError> {
+    let Some(name) = fields.string("model")?.filter(|name| !state.experiments.is_alias(name)) else { return Ok(()) };
+    let (model, _) = icl::Selection::split_model_name(name)?;
+    state.generation.find_model(model, &caller.access)?;
+    Ok(())
+}
+
 /// Of an experiment, of which a client sees no more than that it can be asked.
 fn alias_card(state: &AppState, alias: &str) -> ModelCard {
     ModelCard { id: alias.to_owned(), ..card(state, None) }
@@ -129,6 +151,7 @@ fn alias_card(state: &AppState, alias: &str) -> ModelCard {
 fn card(state: &AppState, adapter: Option<AdapterStatus>) -> ModelCard {
     let base_id = state.generation.base_id().to_owned();
     let context_length = state.generation.context_length();
+    let file = &state.generation.base().file;
     ModelCard {
         id: adapter.as_ref().map_or(base_id.clone(), |adapter| state.generation.model_id(&adapter.name)),
         object: "model",
@@ -138,6 +161,14 @@ fn card(state: &AppState, adapter: Option<AdapterStatus>) -> ModelCard {
         root: base_id,
         max_model_len: context_length,
         context_length,
+        meta: ModelMeta {
+            n_vocab: state.generation.tokenizer().vocab_size(),
+            n_ctx: context_length,
+            n_ctx_train: file.trained_context_length,
+            n_embd: file.hidden_size,
+            n_params: file.num_parameters,
+            size: file.size_bytes,
+        },
         adapter: adapter.map(|adapter| AdapterCard {
             name: adapter.name,
             generation: adapter.generation,

@@ -9,6 +9,7 @@ mod icl;
 mod llama_cpp;
 mod logprobs;
 mod ollama;
+mod tokenize;
 mod trials;
 mod unserved;
 mod votes;
@@ -153,6 +154,8 @@ impl Server {
                 quantization: "Q4_K_M",
                 size_bytes: 600_000_000,
                 modified: SystemTime::UNIX_EPOCH,
+                trained_context_length: CONTEXT_LENGTH,
+                hidden_size: 2,
             },
             id: BASE.to_owned(),
             tokenizer,

@@ -16,6 +16,9 @@ pub struct ModelFile {
     pub quantization: &'static str,
     pub size_bytes: u64,
     pub modified: SystemTime,
+    /// Tokens that the model was trained to see at once.
+    pub trained_context_length: usize,
+    pub hidden_size: usize,
 }
 
 /// `general.file_type` of GGUF.
@@ -50,8 +53,11 @@ impl ModelFile {
         let metadata = path.metadata().map_err(open)?;
         let file_type = gguf.usize("general.file_type").ok();
         let named = FILE_TYPES.iter().find(|(number, _)| Some(*number) == file_type);
+        let architecture = gguf.str("general.architecture")?.to_owned();
         Ok(Self {
-            architecture: gguf.str("general.architecture")?.to_owned(),
+            trained_context_length: gguf.usize(&format!("{architecture}.context_length"))?,
+            hidden_size: gguf.usize(&format!("{architecture}.embedding_length"))?,
+            architecture,
             num_parameters: gguf.num_parameters(),
             quantization: named.map_or("unknown", |(_, name)| name),
             size_bytes: metadata.len(),
@@ -76,9 +82,16 @@ mod tests {
     #[test]
     fn a_number_of_parameters_is_written_in_its_own_unit() {
         let size = |num_parameters| {
-            let (architecture, quantization) = ("llama".to_owned(), "F16");
-            let (size_bytes, modified) = (0, SystemTime::UNIX_EPOCH);
-            ModelFile { architecture, num_parameters, quantization, size_bytes, modified }.parameter_size()
+            let file = ModelFile {
+                architecture: "llama".to_owned(),
+                num_parameters,
+                quantization: "F16",
+                size_bytes: 0,
+                modified: SystemTime::UNIX_EPOCH,
+                trained_context_length: 64,
+                hidden_size: 2,
+            };
+            file.parameter_size()
         };
         assert_eq!([size(512), size(494_032_768), size(7_615_616_512)], ["0.51K", "494.03M", "7.62B"]);
     }

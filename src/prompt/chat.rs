@@ -19,6 +19,7 @@ const KEY: &str = "tokenizer.chat_template";
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    source: String,
     bos_token: String,
     eos_token: String,
     call_format: Option<CallFormat>,
@@ -49,7 +50,18 @@ impl ChatTemplate {
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_template_owned(KEY, without_training_marks(source)).map_err(invalid)?;
-        Ok(Self { environment, bos_token, eos_token, call_format: CallFormat::of_template(source) })
+        Ok(Self {
+            environment,
+            source: source.to_owned(),
+            bos_token,
+            eos_token,
+            call_format: CallFormat::of_template(source),
+        })
+    }
+
+    /// As the model's file has it.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// How the model words calls of tools; `None` for one that was not taught to.

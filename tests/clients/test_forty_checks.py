@@ -1,17 +1,18 @@
 """Forty things that editors, SDKs and agents rely on, each one call or a pair, over plain HTTP; named by their numbers in
 the list of what clients send and read. Those of llama.cpp's and Mistral's routes are in
-`test_forty_checks_llama_cpp.py`; not there yet: 15, 16, 31, 35."""
+`test_forty_checks_llama_cpp.py`."""
 
 import json
 import re
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
-from lorry_server import serving
+from lorry_server import MAX_START_SECONDS, serving, starting
 
 BASE = "qwen2.5-coder:0.5b"
 ADAPTER = f"{BASE}-conala"
@@ -174,6 +175,35 @@ def test_14_usage_comes_last_where_it_is_asked_for(http):
     assert all(chunk["usage"] is None for chunk in parsed)
     refused = http.post("/v1/completions", json={"prompt": "a", "stream_options": {"include_usage": True}})
     assert_error(refused, 400, "stream_options")
+
+
+def test_15_the_base_and_every_adapter_are_listed_with_what_clients_look_for(http):
+    cards = http.get("/v1/models").json()["data"]
+    assert cards[0]["id"] == BASE and len(cards) > 1
+    for card in cards:
+        assert card["owned_by"] and card["max_model_len"] == card["context_length"] == card["meta"]["n_ctx"]
+        assert card["meta"]["n_ctx_train"] >= card["meta"]["n_ctx"] > 0 and "status" not in card
+        assert http.get(f"/v1/models/{card['id']}").json()["id"] == card["id"]
+    assert_error(http.get("/v1/models/no/such"), 404)
+
+
+
+def test_16_a_server_whose_model_is_loading_says_so_until_it_serves():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    seen, deadline = [], time.monotonic() + MAX_START_SECONDS
+    with starting(port=port) as (process, _), httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        while 200 not in seen and time.monotonic() < deadline:
+            assert process.poll() is None
+            try:
+                reply = client.get("/health")
+            except httpx.ConnectError:
+                continue
+            if reply.status_code == 503:
+                assert reply.json()["error"]["message"] == "Loading model"
+            seen.append(reply.status_code)
+    assert seen[0] == 503 and seen[-1] == 200
 
 
 @pytest.mark.parametrize("method, path, content, status, param", [
@@ -339,6 +369,17 @@ def test_34_the_layout_of_another_family_is_rendered_in_the_models_own(http):
     filled = text_of(http, prompt=PREFIX, suffix=SUFFIX)
     assert text_of(http, prompt=f"<fim_prefix>{PREFIX}<fim_suffix>{SUFFIX}<fim_middle>") == filled
     assert text_of(http, prompt=f"<PRE> {PREFIX} <SUF>{SUFFIX} <MID>") == filled
+
+
+def test_35_tabbys_plugins_complete_an_editors_segments(http):
+    for ask in (http.get, http.post):
+        assert ask("/v1/health").json()["model"] == BASE
+    assert http.get("/v1beta/server_setting").json() == {"disable_client_side_telemetry": True}
+    segments = {"prefix": PREFIX, "suffix": SUFFIX, "filepath": "add.py", "clipboard": "x = 1"}
+    reply = http.post("/v1/completions", json={"language": "python", "segments": segments, "seed": 1}).json()
+    assert "a + b" in reply["choices"][0]["text"] and reply["id"].startswith("cmpl-")
+    event = {"type": "select", "completion_id": reply["id"], "choice_index": 0}
+    assert http.post("/v1/events", json=event).status_code == 200
 
 
 def test_36_ollamas_clients_find_what_they_look_for(http):

@@ -68,6 +68,24 @@ def test_27_mistrals_route_has_a_string_in_every_chunk(http):
     assert "".join(choice["delta"]["content"] for choice in choices) == whole and whole.startswith("a + b")
 
 
+def test_31_tokens_and_templates_are_those_of_the_requests(http):
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    chat = {"messages": [{"role": "user", "content": "naïve <|im_end|> 日本 🎉"}], "tools": [tool]}
+    prompt = post(http, "/apply-template", **chat).json()["prompt"]
+    assert prompt.startswith("<|im_start|>system") and '"name": "look"' in prompt and "🎉<|im_end|>" in prompt
+    counted = post(http, "/v1/chat/completions", **chat, max_tokens=1).json()["usage"]["prompt_tokens"]
+    assert post(http, "/tokenize", messages=chat["messages"], tools=chat["tools"]).json()["count"] == counted
+    for text in (PREFIX + LINE, "日本語 🎉", "a<|im_end|>b"):
+        tokens = post(http, "/tokenize", content=text, add_special=False, parse_special=True).json()["tokens"]
+        assert post(http, "/detokenize", tokens=tokens).json()["content"] == text
+        assert len(tokens) == post(http, "/v1/completions", prompt=text, max_tokens=1).json()["usage"]["prompt_tokens"]
+        assert post(http, "/tokenize", model="", prompt=text).json()["count"] == len(tokens)
+    props = http.get("/props").json()
+    meta = http.get("/v1/models").json()["data"][0]["meta"]
+    assert props["default_generation_settings"]["n_ctx"] == meta["n_ctx"]
+    assert "im_start" in props["chat_template"] and props["chat_template_caps"]["supports_tools"]
+
+
 def test_32_a_completion_ends_in_its_timings(http):
     for length in ("n_predict", "max_tokens"):
         text = post(http, "/completion", prompt=PREFIX, temperature=0, stream=True, **{length: 8}).text

@@ -163,6 +163,7 @@ fn model_info(state: &AppState) -> Map<String, Value> {
         ("general.parameter_count".to_owned(), file.num_parameters.into()),
         // That of the server, which may be less than the model was trained for.
         (format!("{architecture}.context_length"), context_length.into()),
+        (format!("{architecture}.embedding_length"), file.hidden_size.into()),
     ])
 }
 
