@@ -1,4 +1,4 @@
-//! `POST /v1/completions`
+//! `POST /v1/completions`, which Tabby asks with `segments`.
 
 use std::sync::Arc;
 
@@ -15,6 +15,7 @@ use super::logprobs::completion_logprobs;
 use super::reply::{ReplyShape, answer};
 use super::sampling::parse_options;
 use super::selection::parse_selection;
+use super::tabby;
 use super::types::CompletionChoice;
 use super::unsupported::{Route, refuse_unsupported};
 use crate::engine::request::FinishReason;
@@ -29,6 +30,10 @@ pub async fn completions(
     Extension(caller): Extension<Caller>,
     fields: Fields,
 ) -> Result<Response, ApiError> {
+    if fields.get("segments").is_some_and(|segments| segments.as_object().is_some_and(|segments| !segments.is_empty()))
+    {
+        return tabby::completions(&state, &caller, &fields).await;
+    }
     answer::<CompletionShape>(&state, &caller, &fields).await
 }
 

@@ -31,6 +31,7 @@ mod sampling;
 mod selection;
 mod sse;
 mod surrogates;
+mod tabby;
 #[cfg(test)]
 mod tests;
 mod tokenize;
@@ -180,6 +181,7 @@ pub fn router(state: AppState) -> Router {
         .nest("/v1", api.clone())
         .merge(api)
         .nest("/api", ollama::routes(&state))
+        .merge(tabby::routes(&state))
         .merge(page::routes())
         .route("/health", get(probes::health))
         .route("/metrics", get(probes::metrics))

@@ -9,6 +9,7 @@ mod icl;
 mod llama_cpp;
 mod logprobs;
 mod ollama;
+mod tabby;
 mod tokenize;
 mod trials;
 mod unserved;
