@@ -58,6 +58,7 @@ pub struct ServerConfig {
     pub header_timeout_seconds: u64,
     pub body_timeout_seconds: u64,
     pub keep_alive_seconds: u64,
+    pub write_timeout_seconds: u64,
     pub cors: bool,
     pub admin_key: Secret,
     pub keys: Vec<KeyConfig>,
@@ -235,6 +236,7 @@ impl Config {
             ("server.header_timeout_seconds", self.server.header_timeout_seconds),
             ("server.body_timeout_seconds", self.server.body_timeout_seconds),
             ("server.keep_alive_seconds", self.server.keep_alive_seconds),
+            ("server.write_timeout_seconds", self.server.write_timeout_seconds),
         ];
         if let Some((key, _)) = seconds.into_iter().find(|(_, value)| *value == 0) {
             return Err(format!("{key} must be at least 1"));

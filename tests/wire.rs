@@ -17,10 +17,13 @@ use reqwest::{Client, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 
 use tiny::TinyModel;
+
+/// Of a connection, in the system.
+const BUFFER_BYTES: u32 = 4096;
 
 struct Server {
     address: String,
@@ -43,7 +46,11 @@ impl Server {
         let overrides = Overrides { model, adapters: Some(String::new()), ..Overrides::default() };
         let config = Config::load(Some(&file), &overrides).unwrap();
         let app = tokio::task::spawn_blocking(|| App::load(config).unwrap()).await.unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        // What the system keeps of a reply is little, so that it shows soon what the client takes.
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_send_buffer_size(BUFFER_BYTES).unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = socket.listen(1024).unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let server = http::Server::start(listener, &app.state.config.server);
         tokio::spawn(server.serve(app.state, std::future::pending()));
@@ -103,6 +110,10 @@ async fn health(server: &Server) -> String {
     rest(&mut open(server, b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await).await
 }
 
+async fn metrics(server: &Server) -> String {
+    rest(&mut open(server, b"GET //metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await).await
+}
+
 fn post_head(length: usize) -> String {
     format!("POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n")
 }
@@ -152,6 +163,42 @@ async fn a_kept_connection_serves_again_until_it_is_idle_for_too_long() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_stops_reading_a_stream_is_left_and_its_sequences_end() {
+    let server = Server::start("write_timeout_seconds = 1", None).await;
+    let num_choices = 8;
+    let body = json!({"prompt": "def f(x):", "n": num_choices, "max_tokens": 200, "ignore_eos": true, "logprobs": 20,
+        "stream": true});
+    let request = post_head(body.to_string().len()) + &body.to_string();
+    // Connected with little room for what it does not read.
+    let connect = async || {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(BUFFER_BYTES).unwrap();
+        let mut stream = socket.connect(server.address.parse().unwrap()).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        stream
+    };
+    let mut reading = connect().await;
+    let mut read = Vec::new();
+    let whole = async {
+        while !read.ends_with(b"data: [DONE]\n\n\r\n0\r\n\r\n") {
+            assert_ne!(reading.read_buf(&mut read).await.unwrap(), 0, "the reply is cut");
+        }
+    };
+    timeout(Duration::from_secs(60), whole).await.expect("who reads gets everything");
+
+    let _silent = connect().await;
+    let cancelled = format!(r#"lorry_requests_total{{adapter="base",finish_reason="cancelled"}} {num_choices}"#);
+    let left = async {
+        while !metrics(&server).await.contains(&cancelled) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(Duration::from_secs(60), left).await.expect("who does not read holds nothing");
+    let metrics = metrics(&server).await;
+    assert!(metrics.contains("lorry_requests_running 0") && metrics.contains("lorry_requests_waiting 0"), "{metrics}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn probes_are_answered_when_every_connection_is_taken_and_others_are_told() {
     let server = Server::start("max_connections = 4\nheader_timeout_seconds = 60", None).await;
     let mut held = Vec::new();
@@ -163,7 +210,7 @@ async fn probes_are_answered_when_every_connection_is_taken_and_others_are_told(
         held.push(open(&server, b"GE").await);
     }
     assert!(health(&server).await.contains(r#""status":"ok""#));
-    let metrics = rest(&mut open(&server, b"GET //metrics HTTP/1.1\r\nhost: x\r\n\r\n").await).await;
+    let metrics = metrics(&server).await;
     assert!(metrics.contains("lorry_requests_running"), "{metrics}");
     let body = json!({"prompt": "def"}).to_string();
     let refused = rest(&mut open(&server, (post_head(body.len()) + &body).as_bytes()).await).await;

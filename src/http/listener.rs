@@ -51,6 +51,7 @@ pub async fn serve(
     let patience = Patience {
         header: Duration::from_secs(config.header_timeout_seconds),
         keep_alive: Duration::from_secs(config.keep_alive_seconds),
+        write: Duration::from_secs(config.write_timeout_seconds),
     };
     allow_open_files(config.max_connections);
     let places = Arc::new(Semaphore::new(config.max_connections));

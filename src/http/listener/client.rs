@@ -1,5 +1,5 @@
-//! A connection that ends when its client keeps it waiting: for a request, or for the rest of its header. How long a body
-//! may take is for who reads it.
+//! A connection that ends when its client keeps it waiting: for a request, for the rest of its header, or to take more of a
+//! reply. How long a body may take is for who reads it.
 
 use std::io;
 use std::pin::Pin;
@@ -12,7 +12,7 @@ use axum::response::Response;
 use hyper::body::{Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 /// How long a client may take.
 #[derive(Debug, Clone, Copy)]
@@ -21,6 +21,8 @@ pub struct Patience {
     pub header: Duration,
     /// For the next request.
     pub keep_alive: Duration,
+    /// To take any more of a reply.
+    pub write: Duration,
 }
 
 /// What a connection waits for; shared by its two ends, the stream and the replies.
@@ -138,11 +140,26 @@ pub struct ClientStream {
     stream: TcpStream,
     clock: Clock,
     timer: Pin<Box<Sleep>>,
+    /// Runs while the client takes nothing of what is to be written.
+    stalled: Option<Pin<Box<Sleep>>>,
 }
 
 impl ClientStream {
     pub fn new(stream: TcpStream, clock: Clock) -> Self {
-        Self { stream, clock, timer: Box::pin(sleep_until(Instant::now())) }
+        Self { stream, clock, timer: Box::pin(sleep_until(Instant::now())), stalled: None }
+    }
+
+    /// What came of a write, or its end when the client has taken nothing for too long.
+    fn poll_taken(&mut self, written: Poll<io::Result<usize>>, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        if written.is_ready() {
+            self.stalled = None;
+            return written;
+        }
+        let patience = self.clock.patience.write;
+        ready!(self.stalled.get_or_insert_with(|| Box::pin(sleep(patience))).as_mut().poll(cx));
+        // What the client has not taken would else be kept for it, by the system, long after the end.
+        let _ = self.stream.set_zero_linger();
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }
 
@@ -167,7 +184,8 @@ impl AsyncRead for ClientStream {
 
 impl AsyncWrite for ClientStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.poll_taken(written, cx)
     }
 
     fn poll_write_vectored(
@@ -175,7 +193,8 @@ impl AsyncWrite for ClientStream {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
+        self.poll_taken(written, cx)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -194,7 +213,7 @@ impl AsyncWrite for ClientStream {
 #[cfg(test)]
 mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    use tokio::net::TcpListener;
+    use tokio::net::{TcpListener, TcpSocket};
     use tokio::time::timeout;
 
     use super::*;
@@ -205,7 +224,7 @@ mod tests {
     async fn connection(header: Duration, keep_alive: Duration) -> (TcpStream, ClientStream, Clock) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let clock = Clock::start(Patience { header, keep_alive });
+        let clock = Clock::start(Patience { header, keep_alive, write: LONG });
         let (stream, _) = listener.accept().await.unwrap();
         (client, ClientStream::new(stream, clock.clone()), clock)
     }
@@ -234,6 +253,46 @@ mod tests {
         // A read that waits is told.
         drop(answering);
         assert_eq!(reading.await.unwrap(), Err(io::ErrorKind::TimedOut));
+    }
+
+    /// The system keeps little of what is on the way, so that it shows soon what the client takes.
+    async fn narrow_connection(write: Duration) -> (TcpStream, ClientStream) {
+        const BUFFER_BYTES: u32 = 4096;
+        let (server, client) = (TcpSocket::new_v4().unwrap(), TcpSocket::new_v4().unwrap());
+        server.set_send_buffer_size(BUFFER_BYTES).unwrap();
+        client.set_recv_buffer_size(BUFFER_BYTES).unwrap();
+        server.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = server.listen(1).unwrap();
+        let client = client.connect(listener.local_addr().unwrap()).await.unwrap();
+        let clock = Clock::start(Patience { header: LONG, keep_alive: LONG, write });
+        let (stream, _) = listener.accept().await.unwrap();
+        (client, ClientStream::new(stream, clock))
+    }
+
+    #[tokio::test]
+    async fn a_client_that_takes_nothing_of_its_reply_is_left_and_told() {
+        let (mut client, mut stream) = narrow_connection(10 * SHORT).await;
+        let written = timeout(LONG, stream.write_all(&[0; 1 << 20])).await.expect("it ends");
+        assert_eq!(written.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        drop(stream);
+        let read = timeout(LONG, client.read_to_end(&mut Vec::new())).await.expect("the rest is not kept for it");
+        assert_eq!(read.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test]
+    async fn a_client_that_reads_slowly_but_steadily_gets_everything() {
+        const NUM_BYTES: usize = 200_000;
+        let write = 25 * SHORT;
+        let (mut client, mut stream) = narrow_connection(write).await;
+        let writing = tokio::spawn(async move { stream.write_all(&[0; NUM_BYTES]).await });
+        let begun = Instant::now();
+        let mut num_read = 0;
+        while num_read < NUM_BYTES {
+            num_read += timeout(LONG, client.read(&mut [0; 2000])).await.expect("there is more").unwrap();
+            tokio::time::sleep(SHORT / 2).await;
+        }
+        writing.await.unwrap().unwrap();
+        assert!(begun.elapsed() > write, "no longer than one may take for nothing: this shows nothing");
     }
 
     #[tokio::test]
