@@ -54,6 +54,7 @@ pub struct ServerConfig {
     pub host: String,
     pub port: u16,
     pub max_body_bytes: usize,
+    pub max_body_bytes_in_flight: usize,
     pub max_connections: usize,
     pub header_timeout_seconds: u64,
     pub body_timeout_seconds: u64,
@@ -248,6 +249,9 @@ impl Config {
             [("server.host", &self.server.host), ("model.id", &self.model.id)].into_iter().find(|(_, v)| v.is_empty())
         {
             return Err(format!("{key} must not be empty"));
+        }
+        if self.server.max_body_bytes_in_flight < self.server.max_body_bytes {
+            return Err("server.max_body_bytes_in_flight must be at least server.max_body_bytes".to_owned());
         }
         self.server.validate_keys()?;
         self.experiments.validate(&self.model.id)?;
@@ -465,6 +469,8 @@ mod tests {
         assert!(error.contains("engine.max_sequences must be at least 1") && error.contains("lorry.toml"), "{error}");
         let error = load(Some("[server]\nheader_timeout_seconds = 0"), &[], &Overrides::default()).unwrap_err();
         assert!(error.contains("server.header_timeout_seconds must be at least 1"), "{error}");
+        let error = load(Some("[server]\nmax_body_bytes_in_flight = 9"), &[], &Overrides::default()).unwrap_err();
+        assert!(error.contains("server.max_body_bytes_in_flight must be at least server.max_body_bytes"), "{error}");
         let error = load(None, &[("LORRY__GENERATION__FIM_TEMPERATURE", "NaN")], &Overrides::default()).unwrap_err();
         assert!(error.contains("generation.fim_temperature"), "{error}");
         let overrides = Overrides { model: Some(String::new()), ..Overrides::default() };

@@ -244,6 +244,79 @@ async fn three_hundred_half_open_requests_leave_the_server_its_others() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_the_budget_has_no_room_for_is_503_until_the_others_are_gone() {
+    let server = Server::start("max_body_bytes = 100_000\nmax_body_bytes_in_flight = 100_000", None).await;
+    // Announced, and not sent: they hold nothing.
+    let mut held = Vec::new();
+    for _ in 0..4 {
+        held.push(open(&server, post_head(100_000).as_bytes()).await);
+    }
+    let body = " ".repeat(50_000) + &json!({"prompt": "def f(x):", "max_tokens": 1}).to_string();
+    let request = post_head(body.len()) + &body;
+    let ask = async || {
+        let mut stream = open(&server, request.replacen("\r\n", "\r\nconnection: close\r\n", 1).as_bytes()).await;
+        rest(&mut stream).await
+    };
+    let reply = ask().await;
+    assert!(reply.starts_with("HTTP/1.1 200 "), "{reply}");
+    let until = async |status: &str| {
+        let asked = async {
+            loop {
+                let reply = ask().await;
+                if reply.starts_with(status) {
+                    return reply;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(Duration::from_secs(60), asked).await.expect("the answer comes to this")
+    };
+    let mut unfinished = open(&server, (post_head(90_000) + &" ".repeat(80_000)).as_bytes()).await;
+    let refused = until("HTTP/1.1 503 ").await;
+    assert!(refused.contains("retry-after: 1"), "{refused}");
+    let error = &body_of(&refused)["error"];
+    assert_eq!(error["code"], "overloaded");
+    assert!(error["message"].as_str().unwrap().contains("server.max_body_bytes_in_flight"), "{error}");
+    // What was refused holds nothing, and what is finished or left no longer does.
+    let (status, reply) = server.post("/v1/completions", json!({"prompt": "def f(x):", "max_tokens": 1})).await;
+    assert_eq!(status, StatusCode::OK, "{reply}");
+    unfinished.write_all(" ".repeat(10_000).as_bytes()).await.unwrap();
+    until("HTTP/1.1 200 ").await;
+    let left = open(&server, (post_head(90_000) + &" ".repeat(80_000)).as_bytes()).await;
+    until("HTTP/1.1 503 ").await;
+    drop(left);
+    until("HTTP/1.1 200 ").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_small_body_of_very_many_values_is_413() {
+    let server = Server::start("max_body_bytes = 100_000\nmax_body_bytes_in_flight = 1_000_000", None).await;
+    let (status, reply) = server.post("/v1/completions", json!({"prompt": vec![1; 20_000]})).await;
+    assert_eq!((status, &reply["error"]["code"]), (StatusCode::PAYLOAD_TOO_LARGE, &json!("body_too_large")));
+    assert!(reply["error"]["message"].as_str().unwrap().contains("values"), "{reply}");
+    let (status, reply) = server.post("/v1/completions", json!({"prompt": vec![1; 100], "max_tokens": 1})).await;
+    assert_eq!(status, StatusCode::OK, "{reply}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_body_is_read_as_a_small_one_is() {
+    let server = Server::start("", None).await;
+    let padded = |padding: usize, body: &str| " ".repeat(padding) + body;
+    for padding in [0, 1 << 20] {
+        let body = padded(padding, &json!({"prompt": "def f(x):", "max_tokens": 1}).to_string());
+        let reply = server.client.post(format!("http://{}/v1/completions", server.address)).body(body).send().await;
+        assert_eq!(reply.unwrap().status(), StatusCode::OK, "{padding}");
+        for (body, what) in [("[]", "must be a JSON object"), ("{", "not valid JSON")] {
+            let request = server.client.post(format!("http://{}/v1/completions", server.address));
+            let reply = request.body(padded(padding, body)).send().await.unwrap();
+            assert_eq!(reply.status(), StatusCode::BAD_REQUEST);
+            let reply = reply.text().await.unwrap();
+            assert!(reply.contains(what), "{padding}: {reply}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_body_in_gzip_is_read_within_the_limit_and_other_encodings_are_415() {
     let server = Server::start("max_body_bytes = 10_000", None).await;
     let gzip = |body: &str| {

@@ -159,6 +159,15 @@ impl ApiError {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", Some("body_too_large"), message)
     }
 
+    /// 413 for what is small as it comes, but not when it is read.
+    pub fn too_many_values(num_values: usize) -> Self {
+        let message = format!(
+            "the request body has {num_values} values in its arrays and objects, more than \
+             server.max_body_bytes_in_flight has room for"
+        );
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", Some("body_too_large"), message)
+    }
+
     /// 500 without the cause, which is for the log.
     pub fn internal() -> Self {
         let message = "the server failed to handle this request".to_owned();

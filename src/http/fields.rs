@@ -4,35 +4,35 @@
 //! would change a reply are refused by `unsupported.rs`.
 
 use std::ops::RangeInclusive;
-use std::time::Duration;
 
-use axum::body::Bytes;
-use axum::extract::rejection::{BytesRejection, FailedToBufferBody};
 use axum::extract::{FromRequest, FromRequestParts, OptionalFromRequest, Path, Request};
 use axum::http::request::Parts;
 use serde_json::{Map, Value};
-use tokio::time::timeout;
 
 use super::AppState;
+use super::body::{HeldBytes, parse_json, read_json};
 use super::error::ApiError;
-use super::surrogates::without_lone_surrogates;
-use crate::config::ServerConfig;
 
 /// The JSON object of a request, whatever its content type says.
 #[derive(Debug)]
-pub struct Fields(Map<String, Value>);
+pub struct Fields {
+    fields: Map<String, Value>,
+    /// `None` for fields that did not come as a body.
+    _held: Option<HeldBytes>,
+}
 
 impl FromRequest<AppState> for Fields {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
-        Self::parse(&read_body(request, state).await?)
+        let (fields, held) = read_json(request, state, Self::parse).await?;
+        Ok(Self { _held: Some(held), ..fields })
     }
 }
 
 impl From<Map<String, Value>> for Fields {
     fn from(fields: Map<String, Value>) -> Self {
-        Self(fields)
+        Self { fields, _held: None }
     }
 }
 
@@ -41,20 +41,25 @@ impl OptionalFromRequest<AppState> for Fields {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &AppState) -> Result<Option<Self>, ApiError> {
-        let body = read_body(request, state).await?;
-        if body.is_empty() { Ok(None) } else { Self::parse(&body).map(Some) }
+        let parse = |body: &[u8]| if body.is_empty() { Ok(None) } else { Self::parse(body).map(Some) };
+        let (fields, held) = read_json(request, state, parse).await?;
+        Ok(fields.map(|fields| Self { _held: Some(held), ..fields }))
     }
 }
 
 /// The JSON of a request that need not be an object.
 #[derive(Debug)]
-pub struct JsonBody(pub Value);
+pub struct JsonBody {
+    pub json: Value,
+    _held: HeldBytes,
+}
 
 impl FromRequest<AppState> for JsonBody {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
-        parse_json(&read_body(request, state).await?).map(Self)
+        let (json, held) = read_json(request, state, parse_json).await?;
+        Ok(Self { json, _held: held })
     }
 }
 
@@ -73,35 +78,19 @@ impl FromRequestParts<AppState> for PathName {
     }
 }
 
-async fn read_body(request: Request, state: &AppState) -> Result<Bytes, ApiError> {
-    let ServerConfig { max_body_bytes, body_timeout_seconds, .. } = state.config.server;
-    let read = timeout(Duration::from_secs(body_timeout_seconds), Bytes::from_request(request, state)).await;
-    read.map_err(|_| ApiError::body_too_slow(body_timeout_seconds))?.map_err(|rejection| match rejection {
-        BytesRejection::FailedToBufferBody(FailedToBufferBody::LengthLimitError(_)) => {
-            ApiError::body_too_large(max_body_bytes)
-        }
-        other => ApiError::malformed(format!("the request body could not be read: {other}")),
-    })
-}
-
-fn parse_json(body: &[u8]) -> Result<Value, ApiError> {
-    serde_json::from_slice(&without_lone_surrogates(body))
-        .map_err(|error| ApiError::malformed(format!("the request body is not valid JSON: {error}")))
-}
-
 impl Fields {
     /// # Errors
     /// 400 when `body` is no JSON object.
     pub fn parse(body: &[u8]) -> Result<Self, ApiError> {
         match parse_json(body)? {
-            Value::Object(fields) => Ok(Self(fields)),
+            Value::Object(fields) => Ok(fields.into()),
             _ => Err(ApiError::malformed("the request body must be a JSON object")),
         }
     }
 
     /// Every field that is there, `null` or not.
     pub fn iter(&self) -> impl Iterator<Item = (&String, &Value)> + Clone {
-        self.0.iter()
+        self.fields.iter()
     }
 
     /// Copies of all fields but these, to be said in the words of another interface.
@@ -111,7 +100,7 @@ impl Fields {
     }
 
     pub fn get(&self, name: &str) -> Option<&Value> {
-        self.0.get(name).filter(|value| !value.is_null())
+        self.fields.get(name).filter(|value| !value.is_null())
     }
 
     /// Of several names for the same, the first that is there; else the first of all.

@@ -4,6 +4,7 @@
 mod adapters;
 mod anthropic;
 mod auth;
+mod body;
 mod chat;
 mod compare;
 mod completions;
@@ -47,7 +48,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::{DefaultBodyLimit, OriginalUri, Request, State};
+use axum::extract::{OriginalUri, Request, State};
 use axum::http::{HeaderName, Method, Uri};
 use axum::middleware::{Next, from_fn, from_fn_with_state, map_request};
 use axum::response::{IntoResponse, Response};
@@ -66,6 +67,7 @@ use crate::experiments::Experiments;
 use crate::generation::{Generation, self_test};
 use crate::metrics::Metrics;
 use auth::{Keys, authenticate};
+use body::BodyBudget;
 use dialect::word_errors;
 use error::{ApiError, Rejection};
 use responses::KeptResponses;
@@ -80,6 +82,7 @@ pub struct AppState {
     pub metrics: Arc<Metrics>,
     pub config: Arc<Config>,
     keys: Arc<Keys>,
+    bodies: BodyBudget,
     responses: Arc<KeptResponses>,
     /// Unix seconds.
     started: u64,
@@ -94,8 +97,9 @@ impl AppState {
     ) -> Self {
         let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let keys = Arc::new(Keys::new(&config.server));
+        let bodies = BodyBudget::new(config.server.max_body_bytes_in_flight);
         let responses = Arc::default();
-        Self { generation, experiments, metrics, config, keys, responses, started }
+        Self { generation, experiments, metrics, config, keys, bodies, responses, started }
     }
 }
 
@@ -187,7 +191,6 @@ pub fn router(state: AppState) -> Router {
         .route("/metrics", get(probes::metrics))
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)
-        .layer(DefaultBodyLimit::max(state.config.server.max_body_bytes))
         .layer(RequestDecompressionLayer::new())
         .layer(from_fn(encoding::check))
         .with_state(state.clone());

@@ -33,10 +33,10 @@ pub async fn list(State(state): State<AppState>, Extension(caller): Extension<Ca
 }
 
 /// `POST /lora-adapters`: those that are not in the list get strength 0.
-pub async fn set(State(state): State<AppState>, _: Admin, JsonBody(body): JsonBody) -> Result<Json<Value>, ApiError> {
-    let Value::Array(items) = body else {
+pub async fn set(State(state): State<AppState>, _: Admin, body: JsonBody) -> Result<Json<Value>, ApiError> {
+    let Value::Array(items) = &body.json else {
         return Err(ApiError::malformed("the request body must be an array of `{\"id\", \"scale\"}`"));
     };
-    state.generation.set_default_scales(parse_entries("", &items)?).await?;
+    state.generation.set_default_scales(parse_entries("", items)?).await?;
     Ok(Json(json!({"success": true})))
 }
