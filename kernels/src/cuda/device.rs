@@ -46,7 +46,7 @@ impl<D: Driver> Device for Cuda<D> {
         }
         let attention = AttentionShape::new(num_heads, num_kv_heads, head_dim, context_length)?;
         let table = RotaryTable::new(context_length, head_dim, shape.rope_theta);
-        let (cos, sin) = (self.upload_floats(table.cos())?, self.upload_floats(table.sin())?);
+        let (cos, sin) = (self.driver.upload_floats(table.cos())?, self.driver.upload_floats(table.sin())?);
         self.decoder = Some(PreparedDecoder { shape: *shape, attention, cos, sin });
         self.adapters = Adapters::new(num_layers, self.adapter_budget);
         Ok(())
@@ -57,12 +57,12 @@ impl<D: Driver> Device for Cuda<D> {
     }
 
     fn load_norm(&mut self, weight: Vec<f32>) -> Result<D::Memory, DeviceError> {
-        Ok(self.upload_floats(&weight)?)
+        Ok(self.driver.upload_floats(&weight)?)
     }
 
     fn load_embedding(&mut self, rows: MappedRows) -> Result<CudaEmbedding<D>, DeviceError> {
         let row_bytes = rows.bytes().len() / rows.num_rows.max(1);
-        Ok(CudaEmbedding { table: self.upload(rows.bytes())?, row_type: rows.weight_type.into(), row_bytes })
+        Ok(CudaEmbedding { table: self.driver.upload(rows.bytes())?, row_type: rows.weight_type.into(), row_bytes })
     }
 
     fn linear_bytes(linear: &CudaLinear<D>) -> usize {

@@ -69,6 +69,22 @@ pub trait Driver: fmt::Debug + Send + 'static {
     /// When they do not fit.
     fn write(&self, memory: &Self::Memory, offset: usize, bytes: &[u8]) -> Result<(), DriverError>;
 
+    /// Takes memory that holds `bytes`.
+    ///
+    /// # Errors
+    /// When there is not so much.
+    fn upload(&self, bytes: &[u8]) -> Result<Self::Memory, DriverError> {
+        let memory = self.allocate(bytes.len())?;
+        self.write(&memory, 0, bytes)?;
+        Ok(memory)
+    }
+
+    /// As [`Driver::upload`].
+    fn upload_floats(&self, values: &[f32]) -> Result<Self::Memory, DriverError> {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        self.upload(&bytes)
+    }
+
     /// Waits for all that was asked for, and copies from `memory`.
     ///
     /// # Panics

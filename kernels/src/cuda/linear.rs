@@ -8,7 +8,7 @@ use super::activations::{ScaleArgs, activation_stride, scale_quantize};
 use super::args::Activations;
 use super::buffers::Buffer;
 use super::dense::{DenseMatrix, DeviceRows, Element, multiply_adapter_heads};
-use super::driver::{DeviceMemory, Driver, DriverError};
+use super::driver::{DeviceMemory, Driver};
 use super::gemm::{GemmArgs, MAX_PRODUCTS, Product, multiply};
 use super::low_rank::{ShrinkArgs, shrink};
 use super::matrix::{CudaMatrix, Matrix, UploadError};
@@ -48,13 +48,7 @@ impl<D: Driver> CudaLinear<D> {
             WeightType::BF16 => dense(Element::Bf16)?,
             WeightType::F32 => dense(Element::F32)?,
         };
-        let upload = |bias: Vec<f32>| -> Result<D::Memory, DriverError> {
-            let bytes: Vec<u8> = bias.iter().flat_map(|value| value.to_le_bytes()).collect();
-            let memory = driver.allocate(bytes.len())?;
-            driver.write(&memory, 0, &bytes)?;
-            Ok(memory)
-        };
-        Ok(Self { weights, bias: bias.map(upload).transpose()? })
+        Ok(Self { weights, bias: bias.map(|bias| driver.upload_floats(&bias)).transpose()? })
     }
 
     /// Bytes of device memory.

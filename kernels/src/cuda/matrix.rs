@@ -59,8 +59,7 @@ impl<M: DeviceMemory> CudaMatrix<M> {
         row_order: Option<&[usize]>,
     ) -> Result<Self, UploadError> {
         let packed = pack(cpu, format, (out_features, in_features), bytes, row_order)?;
-        let records = driver.allocate(packed.len())?;
-        driver.write(&records, 0, &packed)?;
+        let records = driver.upload(&packed)?;
         let matrix = Matrix {
             records: records.address(),
             out_features: out_features as i32,

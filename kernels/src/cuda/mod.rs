@@ -161,17 +161,6 @@ impl<D: Driver> Cuda<D> {
         self.step.as_ref().expect("a decoder reserves memory before it steps")
     }
 
-    fn upload(&self, bytes: &[u8]) -> Result<D::Memory, DriverError> {
-        let memory = self.driver.allocate(bytes.len())?;
-        self.driver.write(&memory, 0, bytes)?;
-        Ok(memory)
-    }
-
-    fn upload_floats(&self, values: &[f32]) -> Result<D::Memory, DriverError> {
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        self.upload(&bytes)
-    }
-
     fn set_input_width(&mut self, width: usize) {
         if let Some(step) = &mut self.step {
             step.input_width = width;

@@ -14,13 +14,11 @@ pub fn device() -> Emulator {
 }
 
 pub fn bytes(device: &Emulator, bytes: &[u8]) -> Memory {
-    let memory = device.allocate(bytes.len()).unwrap();
-    device.write(&memory, 0, bytes).unwrap();
-    memory
+    device.upload(bytes).unwrap()
 }
 
 pub fn floats(device: &Emulator, values: &[f32]) -> Memory {
-    bytes(device, &values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>())
+    device.upload_floats(values).unwrap()
 }
 
 pub fn halves(device: &Emulator, bits: &[u16]) -> Memory {
