@@ -64,17 +64,17 @@ impl LowRank {
     }
 
     /// `[rank, in_features]`
-    pub(crate) fn a(&self) -> &HalfMatrix {
+    pub fn a(&self) -> &HalfMatrix {
         &self.a
     }
 
     /// `[out_features, rank]`
-    pub(crate) fn b(&self) -> &HalfMatrix {
+    pub fn b(&self) -> &HalfMatrix {
         &self.b
     }
 
     /// One for each rank, and zeros up to a multiple of 8.
-    pub(crate) fn scales(&self) -> &[f32] {
+    pub fn scales(&self) -> &[f32] {
         &self.scales
     }
 

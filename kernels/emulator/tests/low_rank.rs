@@ -6,7 +6,7 @@ use emulator::{Emulator, Memory};
 use half::f16;
 use kernels::cuda::args::{AdapterTable, Site};
 use kernels::cuda::driver::DeviceMemory;
-use kernels::cuda::low_rank::{PairRows, ShrinkArgs, row_major, row_stride, shrink};
+use kernels::cuda::low_rank::{ShrinkArgs, row_major, row_stride, shrink};
 use kernels::half_matrix::HalfMatrix;
 use kernels::low_rank::LowRank;
 use proptest::prelude::*;
@@ -19,6 +19,27 @@ const NUM_SITES: usize = 4;
 
 fn half_values(values: &[f32]) -> Vec<f16> {
     values.iter().map(|v| f16::from_f32(*v)).collect()
+}
+
+/// A pair as the kernels read it.
+#[derive(Debug, Clone, PartialEq)]
+struct PairRows {
+    rank: usize,
+    /// Bits of f16, `[rank, a_stride]`.
+    a: Vec<u16>,
+    a_stride: usize,
+    b_stride: usize,
+    /// `[rank]`
+    scales: Vec<f32>,
+}
+
+impl PairRows {
+    fn new(pair: &LowRank) -> Self {
+        let (rank, a_stride) = (pair.rank(), row_stride(pair.in_features()));
+        let mut a = Vec::new();
+        row_major(pair.a(), a_stride, &mut a);
+        Self { rank, a, a_stride, b_stride: row_stride(rank), scales: pair.scales()[..rank].to_vec() }
+    }
 }
 
 /// An adapter with pairs at some of its sites, on the host and on the device.

@@ -13,7 +13,7 @@ use crate::canonical::AdapterWeights;
 use crate::device::{AdapterTier, DeviceError, Lease, Placement};
 use crate::low_rank::LowRank;
 
-use super::adapter_layout::{AdapterBytes, device_bytes};
+use super::adapter_layout::{AdapterBytes, AdapterLayout};
 use super::driver::{DeviceMemory, Driver, DriverError, Transfer};
 use super::step_data::Needs;
 use super::worker::{Pending, Worker};
@@ -83,7 +83,7 @@ impl<D: Driver> Adapters<D> {
             entries: HashMap::new(),
             clock: 0,
             layouts: Worker::start("lorry-device-adapters", |(weights, num_layers): (Arc<AdapterWeights>, usize)| {
-                Ok(AdapterBytes::of(&weights, num_layers))
+                Ok(AdapterLayout::of(&weights, num_layers).into_bytes())
             }),
             laid_out: VecDeque::new(),
             loads: 0,
@@ -139,7 +139,7 @@ impl<D: Driver> Adapters<D> {
                 }
             }
         }
-        let bytes = device_bytes(weights, self.num_layers);
+        let bytes = AdapterLayout::of(weights, self.num_layers).len();
         if bytes > self.budget {
             return Err(DeviceError::AdapterTooLarge { wanted: bytes, budget: self.budget });
         }

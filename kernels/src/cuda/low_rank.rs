@@ -4,37 +4,11 @@ use half::f16;
 
 use super::driver::{Driver, DriverError, KernelArgs, bytes_of};
 use crate::half_matrix::{HalfMatrix, LANES};
-use crate::low_rank::LowRank;
 
 /// Products that one launch takes.
 pub const MAX_PRODUCTS: usize = 3;
 /// Rows of a step from which blocks are many enough to be spent on more rows each.
 const MANY_ROWS: usize = 65;
-
-/// A pair as the kernels read it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct PairRows {
-    pub rank: usize,
-    /// Bits of f16, `[rank, a_stride]`.
-    pub a: Vec<u16>,
-    pub a_stride: usize,
-    /// Bits of f16, `[out_features, b_stride]`.
-    pub b: Vec<u16>,
-    pub b_stride: usize,
-    /// `[rank]`
-    pub scales: Vec<f32>,
-}
-
-impl PairRows {
-    pub fn new(pair: &LowRank) -> Self {
-        let (rank, a_stride) = (pair.rank(), row_stride(pair.in_features()));
-        let b_stride = row_stride(rank);
-        let (mut a, mut b) = (Vec::new(), Vec::new());
-        row_major(pair.a(), a_stride, &mut a);
-        row_major(pair.b(), b_stride, &mut b);
-        Self { rank, a, a_stride, b, b_stride, scales: pair.scales()[..rank].to_vec() }
-    }
-}
 
 /// Weights from one row to the next, so that rows begin at multiples of 16 bytes.
 pub fn row_stride(columns: usize) -> usize {
