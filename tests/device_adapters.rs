@@ -4,13 +4,11 @@ mod events;
 mod shapes;
 mod tiny;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use candle_core::quantized::GgmlDType;
 use emulator::Emulator;
 use kernels::cuda::Cuda;
 use kernels::device::{AdapterTier, Caller, Device, DeviceError, Lease, Placement, StepLimits};
@@ -20,32 +18,18 @@ use lorry::engine::{EngineConfig, EngineHandle, EngineState};
 use lorry::metrics::Metrics;
 use lorry::model::decoder::Decoder;
 use lorry::model::gguf::GgufError;
-use lorry::model::spec::{Architecture, ModelSpec};
+use lorry::model::spec::ModelSpec;
 use lorry::model::{ForwardBatch, Model};
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 
 use events::next_event;
 use shapes::Shapes;
 use tiny::peft::{Kind, PeftAdapter};
-use tiny::{Lora, TinyModel, random_tokens};
+use tiny::{TinyFile, random_tokens};
 
 const ROOMY: usize = 1 << 30;
 
-/// A model and its file.
-struct Tiny {
-    spec: ModelSpec,
-    path: PathBuf,
-    _dir: tempfile::TempDir,
-}
-
-impl Tiny {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let (path, model) = (dir.path().join("tiny.gguf"), TinyModel::new(Architecture::Qwen2, GgmlDType::Q4K, 1));
-        model.write(&path);
-        Self { spec: model.spec, path, _dir: dir }
-    }
-
+impl TinyFile {
     fn load(&self, total: usize, budget: usize) -> Result<Decoder<Cuda<Emulator>>, GgufError> {
         Decoder::load(&self.path, Cuda::new(Emulator::new(total), budget), usize::MAX)
     }
@@ -55,10 +39,6 @@ impl Tiny {
         let mut decoder = self.load(total, budget).unwrap();
         decoder.reserve(LIMITS, NUM_BLOCKS).unwrap();
         decoder
-    }
-
-    fn lora(&self, rank: usize, seed: u64) -> Arc<Adapter> {
-        Lora::random(&self.spec, rank, false, seed).adapter(&format!("adapter-{seed}"))
     }
 
     /// A device that knows the shape, which is all that placing takes.
@@ -114,7 +94,7 @@ fn pinned(adapter: Arc<Adapter>) -> Arc<Adapter> {
 
 #[test]
 fn an_adapter_of_any_method_takes_what_is_counted_for_it() {
-    let tiny = Tiny::new();
+    let tiny = TinyFile::new();
     let base = Shapes(tiny.spec.clone());
     let of_kind = |kind: Kind| PeftAdapter::random(kind, &tiny.spec, 1).load(&format!("{kind:?}"), &base);
     let adapters = Kind::ALL.into_iter().map(of_kind).chain([1, 3, 8, 100].map(|rank| tiny.lora(rank, rank as u64)));
@@ -129,7 +109,7 @@ fn an_adapter_of_any_method_takes_what_is_counted_for_it() {
 
 #[test]
 fn what_was_used_longest_ago_goes_first() {
-    let tiny = Tiny::new();
+    let tiny = TinyFile::new();
     let adapters: Vec<_> = (0..6).map(|seed| tiny.lora(2, seed)).collect();
     let mut device = tiny.device(ROOMY, 3 * tiny.counted(&adapters[0]));
     let (mut expected, mut num_loads) = (Vec::new(), 0);
@@ -149,7 +129,7 @@ fn what_was_used_longest_ago_goes_first() {
 
 #[test]
 fn what_is_pinned_goes_last() {
-    let tiny = Tiny::new();
+    let tiny = TinyFile::new();
     let adapters: Vec<_> = (0..5).map(|seed| tiny.lora(4, seed)).collect();
     let [a, b, c, d, e] = adapters.try_into().unwrap();
     let a = pinned(a);
@@ -170,7 +150,7 @@ fn what_is_pinned_goes_last() {
 
 #[test]
 fn what_the_host_has_dropped_goes_before_all_others() {
-    let tiny = Tiny::new();
+    let tiny = TinyFile::new();
     let [a, b, c] = [0, 1, 2].map(|seed| tiny.lora(4, seed));
     let b = pinned(b);
     let mut device = tiny.device(ROOMY, 2 * tiny.counted(&a));
@@ -184,7 +164,7 @@ fn what_the_host_has_dropped_goes_before_all_others() {
 
 #[test]
 fn what_is_in_use_or_awaited_stays() {
-    let tiny = Tiny::new();
+    let tiny = TinyFile::new();
     let [a, b] = [0, 1].map(|seed| tiny.lora(4, seed));
     let mut device = tiny.device(ROOMY, tiny.counted(&a) * 3 / 2);
     let Ok(Placement::Loading(awaited)) = ask(&mut device, &a) else { panic!("it is not there yet") };
@@ -206,7 +186,7 @@ fn what_is_in_use_or_awaited_stays() {
 
 #[test]
 fn an_adapter_that_finds_no_memory_fails_alone_and_may_be_asked_for_again() {
-    let tiny = Tiny::new();
+    let tiny = TinyFile::new();
     let (big, small) = (tiny.lora(64, 0), tiny.lora(4, 1));
     let total = used(&tiny.device(ROOMY, ROOMY)) + tiny.counted(&small);
     let mut device = tiny.device(total, ROOMY);
@@ -229,7 +209,7 @@ fn an_adapter_that_finds_no_memory_fails_alone_and_may_be_asked_for_again() {
 
 #[test]
 fn less_memory_than_the_budget_promises_makes_room_too() {
-    let tiny = Tiny::new();
+    let tiny = TinyFile::new();
     let adapters: Vec<_> = (0..3).map(|seed| tiny.lora(4, seed)).collect();
     let total = used(&tiny.device(ROOMY, ROOMY)) + tiny.counted(&adapters[0]) * 3 / 2;
     let mut device = tiny.device(total, ROOMY);
@@ -241,7 +221,7 @@ fn less_memory_than_the_budget_promises_makes_room_too() {
 
 #[test]
 fn a_device_with_too_little_memory_says_how_much_it_has() {
-    let tiny = Tiny::new();
+    let tiny = TinyFile::new();
     let roomy = tiny.load(ROOMY, ROOMY).unwrap();
     let (weights, memory) = (used(roomy.device()), used(tiny.ready(ROOMY, ROOMY).device()));
     let says_numbers = |error: &str, total: usize| {
@@ -379,7 +359,7 @@ fn failure(events: &[Event]) -> &str {
 
 #[test]
 fn five_adapters_on_a_device_for_two_give_what_each_gives_alone() {
-    let tiny = Tiny::new();
+    let tiny = TinyFile::new();
     let adapters: Vec<_> = (0..5).map(|seed| tiny.lora(4, seed)).collect();
     let prompts: Vec<_> = (0..10).map(|seed| random_tokens(&tiny.spec, 5 + seed, seed as u64)).collect();
     let roomy = Served::new(tiny.ready(ROOMY, ROOMY));
@@ -402,7 +382,7 @@ fn five_adapters_on_a_device_for_two_give_what_each_gives_alone() {
 
 #[test]
 fn an_adapter_the_device_can_never_hold_fails_its_request_alone() {
-    let tiny = Tiny::new();
+    let tiny = TinyFile::new();
     let (small, big) = (tiny.lora(4, 0), tiny.lora(64, 1));
     let memory = used(tiny.ready(ROOMY, ROOMY).device());
     let (counted, budget) = (tiny.counted(&big), tiny.counted(&small) * 2);
@@ -424,7 +404,7 @@ fn an_adapter_the_device_can_never_hold_fails_its_request_alone() {
 
 #[test]
 fn whoever_finds_no_room_is_next_and_the_base_does_not_wait() {
-    let tiny = Tiny::new();
+    let tiny = TinyFile::new();
     let [a, b] = [0, 1].map(|seed| tiny.lora(4, seed));
     let served = Served::new(tiny.ready(ROOMY, tiny.counted(&a) * 3 / 2));
     let mut first = served.submit(&[1, 2, 3], Some(&a), 60);
@@ -447,7 +427,7 @@ fn whoever_finds_no_room_is_next_and_the_base_does_not_wait() {
 
 #[test]
 fn a_request_that_leaves_while_its_adapter_arrives_leaves_nothing() {
-    let tiny = Tiny::new();
+    let tiny = TinyFile::new();
     let [a, b] = [0, 1].map(|seed| tiny.lora(4, seed));
     let served = Served::new(tiny.ready(ROOMY, tiny.counted(&a) * 3 / 2));
     served.is_slow.store(true, Ordering::Relaxed);

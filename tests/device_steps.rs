@@ -4,11 +4,9 @@ mod events;
 mod shapes;
 mod tiny;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use candle_core::quantized::GgmlDType;
 use emulator::Emulator;
 use kernels::attention::{BLOCK_SIZE, BlockId};
 use kernels::cuda::Cuda;
@@ -18,7 +16,7 @@ use lorry::engine::request::{Event, PromptOutput, Request, SamplingParams};
 use lorry::engine::{EngineConfig, EngineHandle};
 use lorry::metrics::Metrics;
 use lorry::model::decoder::Decoder;
-use lorry::model::spec::{Architecture, ModelSpec};
+use lorry::model::spec::ModelSpec;
 use lorry::model::{AdapterGroup, BlockCopy, ForwardBatch, Model, SequenceRows};
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
@@ -28,31 +26,13 @@ use tokio::sync::mpsc;
 use events::next_event;
 use shapes::Shapes;
 use tiny::peft::{Kind, PeftAdapter, with_virtual_tokens};
-use tiny::{Lora, TinyModel, emulated_gpu, place, random_tokens};
+use tiny::{TinyFile, emulated_gpu, place, random_tokens};
 
-/// A model and its file.
-struct Tiny {
-    spec: ModelSpec,
-    path: PathBuf,
-    _dir: tempfile::TempDir,
-}
-
-impl Tiny {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let (path, model) = (dir.path().join("tiny.gguf"), TinyModel::new(Architecture::Qwen2, GgmlDType::Q4K, 1));
-        model.write(&path);
-        Self { spec: model.spec, path, _dir: dir }
-    }
-
+impl TinyFile {
     fn load(&self, max_rows: usize, max_sequences: usize) -> Decoder<Cuda<Emulator>> {
         let mut decoder = Decoder::load(&self.path, emulated_gpu(), usize::MAX).unwrap();
         decoder.reserve(StepLimits { max_rows, max_sequences }, NUM_BLOCKS).unwrap();
         decoder
-    }
-
-    fn lora(&self, rank: usize) -> Arc<Adapter> {
-        Lora::random(&self.spec, rank, false, rank as u64).adapter(&format!("rank-{rank}"))
     }
 
     fn of_kind(&self, kind: Kind) -> Arc<Adapter> {
@@ -152,9 +132,9 @@ fn num_graphs(decoder: &Decoder<Cuda<Emulator>>) -> usize {
 
 #[test]
 fn replayed_steps_of_any_mix_give_the_bits_of_steps_that_are_not_recorded() {
-    let tiny = Tiny::new();
+    let tiny = TinyFile::new();
     let kinds = [Kind::Ia3Wide, Kind::LoraSavedHead, Kind::PrefixTuning, Kind::LoraEverywhere];
-    let adapters: Vec<_> = kinds.map(|kind| tiny.of_kind(kind)).into_iter().chain([tiny.lora(8)]).collect();
+    let adapters: Vec<_> = kinds.map(|kind| tiny.of_kind(kind)).into_iter().chain([tiny.lora(8, 8)]).collect();
     // As many rows as no bucket has.
     let (mut recorded, mut eager) = (tiny.load(9, NUM_SEQUENCES), tiny.load(128, NUM_SEQUENCES + 1));
     let _leases = (place_all(&mut recorded, &adapters), place_all(&mut eager, &adapters));
@@ -210,8 +190,8 @@ fn replayed_steps_of_any_mix_give_the_bits_of_steps_that_are_not_recorded() {
 
 #[test]
 fn a_replayed_step_does_the_launches_of_the_recorded_one() {
-    let tiny = Tiny::new();
-    let adapters = [tiny.lora(8), tiny.lora(4)];
+    let tiny = TinyFile::new();
+    let adapters = [tiny.lora(8, 8), tiny.lora(4, 4)];
     let mut decoder = tiny.load(64, NUM_SEQUENCES);
     let _leases = place_all(&mut decoder, &adapters);
     let sequence = |i: usize, adapter: Option<&Arc<Adapter>>| Sequence::new(&tiny.spec, adapter.cloned(), i, i as u64);
@@ -234,8 +214,8 @@ fn a_replayed_step_does_the_launches_of_the_recorded_one() {
 
 #[test]
 fn what_grows_is_recorded_anew_and_stays_right() {
-    let tiny = Tiny::new();
-    let adapters = [tiny.lora(8), tiny.lora(100)];
+    let tiny = TinyFile::new();
+    let adapters = [tiny.lora(8, 8), tiny.lora(100, 100)];
     let (mut recorded, mut eager) = (tiny.load(64, 2), tiny.load(128, NUM_SEQUENCES + 1));
     let _leases = (place_all(&mut recorded, &adapters), place_all(&mut eager, &adapters));
     let sequence = |i: usize, adapter: Option<&Arc<Adapter>>| Sequence::new(&tiny.spec, adapter.cloned(), i, i as u64);
@@ -325,8 +305,8 @@ impl Caller for HidingCaller<'_> {
 
 #[test]
 fn a_summary_of_the_logits_draws_what_all_of_them_draw() {
-    let tiny = Tiny::new();
-    let adapter = tiny.lora(8);
+    let tiny = TinyFile::new();
+    let adapter = tiny.lora(8, 8);
     let params = |temperature, top_k, top_p| SamplingParams { temperature, top_k, top_p, ..SamplingParams::GREEDY };
     let kinds = [params(0.0, 0, 1.0), params(0.9, 1, 1.0), params(0.8, 40, 0.9), params(1.5, 63, 1.0)];
     let engines = [false, true].map(|hides| {

@@ -7,7 +7,7 @@ pub mod peft;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::quantized::gguf_file::{self, Value};
@@ -120,6 +120,26 @@ impl TinyModel {
         let path = dir.path().join("tiny.gguf");
         self.write(&path);
         place.load(&path, usize::MAX).unwrap()
+    }
+}
+
+/// A model of architecture `qwen2` in a file, for as many decoders as a test loads.
+pub struct TinyFile {
+    pub spec: ModelSpec,
+    pub path: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl TinyFile {
+    pub fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, model) = (dir.path().join("tiny.gguf"), TinyModel::new(Architecture::Qwen2, GgmlDType::Q4K, 1));
+        model.write(&path);
+        Self { spec: model.spec, path, _dir: dir }
+    }
+
+    pub fn lora(&self, rank: usize, seed: u64) -> Arc<Adapter> {
+        Lora::random(&self.spec, rank, false, seed).adapter(&format!("adapter-{seed}"))
     }
 }
 
