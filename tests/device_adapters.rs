@@ -68,6 +68,7 @@ fn tier(device: &Cuda<Emulator>) -> AdapterTier {
 }
 
 fn ask(device: &mut Cuda<Emulator>, adapter: &Adapter) -> Result<Placement, DeviceError> {
+    device.bring_adapters();
     device.place(&adapter.generation, &adapter.weights, adapter.manifest.pin)
 }
 
@@ -160,6 +161,35 @@ fn what_the_host_has_dropped_goes_before_all_others() {
     drop(b);
     wait(&mut device, &c).unwrap();
     assert!(is_there(&mut device, &a) && is_there(&mut device, &c));
+}
+
+#[test]
+fn who_asks_for_an_adapter_takes_and_frees_no_memory() {
+    let tiny = TinyFile::new();
+    let [a, b] = [0, 1].map(|seed| tiny.lora(4, seed));
+    let budget = tiny.counted(&a) * 3 / 2;
+    let mut device = tiny.device(ROOMY, budget);
+    let empty = used(&device);
+    let place = |device: &mut Cuda<Emulator>, adapter: &Adapter| {
+        for _ in 0..5 {
+            let placement = device.place(&adapter.generation, &adapter.weights, false).unwrap();
+            assert!(matches!(placement, Placement::Loading(_)), "{placement:?}");
+            // Long enough for it to be laid out.
+            thread::sleep(Duration::from_millis(10));
+        }
+    };
+    place(&mut device, &a);
+    assert_eq!(used(&device), empty);
+    while !device.bring_adapters() {}
+    assert!(is_there(&mut device, &a) && !device.bring_adapters(), "it arrives once");
+    let with_one = used(&device);
+    place(&mut device, &b);
+    assert_eq!((used(&device), tier(&device).evictions), (with_one, 1), "what goes is in the books");
+    while !device.bring_adapters() {
+        assert!(used(&device) <= with_one);
+    }
+    assert!(is_there(&mut device, &b));
+    assert_eq!(used(&device), with_one);
 }
 
 #[test]
@@ -265,6 +295,10 @@ impl Model for Watched {
             Ok(Placement::Ready(lease)) if self.is_slow.load(Ordering::Relaxed) => Ok(Placement::Loading(lease)),
             placement => placement,
         }
+    }
+
+    fn bring_adapters(&mut self) -> bool {
+        self.inner.bring_adapters()
     }
 
     fn adapter_tier(&self) -> Option<AdapterTier> {
@@ -378,6 +412,17 @@ fn five_adapters_on_a_device_for_two_give_what_each_gives_alone() {
     assert!(of_device.resident.get() <= 2 && of_device.resident_bytes.get() as usize <= budget);
     assert_eq!(small.engine.state(), EngineState::default());
     assert!(adapters.iter().all(|adapter| Arc::strong_count(adapter) == 1));
+}
+
+#[test]
+fn an_adapter_arrives_while_others_are_served() {
+    let tiny = TinyFile::new();
+    let served = Served::new(tiny.ready(ROOMY, ROOMY));
+    let mut base = served.submit(&[1, 2, 3], None, 200);
+    started(&mut base);
+    let mut arriving = served.submit(&[1, 2, 3], Some(&tiny.lora(4, 0)), 6);
+    started(&mut arriving);
+    assert!(!has_finished(&mut base), "it came only when there was nothing else to do");
 }
 
 #[test]

@@ -276,6 +276,10 @@ impl Model for Hiding {
         self.inner.place(adapter)
     }
 
+    fn bring_adapters(&mut self) -> bool {
+        self.inner.bring_adapters()
+    }
+
     fn adapter_tier(&self) -> Option<AdapterTier> {
         self.inner.adapter_tier()
     }

@@ -92,7 +92,8 @@ pub struct StepLimits {
 pub enum Placement {
     /// Rows may run with it for as long as the lease is held.
     Ready(Lease),
-    /// On its way; ask again after a step. It may go as soon as it is there, unless this lease is held until then.
+    /// On its way, which [`Device::bring_adapters`] takes it. It may go as soon as it is there, unless this lease is held until
+    /// then.
     Loading(Lease),
     /// Adapters in use take the room; ask again when one of them has ended.
     Full,
@@ -215,7 +216,8 @@ pub trait Device: fmt::Debug + Send + Sized + 'static {
     type Embedding: fmt::Debug + Send;
 
     /// Whether it computes beside the host: what it is asked for is not done yet when the call returns. Such a device
-    /// calls [`Caller::meanwhile`] in [`Device::logits`], before it waits; for any other, the decoder does before the step.
+    /// calls [`Caller::meanwhile`] in [`Device::logits`], before it waits; for any other, the decoder does before the step. It
+    /// does there too what [`Device::bring_adapters`] does.
     const IS_BESIDE_HOST: bool;
 
     /// What it is, for people: log, `/health`, metrics, reports.
@@ -253,7 +255,8 @@ pub trait Device: fmt::Debug + Send + Sized + 'static {
     /// When there is no room for a single one.
     fn max_kv_blocks(&self, limits: StepLimits, adapter_bytes: usize) -> Result<Option<usize>, DeviceError>;
 
-    /// Sees to it that rows can run with an adapter. What is pinned goes after all others when room is needed.
+    /// Sees to it that rows can run with an adapter. What is pinned goes after all others when room is needed. Nothing is asked
+    /// of the device here.
     ///
     /// # Errors
     /// When the device can never hold it.
@@ -263,6 +266,10 @@ pub trait Device: fmt::Debug + Send + Sized + 'static {
         weights: &Arc<AdapterWeights>,
         is_pinned: bool,
     ) -> Result<Placement, DeviceError>;
+
+    /// Takes adapters that were asked for one step on their way to the device. Says whether one has arrived or failed by that, so
+    /// that it is time to ask for it again.
+    fn bring_adapters(&mut self) -> bool;
 
     /// Its adapters; `None` when they are those of the host.
     fn adapter_tier(&self) -> Option<AdapterTier>;

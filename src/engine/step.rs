@@ -170,7 +170,8 @@ impl Engine {
         if self.scheduler.plan().sequences.is_empty() {
             publish(&self.metrics, &self.scheduler, self.arriving.len());
             self.deliver();
-            if !self.arriving.is_empty() {
+            // With a step, the model does it beside that.
+            if !self.model.bring_adapters() && !self.arriving.is_empty() {
                 thread::sleep(ARRIVAL_POLL);
             }
             return Ok(());

@@ -159,6 +159,10 @@ impl<D: Device> Model for Decoder<D> {
         self.device.place(&adapter.generation, &adapter.weights, adapter.manifest.pin)
     }
 
+    fn bring_adapters(&mut self) -> bool {
+        self.device.bring_adapters()
+    }
+
     fn adapter_tier(&self) -> Option<AdapterTier> {
         self.device.adapter_tier()
     }

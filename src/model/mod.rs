@@ -71,12 +71,18 @@ pub trait Model: Send {
     /// Blocks of the KV store.
     fn num_kv_blocks(&self) -> usize;
 
-    /// Sees to it that rows can run with an adapter; they may for as long as the lease is held.
+    /// Sees to it that rows can run with an adapter; they may for as long as the lease is held. What is on its way comes with
+    /// steps, or by [`Model::bring_adapters`].
     ///
     /// # Errors
     /// When it can never be held.
     fn place(&mut self, _adapter: &Adapter) -> Result<Placement, DeviceError> {
         Ok(Placement::Ready(Lease::default()))
+    }
+
+    /// Where no step is to be made: takes adapters on, and says whether one has arrived or failed.
+    fn bring_adapters(&mut self) -> bool {
+        false
     }
 
     /// What of the adapters is on the device, where that is not the host's memory.

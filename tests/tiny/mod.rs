@@ -333,6 +333,7 @@ pub fn place(model: &mut dyn Loaded, adapter: &Adapter) -> Lease {
             Placement::Ready(lease) => return lease,
             Placement::Loading(lease) => {
                 _under_way = Some(lease);
+                model.bring_adapters();
                 std::thread::yield_now();
             }
             Placement::Full => panic!("the device has no room for adapter {}", adapter.name),

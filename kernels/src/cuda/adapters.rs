@@ -2,6 +2,9 @@
 //!
 //! An adapter comes when a sequence wants it: a thread lays it out, its bytes go to the device beside the steps under way, and
 //! the sequence runs once they are there. The one used longest ago goes when there is no room, but none that a lease holds.
+//!
+//! Who asks for one before a step (`place`) has only the books looked into, which say what goes. The driver is called while the
+//! step runs (`bring`): to take memory and to give it back takes time, and may wait for the card.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -28,6 +31,8 @@ pub(super) struct Adapters<D: Driver> {
     layouts: Worker<(Arc<AdapterWeights>, usize), AdapterBytes>,
     /// By generation, in the order they were asked for, which is that of the thread.
     laid_out: VecDeque<(String, Pending<AdapterBytes>)>,
+    /// Of adapters that have gone; given back before memory is taken.
+    evicted: Vec<D::Memory>,
     loads: u64,
     evictions: u64,
     transfer_seconds: f64,
@@ -86,6 +91,7 @@ impl<D: Driver> Adapters<D> {
                 Ok(AdapterLayout::of(&weights, num_layers).into_bytes())
             }),
             laid_out: VecDeque::new(),
+            evicted: Vec::new(),
             loads: 0,
             evictions: 0,
             transfer_seconds: 0.0,
@@ -119,12 +125,10 @@ impl<D: Driver> Adapters<D> {
     /// As [`crate::device::Device::place`].
     pub fn place(
         &mut self,
-        driver: &D,
         generation: &str,
         weights: &Arc<AdapterWeights>,
         is_pinned: bool,
     ) -> Result<Placement, DeviceError> {
-        self.advance(driver);
         self.clock += 1;
         if let Some(entry) = self.entries.get_mut(generation) {
             (entry.last_used, entry.is_pinned) = (self.clock, is_pinned);
@@ -163,29 +167,34 @@ impl<D: Driver> Adapters<D> {
         Ok(placement)
     }
 
-    /// Takes what is under way one step on. What fails concerns those alone who want that adapter.
-    fn advance(&mut self, driver: &D) {
+    /// As [`crate::device::Device::bring_adapters`]. What fails concerns those alone who want that adapter.
+    pub fn bring(&mut self, driver: &D) -> bool {
+        self.evicted.clear();
+        let mut has_news = false;
         while let Some(bytes) = self.laid_out.front().and_then(|(_, pending)| pending.poll()) {
             let Some((generation, _)) = self.laid_out.pop_front() else { break };
             let state = match bytes.and_then(|bytes| self.send(driver, bytes)) {
                 Ok(transfer) => State::Sent { transfer, since: Instant::now() },
                 Err(error) => State::Failed(error),
             };
+            has_news |= matches!(state, State::Failed(_));
             if let Some(entry) = self.entries.get_mut(&generation) {
                 entry.state = state;
             }
         }
         for entry in self.entries.values_mut() {
-            if let State::Sent { transfer, since } = &mut entry.state {
-                match transfer.poll() {
-                    Ok(None) => {}
-                    Ok(Some(memory)) => {
+            if let State::Sent { transfer, since } = &mut entry.state
+                && let Some(arrived) = transfer.poll().transpose()
+            {
+                has_news = true;
+                entry.state = match arrived {
+                    Ok(memory) => {
                         self.transfer_seconds += since.elapsed().as_secs_f64();
                         self.loads += 1;
-                        entry.state = State::Ready(memory);
+                        State::Ready(memory)
                     }
-                    Err(error) => entry.state = State::Failed(error),
-                }
+                    Err(error) => State::Failed(error),
+                };
             }
             if matches!(entry.state, State::Failed(_)) {
                 self.used -= mem::take(&mut entry.bytes);
@@ -193,13 +202,14 @@ impl<D: Driver> Adapters<D> {
         }
         // Nobody will ask what became of these.
         self.entries.retain(|_, entry| !matches!(entry.state, State::Failed(_)) || entry.weights.strong_count() > 0);
+        has_news
     }
 
     /// Sends the bytes, after making room if the device has less than the budget promises.
     fn send(&mut self, driver: &D, bytes: AdapterBytes) -> Result<D::Transfer, DriverError> {
         let memory = loop {
             match driver.allocate_unset(bytes.len()) {
-                Err(DriverError::OutOfMemory { .. }) if self.evict_one() => {}
+                Err(DriverError::OutOfMemory { .. }) if self.evict_one() => self.evicted.clear(),
                 other => break other?,
             }
         };
@@ -216,7 +226,7 @@ impl<D: Driver> Adapters<D> {
         true
     }
 
-    /// Drops what nobody can ask for any more, or else what was used longest ago, the pinned last; false when all are held or
+    /// Lets go what nobody can ask for any more, or else what was used longest ago, the pinned last; false when all are held or
     /// under way.
     fn evict_one(&mut self) -> bool {
         let idle = self
@@ -225,14 +235,12 @@ impl<D: Driver> Adapters<D> {
             .filter(|(_, entry)| matches!(entry.state, State::Ready(_)) && Arc::strong_count(&entry.lease.0) == 1);
         let victim = idle.min_by_key(|(_, entry)| (entry.weights.strong_count() > 0, entry.is_pinned, entry.last_used));
         let Some(victim) = victim.map(|(generation, _)| generation.clone()) else { return false };
-        self.remove(&victim);
+        let Some(entry) = self.entries.remove(&victim) else { return false };
+        self.used -= entry.bytes;
         self.evictions += 1;
-        true
-    }
-
-    fn remove(&mut self, generation: &str) {
-        if let Some(entry) = self.entries.remove(generation) {
-            self.used -= entry.bytes;
+        if let State::Ready(memory) = entry.state {
+            self.evicted.push(memory);
         }
+        true
     }
 }

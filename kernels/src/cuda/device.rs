@@ -110,7 +110,11 @@ impl<D: Driver> Device for Cuda<D> {
         weights: &Arc<AdapterWeights>,
         is_pinned: bool,
     ) -> Result<Placement, DeviceError> {
-        self.adapters.place(&self.driver, generation, weights, is_pinned)
+        self.adapters.place(generation, weights, is_pinned)
+    }
+
+    fn bring_adapters(&mut self) -> bool {
+        self.adapters.bring(&self.driver)
     }
 
     fn adapter_tier(&self) -> Option<AdapterTier> {
@@ -282,6 +286,7 @@ impl<D: Driver> Device for Cuda<D> {
                     self.launch_head(norm, head, 0, num_first)?;
                 }
                 caller.meanwhile();
+                self.bring_adapters();
                 self.give_logits(0, num_first, caller)?;
                 for first in (num_first..num_wanted).step_by(LOGITS_ROWS) {
                     let num = LOGITS_ROWS.min(num_wanted - first);
@@ -308,6 +313,7 @@ impl<D: Driver> Device for Cuda<D> {
         }
         self.way = Way::Eager;
         caller.meanwhile();
+        self.bring_adapters();
         self.give_logits(0, num_wanted, caller)
     }
 }

@@ -174,6 +174,10 @@ impl Device for Host {
         Ok(Placement::Ready(Lease(Arc::default())))
     }
 
+    fn bring_adapters(&mut self) -> bool {
+        false
+    }
+
     fn adapter_tier(&self) -> Option<AdapterTier> {
         None
     }
