@@ -76,6 +76,12 @@ pub struct KeyConfig {
     pub key: Secret,
     /// Names of adapters; one that ends in `*` stands for all that begin so.
     pub adapters: Vec<String>,
+    /// 0 sets no limit.
+    #[serde(default)]
+    pub requests_per_minute: u32,
+    /// Of prompts and outputs; 0 sets no limit.
+    #[serde(default)]
+    pub tokens_per_minute: u32,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -269,7 +275,7 @@ impl Config {
 
 impl ServerConfig {
     fn validate_keys(&self) -> Result<(), String> {
-        for (index, KeyConfig { name, key, adapters }) in self.keys.iter().enumerate() {
+        for (index, KeyConfig { name, key, adapters, .. }) in self.keys.iter().enumerate() {
             let at = format!("server.keys[{index}]");
             if name.is_empty() || key.is_empty() {
                 return Err(format!("{at} needs a name and a key that are not empty"));

@@ -22,5 +22,6 @@ pub mod icl;
 pub mod metrics;
 pub mod model;
 pub mod prompt;
+mod rate_limit;
 pub mod tokenizer;
 pub mod tools;

@@ -339,3 +339,111 @@ async fn a_body_in_gzip_is_read_within_the_limit_and_other_encodings_are_415() {
     let (status, code) = send("gzip", gzip(&bomb)).await;
     assert_eq!((status, code), (413, json!("body_too_large")));
 }
+
+/// Keys with what they may use in a minute: requests, tokens.
+fn limited_keys(keys: &[(&str, u32, u32)]) -> String {
+    let key = |(name, requests, tokens): &(&str, u32, u32)| {
+        let limits = format!("requests_per_minute = {requests}\ntokens_per_minute = {tokens}");
+        format!("[[server.keys]]\nname = '{name}'\nkey = '{name}'\nadapters = []\n{limits}\n")
+    };
+    keys.iter().map(key).collect()
+}
+
+async fn post_as(server: &Server, key: &str, path: &str, body: &Value) -> reqwest::Response {
+    let request = server.client.post(format!("http://{}{path}", server.address)).bearer_auth(key);
+    request.body(body.to_string()).timeout(Duration::from_secs(60)).send().await.unwrap()
+}
+
+fn header<'a>(response: &'a reqwest::Response, name: &str) -> Option<&'a str> {
+    response.headers().get(name).map(|value| value.to_str().unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_has_used_its_requests_is_429_in_every_interface_and_others_are_served() {
+    let server = Server::start(&limited_keys(&[("few", 2, 0), ("free", 0, 0)]), None).await;
+    let body = json!({"prompt": "def f(x):", "max_tokens": 1});
+    for (remaining, resets) in [("1", 20..=30), ("0", 50..=60)] {
+        let response = post_as(&server, "few", "/v1/completions", &body).await;
+        assert_eq!(response.status(), StatusCode::OK);
+        assert_eq!(header(&response, "x-ratelimit-limit-requests"), Some("2"));
+        assert_eq!(header(&response, "x-ratelimit-remaining-requests"), Some(remaining));
+        let reset = header(&response, "x-ratelimit-reset-requests").unwrap().strip_suffix('s').unwrap();
+        let (minutes, seconds) = reset.split_once('m').unwrap_or(("0", reset));
+        let reset = 60 * minutes.parse::<u64>().unwrap() + seconds.parse::<u64>().unwrap();
+        assert!(resets.contains(&reset), "{remaining}: {reset}");
+        assert_eq!(header(&response, "x-ratelimit-limit-tokens"), None);
+    }
+    let message = json!({"messages": [{"role": "user", "content": "a"}], "max_tokens": 1});
+    for (path, body) in [
+        ("/v1/completions", &body),
+        ("/v1/chat/completions", &message),
+        ("/infill", &json!({"input_prefix": "a"})),
+        ("/v1/messages", &message),
+        ("/api/generate", &body),
+    ] {
+        let response = post_as(&server, "few", path, body).await;
+        assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS, "{path}");
+        let wait: u64 = header(&response, "retry-after").unwrap().parse().unwrap();
+        assert!((20..=30).contains(&wait), "{wait}");
+        assert_eq!(header(&response, "x-ratelimit-remaining-requests"), Some("0"));
+        let reply: Value = response.json().await.unwrap();
+        let message = match path {
+            "/v1/messages" => {
+                assert_eq!((&reply["type"], &reply["error"]["type"]), (&json!("error"), &json!("rate_limit_error")));
+                &reply["error"]["message"]
+            }
+            "/api/generate" => &reply["error"],
+            _ => {
+                assert_eq!(reply["error"]["type"], "requests");
+                assert_eq!(reply["error"]["code"], "rate_limit_exceeded");
+                &reply["error"]["message"]
+            }
+        };
+        assert!(message.as_str().unwrap().contains("2 requests per minute"), "{path}: {reply}");
+    }
+    let listed = server.client.get(format!("http://{}/v1/models", server.address)).bearer_auth("few").send().await;
+    assert_eq!(listed.unwrap().status(), StatusCode::OK, "only what generates is counted");
+    for _ in 0..3 {
+        let response = post_as(&server, "free", "/v1/completions", &body).await;
+        assert_eq!((response.status(), header(&response, "x-ratelimit-limit-requests")), (StatusCode::OK, None));
+    }
+    let metrics = metrics(&server).await;
+    assert!(metrics.contains(r#"lorry_rejected_total{reason="rate_limited"} 5"#), "{metrics}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_tokens_of_prompt_and_output_are_counted_and_the_request_that_takes_the_last_is_served_whole() {
+    let keys = ["plain", "streamed", "ollama", "compared"].map(|name| (name, 0, 60));
+    let server = Server::start(&limited_keys(&keys), None).await;
+    let listed = server.client.get(format!("http://{}/v1/models", server.address)).bearer_auth("plain").send().await;
+    let model = listed.unwrap().json::<Value>().await.unwrap()["data"][0]["id"].clone();
+    let text = json!({"prompt": "def f(x):", "max_tokens": 80, "ignore_eos": true});
+    let with = |field: &str, value: Value| {
+        let mut body = text.clone();
+        body[field] = value;
+        body
+    };
+    let arms = json!([{"name": "a", "model": model}, {"name": "b", "model": model}]);
+    let options = json!({"num_predict": 80, "ignore_eos": true});
+    let ollama = json!({"model": model, "prompt": "def f(x):", "raw": true, "stream": false, "options": options});
+    for (key, path, body) in [
+        ("plain", "/v1/completions", text.clone()),
+        ("streamed", "/v1/completions", with("stream", json!(true))),
+        ("ollama", "/api/generate", ollama),
+        ("compared", "/v1/compare", with("arms", arms)),
+    ] {
+        let response = post_as(&server, key, path, &body).await;
+        let (status, limit) = (response.status(), header(&response, "x-ratelimit-limit-tokens").map(str::to_owned));
+        let reply = response.text().await.unwrap();
+        assert_eq!((status, limit.as_deref()), (StatusCode::OK, Some("60")), "{key}: {reply}");
+        let response = post_as(&server, key, path, &body).await;
+        assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS, "{key}");
+        assert_eq!(header(&response, "x-ratelimit-remaining-tokens"), Some("0"));
+        let wait: u64 = header(&response, "retry-after").unwrap().parse().unwrap();
+        assert!(wait > 20, "{key}: what is above the limit is waited for: {wait}");
+        let reply = response.text().await.unwrap();
+        assert!(reply.contains("60 tokens per minute"), "{key}: {reply}");
+    }
+    // What is refused takes nothing.
+    assert_eq!(post_as(&server, "plain", "/v1/completions", &json!({})).await.status(), StatusCode::TOO_MANY_REQUESTS);
+}

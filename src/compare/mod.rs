@@ -5,6 +5,7 @@ mod agreement;
 pub mod terminal;
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use futures::StreamExt;
 use futures::stream::{BoxStream, SelectAll, select_all};
@@ -14,6 +15,7 @@ use crate::generation::{
     Generated, Generation, GenerationError, Prepared, ResolvedModel, SequenceUsage, TextEvent, Timing,
 };
 use crate::icl::Chosen;
+use crate::rate_limit::RateLimit;
 use agreement::agreement;
 
 /// Arms under way, by their place in the request. Dropping it cancels them all.
@@ -66,13 +68,21 @@ pub struct ArmResult {
 
 impl Comparison {
     /// Starts every arm that could be prepared, `None` for the others. Each has one prompt, one choice and
-    /// log-probabilities.
+    /// log-probabilities. `charged_to` pays for their tokens.
     ///
     /// # Errors
     /// The engine has stopped.
-    pub fn start(generation: &Generation, arms: Vec<Option<Prepared>>) -> Result<Self, GenerationError> {
+    pub fn start(
+        generation: &Generation,
+        arms: Vec<Option<Prepared>>,
+        charged_to: Option<&Arc<RateLimit>>,
+    ) -> Result<Self, GenerationError> {
         let is_there: Vec<bool> = arms.iter().map(Option::is_some).collect();
-        let mut generated = generation.launch_together(arms.into_iter().flatten().collect())?.into_iter();
+        let mut generated = generation.launch_together(arms.into_iter().flatten().collect())?;
+        if let Some(limit) = charged_to {
+            generated.iter_mut().for_each(|arm| arm.charge_to(limit));
+        }
+        let mut generated = generated.into_iter();
         let mut streams = Vec::new();
         let mut start = |index: usize, Generated { model, icl, seed, sequences, .. }: Generated| {
             streams.extend(sequences.into_iter().map(|sequence| sequence.map(move |event| (index, event)).boxed()));

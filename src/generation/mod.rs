@@ -16,7 +16,7 @@ mod text_stream;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
@@ -41,6 +41,7 @@ use crate::prompt::PromptError;
 use crate::prompt::chat::ChatTemplate;
 use crate::prompt::fim::FillInMiddle;
 use crate::prompt::formats::PromptFormats;
+use crate::rate_limit::RateLimit;
 use crate::tokenizer::Tokenizer;
 use crate::tools::{CallFormat, CallReader, Tools};
 
@@ -150,6 +151,15 @@ pub struct Generated {
     /// `num_choices` for the first prompt, then for the second, and so on.
     pub sequences: Vec<TextStream>,
     pub num_choices: usize,
+}
+
+impl Generated {
+    /// `limit` pays for the prompts, once each, and for the outputs as they come.
+    pub fn charge_to(&mut self, limit: &Arc<RateLimit>) {
+        let prompts = self.sequences.iter().step_by(self.num_choices);
+        limit.spend(prompts.map(|sequence| sequence.usage().num_prompt_tokens).sum(), Instant::now());
+        self.sequences.iter_mut().for_each(|sequence| sequence.charge_to(limit));
+    }
 }
 
 impl Generation {

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::{Stream, StreamExt};
 use tokio::sync::{mpsc, watch};
@@ -15,6 +15,7 @@ use self::indented_block::IndentedBlock;
 use super::GenerationError;
 use super::recorder::{Recorder, Timing};
 use crate::engine::request::{Event, FinishReason, TokenLogprob};
+use crate::rate_limit::RateLimit;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::detokenize::{Detokenizer, StopOutcome, StopStrings};
 
@@ -28,6 +29,8 @@ pub struct TextStream {
     ready: VecDeque<Result<TextEvent, GenerationError>>,
     ended: bool,
     score: Option<f32>,
+    /// Whose output it is.
+    charged_to: Option<Arc<RateLimit>>,
     /// While any stream lives, the server has not drained.
     _in_flight: watch::Receiver<()>,
 }
@@ -131,8 +134,14 @@ impl TextStream {
             ready: VecDeque::new(),
             ended: false,
             score: None,
+            charged_to: None,
             _in_flight: in_flight,
         }
+    }
+
+    /// From now on, `limit` pays for each token of the output.
+    pub(super) fn charge_to(&mut self, limit: &Arc<RateLimit>) {
+        self.charged_to = Some(limit.clone());
     }
 
     /// What is known so far.
@@ -165,6 +174,9 @@ impl TextStream {
             Event::PromptToken(logprob) => self.assembler.prompt_logprobs.push(logprob),
             Event::Token { id, logprob } => {
                 self.recorder.token();
+                if let Some(limit) = &self.charged_to {
+                    limit.spend(1, Instant::now());
+                }
                 let (delta, stopped) = self.assembler.token(id, logprob);
                 self.push_delta(delta);
                 if stopped {

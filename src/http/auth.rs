@@ -12,9 +12,11 @@ use sha2::{Digest, Sha256};
 
 use super::AppState;
 use super::error::ApiError;
+use super::key_limits::KeyLimits;
 use crate::config::{Secret, ServerConfig};
 use crate::generation::Access;
 use crate::hexadecimal::hexadecimal;
+use crate::rate_limit::RateLimit;
 
 const API_KEYS: [HeaderName; 2] = [HeaderName::from_static("x-api-key"), HeaderName::from_static("api-key")];
 
@@ -22,7 +24,14 @@ const API_KEYS: [HeaderName; 2] = [HeaderName::from_static("x-api-key"), HeaderN
 pub struct Keys {
     admin: Secret,
     /// None of them: the API is open, except for changes.
-    clients: Vec<(Secret, Access)>,
+    clients: Vec<Client>,
+}
+
+#[derive(Debug)]
+struct Client {
+    key: Secret,
+    access: Access,
+    limits: KeyLimits,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,26 +49,41 @@ pub struct Caller {
     pub access: Access,
     /// Tells callers apart: a digest of the key they send, needed or not.
     pub identity: Option<String>,
+    /// `None` for whoever may use as much as there is.
+    pub limits: Option<KeyLimits>,
+}
+
+impl Caller {
+    /// What pays for the tokens of its requests.
+    pub fn token_limit(&self) -> Option<&Arc<RateLimit>> {
+        self.limits.as_ref()?.tokens.as_ref()
+    }
 }
 
 impl Keys {
     pub fn new(config: &ServerConfig) -> Self {
-        let clients = config.keys.iter().map(|key| (key.key.clone(), Access::Only(Arc::from(key.adapters.as_slice()))));
+        let clients = config.keys.iter().map(|key| Client {
+            key: key.key.clone(),
+            access: Access::Only(Arc::from(key.adapters.as_slice())),
+            limits: KeyLimits::new(key),
+        });
         Self { admin: config.admin_key.clone(), clients: clients.collect() }
     }
 
     fn caller(&self, given: Option<&str>) -> Result<Caller, ApiError> {
         let identity = given.map(identity);
         if given.is_some_and(|given| self.admin.matches(given)) {
-            return Ok(Caller { role: Role::Admin, access: Access::All, identity });
+            return Ok(Caller { role: Role::Admin, access: Access::All, identity, limits: None });
         }
         if self.clients.is_empty() {
             // Clients send a key whether one is needed or not.
-            return Ok(Caller { role: Role::Anyone, access: Access::All, identity });
+            return Ok(Caller { role: Role::Anyone, access: Access::All, identity, limits: None });
         }
-        let client = given.and_then(|given| self.clients.iter().find(|(key, _)| key.matches(given)));
+        let client = given.and_then(|given| self.clients.iter().find(|client| client.key.matches(given)));
         match client {
-            Some((_, access)) => Ok(Caller { role: Role::Client, access: access.clone(), identity }),
+            Some(Client { access, limits, .. }) => {
+                Ok(Caller { role: Role::Client, access: access.clone(), identity, limits: Some(limits.clone()) })
+            }
             None => Err(ApiError::unauthorized("this server needs a key: send `Authorization: Bearer KEY`")),
         }
     }

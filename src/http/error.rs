@@ -52,6 +52,7 @@ impl ErrorBody {
             Some("model_not_found" | "adapter_not_found" | "store_not_found" | "not_found") => "not_found_error",
             Some("body_too_large") => "request_too_large",
             Some("request_timeout") => "timeout_error",
+            Some("rate_limit_exceeded") => "rate_limit_error",
             _ if self.kind == "server_error" => "api_error",
             _ => self.kind,
         }
@@ -65,6 +66,7 @@ impl ApiError {
             StatusCode::NOT_FOUND => "not_found",
             StatusCode::SERVICE_UNAVAILABLE => "overloaded",
             StatusCode::NOT_IMPLEMENTED => "invalid",
+            StatusCode::TOO_MANY_REQUESTS => "rate_limited",
             status if status.is_server_error() => "internal",
             _ => "invalid",
         }));
@@ -166,6 +168,11 @@ impl ApiError {
              server.max_body_bytes_in_flight has room for"
         );
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", Some("body_too_large"), message)
+    }
+
+    /// 429; `kind` is what there is too much of, `requests` or `tokens`.
+    pub fn rate_limited(kind: &'static str, message: String) -> Self {
+        Self::new(StatusCode::TOO_MANY_REQUESTS, kind, Some("rate_limit_exceeded"), message)
     }
 
     /// 500 without the cause, which is for the log.

@@ -17,6 +17,7 @@ mod feedback;
 mod fields;
 mod fim;
 mod icl;
+mod key_limits;
 mod listener;
 mod llama_cpp;
 mod logprobs;
@@ -151,16 +152,15 @@ impl Server {
 
 /// Every route, with and without `/v1`, behind the layers that all of them share.
 pub fn router(state: AppState) -> Router {
-    let generating = Router::new()
+    let generation = Router::new()
         .route("/completions", post(completions::completions))
         .route("/chat/completions", post(chat::chat_completions))
         .route("/responses", post(responses::create))
         .route("/fim/completions", post(fim::completions))
         .route("/compare", post(compare::compare))
-        .route("/messages", post(anthropic::messages))
-        .route_layer(from_fn_with_state(state.clone(), count_rejection));
+        .route("/messages", post(anthropic::messages));
     let adapter = get(adapters::get).put(adapters::put).delete(adapters::delete);
-    let api = generating
+    let api = generating(generation, &state)
         .route("/messages/count_tokens", post(anthropic::count_tokens))
         .route("/models", get(models::list))
         .route("/responses/{id}", get(responses::get).delete(responses::delete))
@@ -211,6 +211,11 @@ fn behind_shared_layers(routes: Router, config: &ServerConfig) -> Router {
         .layer(TraceLayer::new_for_http())
         .layer(PropagateRequestIdLayer::new(REQUEST_ID))
         .layer(SetRequestIdLayer::new(REQUEST_ID, MakeRequestUuid))
+}
+
+/// `routes` that generate, which is what keys may do only so much of; behind the layer that authenticates.
+fn generating(routes: Router<AppState>, state: &AppState) -> Router<AppState> {
+    routes.route_layer(from_fn(key_limits::limit)).route_layer(from_fn_with_state(state.clone(), count_rejection))
 }
 
 /// Mirrors the headers that are asked for: `*` does not stand for `authorization`.

@@ -70,7 +70,10 @@ pub async fn begin(
         None => Trial::default(),
     };
     match state.generation.start(request, &caller.access).await {
-        Ok(generated) => {
+        Ok(mut generated) => {
+            if let Some(tokens) = caller.token_limit() {
+                generated.charge_to(tokens);
+            }
             trial.started(&generated.model, generated.icl.as_ref());
             Ok((generated, trial))
         }

@@ -112,6 +112,7 @@ fn stream(stop: &[&str]) -> (mpsc::UnboundedSender<Event>, TextStream, Arc<crate
         ready: VecDeque::new(),
         ended: false,
         score: None,
+        charged_to: None,
         _in_flight: in_flight,
     };
     (events, stream, metrics)

@@ -44,7 +44,7 @@ pub async fn compare(
         Err(error) => (None, Some(error)),
     });
     let (ready, refused): (Vec<_>, Vec<_>) = split.unzip();
-    let comparison = Comparison::start(&state.generation, ready)?;
+    let comparison = Comparison::start(&state.generation, ready, caller.token_limit())?;
     let id = random_id("cmp");
     let heads = comparison.arms().map(|arm| arm.map(ArmHead::of)).collect();
     let trials = comparison.arms().zip(&arms).map(|(started, arm)| match (started, &arm.request) {

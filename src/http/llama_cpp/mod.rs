@@ -8,18 +8,15 @@ mod reply;
 mod request;
 
 use axum::Router;
-use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
 
-use super::{AppState, count_rejection, tokenize};
+use super::{AppState, generating, tokenize};
 
 /// Behind the layer that authenticates.
 pub fn routes(state: &AppState) -> Router<AppState> {
-    let generating = Router::new()
-        .route("/infill", post(generate::infill))
-        .route("/completion", post(generate::completion))
-        .route_layer(from_fn_with_state(state.clone(), count_rejection));
-    generating
+    let generation =
+        Router::new().route("/infill", post(generate::infill)).route("/completion", post(generate::completion));
+    generating(generation, state)
         .route("/lora-adapters", get(lora_adapters::list).post(lora_adapters::set))
         .route("/props", get(props::props))
         .route("/tokenize", post(tokenize::tokenize))

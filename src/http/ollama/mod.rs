@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::auth::authenticate;
 use super::error::ApiError;
-use super::{AppState, count_rejection};
+use super::{AppState, generating};
 
 /// The interface that is spoken here; clients refuse older ones.
 const INTERFACE_VERSION: &str = "0.6.4";
@@ -27,11 +27,8 @@ struct Version {
 
 /// Below `/api`.
 pub fn routes(state: &AppState) -> Router<AppState> {
-    let generating = Router::new()
-        .route("/generate", post(generate::generate))
-        .route("/chat", post(generate::chat))
-        .route_layer(from_fn_with_state(state.clone(), count_rejection));
-    generating
+    let generation = Router::new().route("/generate", post(generate::generate)).route("/chat", post(generate::chat));
+    generating(generation, state)
         .route("/version", get(version))
         .route("/tags", get(models::tags))
         .route("/show", post(models::show))
