@@ -7,7 +7,7 @@ use llguidance::api::{ParserLimits, TopLevelGrammar};
 use serde_json::{Value, json};
 use toktrie::{TokEnv, TokRxInfo, TokTrie, TokenId, TokenizerEnv};
 
-use super::{Constraint, GrammarError, Matcher};
+use super::{Constraint, GrammarError, Matcher, gbnf};
 use crate::tokenizer::Tokenizer;
 
 /// The most of a constraint, as JSON or text.
@@ -124,7 +124,7 @@ fn grammar(constraint: &Constraint) -> Result<TopLevelGrammar, GrammarError> {
         }
         Constraint::Gbnf(grammar) => {
             bounded(grammar.len())?;
-            Err(GrammarError::Invalid("grammars in GBNF are not read here: send one in Lark's notation".to_owned()))
+            gbnf::read(grammar).map_err(GrammarError::Invalid)
         }
     }
 }

@@ -2,6 +2,7 @@
 //! matcher that says which tokens may come next. The parsing is llguidance's.
 
 mod compiler;
+mod gbnf;
 mod matcher;
 
 use serde_json::Value;

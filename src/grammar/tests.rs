@@ -65,6 +65,70 @@ fn each_kind_of_constraint_accepts_what_it_says_and_nothing_else() {
 }
 
 #[test]
+fn a_grammar_in_gbnf_accepts_what_it_says() {
+    let arithmetic = "# sums\nroot  ::= (expr \"=\" ws term \"\\n\")+\nexpr ::= term ([-+*/] term)*\n\
+        term  ::= ident | num | \"(\" ws expr \")\" ws\nident ::= [a-z] [a-z0-9_]* ws\nnum ::= [0-9]+ ws\nws ::= [ \\t\\n]*\n";
+    let json = "root ::= object\nvalue ::= object | array | string | number | (\"true\" | \"false\" | \"null\") ws\n\
+        object ::= \"{\" ws (\n  string \":\" ws value\n  (\",\" ws string \":\" ws value)*\n)? \"}\" ws\n\
+        array ::= \"[\" ws (value (\",\" ws value)*)? \"]\" ws\n\
+        string ::= \"\\\"\" ([^\"\\\\\\x7F\\x00-\\x1F] | \"\\\\\" ([\"\\\\bfnrt] | \"u\" [0-9a-fA-F]{4}))* \"\\\"\" ws\n\
+        number ::= \"-\"? ([0-9] | [1-9] [0-9]{0,15}) (\".\" [0-9]+)? ws\nws ::= | \" \" | \"\\n\" [ \\t]{0,20}\n";
+    let cases = [
+        ("root ::= \"yes\" | \"no\"", vec!["yes", "no"], vec!["", "y", "yesno"]),
+        (
+            "root ::= item{2,3} .\nitem ::= \"- \" [^\\n]+ \"\\n\"",
+            vec!["- a\n- é\n!", "- a\n- b\n- c\n\n"],
+            vec!["- a\n!"],
+        ),
+        // What is regular is read by characters: the first "a" may be all of `as`.
+        ("root ::= as \"ab\"\nas ::= \"a\"*", vec!["ab", "aaab"], vec!["a", "b"]),
+        ("root ::= [a\\-\\]-]+ [^]? \"\\u00e9\\U0001F389\"", vec!["a-]é🎉", "a\né🎉"], vec!["bé🎉"]),
+        ("root ::= \"\" \"x\"{2} (\"\" | \"y\"{,1})", vec!["xx", "xxy"], vec!["x", "xxyy"]),
+        ("root ::= \"(\" root? \")\"", vec!["()", "((()))"], vec!["(", "())"]),
+        ("root ::= a\na ::= \"x\" a | ws\nws ::= \"\"", vec!["", "xx"], vec!["y"]),
+        ("root ::= a | \"z\"\na ::= a \"x\" | \"x\"", vec!["xxx", "z"], vec!["", "zx"]),
+        (arithmetic, vec!["a=1\n", "(x +2) *y1 = 3\n\n4=b\n"], vec!["a=\n", "=1\n", "a=1"]),
+        (json, vec![r#"{"a": [1, {"b": "é\n"}], "c": null}"#, "{}"], vec!["[1]", r#"{"a"}"#, "{\"a\": 01}"]),
+    ];
+    for (grammar, good, bad) in cases {
+        let matcher =
+            compile(&Constraint::Gbnf(grammar.to_owned())).unwrap_or_else(|error| panic!("{grammar}: {error}"));
+        for text in good {
+            assert!(accepts(&matcher, text), "{grammar} {text:?}");
+        }
+        for text in bad {
+            assert!(!accepts(&matcher, text), "{grammar} {text:?}");
+        }
+    }
+}
+
+#[test]
+fn a_broken_grammar_in_gbnf_says_where() {
+    for (grammar, error) in [
+        ("rot ::= \"a\"", "the rule `root` is missing"),
+        ("root ::= \"a\"\nroot ::= \"b\"", "line 2: the rule `root` is there already"),
+        ("root ::= \"a\" b", "line 1: there is no rule `b`"),
+        ("root ::= (\n\"a\" | \"b\"\n", "line 1: `)` is missing"),
+        ("root ::= \"a\" )", "line 1: `)` was not expected"),
+        ("root ::= \"a\nb\"", "`\"` is missing"),
+        ("root ::= [a-", "`]` is missing"),
+        ("root ::= []", "line 1: `[]` matches nothing"),
+        ("root ::= [z-a]", "line 1: the range from 'z' to 'a' is empty"),
+        ("root ::= * \"a\"", "line 1: there is nothing to repeat"),
+        ("root ::= \"a\"{3,2}", "line 1: `{3,2}` is no number of repetitions"),
+        ("root ::= \"a\"{x}", "line 1: `{` takes"),
+        ("root ::= \"\\q\"", "line 1: `\\q` is no escape"),
+        ("root ::= \"\\uD800\"", "line 1: U+D800 is no character"),
+        ("root ::=\n<think>", "line 2: tokens of the model"),
+        ("root ::= \"a\"\n\"b\" ::= \"c\"", "line 2: `::=` was not expected"),
+        ("root : \"a\" ::=", "line 1: ':' was not expected"),
+    ] {
+        let refused = compile(&Constraint::Gbnf(grammar.to_owned())).expect_err(grammar).to_string();
+        assert!(refused.contains(error), "{grammar}: {refused}");
+    }
+}
+
+#[test]
 fn the_end_may_follow_what_is_complete_and_special_tokens_nothing() {
     let mut matcher = compile(&Constraint::Regex("a+".to_owned())).unwrap();
     assert_eq!(allowed(&mut matcher), [97]);
@@ -107,6 +171,11 @@ fn what_cannot_be_compiled_is_an_error() {
 #[test]
 fn hostile_constraints_end_in_an_error_or_a_grammar() {
     let deep = |open: &str, close: &str, num: usize| format!("{}a{}", open.repeat(num), close.repeat(num));
+    // Rules that are two of the next.
+    let doubling = |num: usize| {
+        let rule = |number: usize| format!("r{number} ::= r{} r{}\n", number + 1, number + 1);
+        format!("root ::= r0\n{}r{num} ::= \"a\"", (0..num).map(rule).collect::<String>())
+    };
     let mut nested = json!({"type": "integer"});
     for _ in 0..120 {
         nested = json!({"anyOf": [nested, {"type": "array", "items": {"type": "string"}}]});
@@ -117,6 +186,11 @@ fn hostile_constraints_end_in_an_error_or_a_grammar() {
         Constraint::Lark(format!("start: a\na: {}", "b ".repeat(50_000))),
         Constraint::Lark(format!("start: /{}/", deep("(", ")", 20_000))),
         Constraint::Lark("start: start".to_owned()),
+        Constraint::Gbnf(format!("root ::= {}", deep("(", ")", 20_000).replace('a', "\"a\""))),
+        Constraint::Gbnf("root ::= root".to_owned()),
+        Constraint::Gbnf(format!("root ::= \"a\"{}", "+".repeat(50_000))),
+        Constraint::Gbnf(doubling(60)),
+        Constraint::Gbnf(format!("{}r60 ::= root", doubling(60).replace("r60 ::= \"a\"", ""))),
         Constraint::Regex(deep("(", ")", 20_000)),
         Constraint::Regex(deep("(?:", ")*", 10_000)),
         Constraint::Regex("((a{1,1000}){1,1000}){1,1000}".to_owned()),

@@ -52,7 +52,7 @@ async fn what_cannot_be_compiled_is_refused_by_name() {
     let server = Server::quick().await;
     for (name, value) in [
         ("guided_regex", json!("(")),
-        ("grammar", json!("root ::= \"a\"")),
+        ("grammar", json!("root ::= nowhere")),
         ("guided_grammar", json!("start: nowhere")),
         ("guided_json", json!({"type": "no such type"})),
         ("response_format", json!({"type": "json_schema", "json_schema": {"schema": {"$ref": "https://a.b/c"}}})),
