@@ -283,6 +283,18 @@ mod tests {
     }
 
     #[test]
+    fn what_is_told_of_tools_keeps_the_order_it_was_told_in() {
+        let tool =
+            json!({"type": "function", "function": {"name": "f", "description": "d", "parameters": {"z": 1, "a": 2}}});
+        let tools = [tool.clone()];
+        let messages = [json!({"role": "user", "content": "hi"})];
+        let text = template("{{ tools[0] | tojson }}").render(&messages, true, Some(&tools)).unwrap();
+        let expected =
+            r#"{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"z": 1, "a": 2}}}"#;
+        assert_eq!(text, expected);
+    }
+
+    #[test]
     fn arguments_of_tool_calls_reach_the_template_as_an_object() {
         let call = json!({"type": "function", "function": {"name": "add", "arguments": "{\"a\": 1, \"b\": [2, 3]}"}});
         let messages = json!([{"role": "assistant", "content": null, "tool_calls": [call]}]);
