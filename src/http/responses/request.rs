@@ -60,6 +60,7 @@ impl ResponseRequest {
             }
         }
         check_reasoning(fields)?;
+        check_verbosity(fields)?;
         check_include(fields)?;
         fields.object("stream_options")?;
         let mut messages = previous;
@@ -111,6 +112,17 @@ fn echoed(fields: &Fields, is_stored: bool) -> Map<String, Value> {
 }
 
 /// The models here think no longer when they are asked to.
+fn check_verbosity(fields: &Fields) -> Result<(), ApiError> {
+    match fields.object("text")?.and_then(|text| text.get("verbosity")) {
+        None | Some(Value::Null) => Ok(()),
+        Some(verbosity) if verbosity == "medium" => Ok(()),
+        Some(other) => {
+            let message = format!("`text.verbosity` is {other:.80}, but `medium` only: say it in the instructions");
+            Err(ApiError::invalid("text.verbosity", message))
+        }
+    }
+}
+
 fn check_reasoning(fields: &Fields) -> Result<(), ApiError> {
     let effort = fields.object("reasoning")?.and_then(|reasoning| reasoning.get("effort"));
     match effort {
@@ -286,6 +298,7 @@ mod tests {
             (json!({"input": "a", "background": true}), "background"),
             (json!({"input": "a", "truncation": "auto"}), "truncation"),
             (json!({"input": "a", "reasoning": {"effort": "high"}}), "reasoning.effort"),
+            (json!({"input": "a", "text": {"verbosity": "low"}}), "text.verbosity"),
             (json!({"input": "a", "include": ["file_search_call.results"]}), "include"),
             (json!({"input": "a", "tools": [{"type": "web_search"}]}), "tools[0].type"),
             (json!({"input": "a", "max_tokens": 1}), "max_tokens"),
