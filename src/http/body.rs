@@ -21,12 +21,15 @@ use crate::config::ServerConfig;
 const MAX_INLINE_BYTES: usize = 1 << 18;
 /// About what a value, such as a number of one digit, takes when it is parsed.
 const VALUE_BYTES: usize = 64;
+/// Large bodies that are parsed at once: the others wait, so that probes find a processor.
+const MAX_PARSED: usize = 2;
 
 /// Bytes for the bodies of all requests together.
 #[derive(Debug, Clone)]
 pub struct BodyBudget {
     max_bytes: usize,
     free: Arc<Semaphore>,
+    parsers: Arc<Semaphore>,
 }
 
 /// What a body holds of the budget, until dropped.
@@ -36,7 +39,7 @@ pub struct HeldBytes(OwnedSemaphorePermit);
 impl BodyBudget {
     pub fn new(max_bytes: usize) -> Self {
         let max_bytes = max_bytes.min(Semaphore::MAX_PERMITS);
-        Self { max_bytes, free: Arc::new(Semaphore::new(max_bytes)) }
+        Self { max_bytes, free: Arc::new(Semaphore::new(max_bytes)), parsers: Arc::new(Semaphore::new(MAX_PARSED)) }
     }
 
     fn take(&self, num_bytes: usize) -> Option<HeldBytes> {
@@ -67,12 +70,17 @@ pub async fn read_json<T: Send + 'static>(
 ) -> Result<(T, HeldBytes), ApiError> {
     let (body, mut held) = read_body(request, state).await?;
     let budget = state.bodies.clone();
+    let parsers = budget.parsers.clone();
     let is_large = body.len() > MAX_INLINE_BYTES;
     let read = move || {
         held.0.merge(budget.take_for_values(&body)?.0);
         Ok((read(&body)?, held))
     };
-    if is_large { spawn_blocking(read).await.map_err(|_| ApiError::internal())? } else { read() }
+    if !is_large {
+        return read();
+    }
+    let _turn = parsers.acquire().await.map_err(|_| ApiError::internal())?;
+    spawn_blocking(read).await.map_err(|_| ApiError::internal())?
 }
 
 /// # Errors
