@@ -188,7 +188,7 @@ def test_concurrent_requests_to_base_and_adapter_get_what_they_get_alone(client)
     "field, value",
     [
         ("structural_tag", {"type": "structural_tag"}),
-        ("grammar", 'root ::= "a"'),
+        ("grammar", "root ::= nowhere"),
         ("continue_final_message", True),
         ("min_tokens", 5),
         ("functions", [{"name": "f"}]),

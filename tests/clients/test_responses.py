@@ -1,5 +1,7 @@
 """The Responses interface through the OpenAI client library."""
 
+import json
+
 import openai
 import pytest
 
@@ -61,7 +63,7 @@ def test_a_conversation_goes_on_from_what_is_kept(client):
 def test_a_function_is_called_and_its_result_goes_back(client):
     response = respond(client, "What is the weather in Paris?", tools=FUNCTIONS)
     [call] = response.output
-    assert (call.type, call.name, call.arguments) == ("function_call", "get_weather", '{"city": "Paris"}')
+    assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "get_weather", {"city": "Paris"})
     events = list(respond(client, "What is the weather in Paris?", tools=FUNCTIONS, stream=True))
     [done] = [event for event in events if event.type == "response.function_call_arguments.done"]
     assert done.arguments == call.arguments
