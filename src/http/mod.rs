@@ -16,6 +16,7 @@ mod experiments;
 mod feedback;
 mod fields;
 mod fim;
+mod gap;
 mod icl;
 mod key_limits;
 mod listener;

@@ -122,12 +122,7 @@ pub async fn get(
     PathName(id): PathName,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let card = if state.experiments.is_alias(&id) {
-        alias_card(&state, &id)
-    } else {
-        let (model, _) = icl::Selection::split_model_name(&id)?;
-        card(&state, state.generation.find_model(model, &caller.access)?)
-    };
+    let card = find(&state, &caller, &id)?;
     if Dialect::is_anthropic(&headers) {
         return Ok(Json(AnthropicModelCard::from(card)).into_response());
     }
@@ -137,10 +132,15 @@ pub async fn get(
 /// # Errors
 /// 404 where the field `model` names none that the caller may use.
 pub fn check_name(state: &AppState, caller: &Caller, fields: &Fields) -> Result<(), ApiError> {
-    let Some(name) = fields.string("model")?.filter(|name| !state.experiments.is_alias(name)) else { return Ok(()) };
+    fields.string("model")?.map_or(Ok(()), |name| find(state, caller, name).map(drop))
+}
+
+fn find(state: &AppState, caller: &Caller, name: &str) -> Result<ModelCard, ApiError> {
+    if state.experiments.is_alias(name) {
+        return Ok(alias_card(state, name));
+    }
     let (model, _) = icl::Selection::split_model_name(name)?;
-    state.generation.find_model(model, &caller.access)?;
-    Ok(())
+    Ok(card(state, state.generation.find_model(model, &caller.access)?))
 }
 
 /// Of an experiment, of which a client sees no more than that it can be asked.

@@ -11,11 +11,19 @@ use super::error::ApiError;
 
 /// Never waits for the engine, however busy that is.
 pub async fn health(State(state): State<AppState>) -> Response {
-    if state.generation.is_accepting() {
-        Json(json!({"status": "ok", "device": state.generation.device()})).into_response()
-    } else {
-        ApiError::unavailable("the server is shutting down, or its engine has stopped").into_response()
+    match check_accepting(&state) {
+        Ok(()) => Json(json!({"status": "ok", "device": state.generation.device()})).into_response(),
+        Err(error) => error.into_response(),
     }
+}
+
+/// # Errors
+/// 503 where no request has a chance.
+pub fn check_accepting(state: &AppState) -> Result<(), ApiError> {
+    if state.generation.is_accepting() {
+        return Ok(());
+    }
+    Err(ApiError::unavailable("the server is shutting down, or its engine has stopped"))
 }
 
 pub async fn metrics(State(state): State<AppState>) -> Response {

@@ -14,6 +14,7 @@ use super::fields::{Fields, wrong_type};
 use super::models::check_name;
 use super::reply::ReplyShape;
 use super::trials::choose_arm;
+use crate::generation::GenerationRequest;
 use crate::tokenizer::detokenize::Detokenizer;
 use crate::tokenizer::{Specials, Tokenizer, TokenizerError};
 
@@ -137,10 +138,15 @@ pub async fn apply_template(
     Ok(Json(RenderedPrompt { prompt: text_of(&state, &tokens) }))
 }
 
-async fn chat_tokens(state: &AppState, caller: &Caller, fields: &Fields) -> Result<Vec<u32>, ApiError> {
-    let mut request = ChatShape::parse(&fields.without(&OWN).into())?;
-    // An experiment's arm is chosen as for the chat itself, and nothing of it is recorded.
+/// A chat that is only to be looked at: an experiment's arm is chosen as for the chat itself, and nothing of it is recorded.
+pub fn unrecorded_chat(state: &AppState, caller: &Caller, fields: &Fields) -> Result<GenerationRequest, ApiError> {
+    let mut request = ChatShape::parse(fields)?;
     choose_arm(state, caller, fields.string("user")?, &mut request)?;
+    Ok(request)
+}
+
+async fn chat_tokens(state: &AppState, caller: &Caller, fields: &Fields) -> Result<Vec<u32>, ApiError> {
+    let request = unrecorded_chat(state, caller, &fields.without(&OWN).into())?;
     Ok(state.generation.prompt_tokens(request, &caller.access).await?)
 }
 

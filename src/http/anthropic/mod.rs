@@ -18,7 +18,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::reply::ReplyShape;
 use super::run::Run;
-use super::trials::choose_arm;
+use super::tokenize::unrecorded_chat;
 
 #[derive(Debug, Serialize)]
 pub struct TokenCount {
@@ -52,10 +52,7 @@ pub async fn count_tokens(
     Extension(caller): Extension<Caller>,
     fields: Fields,
 ) -> Result<Json<TokenCount>, ApiError> {
-    let converted = read_messages(&fields)?;
-    let mut request = ChatShape::parse(&converted)?;
-    // An experiment's arm is chosen as for the message itself, and nothing of it is recorded.
-    choose_arm(&state, &caller, converted.string("user")?, &mut request)?;
+    let request = unrecorded_chat(&state, &caller, &read_messages(&fields)?)?;
     let input_tokens = state.generation.count_prompt_tokens(request, &caller.access).await?;
     Ok(Json(TokenCount { input_tokens }))
 }

@@ -2,16 +2,16 @@
 
 use serde_json::{Map, Value};
 
-use crate::generation::{ContextFile, GenerationRequest, Prompt};
+use crate::generation::GenerationRequest;
 use crate::http::completions::CompletionShape;
 use crate::http::error::ApiError;
-use crate::http::fields::{Fields, wrong_type};
+use crate::http::fields::Fields;
+use crate::http::gap::{ItemFields, context_files, set_context};
 use crate::http::reply::ReplyShape;
 use crate::http::sampling::default_to_no_limit;
 
 const INFILL: [&str; 4] = ["prompt", "input_prefix", "input_suffix", "input_extra"];
-/// Of text that comes without a name.
-const UNNAMED: &str = "tmp";
+const EXTRA: ItemFields = ItemFields { name: "filename", text: "text", unnamed: "tmp" };
 
 pub fn read_completion(fields: &Fields) -> Result<GenerationRequest, ApiError> {
     CompletionShape::parse(&converted(fields, &[])?.into())
@@ -21,16 +21,13 @@ pub fn read_completion(fields: &Fields) -> Result<GenerationRequest, ApiError> {
 pub fn read_infill(fields: &Fields) -> Result<GenerationRequest, ApiError> {
     let text = |name| Ok::<_, ApiError>(fields.string(name)?.unwrap_or_default());
     let prefix = [text("input_prefix")?, text("prompt")?].concat();
-    let extra = context_files(fields.array("input_extra")?.map_or(&[], Vec::as_slice))?;
+    let extra = fields.array("input_extra")?.map_or(&[] as &[Value], Vec::as_slice);
+    let extra = context_files("input_extra", extra, &EXTRA)?;
     let mut converted = converted(fields, &INFILL)?;
     converted.insert("prompt".to_owned(), prefix.into());
     converted.insert("suffix".to_owned(), text("input_suffix")?.into());
     let mut request = CompletionShape::parse(&converted.into())?;
-    for prompt in &mut request.prompts {
-        if let Prompt::FillInMiddle { files, .. } = prompt {
-            files.clone_from(&extra);
-        }
-    }
+    set_context(&mut request, &extra);
     Ok(request)
 }
 
@@ -57,21 +54,4 @@ fn converted(fields: &Fields, own: &[&str]) -> Result<Map<String, Value>, ApiErr
         converted.insert("logprobs".to_owned(), 0.into());
     }
     Ok(converted)
-}
-
-fn context_files(items: &[Value]) -> Result<Vec<ContextFile>, ApiError> {
-    let file = |(index, item): (usize, &Value)| {
-        let at = format!("input_extra[{index}]");
-        let Value::Object(item) = item else { return Err(wrong_type(&at, "an object", item)) };
-        let text = |name: &str| match item.get(name) {
-            None | Some(Value::Null) => Ok(None),
-            Some(Value::String(text)) => Ok(Some(text.clone())),
-            Some(other) => Err(wrong_type(&format!("{at}.{name}"), "a string", other)),
-        };
-        Ok(ContextFile {
-            name: text("filename")?.unwrap_or_else(|| UNNAMED.to_owned()),
-            text: text("text")?.unwrap_or_default(),
-        })
-    };
-    items.iter().enumerate().map(file).collect()
 }

@@ -111,7 +111,6 @@ fn echoed(fields: &Fields, is_stored: bool) -> Map<String, Value> {
     echoed
 }
 
-/// The models here think no longer when they are asked to.
 fn check_verbosity(fields: &Fields) -> Result<(), ApiError> {
     match fields.object("text")?.and_then(|text| text.get("verbosity")) {
         None | Some(Value::Null) => Ok(()),
@@ -123,6 +122,7 @@ fn check_verbosity(fields: &Fields) -> Result<(), ApiError> {
     }
 }
 
+/// The models here think no longer when they are asked to.
 fn check_reasoning(fields: &Fields) -> Result<(), ApiError> {
     let effort = fields.object("reasoning")?.and_then(|reasoning| reasoning.get("effort"));
     match effort {

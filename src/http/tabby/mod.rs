@@ -15,6 +15,7 @@ use super::AppState;
 use super::auth::{Caller, authenticate};
 use super::error::ApiError;
 use super::fields::Fields;
+use super::probes::check_accepting;
 use super::reply::random_id;
 use super::run::{Run, RunEvent};
 
@@ -84,9 +85,7 @@ pub async fn completions(state: &AppState, caller: &Caller, fields: &Fields) -> 
 }
 
 async fn health(State(state): State<AppState>) -> Result<Json<Health>, ApiError> {
-    if !state.generation.is_accepting() {
-        return Err(ApiError::unavailable("the server is shutting down, or its engine has stopped"));
-    }
+    check_accepting(&state)?;
     let (base, device) = (state.generation.base(), state.generation.device().to_owned());
     Ok(Json(Health {
         model: base.id.clone(),

@@ -2,10 +2,11 @@
 
 use serde_json::{Map, Value};
 
-use crate::generation::{ContextFile, GenerationRequest, Prompt};
+use crate::generation::{ContextFile, GenerationRequest};
 use crate::http::completions::CompletionShape;
 use crate::http::error::ApiError;
 use crate::http::fields::{Fields, wrong_type};
+use crate::http::gap::{ItemFields, context_files, set_context, text};
 use crate::http::reply::ReplyShape;
 
 /// As in Tabby.
@@ -19,8 +20,7 @@ const OWN: [&str; 4] = ["language", "segments", "mode", "debug_options"];
 /// From what matters least at the cursor to what matters most.
 const SNIPPETS: [&str; 3] =
     ["relevant_snippets_from_recently_opened_files", "declarations", "relevant_snippets_from_changed_files"];
-/// Of text that comes without a name.
-const UNNAMED: &str = "snippet";
+const SNIPPET: ItemFields = ItemFields { name: "filepath", text: "body", unnamed: "snippet" };
 
 pub fn read(fields: &Fields) -> Result<GenerationRequest, ApiError> {
     fields.string("language")?;
@@ -54,12 +54,7 @@ pub fn read(fields: &Fields) -> Result<GenerationRequest, ApiError> {
     let mut request = CompletionShape::parse(&completion.into())?;
     let indent = indent_of_last_line(prefix);
     request.options.min_indent = request.options.min_indent.max(indent);
-    let context = files(segments)?;
-    for prompt in &mut request.prompts {
-        if let Prompt::FillInMiddle { files, .. } = prompt {
-            files.clone_from(&context);
-        }
-    }
+    set_context(&mut request, &files(segments)?);
     Ok(request)
 }
 
@@ -82,24 +77,9 @@ fn files(segments: &Map<String, Value>) -> Result<Vec<ContextFile>, ApiError> {
             Some(other) => return Err(wrong_type(&at, "an array", other)),
         };
         // The most relevant comes first.
-        for (index, snippet) in snippets.iter().enumerate().rev() {
-            let at = format!("{at}[{index}]");
-            let Value::Object(snippet) = snippet else { return Err(wrong_type(&at, "an object", snippet)) };
-            files.push(ContextFile {
-                name: text(snippet, &at, "filepath")?.unwrap_or(UNNAMED).to_owned(),
-                text: text(snippet, &at, "body")?.unwrap_or_default().to_owned(),
-            });
-        }
+        files.extend(context_files(&at, snippets, &SNIPPET)?.into_iter().rev());
     }
     Ok(files)
-}
-
-fn text<'a>(object: &'a Map<String, Value>, at: &str, name: &str) -> Result<Option<&'a str>, ApiError> {
-    match object.get(name) {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::String(text)) => Ok(Some(text)),
-        Some(other) => Err(wrong_type(&format!("{at}.{name}"), "a string", other)),
-    }
 }
 
 #[cfg(test)]
@@ -107,6 +87,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::generation::Prompt;
 
     fn parse(body: Value) -> Result<GenerationRequest, ApiError> {
         read(&Fields::parse(body.to_string().as_bytes())?)
