@@ -33,6 +33,16 @@ fn accepts(matcher: &Matcher, text: &str) -> bool {
     is_followed && allowed(&mut matcher).contains(&STOP)
 }
 
+fn assert_accepts(constraint: &Constraint, good: &[&str], bad: &[&str]) {
+    let matcher = compile(constraint).unwrap_or_else(|error| panic!("{constraint:?}: {error}"));
+    for text in good {
+        assert!(accepts(&matcher, text), "{constraint:?} {text:?}");
+    }
+    for text in bad {
+        assert!(!accepts(&matcher, text), "{constraint:?} {text:?}");
+    }
+}
+
 #[test]
 fn each_kind_of_constraint_accepts_what_it_says_and_nothing_else() {
     let schema = json!({"type": "object", "properties": {"the": {"type": "integer"}}, "required": ["the"], "additionalProperties": false});
@@ -54,13 +64,7 @@ fn each_kind_of_constraint_accepts_what_it_says_and_nothing_else() {
         ),
     ];
     for (constraint, good, bad) in cases {
-        let matcher = compile(&constraint).unwrap();
-        for text in good {
-            assert!(accepts(&matcher, text), "{constraint:?} {text:?}");
-        }
-        for text in bad {
-            assert!(!accepts(&matcher, text), "{constraint:?} {text:?}");
-        }
+        assert_accepts(&constraint, &good, &bad);
     }
 }
 
@@ -91,14 +95,7 @@ fn a_grammar_in_gbnf_accepts_what_it_says() {
         (json, vec![r#"{"a": [1, {"b": "é\n"}], "c": null}"#, "{}"], vec!["[1]", r#"{"a"}"#, "{\"a\": 01}"]),
     ];
     for (grammar, good, bad) in cases {
-        let matcher =
-            compile(&Constraint::Gbnf(grammar.to_owned())).unwrap_or_else(|error| panic!("{grammar}: {error}"));
-        for text in good {
-            assert!(accepts(&matcher, text), "{grammar} {text:?}");
-        }
-        for text in bad {
-            assert!(!accepts(&matcher, text), "{grammar} {text:?}");
-        }
+        assert_accepts(&Constraint::Gbnf(grammar.to_owned()), &good, &bad);
     }
 }
 
