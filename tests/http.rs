@@ -46,14 +46,14 @@ fn start() -> Server {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port is free");
     listener.set_nonblocking(true).expect("tokio can use it");
     let url = format!("http://{}", listener.local_addr().expect("it is bound"));
-    // Each test brings its own runtime; the server needs one that outlives them.
-    std::thread::spawn(|| {
-        let runtime = tokio::runtime::Runtime::new().expect("a runtime starts");
-        runtime.block_on(async {
-            let listener = TcpListener::from_std(listener).expect("tokio can use it");
-            http::Server::start(listener, &state.config.server).serve(state, std::future::pending()).await
-        })
-    });
+    // Each test brings its own runtime; the server needs one that outlives them. Who is told the URL is served.
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime starts");
+    let served = {
+        let _within = runtime.enter();
+        let listener = TcpListener::from_std(listener).expect("tokio can use it");
+        http::Server::start(listener, &state.config.server).serve(state, std::future::pending())
+    };
+    std::thread::spawn(move || runtime.block_on(served));
     Server { url, engine, adapters }
 }
 
