@@ -31,6 +31,13 @@ impl PeftConfig {
     /// When the text is not a JSON object, or a field is malformed or asks for what this server does not do; names it.
     pub fn parse(text: &[u8]) -> Result<Self, AdapterError> {
         let mut fields = Fields::parse(text)?;
+        // MLX names its own kind of adapter where PEFT names its method.
+        if fields.is_null("peft_type") && !(fields.is_null("fine_tune_type") && fields.is_null("lora_parameters")) {
+            return Err(AdapterError::field(
+                "peft_type",
+                "missing: this is MLX's form of an adapter, which is not read",
+            ));
+        }
         let method = fields.take_text("peft_type", &["LORA", "IA3", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])?;
         if !fields.is_null("task_type") {
             fields.take_text("task_type", &["CAUSAL_LM"])?;

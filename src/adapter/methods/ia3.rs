@@ -32,7 +32,7 @@ pub fn load(config: &Ia3Config, mut tensors: Tensors<'_>, spec: &ModelSpec) -> R
     let mut found = Targets::default();
     for (layer, module, path, vector) in placed {
         let (in_features, out_features) = spec.module_shape(module);
-        let delta = if config.is_feedforward(&path) {
+        let delta = if config.is_feedforward(&path)? {
             vector.check_shape(&[1, in_features])?;
             SiteDelta { input_scale: Some(vector.f32_values()?), ..SiteDelta::default() }
         } else {

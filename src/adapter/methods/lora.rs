@@ -108,7 +108,7 @@ impl<'a> Placed<'a> {
         let missing = |part| incomplete(EMBEDDING_PATH, part);
         let a = self.embedding_a.as_ref().ok_or_else(|| missing("lora_embedding_A"))?;
         let b = self.embedding_b.as_ref().ok_or_else(|| missing("lora_embedding_B"))?;
-        let (rank, scale) = (config.rank(EMBEDDING_PATH), config.scale(EMBEDDING_PATH)?);
+        let (rank, scale) = (config.rank(EMBEDDING_PATH)?, config.scale(EMBEDDING_PATH)?);
         a.check_rank(0, spec.vocab_size, rank)?;
         b.check_rank(1, spec.hidden_size, rank)?;
         let (a, b) = (a.f16_values()?, b.f16_values()?.to_f32_vec());
@@ -144,7 +144,7 @@ impl<'a> SiteTensors<'a> {
     ) -> Result<SiteDelta, AdapterError> {
         let lora_a = self.lora_a.as_ref().ok_or_else(|| incomplete(path, "lora_A.weight"))?;
         let lora_b = self.lora_b.as_ref().ok_or_else(|| incomplete(path, "lora_B.weight"))?;
-        let (rank, scale) = (config.rank(path), config.scale(path)?);
+        let (rank, scale) = (config.rank(path)?, config.scale(path)?);
         lora_a.check_rank(0, in_features, rank)?;
         lora_b.check_rank(1, out_features, rank)?;
         let vector = |tensor: &Option<NamedTensor<'_>>, name: &str, field: &str, is_expected: bool| match tensor {

@@ -9,7 +9,8 @@ use serde_json::Value;
 
 use super::FILE;
 use crate::adapter::error::AdapterError;
-use crate::adapter::sites::{PathMatch, SiteSelector, match_at_start};
+use crate::adapter::path_pattern::PathPattern;
+use crate::adapter::sites::{PathMatch, SiteSelector};
 use crate::model::spec::Module;
 
 /// Fields of every method that matter to training, provenance or other runtimes only.
@@ -40,7 +41,7 @@ impl OneOrMany<String> {
     /// PEFT reads a single text as a pattern for the whole path, a list as names.
     pub fn into_path_match(self, field: &str) -> Result<PathMatch, AdapterError> {
         match self {
-            Self::One(pattern) => PathMatch::pattern(field, &pattern),
+            Self::One(pattern) => PathPattern::whole(field, &pattern).map(PathMatch::Pattern),
             Self::Many(names) => Ok(PathMatch::Names(names)),
         }
     }
@@ -133,7 +134,7 @@ impl Fields {
         selector.layer_patterns = layer_patterns
             .iter()
             .filter(|pattern| !pattern.is_empty())
-            .map(|pattern| match_at_start("layers_pattern", &format!(r".*\.{pattern}\.(\d+)\.")))
+            .map(|pattern| PathPattern::at_start("layers_pattern", &format!(r".*\.{pattern}\.(\d+)\.")))
             .collect::<Result<_, _>>()?;
         selector.layers = (!layers.is_empty()).then(|| layers.into_iter().collect());
         Ok(())

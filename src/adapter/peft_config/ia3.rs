@@ -1,10 +1,9 @@
 //! The configuration of (IA)³.
 
-use regex::Regex;
-
 use super::fields::{Fields, OneOrMany};
 use crate::adapter::error::AdapterError;
-use crate::adapter::sites::{SiteSelector, match_at_start};
+use crate::adapter::path_pattern::PathPattern;
+use crate::adapter::sites::SiteSelector;
 
 /// Which layers are scaled, and at which end.
 #[derive(Debug)]
@@ -18,7 +17,7 @@ enum Feedforward {
     /// A path matches by its ending, with no regard to its dots.
     Endings(Vec<String>),
     /// Matches whole paths.
-    Pattern(Regex),
+    Pattern(PathPattern),
 }
 
 impl Ia3Config {
@@ -29,7 +28,7 @@ impl Ia3Config {
         let feedforward = match fields.take_as::<OneOrMany<String>>(field)? {
             None => Feedforward::Endings(Vec::new()),
             Some(OneOrMany::Many(endings)) => Feedforward::Endings(endings),
-            Some(OneOrMany::One(pattern)) => Feedforward::Pattern(match_at_start(field, &format!(r"(?:{pattern})\z"))?),
+            Some(OneOrMany::One(pattern)) => Feedforward::Pattern(PathPattern::whole(field, &pattern)?),
         };
         let selector = fields.take_selector()?;
         fields.refuse_rest(&["init_ia3_weights"])?;
@@ -37,9 +36,12 @@ impl Ia3Config {
     }
 
     /// Whether the vector of the layer at a module path scales its inputs, not its outputs.
-    pub fn is_feedforward(&self, path: &str) -> bool {
+    ///
+    /// # Errors
+    /// When a pattern takes too many steps; names its field.
+    pub fn is_feedforward(&self, path: &str) -> Result<bool, AdapterError> {
         match &self.feedforward {
-            Feedforward::Endings(endings) => endings.iter().any(|ending| path.ends_with(ending.as_str())),
+            Feedforward::Endings(endings) => Ok(endings.iter().any(|ending| path.ends_with(ending.as_str()))),
             Feedforward::Pattern(pattern) => pattern.is_match(path),
         }
     }

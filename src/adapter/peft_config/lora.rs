@@ -1,13 +1,13 @@
 //! The configuration of LoRA and what grew from it: rsLoRA, DoRA, patterns, biases, a head saved whole.
 
-use regex::Regex;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::fields::{Entries, Fields, parse_error};
 use crate::adapter::error::AdapterError;
-use crate::adapter::sites::{HEAD_PATH, SiteSelector, match_at_start};
+use crate::adapter::path_pattern::PathPattern;
+use crate::adapter::sites::{HEAD_PATH, SiteSelector};
 
 const MAX_RANK: usize = 1024;
 /// Entries of one `*_pattern`: several per site of any base, and few enough to compile.
@@ -17,8 +17,21 @@ const MAX_PATTERN_ENTRIES: usize = 2048;
 const DEFAULT_RANK: usize = 8;
 const DEFAULT_ALPHA: f64 = 8.0;
 
-const WITHOUT_EFFECT: &[&str] =
-    &["eva_config", "lora_dropout", "megatron_config", "megatron_core", "qalora_group_size"];
+/// What `init_lora_weights` decides about, which is read; what training and other runtimes need; and ms-swift's own fields
+/// of training.
+const WITHOUT_EFFECT: &[&str] = &[
+    "corda_config",
+    "eva_config",
+    "loftq_config",
+    "lora_dropout",
+    "lora_dtype",
+    "lora_ga_config",
+    "lorap_emb_lr",
+    "lorap_lr_ratio",
+    "megatron_config",
+    "megatron_core",
+    "qalora_group_size",
+];
 
 /// How the low-rank pairs of a LoRA adapter are to be applied.
 #[derive(Debug)]
@@ -33,8 +46,8 @@ pub struct LoraConfig {
     pub replaces_head: bool,
     rank: usize,
     alpha: f64,
-    rank_pattern: Vec<(Regex, usize)>,
-    alpha_pattern: Vec<(Regex, f64)>,
+    rank_pattern: Vec<(PathPattern, usize)>,
+    alpha_pattern: Vec<(PathPattern, f64)>,
 }
 
 impl LoraConfig {
@@ -80,17 +93,20 @@ impl LoraConfig {
     }
 
     /// Rank of the pair at a module path.
-    pub fn rank(&self, path: &str) -> usize {
-        first_match(&self.rank_pattern, path).unwrap_or(self.rank)
+    ///
+    /// # Errors
+    /// When a pattern takes too many steps; names its field.
+    pub fn rank(&self, path: &str) -> Result<usize, AdapterError> {
+        Ok(first_match(&self.rank_pattern, path)?.unwrap_or(self.rank))
     }
 
     /// What the delta at a module path is multiplied by.
     ///
     /// # Errors
-    /// When it is no finite 32-bit number.
+    /// When it is no finite 32-bit number, or as [`LoraConfig::rank`].
     pub fn scale(&self, path: &str) -> Result<f32, AdapterError> {
-        let rank = self.rank(path) as f64;
-        let alpha = first_match(&self.alpha_pattern, path).unwrap_or(self.alpha);
+        let rank = self.rank(path)? as f64;
+        let alpha = first_match(&self.alpha_pattern, path)?.unwrap_or(self.alpha);
         let scale = (alpha / if self.use_rslora { rank.sqrt() } else { rank }) as f32;
         if scale.is_finite() {
             Ok(scale)
@@ -100,8 +116,13 @@ impl LoraConfig {
     }
 }
 
-fn first_match<T: Copy>(patterns: &[(Regex, T)], path: &str) -> Option<T> {
-    patterns.iter().find(|(pattern, _)| pattern.is_match(path)).map(|(_, value)| *value)
+fn first_match<T: Copy>(patterns: &[(PathPattern, T)], path: &str) -> Result<Option<T>, AdapterError> {
+    for (pattern, value) in patterns {
+        if pattern.is_match(path)? {
+            return Ok(Some(*value));
+        }
+    }
+    Ok(None)
 }
 
 fn checked_rank(field: &str, rank: i64) -> Result<usize, AdapterError> {
@@ -116,14 +137,14 @@ impl Entries {
         self,
         field: &str,
         check: impl Fn(&str, T) -> Result<U, AdapterError>,
-    ) -> Result<Vec<(Regex, U)>, AdapterError> {
+    ) -> Result<Vec<(PathPattern, U)>, AdapterError> {
         if self.0.len() > MAX_PATTERN_ENTRIES {
             return Err(AdapterError::field(field, format!("more than {MAX_PATTERN_ENTRIES} entries")));
         }
         let compile_entry = |(key, value)| {
             let field = format!("{field}[{key}]");
             let value = serde_json::from_value(value).map_err(|e| AdapterError::field(&field, e))?;
-            Ok((match_at_start(&field, &format!(r"(?:.*\.)?(?:{key})\z"))?, check(&field, value)?))
+            Ok((PathPattern::whole(&field, &format!(r"(?:.*\.)?(?:{key})"))?, check(&field, value)?))
         };
         self.0.into_iter().map(compile_entry).collect()
     }

@@ -33,11 +33,11 @@ fn the_first_pattern_in_file_order_wins_and_matches_whole_components() {
            "rank_pattern": {"v_proj": 2, "layers.3.self_attn.v_proj": 8, "a_proj": 1, "roj": 1}"#,
     )
     .unwrap();
-    assert_eq!(c.rank(V_PROJ_3), 2);
-    assert_eq!(c.rank("model.layers.3.self_attn.q_proj"), 4);
+    assert_eq!(c.rank(V_PROJ_3).unwrap(), 2);
+    assert_eq!(c.rank("model.layers.3.self_attn.q_proj").unwrap(), 4);
     assert_eq!(c.scale(V_PROJ_3).unwrap(), 2.0);
     let c = config(r#","rank_pattern": {"layers.3.self_attn.v_proj": 8, "a": 1, "v_proj": 2}"#).unwrap();
-    assert_eq!((c.rank(V_PROJ_3), c.rank("model.layers.13.self_attn.v_proj")), (8, 2));
+    assert_eq!((c.rank(V_PROJ_3).unwrap(), c.rank("model.layers.13.self_attn.v_proj").unwrap()), (8, 2));
 }
 
 #[test]
@@ -65,7 +65,7 @@ fn a_field_that_changes_the_arithmetic_is_refused_by_name() {
         ("lora_alpha", "NaN"),
         ("lora_alpha", r#""16""#),
         ("rank_pattern", r#"{"q_proj": -1}"#),
-        ("rank_pattern", r#"{"(?=q)q_proj": 1}"#),
+        ("rank_pattern", r#"{"(q_proj": 1}"#),
         ("alpha_pattern", "[1]"),
         ("layers_to_transform", "[-1]"),
     ] {
@@ -119,11 +119,11 @@ fn ia3(fields: &str) -> Result<Ia3Config, AdapterError> {
 #[test]
 fn feedforward_modules_match_the_end_of_a_path_or_the_whole_of_it() {
     let path = "model.layers.3.mlp.down_proj";
-    assert!(ia3(r#","feedforward_modules": ["down_proj"]"#).unwrap().is_feedforward(path));
-    assert!(ia3(r#","feedforward_modules": ["n_proj"]"#).unwrap().is_feedforward(path));
-    assert!(ia3(r#","feedforward_modules": ".*down_proj""#).unwrap().is_feedforward(path));
-    assert!(!ia3(r#","feedforward_modules": "down_proj""#).unwrap().is_feedforward(path));
-    assert!(!ia3("").unwrap().is_feedforward(path));
+    assert!(ia3(r#","feedforward_modules": ["down_proj"]"#).unwrap().is_feedforward(path).unwrap());
+    assert!(ia3(r#","feedforward_modules": ["n_proj"]"#).unwrap().is_feedforward(path).unwrap());
+    assert!(ia3(r#","feedforward_modules": ".*down_proj""#).unwrap().is_feedforward(path).unwrap());
+    assert!(!ia3(r#","feedforward_modules": "down_proj""#).unwrap().is_feedforward(path).unwrap());
+    assert!(!ia3("").unwrap().is_feedforward(path).unwrap());
 }
 
 #[test]
@@ -207,7 +207,7 @@ proptest! {
         let at = at.index(text.len());
         text[at] = byte;
         if let Ok(PeftConfig::Lora(config)) = PeftConfig::parse(&text) {
-            prop_assert!((1..=1024).contains(&config.rank(V_PROJ_3)));
+            prop_assert!((1..=1024).contains(&config.rank(V_PROJ_3).unwrap()));
         }
         let _ = PeftConfig::parse(&text[..cut.index(text.len())]);
     }
