@@ -88,6 +88,48 @@ fn every_part_goes_to_its_place() {
     assert_eq!(v[1][3 * 16..4 * 16], values[3 * 64 + 48..][..16]);
 }
 
+/// As the files of PEFT, but for what some programs do to them.
+#[test]
+fn an_adapter_is_the_same_whichever_program_saved_it() {
+    type Change = fn(&str) -> String;
+    let ways: [(&str, Change); 5] = [
+        ("without the prefix", |key| key.trim_start_matches(PREFIX).to_owned()),
+        ("with the prefix twice", |key| format!("{PREFIX}{key}")),
+        // The adapter's name stands before the last part of a module's tensor, and after a parameter's.
+        ("as a running model has it", |key| match key.rsplit_once('.') {
+            Some((module, part @ ("weight" | "bias"))) => format!("module.{module}.default.{part}"),
+            _ => format!("module.{key}.default"),
+        }),
+        ("compiled", |key| key.replace(PREFIX, "base_model.model._orig_mod.")),
+        ("checkpointed", |key| key.replace(".layers.0.", ".layers.0._checkpoint_wrapped_module.")),
+    ];
+    for kind in [Kind::LoraEverywhere, Kind::RsLoraBias, Kind::Dora, Kind::Ia3] {
+        let expected = load(&good(kind).files()).unwrap();
+        for (way, rename) in ways {
+            let mut draft = good(kind);
+            draft.tensors = draft.tensors.into_iter().map(|(key, tensor)| (rename(&key), tensor)).collect();
+            let found = load(&draft.files()).unwrap_or_else(|e| panic!("{kind:?} saved {way}: {e}"));
+            assert_eq!(found.coverage, expected.coverage, "{kind:?} saved {way}");
+            assert_eq!(format!("{:?}", found.weights), format!("{:?}", expected.weights), "{kind:?} saved {way}");
+        }
+    }
+}
+
+/// PEFT's default where the embedding or the head is a target.
+#[test]
+fn the_base_s_own_embedding_and_head_are_left_out() {
+    let expected = load(&good(Kind::LoraEverywhere).files()).unwrap();
+    for name in ["model.embed_tokens.base_layer", "lm_head.base_layer", "model.embed_tokens", "lm_head.original_module"]
+    {
+        let mut draft = good(Kind::LoraEverywhere);
+        // Quantization has moved every weight of the base a little.
+        let row = |token: usize| (token..token + 32).map(|at| at as f32 * 1.1);
+        draft.tensors.insert(format!("{PREFIX}{name}.weight"), (vec![40, 32], (0..40).flat_map(row).collect()));
+        let found = load(&draft.files()).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!(format!("{:?}", found.weights), format!("{:?}", expected.weights), "{name}");
+    }
+}
+
 #[test]
 fn a_magnitude_equal_to_the_norm_changes_nothing_but_the_low_rank_pair() {
     let mut draft = good(Kind::Dora);
@@ -122,6 +164,7 @@ fn what_does_not_fit_is_refused_with_its_cause() {
     }
     const EMBEDDING_A: &str = "base_model.model.model.embed_tokens.lora_embedding_A";
     const HEAD: &str = "base_model.model.lm_head.weight";
+    const TWICE: [&str; 2] = ["x.lora_A.one.weight", "y.lora_A.other.weight"];
     const MAGNITUDE: &str = "base_model.model.model.layers.1.self_attn.q_proj.lora_magnitude_vector";
     const IA3_DOWN: &str = "base_model.model.model.layers.1.mlp.down_proj.ia3_l";
     let cases: Vec<(Kind, &str, Change)> = vec![
@@ -137,10 +180,20 @@ fn what_does_not_fit_is_refused_with_its_cause() {
         (Kind::LoraEverywhere, "NaN", with(EMBEDDING_A, &[3, 40], f32::NAN)),
         (
             Kind::LoraEverywhere,
-            "save_embedding_layers",
+            "not the base's own",
             with("base_model.model.model.embed_tokens.base_layer.weight", &[40, 32], 0.5),
         ),
+        (
+            Kind::LoraEverywhere,
+            "vocabulary",
+            with("base_model.model.model.embed_tokens.base_layer.weight", &[41, 32], 0.5),
+        ),
         (Kind::LoraEverywhere, "modules_to_save", with(HEAD, &[40, 32], 0.5)),
+        (Kind::LoraEverywhere, "modules_to_save", with(HEAD, &[40, 32], f32::NAN)),
+        (Kind::LoraEverywhere, "ZeRO-3", with(EMBEDDING_A, &[0], 0.5)),
+        (Kind::LoraEverywhere, "two adapters", with(TWICE[0], &[3, 32], 0.5).also(with(TWICE[1], &[3, 32], 0.5))),
+        (Kind::LoraEverywhere, "belongs where", with("model.layers.0.mlp.up_proj.lora_A.weight", &[3, 32], 0.5)),
+        (Kind::LoraEverywhere, "rank_pattern", set("rank_pattern", json!({r"(?=x|.)((.*)*)*\2y": 4}))),
         (Kind::LoraEverywhere, "modules_to_save", set("modules_to_save", json!(["lm_head"]))),
         (Kind::LoraEverywhere, "use_dora", set("use_dora", json!(true))),
         (Kind::LoraEverywhere, "lora_bias", set("lora_bias", json!(true))),

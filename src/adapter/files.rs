@@ -21,7 +21,8 @@ use crate::hexadecimal::hexadecimal;
 
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub const FILES: [&str; 3] = [peft_config::FILE, WEIGHTS_FILE, manifest::FILE];
-const PICKLES: [&str; 2] = ["adapter_model.bin", "adapter_model.pt"];
+/// The name that MLX gives to an adapter's weights.
+const MLX_WEIGHTS_FILE: &str = "adapters.safetensors";
 const MAX_WEIGHTS_BYTES: u64 = 4 << 30;
 
 /// Two writes within this time may leave the same modification time.
@@ -49,7 +50,8 @@ impl AdapterFiles {
     }
 
     fn read_from(folder: &Dir, max_weights_bytes: u64) -> Result<Self, AdapterError> {
-        let config = read_file(folder, peft_config::FILE, peft_config::MAX_FILE_BYTES)?.ok_or_else(missing_config)?;
+        let config =
+            read_file(folder, peft_config::FILE, peft_config::MAX_FILE_BYTES)?.ok_or_else(|| missing_config(folder))?;
         let manifest = read_file(folder, manifest::FILE, manifest::MAX_FILE_BYTES)?;
         let weights = read_file(folder, WEIGHTS_FILE, max_weights_bytes)?.ok_or_else(|| missing_weights(folder))?;
         Ok(Self { config, manifest, weights })
@@ -114,7 +116,7 @@ impl Glance {
     /// # Errors
     /// What can be seen to be wrong there.
     pub fn at(folder: &Dir, max_weights_bytes: u64) -> Result<Self, AdapterError> {
-        open_file(folder, peft_config::FILE, peft_config::MAX_FILE_BYTES)?.ok_or_else(missing_config)?;
+        open_file(folder, peft_config::FILE, peft_config::MAX_FILE_BYTES)?.ok_or_else(|| missing_config(folder))?;
         let manifest = read_file(folder, manifest::FILE, manifest::MAX_FILE_BYTES)?;
         let manifest = manifest.as_deref().map(AdapterManifest::parse).transpose()?.unwrap_or_default();
         let (mut weights, len) =
@@ -150,14 +152,11 @@ impl Fingerprint {
     /// Whether the folder holds an adapter or what is left of one.
     pub fn is_adapter(&self, folder: &Dir) -> bool {
         let [config, weights, _] = &self.0;
-        let is_pickle = |entry: io::Result<cap_std::fs::DirEntry>| {
-            entry.is_ok_and(|entry| entry.file_name().to_string_lossy().starts_with("adapter_model."))
-        };
         // A link that leads nowhere has no stamp.
         config.is_some()
             || weights.is_some()
             || FILES[..2].iter().any(|file| folder.symlink_metadata(file).is_ok())
-            || folder.entries().is_ok_and(|mut entries| entries.any(is_pickle))
+            || foreign_file(folder).is_some()
     }
 
     /// Whether a file was written so recently that a further write might not show.
@@ -220,17 +219,33 @@ pub fn leads_outside(error: &io::Error) -> bool {
     error.kind() == ErrorKind::PermissionDenied && error.raw_os_error().is_none()
 }
 
-fn missing_config() -> AdapterError {
+fn missing_config(folder: &Dir) -> AdapterError {
     let hint = "an adapter is a folder as PEFT's save_pretrained writes it".to_string();
-    AdapterError::Missing { file: peft_config::FILE, hint }
+    AdapterError::Missing { file: peft_config::FILE, hint: foreign_file(folder).unwrap_or(hint) }
 }
 
 fn missing_weights(folder: &Dir) -> AdapterError {
-    let hint = match PICKLES.into_iter().find(|file| folder.exists(file)) {
-        Some(file) => format!("{file} is a pickle, which can run code when opened: convert it to safetensors"),
-        None => "the adapter's weights are read from there only".to_string(),
-    };
-    AdapterError::Missing { file: WEIGHTS_FILE, hint }
+    let hint = "the adapter's weights are read from there only".to_string();
+    AdapterError::Missing { file: WEIGHTS_FILE, hint: foreign_file(folder).unwrap_or(hint) }
+}
+
+/// Weights in a form that is not read, and what to do with them; `None` if the folder holds none.
+fn foreign_file(folder: &Dir) -> Option<String> {
+    let entries = folder.entries().ok()?.filter_map(Result::ok);
+    let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort_unstable();
+    names.into_iter().find_map(|name| {
+        if name.ends_with(".gguf") {
+            return Some(format!(
+                "{name} is an adapter of llama.cpp and Ollama: turn it into one by `lorry adapters import`"
+            ));
+        }
+        if name == MLX_WEIGHTS_FILE {
+            return Some(format!("{name} is MLX's form of an adapter, which is not read: save it with PEFT"));
+        }
+        let is_pickle = name.starts_with("adapter_model.") && name != WEIGHTS_FILE;
+        is_pickle.then(|| format!("{name} is a pickle, which can run code when opened: convert it to safetensors"))
+    })
 }
 
 /// SHA-256 over the files, each preceded by its length so that bytes cannot move from one into the next.

@@ -3,6 +3,7 @@
 //! Nothing in the files is trusted: sizes are checked before memory is taken.
 
 use safetensors::SafeTensors;
+use tracing::info;
 
 use super::canonical::{Adapter, Coverage};
 use super::error::AdapterError;
@@ -25,7 +26,11 @@ pub fn load(name: &str, files: &AdapterFiles, base: &dyn BaseWeights) -> Result<
     }
     let config = PeftConfig::parse(&files.config)?;
     let weights = parse_weights(&files.weights)?;
-    let tensors = Tensors::of(&weights)?;
+    let mut tensors = Tensors::of(&weights)?;
+    let replaces_head = matches!(&config, PeftConfig::Lora(config) if config.replaces_head);
+    for key in tensors.leave_out_base(base, replaces_head)? {
+        info!("adapter {name}: {key} is the base's own matrix and is left out");
+    }
     let mut adapter = match &config {
         PeftConfig::Lora(config) => lora::load(config, tensors, base)?,
         PeftConfig::Ia3(config) => ia3::load(config, tensors, base.spec())?,

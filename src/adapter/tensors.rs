@@ -7,43 +7,97 @@ use half::{bf16, f16};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use super::error::AdapterError;
+use super::sites::{EMBEDDING_PATH, HEAD_PATH};
+use super::tensor_names::TensorName;
+use crate::model::{BaseWeights, VocabularyMatrix};
 
-/// What stands before every key of a layer's tensors.
-const PREFIX: &str = "base_model.model.";
+/// DeepSpeed leaves every process a part of each tensor, and of most of them nothing.
+const EMPTY: &str = "has no elements: under DeepSpeed ZeRO-3 each process holds a part of the weights only; gather them \
+                     before saving (stage3_gather_16bit_weights_on_model_save), or use zero_to_fp32.py";
 
-/// The tensors that have not found their place yet.
+/// What PEFT puts around a layer of the base that it does not train.
+const BASE_LAYER: &str = "base_layer";
+const ORIGINAL_MODULE: &str = "original_module";
+
+/// Rows of the base by which a matrix is known to be the base's own.
+const MAX_COMPARED_ROWS: usize = 64;
+/// Error of the base's own rows, of their norm: what the coarsest quantization (Q2_K, 0.3) leaves. Rows of another model
+/// are off by more than their norm.
+const MAX_BASE_ERROR: f64 = 0.5;
+
+/// The tensors that have not found their place yet, by their [`TensorName::canonical`].
 #[derive(Debug)]
-pub struct Tensors<'a>(BTreeMap<&'a str, TensorView<'a>>);
+pub struct Tensors<'a>(BTreeMap<String, NamedTensor<'a>>);
 
 impl<'a> Tensors<'a> {
     /// # Errors
-    /// When there are none.
+    /// When there are none, one has no elements, two belong to one place, or they are of several adapters.
     pub fn of(file: &'a SafeTensors<'a>) -> Result<Self, AdapterError> {
         if file.is_empty() {
             return Err(AdapterError::NoTensors);
         }
-        Ok(Self(file.iter().collect()))
+        let mut tensors: BTreeMap<String, NamedTensor<'a>> = BTreeMap::new();
+        let mut adapter = None;
+        for (key, view) in file.iter() {
+            if view.shape().contains(&0) {
+                return Err(AdapterError::tensor(key, EMPTY));
+            }
+            let name = TensorName::parse(key);
+            if let (Some(one), Some(other)) = (adapter, name.adapter)
+                && one != other
+            {
+                return Err(AdapterError::tensor(key, format!("the file holds two adapters, {one:?} and {other:?}")));
+            }
+            adapter = adapter.or(name.adapter);
+            if let Some(other) = tensors.get(&name.canonical) {
+                return Err(AdapterError::tensor(key, format!("belongs where {:?} does", other.key)));
+            }
+            tensors.insert(name.canonical, NamedTensor { key, view });
+        }
+        Ok(Self(tensors))
     }
 
     pub fn take(&mut self, key: &str) -> Option<NamedTensor<'a>> {
-        self.0.remove_entry(key).map(|(key, view)| NamedTensor { key, view })
+        self.0.remove(key)
     }
 
     /// The tensor `name` of the module at a path, e.g. `lora_A.weight`.
     pub fn take_of(&mut self, path: &str, name: &str) -> Option<NamedTensor<'a>> {
-        self.take(&format!("{PREFIX}{path}.{name}"))
+        self.take(&format!("{path}.{name}"))
+    }
+
+    /// Leaves out the base's own embedding and head, which PEFT saves beside an adapter of either; gives their names.
+    /// `replaces_head` is whether the file's head is one of the adapter's.
+    ///
+    /// # Errors
+    /// When such a matrix is not the base's.
+    pub fn leave_out_base(
+        &mut self,
+        base: &dyn BaseWeights,
+        replaces_head: bool,
+    ) -> Result<Vec<&'a str>, AdapterError> {
+        let mut left_out = Vec::new();
+        for (matrix, path) in [(VocabularyMatrix::Embedding, EMBEDDING_PATH), (VocabularyMatrix::Head, HEAD_PATH)] {
+            let is_plain_own = !(replaces_head && matrix == VocabularyMatrix::Head);
+            let plain = is_plain_own.then(|| format!("{path}.weight"));
+            let wrapped = [BASE_LAYER, ORIGINAL_MODULE].map(|within| format!("{path}.{within}.weight"));
+            for name in wrapped.into_iter().chain(plain) {
+                if let Some(tensor) = self.take(&name) {
+                    tensor.check_is_base(base, matrix)?;
+                    left_out.push(tensor.key);
+                }
+            }
+        }
+        Ok(left_out)
     }
 
     /// # Errors
     /// When tensors are left, which the server would not apply; names the first.
     pub fn refuse_rest(self) -> Result<(), AdapterError> {
-        let Some(key) = self.0.keys().next() else { return Ok(()) };
-        let reason = if key.ends_with("base_layer.weight") || key.ends_with("embed_tokens.weight") {
-            "is a weight of the base: save the adapter with save_embedding_layers=False"
-        } else {
-            "finds no site in the base"
-        };
-        Err(AdapterError::tensor(key, reason))
+        match self.0.values().next() {
+            Some(tensor) => Err(AdapterError::tensor(tensor.key, "finds no site in the base")),
+            None => Ok(()),
+        }
     }
 }
 
@@ -75,6 +129,37 @@ impl NamedTensor<'_> {
             return Ok(());
         }
         let reason = format!("has shape {:?}, the base needs {expected:?}", self.view.shape());
+        Err(AdapterError::tensor(self.key, reason))
+    }
+
+    /// # Errors
+    /// When this is not `matrix` of the base, as far as its quantization lets one see.
+    fn check_is_base(&self, base: &dyn BaseWeights, matrix: VocabularyMatrix) -> Result<(), AdapterError> {
+        let (vocab_size, hidden_size) = (base.spec().vocab_size, base.spec().hidden_size);
+        if self.view.shape() != [vocab_size, hidden_size] {
+            let reason = format!(
+                "has shape {:?}, the base's is [{vocab_size}, {hidden_size}]: an adapter cannot change the vocabulary",
+                self.view.shape()
+            );
+            return Err(AdapterError::tensor(self.key, reason));
+        }
+        let row_bytes = self.view.data().len() / vocab_size;
+        let mut row = vec![0.0; hidden_size];
+        let (mut error, mut norm) = (0.0, 0.0);
+        for token in (0..vocab_size).step_by(vocab_size.div_ceil(MAX_COMPARED_ROWS)) {
+            base.dequantize_token(matrix, token, &mut row);
+            let saved = self.elements_of(&self.view.data()[token * row_bytes..][..row_bytes])?;
+            for (saved, own) in saved.iter().zip(&row) {
+                error += f64::from(saved - own).powi(2);
+                norm += f64::from(*own).powi(2);
+            }
+        }
+        // Not the other way round: what is not a number is not the base's.
+        if error.sqrt() <= MAX_BASE_ERROR * norm.sqrt() {
+            return Ok(());
+        }
+        let reason = "is not the base's own, and adapter_config.json does not name it in modules_to_save: it was trained \
+                      on another base, or saved by a program that trained it besides";
         Err(AdapterError::tensor(self.key, reason))
     }
 
@@ -114,7 +199,11 @@ impl NamedTensor<'_> {
     }
 
     fn elements(&self) -> Result<Vec<f32>, AdapterError> {
-        let bytes = self.view.data();
+        self.elements_of(self.view.data())
+    }
+
+    /// Those of a part of the tensor, `bytes`.
+    fn elements_of(&self, bytes: &[u8]) -> Result<Vec<f32>, AdapterError> {
         let two_bytes = bytes.as_chunks::<2>().0.iter();
         match self.view.dtype() {
             Dtype::F32 => Ok(bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()),

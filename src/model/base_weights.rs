@@ -4,10 +4,20 @@ use std::path::Path;
 
 use kernels::mapped_file::MappedRows;
 
-use super::BaseWeights;
 use super::decoder::{gguf_name, hugging_face_rows};
 use super::gguf::{GgufError, GgufFile};
 use super::spec::{ModelSpec, Module};
+use super::{BaseWeights, VocabularyMatrix};
+
+/// The matrix of the embedding, `[vocab_size, hidden_size]`.
+pub const EMBEDDING_TENSOR: &str = "token_embd.weight";
+/// That of the head, where the base does not tie the two.
+pub const HEAD_TENSOR: &str = "output.weight";
+
+/// The name of a layer's weights.
+pub fn tensor_name(layer: usize, module: Module) -> String {
+    format!("blk.{layer}.{}.weight", gguf_name(module))
+}
 
 #[derive(Debug)]
 pub struct GgufWeights {
@@ -17,6 +27,8 @@ pub struct GgufWeights {
     layers: Vec<[MappedRows; Module::ALL.len()]>,
     /// `[Module as usize]`, where the file has its rows in another order than Hugging Face.
     row_orders: [Option<Vec<usize>>; Module::ALL.len()],
+    embedding: MappedRows,
+    head: MappedRows,
 }
 
 impl GgufWeights {
@@ -25,7 +37,7 @@ impl GgufWeights {
         let spec = file.spec()?;
         let rows = |layer: usize, module: Module| {
             let (in_features, out_features) = spec.module_shape(module);
-            file.matrix_rows(&format!("blk.{layer}.{}.weight", gguf_name(module)), (out_features, in_features))
+            file.matrix_rows(&tensor_name(layer, module), (out_features, in_features))
         };
         let mut layers = Vec::new();
         for layer in 0..spec.num_layers {
@@ -33,7 +45,23 @@ impl GgufWeights {
             layers.push([q?, k?, v?, o?, gate?, up?, down?]);
         }
         let row_orders = Module::ALL.map(|module| hugging_face_rows(&spec, module));
-        Ok(Self { file, spec, layers, row_orders })
+        let vocabulary = |name| file.matrix_rows(name, (spec.vocab_size, spec.hidden_size));
+        let embedding = vocabulary(EMBEDDING_TENSOR)?;
+        let head = if file.has_tensor(HEAD_TENSOR) { vocabulary(HEAD_TENSOR)? } else { embedding.clone() };
+        Ok(Self { file, spec, layers, row_orders, embedding, head })
+    }
+
+    /// GGUF's name of the architecture.
+    ///
+    /// # Errors
+    /// When the file does not say it.
+    pub fn architecture(&self) -> Result<&str, GgufError> {
+        self.file.str("general.architecture")
+    }
+
+    /// Which row of the file holds each row of the Hugging Face model, where the two differ.
+    pub fn row_order(&self, module: Module) -> Option<&[usize]> {
+        self.row_orders[module as usize].as_deref()
     }
 }
 
@@ -46,6 +74,14 @@ impl BaseWeights for GgufWeights {
         let row = self.row_orders[module as usize].as_ref().map_or(row, |order| order[row]);
         self.layers[layer][module as usize].dequantize_row(row, values);
         Ok(())
+    }
+
+    fn dequantize_token(&self, matrix: VocabularyMatrix, token: usize, values: &mut [f32]) {
+        let rows = match matrix {
+            VocabularyMatrix::Embedding => &self.embedding,
+            VocabularyMatrix::Head => &self.head,
+        };
+        rows.dequantize_row(token, values);
     }
 
     fn bias(&self, layer: usize, module: Module) -> Result<Option<Vec<f32>>, GgufError> {

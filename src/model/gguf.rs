@@ -143,6 +143,10 @@ impl GgufFile {
         self.content.tensor_infos.values().map(|tensor| tensor.shape.elem_count() as u64).sum()
     }
 
+    pub fn tensor_names(&self) -> impl Iterator<Item = &str> {
+        self.content.tensor_infos.keys().map(String::as_str)
+    }
+
     pub fn has_tensor(&self, name: &str) -> bool {
         self.content.tensor_infos.contains_key(name)
     }

@@ -62,6 +62,17 @@ pub trait BaseWeights: fmt::Debug + Send + Sync {
     /// # Errors
     /// When the file of the base cannot be read any more.
     fn bias(&self, layer: usize, module: Module) -> Result<Option<Vec<f32>>, GgufError>;
+
+    /// The row of `token`, dequantized: `[hidden_size]`.
+    fn dequantize_token(&self, matrix: VocabularyMatrix, token: usize, values: &mut [f32]);
+}
+
+/// A matrix with a row for every token, `[vocab_size, hidden_size]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VocabularyMatrix {
+    Embedding,
+    /// The embedding again where the base ties the two.
+    Head,
 }
 
 /// A model the engine can step. One thread owns it, and it owns its KV store.

@@ -3,9 +3,9 @@
 // Each test that includes this uses its part.
 #![allow(dead_code)]
 
-use lorry::model::BaseWeights;
 use lorry::model::gguf::GgufError;
 use lorry::model::spec::{Architecture, ModelSpec, Module};
+use lorry::model::{BaseWeights, VocabularyMatrix};
 
 #[derive(Debug)]
 pub struct Shapes(pub ModelSpec);
@@ -48,6 +48,11 @@ impl BaseWeights for Shapes {
     fn dequantize_row(&self, _: usize, _: Module, _: usize, values: &mut [f32]) -> Result<(), GgufError> {
         values.fill((values.len() as f32).powf(-0.5));
         Ok(())
+    }
+
+    /// Row `token` of both is `token`, `token + 1` and so on.
+    fn dequantize_token(&self, _: VocabularyMatrix, token: usize, values: &mut [f32]) {
+        values.iter_mut().zip(token..).for_each(|(value, at)| *value = at as f32);
     }
 
     fn bias(&self, _: usize, _: Module) -> Result<Option<Vec<f32>>, GgufError> {
