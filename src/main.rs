@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use lorry::adapter::check;
+use lorry::adapter::import::{self, ImportError};
 use lorry::app::App;
 use lorry::bench::{self, BenchArgs, Subject};
 use lorry::compare::terminal::{self, CompareArgs};
@@ -73,6 +74,20 @@ enum AdaptersCommand {
         #[arg(long, value_name = "ID|PATH")]
         model: Option<String>,
     },
+    /// Turn an adapter in GGUF, as llama.cpp and Ollama have it, into PEFT's form in the folder of adapters.
+    Import {
+        /// The adapter's file.
+        file: PathBuf,
+        /// What requests will name it; the file's name without its ending when absent.
+        #[arg(long)]
+        name: Option<String>,
+        /// Folder of adapters; the configured one when absent.
+        #[arg(long, value_name = "DIR")]
+        adapters: Option<String>,
+        /// The base that it was trained on: catalogue id, path of a GGUF file, or hf:owner/repo/file.gguf; the configured one when absent.
+        #[arg(long, value_name = "ID|PATH")]
+        model: Option<String>,
+    },
 }
 
 /// How long requests under way may take to finish after a signal to stop.
@@ -104,11 +119,19 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
         }
         Command::Compare(args) => Ok(terminal::run(&args)?),
         Command::Adapters { command: AdaptersCommand::Check { dir, model } } => {
-            let config = Config::load(None, &Overrides { model, ..Overrides::default() })?;
-            let path = pull::pull(&catalogue::resolve(&config.model.id)?, &config::lorry_home()?)?;
-            let base = GgufWeights::open(&path).map_err(|e| format!("model {}: {e}", path.display()))?;
+            let base = base_weights(&Config::load(None, &Overrides { model, ..Overrides::default() })?)?;
             let report = check::check(&dir, &base).map_err(|cause| format!("adapter {}: {cause}", dir.display()))?;
             writeln!(stdout(), "{report}")?;
+            Ok(())
+        }
+        Command::Adapters { command: AdaptersCommand::Import { file, name, adapters, model } } => {
+            let config = Config::load(None, &Overrides { model, adapters, ..Overrides::default() })?;
+            let name = name.unwrap_or_else(|| file.file_stem().unwrap_or_default().to_string_lossy().into_owned());
+            let base = base_weights(&config)?;
+            let refused = |cause: ImportError| format!("{}: {cause}", file.display());
+            let dir = config.adapters.dir().ok_or("there is no folder of adapters: say one with --adapters")?;
+            let report = import::install(&file, &name, dir, &base).map_err(refused)?;
+            writeln!(stdout(), "{name} is an adapter now\n{report}")?;
             Ok(())
         }
         Command::Bench { config, args } => {
@@ -132,6 +155,12 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
             Ok(Runtime::new()?.block_on(run)?)
         }
     }
+}
+
+/// The configured base, to look at adapters with.
+fn base_weights(config: &Config) -> Result<GgufWeights, Box<dyn Error>> {
+    let path = pull::pull(&catalogue::resolve(&config.model.id)?, &config::lorry_home()?)?;
+    Ok(GgufWeights::open(&path).map_err(|e| format!("model {}: {e}", path.display()))?)
 }
 
 fn serve(config: Config) -> Result<(), Box<dyn Error>> {
