@@ -8,7 +8,7 @@ mod request;
 
 use axum::extract::OriginalUri;
 use axum::middleware::from_fn_with_state;
-use axum::routing::{any, get, post};
+use axum::routing::{delete, get, head, post};
 use axum::{Json, Router};
 use serde::Serialize;
 
@@ -33,14 +33,14 @@ pub fn routes(state: &AppState) -> Router<AppState> {
         .route("/tags", get(models::tags))
         .route("/show", post(models::show))
         .route("/ps", get(models::resident))
-        .route("/pull", any(no_changes))
-        .route("/push", any(no_changes))
-        .route("/create", any(no_changes))
-        .route("/copy", any(no_changes))
-        .route("/delete", any(no_changes))
-        .route("/blobs/{digest}", any(no_changes))
-        .route("/embed", any(no_embeddings))
-        .route("/embeddings", any(no_embeddings))
+        .route("/pull", post(no_changes))
+        .route("/push", post(no_changes))
+        .route("/create", post(no_changes))
+        .route("/copy", post(no_changes))
+        .route("/delete", delete(no_changes))
+        .route("/blobs/{digest}", head(no_changes).post(no_changes))
+        .route("/embed", post(no_embeddings))
+        .route("/embeddings", post(no_embeddings))
         .route_layer(from_fn_with_state(state.clone(), authenticate))
 }
 

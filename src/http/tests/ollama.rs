@@ -100,6 +100,7 @@ async fn every_error_is_a_sentence_and_nothing_else() {
         ("/api/show", json!({"model": "no"}), 404, "no"),
         ("/api/pull", json!({"model": "no"}), 501, "/v1/adapters"),
         ("/api/embed", json!({"model": BASE}), 501, "embeddings"),
+        ("/api/delete", json!({"model": BASE}), 405, "POST"),
         ("/api/nothing", json!({}), 404, "/api/nothing"),
         ("/api/tags", json!({}), 405, "POST"),
         ("//api/tags", json!({}), 405, "POST"),
