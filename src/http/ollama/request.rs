@@ -4,6 +4,7 @@ use serde_json::{Map, Value, json};
 
 use crate::http::error::ApiError;
 use crate::http::fields::{Fields, wrong_type};
+use crate::http::sampling::default_to_no_limit;
 use crate::http::unsupported::{Route, refuse_unsupported};
 use crate::prompt::fim::foreign;
 
@@ -36,7 +37,6 @@ const SAMPLING: [&str; 10] = [
     "presence_penalty",
     "frequency_penalty",
 ];
-const NO_LIMIT: i64 = -1;
 
 /// What a request to `/api/generate` or `/api/chat` wants.
 pub enum Asked {
@@ -110,13 +110,12 @@ fn residency(fields: &Fields) -> Result<Asked, ApiError> {
 fn converted(fields: &Fields, model: &str) -> Result<Map<String, Value>, ApiError> {
     refuse_context(fields)?;
     let mut converted = fields.without(&OWN_FIELDS);
-    // Where nothing is said, Ollama goes on to the end.
-    converted.insert("num_predict".to_owned(), NO_LIMIT.into());
     if let Some(options) = fields.object("options")? {
         refuse_unsupported(&options.clone().into(), Route::Chat)?;
         let sampling = options.iter().filter(|(name, value)| SAMPLING.contains(&name.as_str()) && !value.is_null());
         converted.extend(sampling.map(|(name, value)| (name.clone(), value.clone())));
     }
+    default_to_no_limit(&mut converted);
     converted.insert("model".to_owned(), model.into());
     converted.extend(response_format(fields)?.map(|format| ("response_format".to_owned(), format)));
     Ok(converted)
@@ -178,7 +177,7 @@ mod tests {
     fn a_prompt_is_a_chat_unless_it_is_raw_or_laid_out() {
         let (is_chat, chat) = generate(json!({"prompt": "a", "system": "s"})).unwrap();
         let messages = json!([{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]);
-        assert!(is_chat && chat["messages"] == messages && chat["num_predict"] == -1, "{chat}");
+        assert!(is_chat && chat["messages"] == messages && chat["n_predict"] == -1, "{chat}");
         for body in [
             json!({"prompt": "a", "raw": true}),
             json!({"prompt": "a", "suffix": "b"}),
@@ -197,6 +196,10 @@ mod tests {
             json!({"num_predict": 3, "stop": ["x"], "repeat_penalty": null, "num_ctx": 8192, "model": "other"});
         let (_, read) = generate(json!({"prompt": "a", "raw": true, "options": options, "adapter": "b"})).unwrap();
         assert_eq!(read, json!({"model": "m", "prompt": "a", "num_predict": 3, "stop": ["x"], "adapter": "b"}));
+        for length in ["num_predict", "max_tokens"] {
+            let (_, read) = generate(json!({"prompt": "a", "raw": true, length: 5})).unwrap();
+            assert_eq!(read, json!({"model": "m", "prompt": "a", length: 5}));
+        }
     }
 
     #[test]
