@@ -72,7 +72,11 @@ fn refuse_own(fields: &Fields) -> Result<(), ApiError> {
     let is_given = |name: &str| fields.get(name).is_some_and(|value| *value != json!([]) && *value != json!({}));
     // No thinking is kept, so there is none to clear.
     let is_harmless = |edit: &Value| edit["type"].as_str().is_some_and(|edit| edit.starts_with("clear_thinking"));
-    let edits = fields.get("context_management").and_then(|management| management["edits"].as_array());
+    let edits = match fields.object("context_management")?.and_then(|management| management.get("edits")) {
+        None | Some(Value::Null) => None,
+        Some(Value::Array(edits)) => Some(edits),
+        Some(other) => return Err(wrong_type("context_management.edits", "an array", other)),
+    };
     let refused = [
         ("thinking", is_thinking, "no model here reasons before it answers: send {\"type\": \"disabled\"}"),
         ("output_config", is_given("output_config"), "leave it out"),
@@ -293,6 +297,8 @@ mod tests {
                 json!({"messages": user, "context_management": {"edits": [{"type": "clear_tool_uses_1"}]}}),
                 "context_management",
             ),
+            (json!({"messages": user, "context_management": []}), "context_management"),
+            (json!({"messages": user, "context_management": {"edits": {}}}), "context_management.edits"),
             (json!({"messages": user, "tools": [{"type": "bash_20250124", "name": "bash"}]}), "tools[0].type"),
             (json!({"messages": user, "tools": [{"name": "f"}]}), "tools[0].input_schema"),
             (json!({"messages": user, "tool_choice": {"type": "all"}}), "tool_choice.type"),
