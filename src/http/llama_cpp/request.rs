@@ -8,7 +8,7 @@ use crate::http::error::ApiError;
 use crate::http::fields::Fields;
 use crate::http::gap::{ItemFields, context_files, set_context};
 use crate::http::reply::ReplyShape;
-use crate::http::sampling::default_to_no_limit;
+use crate::http::sampling::{MAX_CHOICES, default_to_no_limit};
 
 const INFILL: [&str; 4] = ["prompt", "input_prefix", "input_suffix", "input_extra"];
 const EXTRA: ItemFields = ItemFields { name: "filename", text: "text", unnamed: "tmp" };
@@ -45,8 +45,9 @@ fn converted(fields: &Fields, own: &[&str]) -> Result<Map<String, Value>, ApiErr
         return Err(ApiError::invalid(name, message));
     }
     let mut converted = fields.without(own);
-    if let Some(num_choices) = converted.remove("n_cmpl") {
-        converted.insert("n".to_owned(), num_choices);
+    converted.remove("n_cmpl");
+    if let Some(num_choices) = fields.count("n_cmpl", 1..=MAX_CHOICES)? {
+        converted.insert("n".to_owned(), num_choices.into());
     }
     default_to_no_limit(&mut converted);
     // Records of the tokens have their ids.

@@ -85,7 +85,13 @@ async fn several_choices_or_prompts_are_an_array() {
     let server = Server::start(&SENTINELS, Duration::ZERO).await;
     let body =
         json!({"input_prefix": "p", "n_cmpl": 3, "n_predict": 2, "temperature": 0, "response_fields": ["content"]});
-    assert_eq!(reply(&server, "/infill", body).await, json!(vec![json!({"content": "ab"}); 3]));
+    assert_eq!(reply(&server, "/infill", body.clone()).await, json!(vec![json!({"content": "ab"}); 3]));
+    let mut absent = body.clone();
+    (absent["n_cmpl"], absent["n"]) = (Value::Null, json!(2));
+    assert_eq!(reply(&server, "/infill", absent).await, json!(vec![json!({"content": "ab"}); 2]));
+    let mut refused = body;
+    refused["n_cmpl"] = json!(0);
+    assert!(ask(&server, "/infill", refused).await.1.contains(r#""param":"n_cmpl""#));
     let body =
         json!({"prompt": ["a", [98]], "max_tokens": 1, "temperature": 0, "response_fields": ["content", "index"]});
     let expected = json!([{"content": "b", "index": 0}, {"content": "c", "index": 1}]);
