@@ -70,7 +70,7 @@ async fn what_cannot_be_served_is_not_installed() {
     for name in ["..", "", "a/b", ".hidden", "é"] {
         assert!(matches!(install(&registry, name, "a", None).await, Err(ChangeError::InvalidName(_))), "{name}");
     }
-    assert!(matches!(install(&registry, "notes", "a", None).await, Err(ChangeError::Folder(_))));
+    assert!(matches!(install(&registry, "notes", "a", None).await, Err(ChangeError::NoAdapter(_))));
     assert_eq!((generation(&registry, "a"), registry.list().len()), (before, 1));
     assert!(fs::read_dir(fixture.path(".lorry/staging")).map_or(true, |mut left| left.next().is_none()));
 }
@@ -180,5 +180,5 @@ async fn without_a_folder_there_is_nothing_to_change() {
     let registry = AdapterRegistry::default();
     assert!(registry.list().is_empty());
     assert!(matches!(registry.acquire("a").await, Err(AcquireError::Unknown(_))));
-    assert!(matches!(install(&registry, "a", "b", None).await, Err(ChangeError::Folder(_))));
+    assert!(matches!(install(&registry, "a", "b", None).await, Err(ChangeError::NoFolder)));
 }

@@ -266,6 +266,9 @@ impl From<ChangeError> for ApiError {
             ChangeError::Conflict { .. } => Self::conflict(message),
             ChangeError::Refused(_) => Self::refused(message),
             ChangeError::Source(_) => Self::invalid("source", message),
+            ChangeError::NoFolder | ChangeError::NoAdapter(_) => {
+                Self::new(StatusCode::CONFLICT, "invalid_request_error", Some("no_adapter_folder"), message)
+            }
             ChangeError::Folder(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, message),
         }
     }

@@ -113,7 +113,7 @@ impl Worker {
         };
         let fingerprint = Fingerprint::of(&folder);
         if !fingerprint.is_adapter(&folder) {
-            return Err(ChangeError::Folder(format!("{name:?} is there and holds no adapter: move it away")));
+            return Err(ChangeError::NoAdapter(name.to_owned()));
         }
         let known = self.shared.lock().known_generation(name, &fingerprint);
         let generation = known.unwrap_or_else(|| {

@@ -43,6 +43,11 @@ pub enum ChangeError {
     /// Where it was to come from.
     #[error("{0}")]
     Source(String),
+    #[error("the folder of adapters cannot be changed: there is none: set adapters.dir")]
+    NoFolder,
+    /// What has this name was put there by somebody else.
+    #[error("the folder of adapters cannot be changed: {0:?} is there and holds no adapter: move it away")]
+    NoAdapter(String),
     /// The folder of adapters cannot be changed.
     #[error("the folder of adapters cannot be changed: {0}")]
     Folder(String),

@@ -278,7 +278,7 @@ impl AdapterRegistry {
     }
 
     fn folder(&self) -> Result<&Folder, ChangeError> {
-        self.folder.as_ref().ok_or_else(|| ChangeError::Folder("there is none: set adapters.dir".to_owned()))
+        self.folder.as_ref().ok_or(ChangeError::NoFolder)
     }
 
     /// The next adapter that was loaded and not yet measured, each generation once. Cancelling loses none.
