@@ -6,13 +6,14 @@ use std::sync::Arc;
 use kernels::canonical::LAYERS_PER_BLOCK;
 pub use kernels::canonical::{AdapterWeights, EmbeddingDelta, HeadDelta, Prelude, SiteDelta};
 use kernels::low_rank::LowRank;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::manifest::AdapterManifest;
 use crate::model::spec::Module;
 
 /// How an adapter was trained.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, JsonSchema, Serialize)]
 pub enum Method {
     #[default]
     #[serde(rename = "lora")]
@@ -55,7 +56,7 @@ pub struct Adapter {
 }
 
 /// An adapter at a strength.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, JsonSchema, Serialize)]
 pub struct Member {
     pub name: String,
     pub generation: String,

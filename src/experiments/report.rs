@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use rusqlite::params;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::settings::{ArmConfig, Bounds, ExperimentConfig};
@@ -10,7 +11,7 @@ use super::statistics::{Rate, percentile, sign_test, wilson};
 use super::store::{Store, StoreError};
 use super::vote::{Outcome, VoteKind};
 
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, JsonSchema, Serialize)]
 pub struct Report {
     pub name: String,
     pub alias: String,
@@ -21,7 +22,7 @@ pub struct Report {
     pub canary: Option<CanaryReport>,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, JsonSchema, Serialize)]
 pub struct ArmReport {
     pub name: String,
     pub model: String,
@@ -49,14 +50,14 @@ pub struct ArmReport {
     pub generation: Option<String>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, JsonSchema, Serialize)]
 pub struct Percentiles {
     pub p50: Option<f64>,
     pub p95: Option<f64>,
 }
 
 /// How two arms fared on prompts that both saw.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, JsonSchema, Serialize)]
 pub struct PairReport {
     pub a: String,
     pub b: String,
@@ -67,7 +68,7 @@ pub struct PairReport {
     pub p_value: f64,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, JsonSchema, Serialize)]
 pub struct CanaryReport {
     pub arm: String,
     pub state: CanaryState,
@@ -80,7 +81,7 @@ pub struct CanaryReport {
     pub cause: Option<String>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, JsonSchema, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CanaryState {
     Watching,

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::generation::model_name::ModelName;
@@ -51,7 +52,7 @@ pub struct ArmConfig {
 }
 
 /// What a canary must keep to; what is absent is not asked of it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, JsonSchema, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Bounds {
     pub max_error_rate: Option<f64>,

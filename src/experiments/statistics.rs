@@ -1,12 +1,13 @@
 //! The few statistics that reports and canaries need.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// Quantile of the standard normal distribution for a two-sided 95 % interval.
 const Z: f64 = 1.959_963_984_540_054;
 
 /// A proportion with its 95 % interval; `rate` is `None` where nothing was observed.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, JsonSchema, Serialize)]
 pub struct Rate {
     pub rate: Option<f64>,
     pub low: f64,

@@ -1,5 +1,6 @@
 //! What is recorded: how a request went, and what its user thought of it.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
@@ -80,7 +81,7 @@ pub struct Vote {
     pub text: Option<String>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum VoteKind {
     Winner,
@@ -118,7 +119,7 @@ impl VoteKind {
 }
 
 /// A vote as it was stored.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, JsonSchema, Serialize)]
 pub struct StoredVote {
     pub kind: VoteKind,
     pub arm: Option<String>,

@@ -6,6 +6,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -18,8 +19,8 @@ use crate::adapter::manifest::AdapterManifest;
 use crate::adapter::registry::{AdapterRegistry, AdapterStatus, Phase, SelfTest, Source, Tier};
 
 /// One adapter at this moment; what is not known before it has been read is `null`.
-#[derive(Debug, Serialize)]
-struct AdapterView {
+#[derive(Debug, JsonSchema, Serialize)]
+pub struct AdapterView {
     object: &'static str,
     id: usize,
     name: String,
@@ -40,7 +41,7 @@ struct AdapterView {
     manifest: ManifestView,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 struct CoverageView {
     num_sites: usize,
     num_expected_sites: usize,
@@ -49,7 +50,7 @@ struct CoverageView {
     resident_bytes: usize,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 struct SelfTestView {
     max_logit_change: f32,
     mean_logit_change: f32,
@@ -57,7 +58,7 @@ struct SelfTestView {
     is_inert: bool,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 struct ManifestView {
     task: Option<String>,
     description: Option<String>,

@@ -26,8 +26,8 @@ use crate::generation::{Completed, Generation, GenerationOptions, GenerationRequ
 use crate::tokenizer::Tokenizer;
 use crate::tools::{CallReader, ChatPart};
 
-const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
-const MAX_TOP_LOGPROBS: u32 = 20;
+pub const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
+pub const MAX_TOP_LOGPROBS: u32 = 20;
 
 pub async fn chat_completions(
     State(state): State<AppState>,

@@ -23,7 +23,7 @@ use crate::generation::{Completed, Generation, GenerationOptions, GenerationRequ
 use crate::tokenizer::Tokenizer;
 
 /// Alternatives per token; OpenAI's own interface ends at 5.
-const MAX_LOGPROBS: u32 = 20;
+pub const MAX_LOGPROBS: u32 = 20;
 
 pub async fn completions(
     State(state): State<AppState>,

@@ -20,7 +20,7 @@ pub const CONSTRAINT_NAMES: [&str; 9] = [
 ];
 /// What vLLM constrains the output with, one of them.
 const STRUCTURED_OUTPUTS: [&str; 5] = ["json", "regex", "choice", "grammar", "json_object"];
-const MAX_CHOICES: usize = 1000;
+pub const MAX_CHOICES: usize = 1000;
 
 /// The constraint that the fields ask for, and the field that does.
 ///

@@ -4,6 +4,7 @@
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::adapter::registry::{AcquireError, ChangeError};
@@ -22,7 +23,7 @@ pub struct ApiError {
 pub struct Rejection(pub &'static str);
 
 /// The inside of the envelope; also what a stream that breaks sends, and in the extensions of a response.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, JsonSchema, Serialize)]
 pub struct ErrorBody {
     message: String,
     #[serde(rename = "type")]
@@ -36,7 +37,7 @@ pub struct ErrorBody {
     n_ctx: Option<usize>,
 }
 
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, JsonSchema, Serialize)]
 pub struct ErrorEnvelope {
     pub error: Box<ErrorBody>,
 }

@@ -14,7 +14,7 @@ use super::fields::Fields;
 use crate::experiments::{Vote, VoteError, VoteKind};
 
 /// Bytes of an id, a user or an arm.
-const MAX_NAME_LEN: usize = 256;
+pub const MAX_NAME_LEN: usize = 256;
 
 pub async fn vote(State(state): State<AppState>, fields: Fields) -> Result<Json<Value>, ApiError> {
     let vote = parse_vote(&fields)?;

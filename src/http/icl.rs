@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{Path, State};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tokio::task::spawn_blocking;
@@ -14,27 +15,27 @@ use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
 use crate::icl::{Example, Store, StoreError};
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct StoreList {
     object: &'static str,
     data: Vec<StoreCard>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct StoreCard {
     name: String,
     version: String,
     num_examples: usize,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct WholeStore {
     #[serde(flatten)]
     card: StoreCard,
     examples: Vec<NumberedExample>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 struct NumberedExample {
     id: usize,
     #[serde(flatten)]

@@ -24,6 +24,7 @@ mod llama_cpp;
 mod logprobs;
 mod models;
 mod ollama;
+mod openapi;
 mod page;
 mod probes;
 mod reply;
@@ -151,8 +152,13 @@ impl Server {
     }
 }
 
-/// Every route, with and without `/v1`, behind the layers that all of them share.
+/// Every route behind the layers that all of them share.
 pub fn router(state: AppState) -> Router {
+    behind_shared_layers(routes(&state), &state.config.server)
+}
+
+/// Every route, with and without `/v1`.
+fn routes(state: &AppState) -> Router {
     let generation = Router::new()
         .route("/completions", post(completions::completions))
         .route("/chat/completions", post(chat::chat_completions))
@@ -161,7 +167,7 @@ pub fn router(state: AppState) -> Router {
         .route("/compare", post(compare::compare))
         .route("/messages", post(anthropic::messages));
     let adapter = get(adapters::get).put(adapters::put).delete(adapters::delete);
-    let api = generating(generation, &state)
+    let api = generating(generation, state)
         .route("/messages/count_tokens", post(anthropic::count_tokens))
         .route("/models", get(models::list))
         .route("/responses/{id}", get(responses::get).delete(responses::delete))
@@ -180,22 +186,22 @@ pub fn router(state: AppState) -> Router {
         .route("/adapters/{name}/rollback", post(adapters::roll_back))
         .route("/load_lora_adapter", post(vllm::load_lora_adapter))
         .route("/unload_lora_adapter", post(vllm::unload_lora_adapter))
-        .merge(llama_cpp::routes(&state))
+        .merge(llama_cpp::routes(state))
         .route_layer(from_fn_with_state(state.clone(), authenticate));
-    let routes = Router::new()
+    Router::new()
         .nest("/v1", api.clone())
         .merge(api)
-        .nest("/api", ollama::routes(&state))
-        .merge(tabby::routes(&state))
+        .nest("/api", ollama::routes(state))
+        .merge(tabby::routes(state))
         .merge(page::routes())
+        .merge(openapi::routes())
         .route("/health", get(probes::health))
         .route("/metrics", get(probes::metrics))
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(RequestDecompressionLayer::new())
         .layer(from_fn(encoding::check))
-        .with_state(state.clone());
-    behind_shared_layers(routes, &state.config.server)
+        .with_state(state.clone())
 }
 
 /// Paths must be tidied before they are routed, and layers run after routing: so all is behind one fallback.

@@ -6,6 +6,7 @@ use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use chrono::{DateTime, SecondsFormat, Utc};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::AppState;
@@ -16,13 +17,13 @@ use super::fields::{Fields, PathName};
 use crate::adapter::registry::AdapterStatus;
 use crate::icl;
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct ModelList {
     object: &'static str,
     data: Vec<ModelCard>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct ModelCard {
     id: String,
     object: &'static str,
@@ -40,7 +41,7 @@ pub struct ModelCard {
 }
 
 /// Of the base, in llama.cpp's words: clients that see it ask `/props` for the rest.
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 struct ModelMeta {
     n_vocab: usize,
     n_ctx: usize,
@@ -52,7 +53,7 @@ struct ModelMeta {
 }
 
 /// What is not known before the adapter has been read is `null`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 struct AdapterCard {
     name: String,
     generation: Option<String>,
@@ -64,16 +65,16 @@ struct AdapterCard {
 }
 
 /// As Anthropic lists models.
-#[derive(Debug, Serialize)]
-struct AnthropicModelList {
+#[derive(Debug, JsonSchema, Serialize)]
+pub struct AnthropicModelList {
     data: Vec<AnthropicModelCard>,
     first_id: Option<String>,
     last_id: Option<String>,
     has_more: bool,
 }
 
-#[derive(Debug, Serialize)]
-struct AnthropicModelCard {
+#[derive(Debug, JsonSchema, Serialize)]
+pub struct AnthropicModelCard {
     #[serde(rename = "type")]
     kind: &'static str,
     id: String,

@@ -11,7 +11,7 @@ use super::samplers::apply_order;
 use crate::generation::{BeamOptions, GenerationOptions};
 
 /// Most choices per prompt, as in OpenAI's interface.
-const MAX_CHOICES: u32 = 128;
+pub const MAX_CHOICES: u32 = 128;
 const MAX_BEAMS: u32 = 16;
 /// The most tokens to generate: OpenAI's names, and those of llama.cpp, TGI and Ollama. The first that is given counts.
 pub const LENGTH_NAMES: [&str; 5] =
@@ -22,9 +22,9 @@ const NO_LIMIT: i64 = -1;
 pub const SEED_NAMES: [&str; 2] = ["seed", "random_seed"];
 pub const STOP_NAMES: [&str; 2] = ["stop", "stop_sequences"];
 /// Each is looked for in every token's text.
-const MAX_STOPS: usize = 128;
-const MAX_STOP_BYTES: usize = 1024;
-const MAX_INDENT: i64 = 1024;
+pub const MAX_STOPS: usize = 128;
+pub const MAX_STOP_BYTES: usize = 1024;
+pub const MAX_INDENT: i64 = 1024;
 /// What others write for a seed that is to be drawn.
 const RANDOM_SEED: i64 = -1;
 

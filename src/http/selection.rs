@@ -9,11 +9,11 @@ use crate::generation::{AdapterEntry, AdapterField, AdapterRef, Selection};
 use crate::icl;
 
 /// Strengths beyond this only make noise.
-const MAX_SCALE: f64 = 4.0;
-const MAX_ADAPTERS: usize = 16;
+pub const MAX_SCALE: f64 = 4.0;
+pub const MAX_ADAPTERS: usize = 16;
 pub const ADAPTER_FIELDS: [&str; 6] = ["adapters", "lora", "adapter", "adapter_id", "lora_path", "lora_name"];
 /// Those of a list; the others hold one name.
-const LISTS: [&str; 2] = ["adapters", "lora"];
+pub const LISTS: [&str; 2] = ["adapters", "lora"];
 /// LoRAX's name for no adapter.
 const NO_ADAPTER: &str = "__base_model__";
 

@@ -3,12 +3,14 @@
 mod anthropic;
 mod beams;
 mod compare;
+mod contract;
 mod gaps;
 mod grammar;
 mod icl;
 mod llama_cpp;
 mod logprobs;
 mod ollama;
+mod openapi;
 mod tabby;
 mod tokenize;
 mod trials;
@@ -36,6 +38,7 @@ use crate::model::file::ModelFile;
 use crate::model::spec::{Architecture, ModelSpec};
 use crate::model::{ForwardBatch, Model};
 use crate::prompt::PromptError;
+use crate::prompt::chat::ChatTemplate;
 use crate::prompt::fim::FillInMiddle;
 use crate::prompt::formats::PromptFormats;
 use crate::tokenizer::Tokenizer;
@@ -109,6 +112,30 @@ impl Server {
 
     /// `experiments` is that section of the configuration, in TOML.
     async fn start_with(control_tokens: &[&str], step: Duration, experiments: &str) -> Self {
+        Self::start_with_chat(control_tokens, step, experiments, Err(PromptError::NoChatTemplate)).await
+    }
+
+    /// With all that a model can have: it fills gaps, chats and calls tools.
+    async fn able() -> Self {
+        let template =
+            "{% for message in messages %}{{ message.content }}{% endfor %}{% if tools %}<tool_call>{% endif %}";
+        let template = ChatTemplate::new(template, String::new(), String::new());
+        // The database is in the server's own folder.
+        let experiments = format!(
+            "path = ''\nmax_mib = 1\nmax_queued = 8\nkeep_text = true\n[[run]]\nname = 'one'\nalias = 'coder'\n
+             arms = [{{name = 'base', model = '{BASE}', weight = 1}}, {{name = 'tuned', model = 'x', weight = 1, canary = true}}]
+             bounds = {{min_samples = 1, max_error_rate = 0.5}}"
+        );
+        let tokens = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|end|>"];
+        Self::start_with_chat(&tokens, Duration::ZERO, &experiments, template).await
+    }
+
+    async fn start_with_chat(
+        control_tokens: &[&str],
+        step: Duration,
+        experiments: &str,
+        chat_template: Result<ChatTemplate, PromptError>,
+    ) -> Self {
         let tokenizer = Arc::new(Tokenizer::tiny(control_tokens));
         let spec = ModelSpec {
             architecture: Architecture::Llama,
@@ -160,14 +187,14 @@ impl Server {
             },
             id: BASE.to_owned(),
             tokenizer,
-            chat_template: Err(PromptError::NoChatTemplate),
+            chat_template,
             fill_in_middle,
         };
         let adapters = Arc::new(AdapterRegistry::default());
         let icl = Arc::new(IclStores::open(&config.icl).unwrap());
         let formats = PromptFormats::new(&config.prompt_formats).unwrap();
         let generation = Generation::new(base, adapters, icl, formats, engine.clone(), metrics.clone(), config.clone());
-        let database = config.experiments.path(Path::new("unused"));
+        let database = config.experiments.path(dir.path());
         let experiments = Experiments::start(
             &config.experiments,
             database,

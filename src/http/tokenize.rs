@@ -2,6 +2,7 @@
 
 use axum::extract::State;
 use axum::{Extension, Json};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::Value;
 use tokio::task::spawn_blocking;
@@ -21,7 +22,7 @@ use crate::tokenizer::{Specials, Tokenizer, TokenizerError};
 /// What only this route reads of a chat.
 const OWN: [&str; 3] = ["add_special_tokens", "return_token_strs", "with_pieces"];
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct Tokens {
     tokens: TokenList,
     count: usize,
@@ -30,21 +31,21 @@ pub struct Tokens {
     token_strs: Option<Vec<String>>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 #[serde(untagged)]
 enum TokenList {
     Ids(Vec<u32>),
     Pieces(Vec<TokenPiece>),
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 struct TokenPiece {
     id: u32,
     piece: Piece,
 }
 
 /// A token may be part of a character.
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 #[serde(untagged)]
 enum Piece {
     Text(String),
@@ -52,13 +53,13 @@ enum Piece {
 }
 
 /// The same text under llama.cpp's name and vLLM's.
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct Detokenized {
     content: String,
     prompt: String,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct RenderedPrompt {
     prompt: String,
 }

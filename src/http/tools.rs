@@ -9,8 +9,8 @@ use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
 use crate::tools::{ToolChoice, Tools};
 
-const MAX_TOOLS: usize = 128;
-const MAX_NAME_CHARS: usize = 64;
+pub const MAX_TOOLS: usize = 128;
+pub const MAX_NAME_CHARS: usize = 64;
 
 /// What the model is offered; `None` where that is nothing, or nothing is to be called.
 pub fn parse_tools(fields: &Fields) -> Result<Option<Arc<Tools>>, ApiError> {

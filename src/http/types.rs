@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Serialize, Serializer};
 
 use crate::adapter::canonical::Member;
@@ -10,7 +11,7 @@ use crate::generation::{ResolvedModel, SequenceUsage};
 use crate::icl;
 
 /// A whole reply or one chunk of a stream, with its choices.
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct Reply<'a, C> {
     #[serde(flatten)]
     pub head: &'a ReplyHead,
@@ -21,7 +22,7 @@ pub struct Reply<'a, C> {
 }
 
 /// The same in every chunk of one reply.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, JsonSchema, Serialize)]
 pub struct ReplyHead {
     pub id: String,
     pub object: &'static str,
@@ -39,7 +40,7 @@ pub struct ReplyHead {
 }
 
 /// The in-context examples of a reply, enough to ask for the same again.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, JsonSchema, Serialize)]
 pub struct IclReply {
     store: String,
     version: String,
@@ -76,7 +77,7 @@ impl IclReply {
 }
 
 /// What was applied, as one.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, JsonSchema, Serialize)]
 pub struct AdapterName {
     /// Of several adapters, their names with `+` in between.
     pub name: String,
@@ -102,7 +103,7 @@ impl AdapterName {
     }
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, JsonSchema, Serialize)]
 pub struct Usage {
     pub prompt_tokens: usize,
     pub completion_tokens: usize,
@@ -110,7 +111,7 @@ pub struct Usage {
     pub prompt_tokens_details: PromptTokensDetails,
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, JsonSchema, Serialize)]
 pub struct PromptTokensDetails {
     pub cached_tokens: usize,
 }
@@ -128,12 +129,13 @@ impl Usage {
 }
 
 /// A choice of a completion, whole or a chunk of it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct CompletionChoice {
     pub index: usize,
     pub text: String,
     pub logprobs: Option<CompletionLogprobs>,
     #[serde(serialize_with = "finish_reason")]
+    #[schemars(with = "Option<String>", extend("enum" = ["stop", "length", null]))]
     pub finish_reason: Option<FinishReason>,
     /// Of beam search: higher is better.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -141,7 +143,7 @@ pub struct CompletionChoice {
 }
 
 /// One entry per token in each list.
-#[derive(Debug, PartialEq, Serialize)]
+#[derive(Debug, PartialEq, JsonSchema, Serialize)]
 pub struct CompletionLogprobs {
     pub tokens: Vec<String>,
     pub token_logprobs: Vec<Option<f32>>,
@@ -149,7 +151,7 @@ pub struct CompletionLogprobs {
     pub text_offset: Vec<usize>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct ChatChoice {
     pub index: usize,
     pub message: ChatMessage,
@@ -160,7 +162,7 @@ pub struct ChatChoice {
     pub score: Option<f32>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct ChatMessage {
     pub role: &'static str,
     /// `null` where the model only called tools.
@@ -172,7 +174,7 @@ pub struct ChatMessage {
 }
 
 /// A call of a tool, whole or a piece of it.
-#[derive(Debug, PartialEq, Serialize)]
+#[derive(Debug, PartialEq, JsonSchema, Serialize)]
 pub struct ToolCall {
     /// Which call of the reply a piece belongs to; whole ones are in order.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -185,7 +187,7 @@ pub struct ToolCall {
     pub function: FunctionCall,
 }
 
-#[derive(Debug, PartialEq, Serialize)]
+#[derive(Debug, PartialEq, JsonSchema, Serialize)]
 pub struct FunctionCall {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
@@ -193,7 +195,7 @@ pub struct FunctionCall {
     pub arguments: String,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct ChatChunkChoice {
     pub index: usize,
     pub delta: ChatDelta,
@@ -204,7 +206,7 @@ pub struct ChatChunkChoice {
     pub score: Option<f32>,
 }
 
-#[derive(Debug, Default, PartialEq, Serialize)]
+#[derive(Debug, Default, PartialEq, JsonSchema, Serialize)]
 pub struct ChatDelta {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub role: Option<&'static str>,
@@ -214,19 +216,19 @@ pub struct ChatDelta {
     pub tool_calls: Vec<ToolCall>,
 }
 
-#[derive(Debug, PartialEq, Serialize)]
+#[derive(Debug, PartialEq, JsonSchema, Serialize)]
 pub struct ChatLogprobs {
     pub content: Vec<ChatTokenLogprob>,
 }
 
-#[derive(Debug, PartialEq, Serialize)]
+#[derive(Debug, PartialEq, JsonSchema, Serialize)]
 pub struct ChatTokenLogprob {
     #[serde(flatten)]
     pub chosen: TokenAlternative,
     pub top_logprobs: Vec<TokenAlternative>,
 }
 
-#[derive(Debug, PartialEq, Serialize)]
+#[derive(Debug, PartialEq, JsonSchema, Serialize)]
 pub struct TokenAlternative {
     pub token: String,
     pub logprob: f32,

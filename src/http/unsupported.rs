@@ -4,7 +4,7 @@
 //!
 //! Read from the interfaces of OpenAI, vLLM, SGLang, llama.cpp, TGI, LoRAX, Ollama, Mistral and text-generation-webui.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::error::ApiError;
 use super::fields::Fields;
@@ -239,6 +239,35 @@ const OF_ADAPTERS: [(&str, &str); 5] = [
     ("lora_request", "use `adapter`"),
     ("lora_int_id", "use `adapter` with its name"),
 ];
+
+/// A field of the lists.
+pub struct Listed {
+    pub name: &'static str,
+    pub advice: &'static str,
+    /// Of what clients send where they mean nothing by it, the values that are taken.
+    pub harmless: Vec<Value>,
+}
+
+/// What clients send where they mean nothing by it.
+fn neutral_values() -> [Value; 13] {
+    let (list, object) = (Value::Array(Vec::new()), Value::Object(Map::new()));
+    let numbers = [0, 1, -1].map(Value::from);
+    let [zero, one, minus_one] = numbers;
+    let names = ["", "none", "auto", "medium", "local"].map(Value::from);
+    let [empty, none, auto, medium, local] = names;
+    [Value::Null, false.into(), true.into(), zero, one, minus_one, empty, list, object, none, auto, medium, local]
+}
+
+/// Every field of the lists, as `route` reads it beside no others.
+pub fn listed(route: Route) -> impl Iterator<Item = Listed> {
+    let of_lists = TRUE_ALONE.iter().chain(&OF_ADAPTERS).copied();
+    let unsupported = UNSUPPORTED.iter().flat_map(|all| all.names.iter().map(|name| (*name, all.advice)));
+    unsupported.chain(of_lists).map(move |(name, given_advice)| {
+        let nothing_else = Fields::from(Map::new());
+        let is_harmless = |value: &Value| value.is_null() || advice(name, value, &nothing_else, route).is_none();
+        Listed { name, advice: given_advice, harmless: neutral_values().into_iter().filter(is_harmless).collect() }
+    })
+}
 
 /// Refuses what would change the text and is not served.
 ///

@@ -11,16 +11,17 @@ mod selection;
 mod store;
 mod stores;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use budget::{CountError, TokenBudget};
 pub use error::{IclError, OpenError, StoreError};
 pub use selection::{Chosen, DEFAULT_K, DEFAULT_SEED, MAX_K, Select, Selection};
-pub use store::Store;
+pub use store::{MAX_CODE_BYTES, MAX_EXAMPLES, MAX_INSTRUCTION_BYTES, Store};
 pub use stores::IclStores;
 
 /// An instruction in words and the code that answers it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, JsonSchema, Serialize, Deserialize)]
 pub struct Example {
     pub instruction: String,
     pub code: String,

@@ -11,10 +11,10 @@ use super::embedding::{EmbeddingEndpoint, UnitVector};
 use super::error::{IclError, OpenError, StoreError};
 use crate::hexadecimal::hexadecimal;
 
-pub(super) const MAX_EXAMPLES: usize = 10_000;
+pub const MAX_EXAMPLES: usize = 10_000;
 pub(super) const MAX_STORE_BYTES: usize = 16 << 20;
-const MAX_INSTRUCTION_BYTES: usize = 8 << 10;
-const MAX_CODE_BYTES: usize = 32 << 10;
+pub const MAX_INSTRUCTION_BYTES: usize = 8 << 10;
+pub const MAX_CODE_BYTES: usize = 32 << 10;
 const MAX_NAME_LEN: usize = 64;
 
 /// A named set of examples. Never changes: a replaced store is another one with another version.

@@ -41,7 +41,9 @@ impl ChatTemplate {
         Self::new(source, token_text("tokenizer.ggml.bos_token_id"), token_text("tokenizer.ggml.eos_token_id"))
     }
 
-    fn new(source: &str, bos_token: String, eos_token: String) -> Result<Self, PromptError> {
+    /// # Errors
+    /// As those of [`Self::from_gguf`], of a template.
+    pub fn new(source: &str, bos_token: String, eos_token: String) -> Result<Self, PromptError> {
         let invalid = |error: Error| PromptError::ChatTemplate(error.to_string());
         let mut environment = Environment::new();
         environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(invalid)?);

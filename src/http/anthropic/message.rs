@@ -1,5 +1,6 @@
 //! Replies as Anthropic words them.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -8,7 +9,8 @@ use crate::generation::SequenceUsage;
 use crate::http::error::ApiError;
 use crate::http::run::{Ending, Run, RunEvent};
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "AnthropicMessage")]
 pub struct Message {
     pub id: String,
     #[serde(rename = "type")]
@@ -21,7 +23,8 @@ pub struct Message {
     pub usage: Usage,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "AnthropicBlock")]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Block {
     Text { text: String },
@@ -29,7 +32,8 @@ pub enum Block {
 }
 
 /// `null` both while a reply is under way.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, JsonSchema, Serialize)]
+#[schemars(rename = "AnthropicStop")]
 pub struct Stop {
     pub stop_reason: Option<&'static str>,
     /// The one of the request that ended the reply.
@@ -37,7 +41,8 @@ pub struct Stop {
 }
 
 /// In tokens; those found in the prefix cache are no `input_tokens`.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, JsonSchema, Serialize)]
+#[schemars(rename = "AnthropicUsage")]
 pub struct Usage {
     pub input_tokens: usize,
     /// Nothing is charged for what is kept.

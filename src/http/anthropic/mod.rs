@@ -4,9 +4,12 @@ mod message;
 mod request;
 mod stream;
 
+pub use message::Message;
+
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use request::read_messages;
@@ -20,7 +23,7 @@ use super::reply::ReplyShape;
 use super::run::Run;
 use super::tokenize::unrecorded_chat;
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct TokenCount {
     input_tokens: usize,
 }

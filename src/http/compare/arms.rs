@@ -11,13 +11,13 @@ use super::super::sampling::{LENGTH_NAMES, SEED_NAMES, STOP_NAMES, parse_seed};
 use super::super::selection::ADAPTER_FIELDS;
 use crate::generation::{GenerationRequest, random_seed};
 
-const MIN_ARMS: usize = 2;
-const MAX_ARMS: usize = 16;
-const MAX_NAME_LEN: usize = 64;
+pub const MIN_ARMS: usize = 2;
+pub const MAX_ARMS: usize = 16;
+pub const MAX_NAME_LEN: usize = 64;
 /// Fields of the comparison, which no arm gets.
 const OF_COMPARISON: [&str; 4] = ["arms", "on_error", "stream", "stream_options"];
 /// Fields that say the same in different ways: an arm that has one of them gets none of the others.
-const ALTERNATIVES: [&[&str]; 6] = [
+pub const ALTERNATIVES: [&[&str]; 6] = [
     &ADAPTER_FIELDS,
     &["prompt", "messages"],
     &LENGTH_NAMES,

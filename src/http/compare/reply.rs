@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::super::error::{ApiError, ErrorBody};
@@ -10,7 +11,7 @@ use crate::adapter::canonical::Member;
 use crate::compare::{Arm, ArmResult};
 use crate::engine::request::FinishReason;
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct CompareReply<'a> {
     pub id: &'a str,
     pub object: &'static str,
@@ -21,14 +22,14 @@ pub struct CompareReply<'a> {
     pub arms: Vec<ArmReply<'a>>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct ArmReply<'a> {
     pub name: &'a str,
     #[serde(flatten)]
     pub outcome: Option<Outcome>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 #[serde(untagged)]
 pub enum Outcome {
     Finished(Box<Finished>),
@@ -36,7 +37,7 @@ pub enum Outcome {
 }
 
 /// What an arm was promised.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, JsonSchema, Serialize)]
 pub struct ArmHead {
     model: String,
     adapter: Option<AdapterName>,
@@ -45,12 +46,13 @@ pub struct ArmHead {
     seed: i64,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct Finished {
     #[serde(flatten)]
     head: ArmHead,
     text: String,
     #[serde(serialize_with = "finish_reason")]
+    #[schemars(with = "Option<String>", extend("enum" = ["stop", "length", null]))]
     finish_reason: Option<FinishReason>,
     usage: Usage,
     /// `null` without an output token.
@@ -63,13 +65,13 @@ pub struct Finished {
     agreement: Option<f64>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct Failure {
     error: Box<ErrorBody>,
 }
 
 /// An event of a stream.
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct Chunk<'a> {
     pub id: &'a str,
     /// Its place in the request.
@@ -79,7 +81,7 @@ pub struct Chunk<'a> {
     pub event: ChunkEvent,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 #[serde(tag = "event", rename_all = "lowercase")]
 pub enum ChunkEvent {
     Start(ArmHead),

@@ -7,6 +7,10 @@ mod props;
 mod reply;
 mod request;
 
+pub use lora_adapters::LoraAdapter;
+pub use props::Props;
+pub use reply::{Part, Reply};
+
 use axum::Router;
 use axum::routing::{get, post};
 

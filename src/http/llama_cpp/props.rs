@@ -2,6 +2,7 @@
 
 use axum::Json;
 use axum::extract::State;
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -9,7 +10,7 @@ use super::reply::settings;
 use crate::generation::GenerationOptions;
 use crate::http::AppState;
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 pub struct Props {
     default_generation_settings: DefaultSettings,
     /// Sequences that run at once.
@@ -24,20 +25,20 @@ pub struct Props {
     build_info: &'static str,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 struct DefaultSettings {
     n_ctx: usize,
     params: Value,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 struct ChatTemplateCaps {
     supports_tools: bool,
     supports_tool_calls: bool,
     supports_system_role: bool,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
 struct Modalities {
     vision: bool,
     audio: bool,

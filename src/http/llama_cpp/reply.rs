@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -11,7 +12,8 @@ use crate::http::error::ApiError;
 use crate::http::fields::Fields;
 
 /// A whole reply, or the last event of a stream.
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "LlamaCppReply")]
 pub struct Reply<'a> {
     index: usize,
     content: String,
@@ -31,7 +33,8 @@ pub struct Reply<'a> {
     timings: Timings,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "LlamaCppPart")]
 pub struct Part {
     pub index: usize,
     pub content: String,
@@ -39,7 +42,8 @@ pub struct Part {
     pub stop: bool,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "LlamaCppTimings")]
 struct Timings {
     cache_n: usize,
     prompt_n: usize,

@@ -6,10 +6,15 @@ mod models;
 mod reply;
 mod request;
 
+pub use models::Models;
+pub use reply::Reply;
+pub use request::{OWN_FIELDS, SAMPLING};
+
 use axum::extract::OriginalUri;
 use axum::middleware::from_fn_with_state;
 use axum::routing::{delete, get, head, post};
 use axum::{Json, Router};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::auth::authenticate;
@@ -19,8 +24,9 @@ use super::{AppState, generating};
 /// The interface that is spoken here; clients refuse older ones.
 const INTERFACE_VERSION: &str = "0.6.4";
 
-#[derive(Debug, Serialize)]
-struct Version {
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "OllamaVersion")]
+pub struct Version {
     version: &'static str,
     lorry: &'static str,
 }

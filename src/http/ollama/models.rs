@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use axum::extract::State;
 use axum::{Extension, Json};
 use chrono::{DateTime, SecondsFormat, Utc};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -28,12 +29,14 @@ const CPU: &str = "CPU";
 /// Ollama has a time at which a model leaves memory; what is in memory here has none.
 const NEVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "OllamaModels")]
 pub struct Models {
     models: Vec<ModelCard>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "OllamaModelCard")]
 struct ModelCard {
     name: String,
     model: String,
@@ -48,7 +51,8 @@ struct ModelCard {
     residency: Option<ResidencyCard>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "OllamaResidencyCard")]
 struct ResidencyCard {
     expires_at: String,
     /// Bytes in the memory of the card.
@@ -56,7 +60,8 @@ struct ResidencyCard {
     context_length: usize,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "OllamaDetails")]
 struct Details {
     /// The base of an adapter.
     parent_model: String,

@@ -8,6 +8,7 @@ use axum::body::Body;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use chrono::{SecondsFormat, Utc};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -25,8 +26,9 @@ pub enum Wording {
 }
 
 /// A whole reply, or one line of it.
-#[derive(Debug, Serialize)]
-struct Reply<'a> {
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "OllamaReply")]
+pub struct Reply<'a> {
     model: &'a str,
     /// RFC 3339.
     created_at: String,
@@ -39,14 +41,16 @@ struct Reply<'a> {
     costs: Option<Costs>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "OllamaSaid")]
 #[serde(rename_all = "snake_case")]
 enum Said {
     Response(String),
     Message(Message),
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "OllamaMessage")]
 struct Message {
     role: &'static str,
     content: String,
@@ -54,19 +58,22 @@ struct Message {
     tool_calls: Vec<ToolCall>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "OllamaToolCall")]
 struct ToolCall {
     function: Function,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "OllamaFunction")]
 struct Function {
     name: String,
     arguments: Map<String, Value>,
 }
 
 /// Durations in nanoseconds.
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "OllamaCosts")]
 struct Costs {
     total_duration: u64,
     /// The base is always loaded; what an adapter took is in the time of the prompt, as is the wait for a place.

@@ -9,7 +9,7 @@ use crate::http::unsupported::{Route, refuse_unsupported};
 use crate::prompt::fim::foreign;
 
 /// Read here; all others go on as they are.
-const OWN_FIELDS: [&str; 12] = [
+pub const OWN_FIELDS: [&str; 12] = [
     "model",
     "name",
     "prompt",
@@ -25,7 +25,7 @@ const OWN_FIELDS: [&str; 12] = [
 ];
 /// The `options` that decide how tokens are drawn. Those left say how memory is laid out (`num_ctx`, `num_gpu`, …): here
 /// the server's configuration does, and a prompt that does not fit is refused, never cut.
-const SAMPLING: [&str; 10] = [
+pub const SAMPLING: [&str; 10] = [
     "num_predict",
     "temperature",
     "top_k",

@@ -3,11 +3,14 @@
 
 mod segments;
 
+pub use segments::SNIPPETS;
+
 use axum::extract::State;
 use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Extension, Json, Router};
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -22,21 +25,24 @@ use super::run::{Run, RunEvent};
 /// The interface that is spoken here; plugins leave things out with older ones.
 const INTERFACE_VERSION: &str = "v0.30.0";
 
-#[derive(Debug, Serialize)]
-struct Completion {
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "TabbyCompletion")]
+pub struct Completion {
     id: String,
     choices: [Choice; 1],
     mode: &'static str,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "TabbyChoice")]
 struct Choice {
     index: usize,
     text: String,
 }
 
-#[derive(Debug, Serialize)]
-struct Health {
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "TabbyHealth")]
+pub struct Health {
     model: String,
     /// `null` where the model cannot chat.
     chat_model: Option<String>,
@@ -49,7 +55,8 @@ struct Health {
     version: Version,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "TabbyVersion")]
 struct Version {
     build_date: &'static str,
     build_timestamp: &'static str,

@@ -18,7 +18,7 @@ const STOP: &str = "\n\n";
 /// What is said of a request beside its text; all else is read like any completion's.
 const OWN: [&str; 4] = ["language", "segments", "mode", "debug_options"];
 /// From what matters least at the cursor to what matters most.
-const SNIPPETS: [&str; 3] =
+pub const SNIPPETS: [&str; 3] =
     ["relevant_snippets_from_recently_opened_files", "declarations", "relevant_snippets_from_changed_files"];
 const SNIPPET: ItemFields = ItemFields { name: "filepath", text: "body", unnamed: "snippet" };
 
