@@ -9,6 +9,7 @@ mod grammar;
 mod icl;
 mod llama_cpp;
 mod logprobs;
+mod mutations;
 mod ollama;
 mod openapi;
 mod tabby;
