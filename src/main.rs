@@ -60,7 +60,7 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
         #[command(flatten)]
-        args: BenchArgs,
+        args: Box<BenchArgs>,
     },
 }
 

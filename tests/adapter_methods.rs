@@ -7,7 +7,7 @@ use half::f16;
 use lorry::adapter::canonical::{Adapter, HeadDelta, Method, Prelude};
 use lorry::adapter::files::AdapterFiles;
 use lorry::adapter::loader;
-use lorry::model::spec::{Architecture, ModelSpec, Module};
+use lorry::model::spec::{Architecture, Features, ModelSpec, Module};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
@@ -25,8 +25,9 @@ fn spec() -> ModelSpec {
         head_dim: 16,
         vocab_size: 40,
         rope_theta: 1e4,
-        rms_norm_eps: 1e-5,
+        norm_eps: 1e-5,
         context_length: 64,
+        features: Features::PLAIN,
     }
 }
 

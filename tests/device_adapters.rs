@@ -44,7 +44,7 @@ impl TinyFile {
     /// A device that knows the shape, which is all that placing takes.
     fn device(&self, total: usize, budget: usize) -> Cuda<Emulator> {
         let mut device = Cuda::new(Emulator::new(total), budget);
-        device.prepare(&self.spec.shape()).unwrap();
+        device.prepare(&self.spec.shape(), &self.spec.attention_plan()).unwrap();
         device
     }
 

@@ -13,7 +13,7 @@ use lorry::adapter::canonical::{Adapter, AdapterWeights, Prelude};
 use lorry::engine::request::{Event, FinishReason, PromptOutput, Request, SamplingParams};
 use lorry::engine::{EngineConfig, EngineHandle, EngineState, EngineStopped, Overloaded};
 use lorry::metrics::Metrics;
-use lorry::model::spec::{Architecture, ModelSpec};
+use lorry::model::spec::{Architecture, Features, ModelSpec};
 use lorry::model::{ForwardBatch, Model};
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 
@@ -45,8 +45,9 @@ impl HashModel {
             head_dim: 32,
             vocab_size: VOCAB_SIZE,
             rope_theta: 1e4,
-            rms_norm_eps: 1e-5,
+            norm_eps: 1e-5,
             context_length: 1024,
+            features: Features::PLAIN,
         };
         Self { spec, num_blocks, states: HashMap::new(), gate }
     }

@@ -3,10 +3,13 @@
 //! Grouped-query attention with an online softmax over KV blocks in position order (Dao et al. 2022, FlashAttention;
 //! Kwon et al. 2023, PagedAttention). A query's result depends on its own keys alone: the same bits in any tile.
 
+use std::ops::Range;
+
 use half::f16;
 use half::slice::HalfBitsSliceExt;
 
 use crate::Cpu;
+use crate::shape::{DecoderShape, Rotary};
 use crate::simd::{Simd, dispatch};
 use crate::threads::DisjointMut;
 
@@ -96,7 +99,7 @@ impl KvStore {
     }
 }
 
-/// Rotary position embedding (Su et al. 2021): cosines and sines per position, `[position][head_dim / 2]`.
+/// Rotary position embedding (Su et al. 2021): cosines and sines per position, `[position][turned dimensions / 2]`.
 #[derive(Debug)]
 pub struct RotaryTable {
     half_dim: usize,
@@ -105,23 +108,26 @@ pub struct RotaryTable {
 }
 
 impl RotaryTable {
-    /// For positions `0..num_positions`. Dimension i turns with dimension i + head_dim / 2 ("neox" order).
+    /// For positions `0..num_positions`, of whole heads.
     pub fn new(num_positions: usize, head_dim: usize, theta: f32) -> Self {
-        let half_dim = head_dim / 2;
-        let angles = (0..num_positions * half_dim).map(|i| {
-            let (position, dim) = ((i / half_dim) as f64, (i % half_dim) as f64);
-            position * f64::from(theta).powf(-dim / half_dim as f64)
-        });
-        let (cos, sin) = angles.map(|a| (a.cos() as f32, a.sin() as f32)).unzip();
-        Self { half_dim, cos, sin }
+        Self::of(num_positions, &Rotary::plain(head_dim, theta))
     }
 
-    /// `[position][head_dim / 2]`
+    /// For positions `0..num_positions`.
+    pub fn of(num_positions: usize, rotary: &Rotary) -> Self {
+        let Rotary { frequencies, magnitude } = rotary;
+        let positions = (0..num_positions).map(|position| position as f64);
+        let angles = positions.flat_map(|position| frequencies.iter().map(move |frequency| position * frequency));
+        let (cos, sin) = angles.map(|a| ((a.cos() * magnitude) as f32, (a.sin() * magnitude) as f32)).unzip();
+        Self { half_dim: frequencies.len(), cos, sin }
+    }
+
+    /// `[position][turned dimensions / 2]`
     pub fn cos(&self) -> &[f32] {
         &self.cos
     }
 
-    /// `[position][head_dim / 2]`
+    /// `[position][turned dimensions / 2]`
     pub fn sin(&self) -> &[f32] {
         &self.sin
     }
@@ -170,6 +176,7 @@ pub fn rotate_and_store(
             // SAFETY: each row belongs to one task.
             let (q, k) = unsafe { (q.slice(row * q_width, q_width), k.slice(row * kv_width, kv_width)) };
             for head in q.chunks_exact_mut(head_dim).chain(k.chunks_exact_mut(head_dim)) {
+                // Dimensions beyond twice the table's stay as they are.
                 let (first, second) = head.split_at_mut(table.half_dim);
                 for (((a, b), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
                     (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
@@ -204,7 +211,24 @@ pub struct Queries<'a> {
     pub block_table: &'a [BlockId],
 }
 
-/// `out[row][head] = softmax(q·Kᵀ / sqrt(head_dim)) V` over each row's own and earlier positions.
+/// What is made of the products of queries and keys.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scoring {
+    pub scale: f32,
+    /// `cap · tanh(score / cap)`
+    pub soft_cap: Option<f32>,
+    /// How many positions a row sees, its own among them; `None` is all.
+    pub window: Option<usize>,
+}
+
+impl Scoring {
+    /// `1 / sqrt(head_dim)`, and nothing else.
+    pub fn plain(head_dim: usize) -> Self {
+        Self { scale: DecoderShape::default_attention_scale(head_dim), soft_cap: None, window: None }
+    }
+}
+
+/// `out[row][head] = softmax(scores(q·Kᵀ)) V` over each row's own and earlier positions, as far as `scoring` lets it see.
 ///
 /// `q` and `out` are `[rows, num_heads, head_dim]`; all K and V that the rows see are in the store. `sequence(i)` for `i` in
 /// `0..num_sequences` gives the sequences, whose rows do not overlap.
@@ -214,7 +238,7 @@ pub struct Queries<'a> {
 pub fn attend<'a>(
     cpu: &Cpu,
     store: &KvStore,
-    layer: usize,
+    (layer, scoring): (usize, Scoring),
     num_sequences: usize,
     sequence: &(dyn Fn(usize) -> Queries<'a> + Sync),
     q: &[f32],
@@ -234,6 +258,7 @@ pub fn attend<'a>(
         let tile = Tile {
             store,
             layer,
+            scoring,
             kv_head,
             group,
             width,
@@ -263,6 +288,7 @@ pub fn attend<'a>(
 struct Tile<'a> {
     store: &'a KvStore,
     layer: usize,
+    scoring: Scoring,
     kv_head: usize,
     /// Query heads per KV head.
     group: usize,
@@ -284,7 +310,9 @@ fn attend_tile<S: Simd>(tile: &Tile<'_>, q: &[f32], out: &DisjointMut<'_, f32>) 
     let LayerKv { k, v } = &tile.store.layers[tile.layer];
     let (k, v): (&[f16], &[f16]) = (k.reinterpret_cast(), v.reinterpret_cast());
     let head_len = tile.store.head_len();
-    let scale = 1.0 / (head_dim as f32).sqrt();
+    let Scoring { scale, soft_cap, window } = tile.scoring;
+    // The first position that the row at `position` sees.
+    let first_seen = |position: usize| window.map_or(0, |window| (position + 1).saturating_sub(window));
     let mut k_block = [0.0f32; MAX_HEAD_DIM * BLOCK_SIZE];
     let mut v_block = [0.0f32; MAX_HEAD_DIM * BLOCK_SIZE];
     let (k_block, v_block) = (&mut k_block[..head_len], &mut v_block[..head_len]);
@@ -302,7 +330,9 @@ fn attend_tile<S: Simd>(tile: &Tile<'_>, q: &[f32], out: &DisjointMut<'_, f32>) 
         unsafe { out.slice(start_of(query), head_dim) }.fill(0.0);
     }
     let last_position = tile.first_position + tile.num_rows - 1;
-    for (b, &block) in tile.block_table[..=last_position / BLOCK_SIZE].iter().enumerate() {
+    let first_block = first_seen(tile.first_position) / BLOCK_SIZE;
+    let blocks = tile.block_table[..=last_position / BLOCK_SIZE].iter().enumerate();
+    for (b, &block) in blocks.skip(first_block) {
         let start = (block.0 as usize * tile.store.num_kv_heads + tile.kv_head) * head_len;
         widen::<S>(&k[start..][..head_len], k_block);
         widen::<S>(&v[start..][..head_len], v_block);
@@ -323,9 +353,18 @@ fn attend_tile<S: Simd>(tile: &Tile<'_>, q: &[f32], out: &DisjointMut<'_, f32>) 
             for (i, scores) in scores[..count].iter_mut().enumerate() {
                 let position = tile.first_position + (query + i) / tile.group;
                 let visible = BLOCK_SIZE.min(position + 1 - b * BLOCK_SIZE);
+                let hidden = first_seen(position).saturating_sub(b * BLOCK_SIZE);
+                // A row has the same bits in any tile: what lies before its window is not even added as nothing.
+                if hidden >= visible {
+                    continue;
+                }
+                if let Some(cap) = soft_cap {
+                    soften::<S>(scores, scale, cap);
+                }
+                let scale = if soft_cap.is_some() { 1.0 } else { scale };
                 // SAFETY: this tile alone has these heads of these rows.
                 let out = unsafe { out.slice(start_of(query + i), head_dim) };
-                accumulate::<S>(scores, visible, scale, &mut softmax[query + i], v_block, out);
+                accumulate::<S>(scores, hidden..visible, scale, &mut softmax[query + i], v_block, out);
             }
             query += count;
         }
@@ -375,24 +414,35 @@ fn scores_of<S: Simd, const QUERIES: usize>(
     }
 }
 
+/// `cap · tanh(score · scale / cap)`
+#[inline(always)]
+fn soften<S: Simd>(scores: &mut [f32], scale: f32, cap: f32) {
+    let (scale, cap) = (S::splat(scale / cap), S::splat(cap));
+    for scores in scores.chunks_exact_mut(8) {
+        S::load(scores).mul(scale).tanh().mul(cap).store(scores);
+    }
+}
+
 /// One block's share of the online softmax: rescales what was summed before when the maximum grows.
 #[inline(always)]
 fn accumulate<S: Simd>(
     scores: &mut [f32; BLOCK_SIZE],
-    visible: usize,
+    seen: Range<usize>,
     scale: f32,
     (max, sum): &mut (f32, f32),
     v_block: &[f32],
     out: &mut [f32],
 ) {
     let head_dim = out.len();
-    scores[visible..].fill(f32::NEG_INFINITY);
+    scores[..seen.start].fill(f32::NEG_INFINITY);
+    scores[seen.end..].fill(f32::NEG_INFINITY);
     let (low, high) = (S::load(&scores[..8]).mul(S::splat(scale)), S::load(&scores[8..]).mul(S::splat(scale)));
     let new_max = low.max(high).max_lane().max(*max);
     let shift = S::splat(new_max);
     low.sub(shift).exp().store(&mut scores[..8]);
     high.sub(shift).exp().store(&mut scores[8..]);
-    scores[visible..].fill(0.0);
+    scores[..seen.start].fill(0.0);
+    scores[seen.end..].fill(0.0);
     let correction = if *max == new_max { 1.0 } else { (*max - new_max).exp() };
     *max = new_max;
     *sum = *sum * correction + S::load(&scores[..8]).add(S::load(&scores[8..])).sum();
@@ -400,10 +450,10 @@ fn accumulate<S: Simd>(
     let mut at = 0;
     while at < head_dim {
         if at + 64 <= head_dim {
-            weigh::<S, 8>(&scores[..visible], correction, &v_block[at..], head_dim, &mut out[at..at + 64]);
+            weigh::<S, 8>(&scores[..seen.end], correction, &v_block[at..], head_dim, &mut out[at..at + 64]);
             at += 64;
         } else {
-            weigh::<S, 2>(&scores[..visible], correction, &v_block[at..], head_dim, &mut out[at..at + 16]);
+            weigh::<S, 2>(&scores[..seen.end], correction, &v_block[at..], head_dim, &mut out[at..at + 16]);
             at += 16;
         }
     }

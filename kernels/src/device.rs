@@ -10,39 +10,8 @@ use std::sync::Arc;
 use crate::canonical::AdapterWeights;
 use crate::mapped_file::MappedRows;
 use crate::quantized::WeightType;
+use crate::shape::{AttentionPlan, DecoderShape};
 use crate::step::Step;
-
-/// Dimensions of a decoder, named as in Hugging Face configs.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct DecoderShape {
-    pub hidden_size: usize,
-    pub intermediate_size: usize,
-    pub num_layers: usize,
-    pub num_heads: usize,
-    pub num_kv_heads: usize,
-    pub head_dim: usize,
-    pub vocab_size: usize,
-    pub rope_theta: f32,
-    pub rms_norm_eps: f32,
-    /// Longest sequence in tokens.
-    pub context_length: usize,
-}
-
-impl DecoderShape {
-    /// Bytes of one block of [`crate::attention::BLOCK_SIZE`] positions in a KV store of f16.
-    pub fn kv_block_bytes(&self) -> usize {
-        crate::attention::KvStore::block_bytes(self.num_layers, self.num_kv_heads, self.head_dim)
-    }
-
-    /// Floats of a row of queries, and of keys or values.
-    pub fn q_width(&self) -> usize {
-        self.num_heads * self.head_dim
-    }
-
-    pub fn kv_width(&self) -> usize {
-        self.num_kv_heads * self.head_dim
-    }
-}
 
 /// A weight matrix as it lies in a file, row-major `[out_features, in_features]`.
 #[derive(Debug, Clone, Copy)]
@@ -210,7 +179,7 @@ impl<F: FnMut(usize, &mut dyn Logits) -> Result<(), DeviceError>> Caller for F {
 pub trait Device: fmt::Debug + Send + Sized + 'static {
     /// The weights and the bias of a linear layer.
     type Linear: fmt::Debug + Send;
-    /// The weights of a root-mean-square norm.
+    /// The weights of a norm.
     type Norm: fmt::Debug + Send;
     /// The table of token embeddings.
     type Embedding: fmt::Debug + Send;
@@ -227,13 +196,14 @@ pub trait Device: fmt::Debug + Send + Sized + 'static {
     ///
     /// # Errors
     /// When this device has no kernels for such a decoder.
-    fn prepare(&mut self, shape: &DecoderShape) -> Result<(), DeviceError>;
+    fn prepare(&mut self, shape: &DecoderShape, plan: &AttentionPlan) -> Result<(), DeviceError>;
 
     /// # Errors
     /// When the matrix cannot be taken over.
     fn load_linear(&mut self, source: &MatrixSource<'_>, bias: Option<Vec<f32>>) -> Result<Self::Linear, DeviceError>;
 
-    fn load_norm(&mut self, weight: Vec<f32>) -> Result<Self::Norm, DeviceError>;
+    /// The bias is there where the shape's norms center.
+    fn load_norm(&mut self, weight: Vec<f32>, bias: Option<Vec<f32>>) -> Result<Self::Norm, DeviceError>;
 
     fn load_embedding(&mut self, rows: MappedRows) -> Result<Self::Embedding, DeviceError>;
 
@@ -289,6 +259,18 @@ pub trait Device: fmt::Debug + Send + Sized + 'static {
     /// `hidden += residual` where `add_residual`, then `input = norm(hidden)`.
     fn add_norm(&mut self, step: &Step<'_>, norm: &Self::Norm, add_residual: bool) -> Result<(), DeviceError>;
 
+    /// `residual = norm(residual) · residual_scale`, of a decoder that has one of the two.
+    ///
+    /// # Errors
+    /// When the device has no kernel for it.
+    fn adjust_residual(&mut self, step: &Step<'_>, norm: Option<&Self::Norm>) -> Result<(), DeviceError>;
+
+    /// Norms every head of the queries and of the keys, of a decoder that does.
+    ///
+    /// # Errors
+    /// When the device has no kernel for it.
+    fn norm_heads(&mut self, step: &Step<'_>, norms: [&Self::Norm; 2]) -> Result<(), DeviceError>;
+
     /// Linear layers of decoder block `block` that read the input, with what the adapters of the rows do to them.
     fn linears<const N: usize>(
         &mut self,
@@ -303,8 +285,8 @@ pub trait Device: fmt::Debug + Send + Sized + 'static {
     /// `input = attention` of the queries over the positions that each row sees.
     fn attend(&mut self, step: &Step<'_>, block: usize) -> Result<(), DeviceError>;
 
-    /// `input = silu(gate) ∘ up`
-    fn swiglu(&mut self, step: &Step<'_>) -> Result<(), DeviceError>;
+    /// `input` = what the shape's activation makes of `gate` and `up`.
+    fn activate(&mut self, step: &Step<'_>) -> Result<(), DeviceError>;
 
     /// Ends a step: norm and head of the rows whose logits are wanted.
     fn logits(

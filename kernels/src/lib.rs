@@ -19,6 +19,7 @@ pub mod low_rank;
 pub mod mapped_file;
 pub mod merged_norm;
 pub mod quantized;
+pub mod shape;
 mod simd;
 pub mod step;
 pub mod threads;

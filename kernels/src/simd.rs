@@ -62,6 +62,20 @@ pub(crate) trait Simd: Copy {
         let y = p.mul_add(r.mul(r), r.add(Self::splat(1.0)));
         y.mul(n.exp2_whole())
     }
+
+    /// Within 2e-7 of it.
+    #[inline(always)]
+    fn tanh(self) -> Self {
+        let one = Self::splat(1.0);
+        one.sub(Self::splat(2.0).div(one.add(self.add(self).exp())))
+    }
+
+    /// `1 / (1 + e^-self)`
+    #[inline(always)]
+    fn sigmoid(self) -> Self {
+        let one = Self::splat(1.0);
+        one.div(one.add(Self::splat(0.0).sub(self).exp()))
+    }
 }
 
 /// Plain Rust lanes.

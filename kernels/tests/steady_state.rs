@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::f16;
 use kernels::activations::QuantizedRows;
-use kernels::attention::{BLOCK_SIZE, BlockId, KvSlot, KvStore, Queries, RotaryTable, attend, rotate_and_store};
+use kernels::attention::{
+    BLOCK_SIZE, BlockId, KvSlot, KvStore, Queries, RotaryTable, Scoring, attend, rotate_and_store,
+};
 use kernels::elementwise::{RmsNorm, add_norm_quantize, swiglu_quantize};
 use kernels::gemm::Product;
 use kernels::linear::{self, Deltas, RowDelta, Shrunk};
@@ -143,7 +145,7 @@ impl Block {
         let slots = &slots[first_position..first_position + rows];
         rotate_and_store(cpu, kv, 0, &self.rotary, slots, [&mut self.q, &mut self.k, &mut self.v]);
         let sequence = |_| Queries { first_row: 0, num_rows: rows, first_position, block_table: &blocks };
-        attend(cpu, kv, 0, 1, &sequence, &self.q, normed);
+        attend(cpu, kv, (0, Scoring::plain(HEAD_DIM)), 1, &sequence, &self.q, normed);
         self.quantized.quantize(cpu, rows, HIDDEN_SIZE, normed);
         run(3, &mut [product(o, &mut self.residual)], &self.quantized, normed, &mut self.shrunk);
 

@@ -155,7 +155,7 @@ impl SiteSelector {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::spec::Architecture;
+    use crate::model::spec::{Architecture, Features};
 
     fn spec() -> ModelSpec {
         ModelSpec {
@@ -168,8 +168,9 @@ mod tests {
             head_dim: 4,
             vocab_size: 10,
             rope_theta: 10_000.0,
-            rms_norm_eps: 1e-5,
+            norm_eps: 1e-5,
             context_length: 64,
+            features: Features::PLAIN,
         }
     }
 

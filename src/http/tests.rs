@@ -36,7 +36,7 @@ use crate::experiments::ModelNames;
 use crate::generation::Base;
 use crate::icl::IclStores;
 use crate::model::file::ModelFile;
-use crate::model::spec::{Architecture, ModelSpec};
+use crate::model::spec::{Architecture, Features, ModelSpec};
 use crate::model::{ForwardBatch, Model};
 use crate::prompt::PromptError;
 use crate::prompt::chat::ChatTemplate;
@@ -148,8 +148,9 @@ impl Server {
             head_dim: 2,
             vocab_size: tokenizer.vocab_size(),
             rope_theta: 1e4,
-            rms_norm_eps: 1e-5,
+            norm_eps: 1e-5,
             context_length: CONTEXT_LENGTH,
+            features: Features::PLAIN,
         };
         let end = tokenizer.eos().unwrap();
         let metrics = Arc::new(Metrics::new());

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use kernels::mapped_file::MappedRows;
 
-use super::decoder::{gguf_name, hugging_face_rows};
+use super::decoder::{hugging_face_rows, load_bias};
 use super::gguf::{GgufError, GgufFile};
 use super::spec::{ModelSpec, Module};
 use super::{BaseWeights, VocabularyMatrix};
@@ -16,7 +16,7 @@ pub const HEAD_TENSOR: &str = "output.weight";
 
 /// The name of a layer's weights.
 pub fn tensor_name(layer: usize, module: Module) -> String {
-    format!("blk.{layer}.{}.weight", gguf_name(module))
+    format!("blk.{layer}.{}.weight", module.gguf_name())
 }
 
 #[derive(Debug)]
@@ -24,7 +24,7 @@ pub struct GgufWeights {
     file: GgufFile,
     spec: ModelSpec,
     /// `[num_layers][Module as usize]`: a loader reads every row of a layer, so each is found without a look-up.
-    layers: Vec<[MappedRows; Module::ALL.len()]>,
+    layers: Vec<[Option<MappedRows>; Module::ALL.len()]>,
     /// `[Module as usize]`, where the file has its rows in another order than Hugging Face.
     row_orders: [Option<Vec<usize>>; Module::ALL.len()],
     embedding: MappedRows,
@@ -35,14 +35,16 @@ impl GgufWeights {
     pub fn open(path: &Path) -> Result<Self, GgufError> {
         let file = GgufFile::open(path)?;
         let spec = file.spec()?;
-        let rows = |layer: usize, module: Module| {
-            let (in_features, out_features) = spec.module_shape(module);
-            file.matrix_rows(&tensor_name(layer, module), (out_features, in_features))
-        };
         let mut layers = Vec::new();
         for layer in 0..spec.num_layers {
-            let [q, k, v, o, gate, up, down] = Module::ALL.map(|module| rows(layer, module));
-            layers.push([q?, k?, v?, o?, gate?, up?, down?]);
+            let mut matrices = [const { None }; Module::ALL.len()];
+            for module in spec.modules() {
+                let rows = spec.file_rows(module);
+                let (in_features, _) = spec.module_shape(module);
+                let name = format!("blk.{layer}.{}.weight", rows.part);
+                matrices[module as usize] = Some(file.matrix_rows(&name, (rows.num_rows, in_features))?);
+            }
+            layers.push(matrices);
         }
         let row_orders = Module::ALL.map(|module| hugging_face_rows(&spec, module));
         let vocabulary = |name| file.matrix_rows(name, (spec.vocab_size, spec.hidden_size));
@@ -72,7 +74,9 @@ impl BaseWeights for GgufWeights {
 
     fn dequantize_row(&self, layer: usize, module: Module, row: usize, values: &mut [f32]) -> Result<(), GgufError> {
         let row = self.row_orders[module as usize].as_ref().map_or(row, |order| order[row]);
-        self.layers[layer][module as usize].dequantize_row(row, values);
+        let name = || GgufError::MissingTensor(tensor_name(layer, module));
+        let matrix = self.layers[layer][module as usize].as_ref().ok_or_else(name)?;
+        matrix.dequantize_row(self.spec.file_rows(module).first_row + row, values);
         Ok(())
     }
 
@@ -86,11 +90,9 @@ impl BaseWeights for GgufWeights {
 
     fn bias(&self, layer: usize, module: Module) -> Result<Option<Vec<f32>>, GgufError> {
         let (_, out_features) = self.spec.module_shape(module);
-        let name = format!("blk.{layer}.{}.bias", gguf_name(module));
-        if !self.file.has_tensor(&name) {
-            return Ok(None);
-        }
-        let bias = self.file.vector(&name, out_features)?;
+        let rows = self.spec.file_rows(module);
+        let name = format!("blk.{layer}.{}", rows.part);
+        let Some(bias) = load_bias(&self.file, &name, &rows, out_features)? else { return Ok(None) };
         Ok(Some(match &self.row_orders[module as usize] {
             Some(order) => order.iter().map(|&row| bias[row]).collect(),
             None => bias,

@@ -1,6 +1,6 @@
-//! The decoder of Llama and Qwen2: embedding, blocks of attention and gated feed-forward, norm, head.
+//! The decoder of every family: embedding, blocks of attention and feed-forward, norm, head.
 //!
-//! Written once, over a device that does the arithmetic.
+//! Written once, over a device that does the arithmetic; what differs between families is data of the specification.
 
 use std::path::Path;
 
@@ -9,8 +9,9 @@ use kernels::device::{
 };
 use kernels::step::{Group, Groups, Step};
 
-use super::gguf::{GgufError, GgufFile};
-use super::spec::{Architecture, ModelSpec, Module};
+use super::base_weights::{EMBEDDING_TENSOR, HEAD_TENSOR};
+use super::gguf::{GgufError, GgufFile, RawTensor};
+use super::spec::{FileRows, ModelSpec, Module};
 use super::tensors::Tensors;
 use super::{AdapterGroup, ForwardBatch, Model};
 use crate::adapter::canonical::Adapter;
@@ -30,11 +31,14 @@ pub struct Decoder<D: Device> {
 struct Block<D: Device> {
     attention_norm: D::Norm,
     feed_forward_norm: D::Norm,
-    /// `[Module as usize]`
-    linears: [D::Linear; Module::ALL.len()],
+    /// Of queries and keys.
+    head_norms: Option<[D::Norm; 2]>,
+    /// After attention, and after the feed-forward.
+    residual_norms: Option<[D::Norm; 2]>,
+    scales_residuals: bool,
+    /// `[Module as usize]`; `None` for what the family does not have.
+    linears: [Option<D::Linear>; Module::ALL.len()],
 }
-
-const EMBEDDING: &str = "token_embd.weight";
 
 impl<D: Device> Decoder<D> {
     /// Loads a GGUF file onto the device. `context_length` bounds the positions; at most the model's own.
@@ -47,7 +51,7 @@ impl<D: Device> Decoder<D> {
 
     /// A decoder of these tensors.
     pub fn build(spec: ModelSpec, mut file: impl Tensors, mut device: D) -> Result<Self, GgufError> {
-        device.prepare(&spec.shape()).map_err(|e| GgufError::Unsupported(e.to_string()))?;
+        device.prepare(&spec.shape(), &spec.attention_plan()).map_err(|e| GgufError::Unsupported(e.to_string()))?;
         let (hidden, vocab) = (spec.hidden_size, spec.vocab_size);
         let mut blocks = Vec::new();
         for layer in 0..spec.num_layers {
@@ -56,13 +60,14 @@ impl<D: Device> Decoder<D> {
             file.release_pages();
         }
         // A model without a head of its own uses the embedding ("tied").
-        let head = if file.has_tensor("output.weight") { "output.weight" } else { EMBEDDING };
-        let head = load_linear(&file, &mut device, head, (vocab, hidden), None, None)?;
-        let norm = "output_norm.weight";
-        let output_norm = device.load_norm(file.vector(norm, hidden)?).map_err(in_tensor(norm))?;
+        let head = if file.has_tensor(HEAD_TENSOR) { HEAD_TENSOR } else { EMBEDDING_TENSOR };
+        let all_rows = FileRows { part: head, num_rows: vocab, first_row: 0 };
+        let head = load_linear(&file, &mut device, head, &all_rows, (vocab, hidden), None, None)?;
+        // Whatever scales the logits scales what the head reads, adapters of the head included.
+        let output_norm = load_norm(&file, &mut device, "output_norm", hidden, &spec, spec.features.logit_scale)?;
         file.release_pages();
-        let embedding = device.load_embedding(file.matrix_rows(EMBEDDING, (vocab, hidden))?);
-        let embedding = embedding.map_err(in_tensor(EMBEDDING))?;
+        let embedding = device.load_embedding(file.matrix_rows(EMBEDDING_TENSOR, (vocab, hidden))?);
+        let embedding = embedding.map_err(in_tensor(EMBEDDING_TENSOR))?;
         Ok(Self { spec, device, embedding, blocks, output_norm, head })
     }
 
@@ -85,17 +90,38 @@ fn in_tensor(name: &str) -> impl FnOnce(DeviceError) -> GgufError {
     move |source| GgufError::Device { name, source }
 }
 
-/// A linear layer of `shape` `(out, in)`; rows and bias in `row_order`, where there is one.
+/// A norm of `width`, its weight and bias times `scale`.
+fn load_norm<D: Device>(
+    file: &impl Tensors,
+    device: &mut D,
+    name: &str,
+    width: usize,
+    spec: &ModelSpec,
+    scale: f32,
+) -> Result<D::Norm, GgufError> {
+    let scaled = |part: &str| -> Result<Vec<f32>, GgufError> {
+        let values = file.vector(&format!("{name}.{part}"), width)?;
+        Ok(values.into_iter().map(|value| value * scale).collect())
+    };
+    let weight = scaled("weight")?;
+    let bias = spec.features.centers_norms.then(|| scaled("bias")).transpose()?;
+    device.load_norm(weight, bias).map_err(in_tensor(name))
+}
+
+/// A linear layer of `shape` `(out, in)` out of the matrix `name`; rows and bias in `row_order`, where there is one.
 fn load_linear<D: Device>(
     file: &impl Tensors,
     device: &mut D,
     name: &str,
+    rows: &FileRows,
     shape: (usize, usize),
     row_order: Option<&[usize]>,
     bias: Option<Vec<f32>>,
 ) -> Result<D::Linear, GgufError> {
-    let tensor = file.matrix(name, shape)?;
-    let source = MatrixSource { weight_type: tensor.weight_type, shape, bytes: tensor.bytes, row_order };
+    let RawTensor { weight_type, bytes, .. } = file.matrix(name, (rows.num_rows, shape.1))?;
+    let row_bytes = bytes.len() / rows.num_rows.max(1);
+    let bytes = &bytes[rows.first_row * row_bytes..][..shape.0 * row_bytes];
+    let source = MatrixSource { weight_type, shape, bytes, row_order };
     let bias = match (bias, row_order) {
         (Some(bias), Some(order)) => Some(order.iter().map(|&row| bias[row]).collect()),
         (bias, _) => bias,
@@ -105,27 +131,35 @@ fn load_linear<D: Device>(
 
 impl<D: Device> Block<D> {
     fn load(file: &impl Tensors, device: &mut D, spec: &ModelSpec, layer: usize) -> Result<Self, GgufError> {
-        let name = |part: &str| format!("blk.{layer}.{part}");
-        let mut norm = |part: &str| {
-            let name = name(part);
-            device.load_norm(file.vector(&name, spec.hidden_size)?).map_err(in_tensor(&name))
+        let features = &spec.features;
+        let mut norm =
+            |part: &str, width: usize| load_norm(file, device, &format!("blk.{layer}.{part}"), width, spec, 1.0);
+        let mut norms = |is_there: bool, parts: [&str; 2], width: usize| -> Result<Option<[D::Norm; 2]>, GgufError> {
+            let [first, second] = parts;
+            if is_there { Ok(Some([norm(first, width)?, norm(second, width)?])) } else { Ok(None) }
         };
-        let (attention_norm, feed_forward_norm) = (norm("attn_norm.weight")?, norm("ffn_norm.weight")?);
-        let mut linear = |module: Module| {
-            let part = gguf_name(module);
+        let head_norms = norms(features.norms_heads, ["attn_q_norm", "attn_k_norm"], spec.head_dim)?;
+        let after = ["post_attention_norm", "post_ffw_norm"];
+        let residual_norms = norms(features.norms_residuals, after, spec.hidden_size)?;
+        let (attention_norm, feed_forward_norm) =
+            (norm("attn_norm", spec.hidden_size)?, norm("ffn_norm", spec.hidden_size)?);
+        let mut linears = [const { None }; Module::ALL.len()];
+        for module in spec.modules() {
+            let rows = spec.file_rows(module);
             let (in_features, out_features) = spec.module_shape(module);
-            let bias_name = name(&format!("{part}.bias"));
-            let bias = file.has_tensor(&bias_name).then(|| file.vector(&bias_name, out_features)).transpose()?;
-            let (weight, order) = (name(&format!("{part}.weight")), hugging_face_rows(spec, module));
-            load_linear(file, device, &weight, (out_features, in_features), order.as_deref(), bias)
-        };
-        let [q, k, v, o, gate, up, down] = Module::ALL.map(&mut linear);
-        let linears = [q?, k?, v?, o?, gate?, up?, down?];
-        Ok(Self { attention_norm, feed_forward_norm, linears })
+            let (name, order) = (format!("blk.{layer}.{}", rows.part), hugging_face_rows(spec, module));
+            let bias = load_bias(file, &name, &rows, out_features)?;
+            let (weight, shape) = (format!("{name}.weight"), (out_features, in_features));
+            let linear = load_linear(file, device, &weight, &rows, shape, order.as_deref(), bias)?;
+            linears[module as usize] = Some(linear);
+        }
+        let scales_residuals = features.residual_scale != 1.0;
+        Ok(Self { attention_norm, feed_forward_norm, head_norms, residual_norms, scales_residuals, linears })
     }
 
     fn layer(&self, module: Module, output: Output) -> Layer<'_, D> {
-        Layer { linear: &self.linears[module as usize], module: module as usize, output }
+        let linear = self.linears[module as usize].as_ref().expect("every module of the specification was loaded");
+        Layer { linear, module: module as usize, output }
     }
 
     fn forward(&self, device: &mut D, step: &Step<'_>, number: usize) -> Result<(), DeviceError> {
@@ -134,16 +168,45 @@ impl<D: Device> Block<D> {
         let k = self.layer(Module::KProj, Output::K);
         let v = self.layer(Module::VProj, Output::V);
         device.linears(step, number, [q, k, v])?;
+        if let Some(norms) = &self.head_norms {
+            device.norm_heads(step, norms.each_ref())?;
+        }
         device.rotate_and_store(step, number)?;
         device.attend(step, number)?;
         device.linears(step, number, [self.layer(Module::OProj, Output::Residual)])?;
+        self.adjust_residual(device, step, 0)?;
         device.add_norm(step, &self.feed_forward_norm, true)?;
-        let gate = self.layer(Module::GateProj, Output::Gate);
         let up = self.layer(Module::UpProj, Output::Up);
-        device.linears(step, number, [gate, up])?;
-        device.swiglu(step)?;
-        device.linears(step, number, [self.layer(Module::DownProj, Output::Residual)])
+        if self.linears[Module::GateProj as usize].is_some() {
+            device.linears(step, number, [self.layer(Module::GateProj, Output::Gate), up])?;
+        } else {
+            device.linears(step, number, [up])?;
+        }
+        device.activate(step)?;
+        device.linears(step, number, [self.layer(Module::DownProj, Output::Residual)])?;
+        self.adjust_residual(device, step, 1)
     }
+
+    /// Of attention (0) or of the feed-forward (1).
+    fn adjust_residual(&self, device: &mut D, step: &Step<'_>, part: usize) -> Result<(), DeviceError> {
+        let norm = self.residual_norms.as_ref().map(|norms| &norms[part]);
+        if norm.is_some() || self.scales_residuals { device.adjust_residual(step, norm) } else { Ok(()) }
+    }
+}
+
+/// A module's part of the bias of the matrix `name`, where that has one; in the file's order.
+pub(super) fn load_bias(
+    file: &impl Tensors,
+    name: &str,
+    rows: &FileRows,
+    out_features: usize,
+) -> Result<Option<Vec<f32>>, GgufError> {
+    let name = format!("{name}.bias");
+    if !file.has_tensor(&name) {
+        return Ok(None);
+    }
+    let bias = file.vector(&name, rows.num_rows)?;
+    Ok(Some(bias[rows.first_row..][..out_features].to_vec()))
 }
 
 impl<D: Device> Model for Decoder<D> {
@@ -168,7 +231,12 @@ impl<D: Device> Model for Decoder<D> {
     }
 
     fn weight_bytes(&self) -> usize {
-        self.blocks.iter().flat_map(|block| &block.linears).chain([&self.head]).map(D::linear_bytes).sum()
+        self.blocks
+            .iter()
+            .flat_map(|block| block.linears.iter().flatten())
+            .chain([&self.head])
+            .map(D::linear_bytes)
+            .sum()
     }
 
     fn measure_peaks(&self) -> Result<Option<Peaks>, DeviceError> {
@@ -194,25 +262,13 @@ impl<D: Device> Model for Decoder<D> {
     }
 }
 
-pub(super) fn gguf_name(module: Module) -> &'static str {
-    match module {
-        Module::QProj => "attn_q",
-        Module::KProj => "attn_k",
-        Module::VProj => "attn_v",
-        Module::OProj => "attn_output",
-        Module::GateProj => "ffn_gate",
-        Module::UpProj => "ffn_up",
-        Module::DownProj => "ffn_down",
-    }
-}
-
 /// Which row of the file holds each row of the Hugging Face model.
 ///
-/// GGUF files of architecture `llama` interleave the two halves of every query and key head (llama.cpp's
+/// GGUF files of Llama and its kin interleave the two halves of every query and key head (llama.cpp's
 /// `convert_hf_to_gguf.py`, `permute`): row `2i + j` of a head is Hugging Face's row `j·head_dim/2 + i`. Putting the rows
 /// back at load lets adapters apply as they are, and leaves one rotary order for all architectures.
 pub(super) fn hugging_face_rows(spec: &ModelSpec, module: Module) -> Option<Vec<usize>> {
-    let permuted = spec.architecture == Architecture::Llama && matches!(module, Module::QProj | Module::KProj);
+    let permuted = spec.features.has_interleaved_heads && matches!(module, Module::QProj | Module::KProj);
     permuted.then(|| {
         let (head_dim, half) = (spec.head_dim, spec.head_dim / 2);
         let (_, out_features) = spec.module_shape(module);

@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, Value};
-use kernels::activations::BLOCK;
 use kernels::device::DeviceError;
 use kernels::mapped_file::{MappedFile, MappedRows};
 use kernels::quantized::{BlockFormat, WeightType};
 
-use super::spec::{Architecture, ModelSpec};
+use super::metadata;
+use super::spec::ModelSpec;
 
 #[derive(Debug, thiserror::Error)]
 pub enum GgufError {
@@ -31,8 +31,10 @@ pub enum GgufError {
     Truncated { name: String, offset: usize, len: usize },
     #[error("tensor {0} has an impossible size or place: the file is damaged")]
     Damaged(String),
-    #[error("architecture {0:?} is not supported (supported: llama, qwen2)")]
-    Architecture(String),
+    #[error("the GGUF metadata key {key} = {value} is not supported: {reason}")]
+    Metadata { key: String, value: String, reason: String },
+    #[error("architecture {0:?} is not supported (supported: {1})")]
+    Architecture(String, String),
     #[error("{0}")]
     Unsupported(String),
     #[error("tensor {name}: {source}")]
@@ -95,27 +97,18 @@ impl GgufFile {
         self.content.metadata.get(key)
     }
 
+    pub fn metadata_pairs(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.content.metadata.iter().map(|(key, value)| (key.as_str(), value))
+    }
+
     fn required(&self, key: &str) -> Result<&Value, GgufError> {
         self.metadata(key).ok_or_else(|| GgufError::MissingKey(key.to_string()))
     }
 
     /// Any unsigned or signed integer that is not negative.
     pub fn usize(&self, key: &str) -> Result<usize, GgufError> {
-        let value = self.required(key)?;
-        let number = match value {
-            Value::U8(v) => Some(u64::from(*v)),
-            Value::U16(v) => Some(u64::from(*v)),
-            Value::U32(v) => Some(u64::from(*v)),
-            Value::U64(v) => Some(*v),
-            Value::I8(v) => u64::try_from(*v).ok(),
-            Value::I16(v) => u64::try_from(*v).ok(),
-            Value::I32(v) => u64::try_from(*v).ok(),
-            Value::I64(v) => u64::try_from(*v).ok(),
-            _ => None,
-        };
-        number
-            .and_then(|n| usize::try_from(n).ok())
-            .ok_or_else(|| GgufError::WrongType { key: key.to_string(), expected: "a whole number" })
+        let wrong = || GgufError::WrongType { key: key.to_string(), expected: "a whole number" };
+        whole_number(self.required(key)?).ok_or_else(wrong)
     }
 
     pub fn f32(&self, key: &str) -> Result<f32, GgufError> {
@@ -205,57 +198,22 @@ impl GgufFile {
 
     /// The decoder this file describes.
     pub fn spec(&self) -> Result<ModelSpec, GgufError> {
-        let name = self.str("general.architecture")?;
-        let architecture = match name {
-            "llama" => Architecture::Llama,
-            "qwen2" => Architecture::Qwen2,
-            other => return Err(GgufError::Architecture(other.to_string())),
-        };
-        let key = |suffix: &str| format!("{name}.{suffix}");
-        let scaling = self.metadata(&key("rope.scaling.type")).and_then(|v| v.to_string().ok());
-        if let Some(scaling) = scaling.filter(|scaling| *scaling != "none") {
-            return Err(GgufError::Unsupported(format!("rope scaling of type {scaling:?} is not supported")));
-        }
-        if self.has_tensor("rope_freqs.weight") {
-            return Err(GgufError::Unsupported(
-                "per-dimension rope factors (rope_freqs.weight) are not supported".into(),
-            ));
-        }
-        let hidden_size = self.usize(&key("embedding_length"))?;
-        let num_heads = self.usize(&key("attention.head_count"))?;
-        let num_kv_heads = self.usize(&key("attention.head_count_kv")).unwrap_or(num_heads);
-        if num_heads == 0 || num_kv_heads == 0 || num_heads % num_kv_heads != 0 {
-            return Err(GgufError::Unsupported(format!("{num_heads} heads over {num_kv_heads} key-value heads")));
-        }
-        let head_dim = self.usize(&key("attention.key_length")).unwrap_or(hidden_size / num_heads);
-        let rotary = self.usize(&key("rope.dimension_count")).unwrap_or(head_dim);
-        if rotary != head_dim || !head_dim.is_multiple_of(16) {
-            return Err(GgufError::Unsupported(format!("{rotary} rotary dimensions with heads of {head_dim}")));
-        }
-        let embedding = self.tensor("token_embd.weight")?;
-        let [vocab_size, _] = embedding.shape[..] else {
-            let shape = &embedding.shape;
-            let reason = format!("tensor token_embd.weight has shape {shape:?}, expected [vocabulary, {hidden_size}]");
-            return Err(GgufError::Unsupported(reason));
-        };
-        let intermediate_size = self.usize(&key("feed_forward_length"))?;
-        for (width, name) in [(hidden_size, "embedding_length"), (intermediate_size, "feed_forward_length")] {
-            if width == 0 || !width.is_multiple_of(BLOCK) {
-                return Err(GgufError::Unsupported(format!("{name} {width} is not a multiple of {BLOCK}")));
-            }
-        }
-        Ok(ModelSpec {
-            architecture,
-            hidden_size,
-            intermediate_size,
-            num_layers: self.usize(&key("block_count"))?,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            vocab_size,
-            rope_theta: self.f32(&key("rope.freq_base")).unwrap_or(10_000.0),
-            rms_norm_eps: self.f32(&key("attention.layer_norm_rms_epsilon"))?,
-            context_length: self.usize(&key("context_length"))?,
-        })
+        metadata::spec(self)
     }
+}
+
+/// Any unsigned or signed integer that is not negative.
+pub fn whole_number(value: &Value) -> Option<usize> {
+    let number = match value {
+        Value::U8(v) => Some(u64::from(*v)),
+        Value::U16(v) => Some(u64::from(*v)),
+        Value::U32(v) => Some(u64::from(*v)),
+        Value::U64(v) => Some(*v),
+        Value::I8(v) => u64::try_from(*v).ok(),
+        Value::I16(v) => u64::try_from(*v).ok(),
+        Value::I32(v) => u64::try_from(*v).ok(),
+        Value::I64(v) => u64::try_from(*v).ok(),
+        _ => None,
+    };
+    number.and_then(|n| usize::try_from(n).ok())
 }

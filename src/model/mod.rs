@@ -3,11 +3,14 @@
 pub mod base_weights;
 pub mod catalogue;
 pub mod decoder;
+pub mod family;
 pub mod file;
 pub mod gguf;
+mod metadata;
 pub mod pull;
 pub mod random;
 pub mod resident;
+pub mod rope;
 pub mod spec;
 pub mod tensors;
 pub mod unquantized;

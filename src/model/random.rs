@@ -45,8 +45,9 @@ impl FromStr for Shape {
             head_dim,
             vocab_size,
             rope_theta: 1e6,
-            rms_norm_eps: 1e-6,
+            norm_eps: 1e-6,
             context_length: 32_768,
+            features: Architecture::Qwen2.features(),
         };
         Ok(Self { name: name.to_owned(), spec })
     }

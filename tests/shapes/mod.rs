@@ -4,7 +4,7 @@
 #![allow(dead_code)]
 
 use lorry::model::gguf::GgufError;
-use lorry::model::spec::{Architecture, ModelSpec, Module};
+use lorry::model::spec::{Architecture, Features, ModelSpec, Module};
 use lorry::model::{BaseWeights, VocabularyMatrix};
 
 #[derive(Debug)]
@@ -29,8 +29,9 @@ impl Shapes {
             head_dim: hidden_size / heads.0,
             vocab_size,
             rope_theta: 10_000.0,
-            rms_norm_eps: 1e-5,
+            norm_eps: 1e-5,
             context_length: 128,
+            features: Features::PLAIN,
         })
     }
 

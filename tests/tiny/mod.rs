@@ -53,8 +53,9 @@ impl TinyModel {
             head_dim: 64,
             vocab_size: 320,
             rope_theta: 5e4,
-            rms_norm_eps: 1e-6,
+            norm_eps: 1e-6,
             context_length: 256,
+            features: architecture.features(),
         };
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut weights = BTreeMap::new();
@@ -107,7 +108,7 @@ impl TinyModel {
 
     /// What llama.cpp's converter does to the rows of queries and keys of architecture `llama`.
     fn permuted(&self, weight: &Tensor, num_heads: usize) -> Tensor {
-        if self.spec.architecture != Architecture::Llama {
+        if !self.spec.features.has_interleaved_heads {
             return weight.clone();
         }
         let halves = weight.reshape((num_heads, 2, self.spec.head_dim / 2, self.spec.hidden_size)).unwrap();
@@ -202,31 +203,16 @@ impl<D: ComputeDevice> Loaded for Decoder<D> {
 
 /// GGUF's name of a module's matrix.
 pub fn weight_name(layer: usize, module: Module) -> String {
-    format!("blk.{layer}.{}.weight", gguf_name(module))
+    format!("blk.{layer}.{}.weight", module.gguf_name())
 }
 
 /// GGUF's name of a module's bias.
 pub fn bias_name(layer: usize, module: Module) -> String {
-    format!("blk.{layer}.{}.bias", gguf_name(module))
-}
-
-fn gguf_name(module: Module) -> &'static str {
-    match module {
-        Module::QProj => "attn_q",
-        Module::KProj => "attn_k",
-        Module::VProj => "attn_v",
-        Module::OProj => "attn_output",
-        Module::GateProj => "ffn_gate",
-        Module::UpProj => "ffn_up",
-        Module::DownProj => "ffn_down",
-    }
+    format!("blk.{layer}.{}.bias", module.gguf_name())
 }
 
 fn metadata(spec: &ModelSpec) -> BTreeMap<String, Value> {
-    let architecture = match spec.architecture {
-        Architecture::Llama => "llama",
-        Architecture::Qwen2 => "qwen2",
-    };
+    let architecture = spec.architecture.name();
     let number = |n: usize| Value::U32(n as u32);
     // A SentencePiece vocabulary of three control tokens, the bytes, and fillers.
     let fillers = (259..spec.vocab_size).map(|id| format!("filler{id}"));
@@ -239,7 +225,7 @@ fn metadata(spec: &ModelSpec) -> BTreeMap<String, Value> {
         ("block_count", number(spec.num_layers)),
         ("attention.head_count", number(spec.num_heads)),
         ("attention.head_count_kv", number(spec.num_kv_heads)),
-        ("attention.layer_norm_rms_epsilon", Value::F32(spec.rms_norm_eps)),
+        ("attention.layer_norm_rms_epsilon", Value::F32(spec.norm_eps)),
         ("rope.freq_base", Value::F32(spec.rope_theta)),
         ("context_length", number(spec.context_length)),
     ];

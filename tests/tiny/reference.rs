@@ -81,7 +81,7 @@ impl Reference {
 
     fn norm(&self, name: &str, x: &[f64]) -> Vec<f64> {
         let mean_square = dot(x, x) / x.len() as f64;
-        let scale = 1.0 / (mean_square + f64::from(self.spec.rms_norm_eps)).sqrt();
+        let scale = 1.0 / (mean_square + f64::from(self.spec.norm_eps)).sqrt();
         x.iter().zip(&self.weights[name][0]).map(|(x, w)| x * scale * w).collect()
     }
 

@@ -2,7 +2,9 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput};
 use kernels::Cpu;
-use kernels::attention::{BLOCK_SIZE, BlockId, KvSlot, KvStore, Queries, RotaryTable, attend, rotate_and_store};
+use kernels::attention::{
+    BLOCK_SIZE, BlockId, KvSlot, KvStore, Queries, RotaryTable, Scoring, attend, rotate_and_store,
+};
 
 use crate::gemm::values;
 use crate::{all_cores, group, num_turns, work};
@@ -33,7 +35,7 @@ pub fn bench(criterion: &mut Criterion) {
             let mut layer = 0;
             bencher.iter(|| {
                 layer = (layer + 1) % num_layers;
-                attend(&cpu, &store, layer, 1, &sequence, &q, &mut out);
+                attend(&cpu, &store, (layer, Scoring::plain(HEAD_DIM)), 1, &sequence, &q, &mut out);
             });
         });
     }

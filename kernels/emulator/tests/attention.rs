@@ -125,7 +125,8 @@ fn rows_attend_as_on_the_cpu() {
         rotate_and_store(&cpu, &mut store, 0, &rotary, &slots, [&mut q, &mut k, &mut v]);
         let queries = Queries { first_row: 0, num_rows: positions, first_position: 0, block_table: &table };
         let mut out = vec![0.0; q.len()];
-        kernels::attention::attend(&cpu, &store, 0, 1, &|_| queries, &q, &mut out);
+        let scoring = kernels::attention::Scoring::plain(heads.head_dim);
+        kernels::attention::attend(&cpu, &store, (0, scoring), 1, &|_| queries, &q, &mut out);
 
         let halves = |x: &[f32]| -> Vec<f16> { x.iter().map(|x| f16::from_f32(*x)).collect() };
         (context.q, context.k) = (halves(&q), halves(&k));

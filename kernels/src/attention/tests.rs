@@ -17,11 +17,12 @@ struct Shape {
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
+    scoring: Scoring,
 }
 
 /// Stores all positions, then attends for the rows from `first` on, in chunks of `chunk`.
 fn run(cpu: &Cpu, shape: &Shape, [q, k, v]: [&[f32]; 3], positions: usize, first: usize, chunk: usize) -> Vec<f32> {
-    let Shape { heads, kv_heads, head_dim } = *shape;
+    let Shape { heads, kv_heads, head_dim, scoring } = *shape;
     let num_blocks = positions.div_ceil(BLOCK_SIZE);
     let mut store = KvStore::new(2, kv_heads, head_dim, num_blocks + 3);
     // Blocks in falling order: a table is not the identity.
@@ -38,14 +39,16 @@ fn run(cpu: &Cpu, shape: &Shape, [q, k, v]: [&[f32]; 3], positions: usize, first
         let num_rows = chunk.min(positions - start);
         let queries = Queries { first_row: 0, num_rows, first_position: start, block_table: &table };
         let rows = &mut out[(start - first) * width..][..num_rows * width];
-        attend(cpu, &store, 1, 1, &|_| queries, &q[start * width..][..num_rows * width], rows);
+        attend(cpu, &store, (1, scoring), 1, &|_| queries, &q[start * width..][..num_rows * width], rows);
     }
     out
 }
 
 /// Softmax attention in f64 over f16 keys and values.
 fn reference(shape: &Shape, [q, k, v]: [&[f32]; 3], positions: usize) -> Vec<f64> {
-    let Shape { heads, kv_heads, head_dim } = *shape;
+    let Shape { heads, kv_heads, head_dim, scoring } = *shape;
+    let first_seen = |row: usize| scoring.window.map_or(0, |window| (row + 1).saturating_sub(window));
+    let capped = |score: f64| scoring.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
     let turn = |x: &[f32], position: usize| -> Vec<f64> {
         let half = head_dim / 2;
         (0..head_dim)
@@ -62,16 +65,21 @@ fn reference(shape: &Shape, [q, k, v]: [&[f32]; 3], positions: usize) -> Vec<f64
             let kv = head / (heads / kv_heads);
             let at = |x: &[f32], t: usize| x[(t * kv_heads + kv) * head_dim..][..head_dim].to_vec();
             let query = turn(&q[(row * heads + head) * head_dim..][..head_dim], row);
-            let scores: Vec<f64> = (0..=row)
+            let scores: Vec<f64> = (first_seen(row)..=row)
                 .map(|t| {
                     let key = turn(&at(k, t), t);
-                    query.iter().zip(&key).map(|(a, b)| a * b).sum::<f64>() / (head_dim as f64).sqrt()
+                    capped(query.iter().zip(&key).map(|(a, b)| a * b).sum::<f64>() * f64::from(scoring.scale))
                 })
                 .collect();
             let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
             for d in 0..head_dim {
-                out.push((0..=row).map(|t| (scores[t] - max).exp() / sum * f64::from(at(v, t)[d])).sum());
+                out.push(
+                    (first_seen(row)..=row)
+                        .zip(&scores)
+                        .map(|(t, score)| (score - max).exp() / sum * f64::from(at(v, t)[d]))
+                        .sum(),
+                );
             }
         }
     }
@@ -84,8 +92,11 @@ proptest! {
     #[test]
     fn attention_equals_the_formula_and_chunks_do_not_change_bits(
         positions in 1usize..70, kv_heads in 1usize..3, group in 1usize..8, wide: bool, chunk in 1usize..40, seed: u64,
+        window in proptest::option::of(1usize..50), soft_cap in proptest::option::of(1.0f32..50.0), halved: bool,
     ) {
-        let shape = Shape { heads: kv_heads * group, kv_heads, head_dim: if wide { 80 } else { 64 } };
+        let head_dim = if wide { 80 } else { 64 };
+        let scale = Scoring::plain(head_dim).scale * if halved { 0.5 } else { 1.0 };
+        let shape = Shape { heads: kv_heads * group, kv_heads, head_dim, scoring: Scoring { scale, soft_cap, window } };
         let q = values(positions * shape.heads * shape.head_dim, seed);
         let k = values(positions * kv_heads * shape.head_dim, seed ^ 5);
         let v = values(positions * kv_heads * shape.head_dim, seed ^ 9);

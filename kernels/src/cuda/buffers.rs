@@ -1,6 +1,7 @@
 //! The activations of a step in device memory.
 
-use crate::device::{DecoderShape, Output};
+use crate::device::Output;
+use crate::shape::DecoderShape;
 
 use super::args::{BlockMeta, SUPER};
 use super::attention::AttentionShape;

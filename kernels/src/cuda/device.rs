@@ -4,10 +4,9 @@ use std::sync::Arc;
 
 use crate::attention::RotaryTable;
 use crate::canonical::{AdapterWeights, LAYERS_PER_BLOCK};
-use crate::device::{
-    AdapterTier, Caller, DecoderShape, Device, DeviceError, Layer, MatrixSource, Peaks, Placement, StepLimits,
-};
+use crate::device::{AdapterTier, Caller, Device, DeviceError, Layer, MatrixSource, Peaks, Placement, StepLimits};
 use crate::mapped_file::MappedRows;
+use crate::shape::{AttentionPlan, DecoderShape};
 use crate::step::Step;
 
 use super::activations::{NormArgs, SwigluArgs, add_norm_quantize, swiglu_quantize};
@@ -25,6 +24,13 @@ use super::{
     Way, attention_of, head, not_reserved, peak,
 };
 
+/// A decoder that this device has no kernels for.
+fn lacks(feature: &str) -> DeviceError {
+    DeviceError::Unsupported(format!(
+        "the CUDA device has no kernels for {feature}, which this model has; run it with engine.device = \"cpu\""
+    ))
+}
+
 impl<D: Driver> Device for Cuda<D> {
     type Linear = CudaLinear<D>;
     type Norm = D::Memory;
@@ -36,7 +42,11 @@ impl<D: Driver> Device for Cuda<D> {
         self.driver.name()
     }
 
-    fn prepare(&mut self, shape: &DecoderShape) -> Result<(), DeviceError> {
+    fn prepare(&mut self, shape: &DecoderShape, plan: &AttentionPlan) -> Result<(), DeviceError> {
+        if let Some(feature) = shape.beyond_plain(plan) {
+            return Err(lacks(feature));
+        }
+        let [rotary] = &plan.rotaries[..] else { return Err(lacks("layers that turn their heads differently")) };
         let DecoderShape { num_layers, num_heads, num_kv_heads, head_dim, context_length, vocab_size, .. } = *shape;
         if vocab_size > head::MAX_VOCAB {
             let most = head::MAX_VOCAB;
@@ -45,7 +55,7 @@ impl<D: Driver> Device for Cuda<D> {
             )));
         }
         let attention = AttentionShape::new(num_heads, num_kv_heads, head_dim, context_length)?;
-        let table = RotaryTable::new(context_length, head_dim, shape.rope_theta);
+        let table = RotaryTable::of(context_length, rotary);
         let (cos, sin) = (self.driver.upload_floats(table.cos())?, self.driver.upload_floats(table.sin())?);
         self.decoder = Some(PreparedDecoder { shape: *shape, attention, cos, sin });
         self.adapters = Adapters::new(num_layers, self.adapter_budget);
@@ -56,7 +66,10 @@ impl<D: Driver> Device for Cuda<D> {
         CudaLinear::load(&self.driver, &self.cpu, source, bias)
     }
 
-    fn load_norm(&mut self, weight: Vec<f32>) -> Result<D::Memory, DeviceError> {
+    fn load_norm(&mut self, weight: Vec<f32>, bias: Option<Vec<f32>>) -> Result<D::Memory, DeviceError> {
+        if bias.is_some() {
+            return Err(lacks("LayerNorm"));
+        }
         Ok(self.driver.upload_floats(&weight)?)
     }
 
@@ -176,9 +189,17 @@ impl<D: Driver> Device for Cuda<D> {
             row_list: 0,
             activations: self.activations(*rows, shape.hidden_size),
             width: shape.hidden_size as i32,
-            eps: shape.rms_norm_eps,
+            eps: shape.norm_eps,
         };
         Ok(add_norm_quantize(&self.driver, &args)?)
+    }
+
+    fn adjust_residual(&mut self, _step: &Step<'_>, _norm: Option<&D::Memory>) -> Result<(), DeviceError> {
+        Err(lacks("what is done to attention or feed-forward before it is added"))
+    }
+
+    fn norm_heads(&mut self, _step: &Step<'_>, _norms: [&D::Memory; 2]) -> Result<(), DeviceError> {
+        Err(lacks("norms of queries and keys"))
     }
 
     fn linears<const N: usize>(
@@ -252,7 +273,7 @@ impl<D: Driver> Device for Cuda<D> {
         Ok(self.decoder().attention.attend(&self.driver, *rows, num_tiles, &memory)?)
     }
 
-    fn swiglu(&mut self, _step: &Step<'_>) -> Result<(), DeviceError> {
+    fn activate(&mut self, _step: &Step<'_>) -> Result<(), DeviceError> {
         let width = self.shape().intermediate_size;
         self.set_input_width(width);
         if self.is_replaying() {

@@ -30,7 +30,8 @@ mod worker;
 use std::thread;
 
 use crate::canonical::LAYERS_PER_BLOCK;
-use crate::device::{DecoderShape, DeviceError, StepLimits};
+use crate::device::{DeviceError, StepLimits};
+use crate::shape::DecoderShape;
 use crate::step::Step;
 use crate::{Cpu, Isa};
 
@@ -258,7 +259,7 @@ impl<D: Driver> Cuda<D> {
             row_list: addresses.logits_rows + 4 * first as u64,
             activations,
             width: shape.hidden_size as i32,
-            eps: shape.rms_norm_eps,
+            eps: shape.norm_eps,
         };
         add_norm_quantize(&self.driver, &args)?;
         let site = shape.num_layers * LAYERS_PER_BLOCK;

@@ -5,7 +5,8 @@
 //! no queries.
 
 use crate::attention::BLOCK_SIZE;
-use crate::device::{DecoderShape, DeviceError, StepLimits};
+use crate::device::{DeviceError, StepLimits};
+use crate::shape::DecoderShape;
 use crate::step::{SequenceRows, Step};
 
 use super::adapters::{Adapters, Placed};

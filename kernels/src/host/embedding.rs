@@ -1,8 +1,9 @@
 //! The first step of a pass: each row's token, real or virtual, becomes its hidden state.
 
 use crate::canonical::{AdapterWeights, Prelude};
-use crate::device::{DecoderShape, DeviceError};
+use crate::device::DeviceError;
 use crate::mapped_file::MappedRows;
+use crate::shape::DecoderShape;
 use crate::step::{RowToken, Step};
 
 /// A row of a batch that is a position of its adapter's prelude.
@@ -31,6 +32,7 @@ pub fn look_up(
         match (token, group, weights) {
             (RowToken::Virtual(position), Some(group), Some(weights)) => {
                 fill_virtual(weights, position, hidden);
+                scale(hidden, shape.prompt_scale);
                 virtual_rows.push(VirtualRow { row, group, position });
             }
             (RowToken::Virtual(_), ..) => unreachable!("a virtual token is of its group's prelude"),
@@ -39,10 +41,17 @@ pub fn look_up(
                 if let Some(delta) = weights.and_then(|weights| weights.embedding.as_ref()) {
                     delta.add_to(token, hidden);
                 }
+                scale(hidden, shape.embedding_scale);
             }
         }
     }
     Ok(())
+}
+
+fn scale(row: &mut [f32], factor: f32) {
+    if factor != 1.0 {
+        row.iter_mut().for_each(|value| *value *= factor);
+    }
 }
 
 fn fill_virtual(weights: &AdapterWeights, position: usize, hidden: &mut [f32]) {

@@ -8,14 +8,18 @@ use std::sync::Arc;
 
 use crate::Cpu;
 use crate::activations::QuantizedRows;
-use crate::attention::{KvSlot, KvStore, Queries, RotaryTable, attend, rotate_and_store};
+use crate::attention::{KvSlot, KvStore, Queries, RotaryTable, Scoring, attend, rotate_and_store};
 use crate::canonical::{AdapterWeights, HeadDelta, Prelude};
 use crate::device::{
-    AdapterTier, Caller, DecoderShape, Device, DeviceError, HostLogits, Layer, Lease, MatrixSource, Output, Peaks,
-    Placement, StepLimits,
+    AdapterTier, Caller, Device, DeviceError, HostLogits, Layer, Lease, MatrixSource, Output, Peaks, Placement,
+    StepLimits,
 };
-use crate::elementwise::{RmsNorm, add_norm_quantize, swiglu_quantize};
+use crate::elementwise::{
+    LayerNorm, RmsNorm, add_layer_norm_quantize, add_norm_quantize, gelu_quantize, norm_in_place, soft_cap,
+    swiglu_quantize,
+};
 use crate::mapped_file::MappedRows;
+use crate::shape::{Activation, AttentionPlan, DecoderShape, LayerAttention};
 use crate::step::Step;
 
 use embedding::VirtualRow;
@@ -32,7 +36,9 @@ pub struct Host {
     unquantized: Unquantized,
     /// Set by `prepare`, before anything else.
     shape: Option<DecoderShape>,
-    rotary: RotaryTable,
+    /// By [`LayerAttention::rotary`].
+    rotaries: Vec<RotaryTable>,
+    layers: Vec<LayerAttention>,
     kv: KvStore,
     buffers: Buffers,
 }
@@ -43,6 +49,26 @@ struct Activations {
     /// `[rows, width]`; may be longer.
     exact: Vec<f32>,
     quantized: QuantizedRows,
+}
+
+/// Weights of a norm.
+#[derive(Debug)]
+pub struct HostNorm {
+    weight: Vec<f32>,
+    /// Where it centers.
+    bias: Option<Vec<f32>>,
+}
+
+impl HostNorm {
+    fn add_and_norm(&self, cpu: &Cpu, eps: f32, hidden: &mut [f32], residual: Option<&[f32]>, input: &mut Activations) {
+        let Activations { exact, quantized } = input;
+        match (self.weight.as_slice(), self.bias.as_deref()) {
+            (weight, None) => add_norm_quantize(cpu, hidden, residual, RmsNorm { weight, eps }, exact, quantized),
+            (weight, Some(bias)) => {
+                add_layer_norm_quantize(cpu, hidden, residual, LayerNorm { weight, bias, eps }, exact, quantized);
+            }
+        }
+    }
 }
 
 /// Everything between two layers, `[rows, ...]`; grown to the largest step once.
@@ -93,7 +119,8 @@ impl Host {
             cpu,
             unquantized,
             shape: None,
-            rotary: RotaryTable::new(0, 2, 1.0),
+            rotaries: Vec::new(),
+            layers: Vec::new(),
             kv: KvStore::new(0, 0, 0, 0),
             buffers: Buffers::default(),
         }
@@ -117,7 +144,7 @@ impl Host {
 
 impl Device for Host {
     type Linear = HostLinear;
-    type Norm = Vec<f32>;
+    type Norm = HostNorm;
     type Embedding = MappedRows;
 
     const IS_BESIDE_HOST: bool = false;
@@ -126,8 +153,9 @@ impl Device for Host {
         format!("CPU ({}, {} threads)", self.cpu.isa(), self.cpu.pool().num_threads())
     }
 
-    fn prepare(&mut self, shape: &DecoderShape) -> Result<(), DeviceError> {
-        self.rotary = RotaryTable::new(shape.context_length, shape.head_dim, shape.rope_theta);
+    fn prepare(&mut self, shape: &DecoderShape, plan: &AttentionPlan) -> Result<(), DeviceError> {
+        self.rotaries = plan.rotaries.iter().map(|rotary| RotaryTable::of(shape.context_length, rotary)).collect();
+        self.layers = plan.layers.clone();
         self.shape = Some(*shape);
         Ok(())
     }
@@ -136,8 +164,8 @@ impl Device for Host {
         HostLinear::load(&self.cpu, self.unquantized, source, bias)
     }
 
-    fn load_norm(&mut self, weight: Vec<f32>) -> Result<Vec<f32>, DeviceError> {
-        Ok(weight)
+    fn load_norm(&mut self, weight: Vec<f32>, bias: Option<Vec<f32>>) -> Result<HostNorm, DeviceError> {
+        Ok(HostNorm { weight, bias })
     }
 
     /// It stays in the mapped file: a token reads one row of it.
@@ -199,11 +227,28 @@ impl Device for Host {
         embedding::look_up(embedding, step, shape, hidden, virtual_rows)
     }
 
-    fn add_norm(&mut self, _step: &Step<'_>, norm: &Vec<f32>, add_residual: bool) -> Result<(), DeviceError> {
-        let norm = RmsNorm { weight: norm, eps: self.shape().rms_norm_eps };
+    fn add_norm(&mut self, _step: &Step<'_>, norm: &HostNorm, add_residual: bool) -> Result<(), DeviceError> {
+        let eps = self.shape().norm_eps;
         let Buffers { hidden, input, outputs, .. } = &mut self.buffers;
         let residual = add_residual.then_some(outputs[Output::Residual as usize].as_slice());
-        add_norm_quantize(&self.cpu, hidden, residual, norm, &mut input.exact, &mut input.quantized);
+        norm.add_and_norm(&self.cpu, eps, hidden, residual, input);
+        Ok(())
+    }
+
+    fn adjust_residual(&mut self, _step: &Step<'_>, norm: Option<&HostNorm>) -> Result<(), DeviceError> {
+        let DecoderShape { hidden_size, residual_scale, norm_eps: eps, .. } = self.shape();
+        let norm = norm.map(|norm| RmsNorm { weight: &norm.weight, eps });
+        let residual = &mut self.buffers.outputs[Output::Residual as usize];
+        norm_in_place(&self.cpu, residual, hidden_size, norm, residual_scale);
+        Ok(())
+    }
+
+    fn norm_heads(&mut self, _step: &Step<'_>, norms: [&HostNorm; 2]) -> Result<(), DeviceError> {
+        let DecoderShape { head_dim, norm_eps: eps, .. } = self.shape();
+        for (output, norm) in [Output::Q, Output::K].into_iter().zip(norms) {
+            let norm = RmsNorm { weight: &norm.weight, eps };
+            norm_in_place(&self.cpu, &mut self.buffers.outputs[output as usize], head_dim, Some(norm), 1.0);
+        }
         Ok(())
     }
 
@@ -228,7 +273,8 @@ impl Device for Host {
     fn rotate_and_store(&mut self, step: &Step<'_>, block: usize) -> Result<(), DeviceError> {
         let Buffers { slots, outputs, .. } = &mut self.buffers;
         let qkv = select(outputs, [Output::Q, Output::K, Output::V]);
-        rotate_and_store(&self.cpu, &mut self.kv, block, &self.rotary, slots, qkv);
+        let rotary = &self.rotaries[self.layers[block].rotary];
+        rotate_and_store(&self.cpu, &mut self.kv, block, rotary, slots, qkv);
         self.store_prelude(step, block);
         Ok(())
     }
@@ -244,18 +290,37 @@ impl Device for Host {
                 block_table: sequence.block_table,
             }
         };
-        let (num_rows, width) = (step.num_rows(), self.shape().q_width());
+        let shape = self.shape();
+        let (num_rows, width) = (step.num_rows(), shape.q_width());
+        let scoring = Scoring {
+            scale: shape.attention_scale,
+            soft_cap: shape.attention_soft_cap,
+            window: self.layers[block].window,
+        };
         let Buffers { input, outputs, .. } = &mut self.buffers;
         let attended = &mut input.exact[..num_rows * width];
-        attend(&self.cpu, &self.kv, block, sequences.len(), &queries, &outputs[Output::Q as usize], attended);
+        attend(
+            &self.cpu,
+            &self.kv,
+            (block, scoring),
+            sequences.len(),
+            &queries,
+            &outputs[Output::Q as usize],
+            attended,
+        );
         input.quantized.quantize(&self.cpu, num_rows, width, attended);
         Ok(())
     }
 
-    fn swiglu(&mut self, step: &Step<'_>) -> Result<(), DeviceError> {
-        let Buffers { input, outputs, .. } = &mut self.buffers;
+    fn activate(&mut self, step: &Step<'_>) -> Result<(), DeviceError> {
+        let (num_rows, activation) = (step.num_rows(), self.shape().activation);
+        let Buffers { input: Activations { exact, quantized }, outputs, .. } = &mut self.buffers;
         let (gate, up) = (&outputs[Output::Gate as usize], &outputs[Output::Up as usize]);
-        swiglu_quantize(&self.cpu, step.num_rows(), gate, up, &mut input.exact, &mut input.quantized);
+        match activation {
+            Activation::GatedSilu => swiglu_quantize(&self.cpu, num_rows, gate, up, exact, quantized),
+            Activation::GatedGelu => gelu_quantize(&self.cpu, num_rows, gate, Some(up), exact, quantized),
+            Activation::Gelu => gelu_quantize(&self.cpu, num_rows, up, None, exact, quantized),
+        }
         Ok(())
     }
 
@@ -263,12 +328,11 @@ impl Device for Host {
     fn logits(
         &mut self,
         step: &Step<'_>,
-        norm: &Vec<f32>,
+        norm: &HostNorm,
         head: &HostLinear,
         caller: &mut dyn Caller,
     ) -> Result<(), DeviceError> {
-        let DecoderShape { hidden_size, vocab_size, rms_norm_eps, .. } = self.shape();
-        let norm = RmsNorm { weight: norm, eps: rms_norm_eps };
+        let DecoderShape { hidden_size, vocab_size, norm_eps, logit_soft_cap, .. } = self.shape();
         let Self { cpu, buffers, .. } = self;
         let Buffers { hidden, outputs, wanted, input, linear, logits, .. } = buffers;
         for (chunk, rows) in step.logits_rows.chunks(LOGITS_ROWS).enumerate() {
@@ -280,7 +344,7 @@ impl Device for Host {
                 wanted_hidden.extend_from_slice(&hidden[at.clone()]);
                 residual.extend_from_slice(&outputs[Output::Residual as usize][at]);
             }
-            add_norm_quantize(cpu, wanted_hidden, Some(residual), norm, &mut input.exact, &mut input.quantized);
+            norm.add_and_norm(cpu, norm_eps, wanted_hidden, Some(residual), input);
             let logits = &mut logits[..rows.len() * vocab_size];
             let get = |group: usize, _| {
                 let group = (step.groups.get)(group);
@@ -294,6 +358,9 @@ impl Device for Host {
                     let normed = &input.exact[start * hidden_size..end * hidden_size];
                     head.multiply(cpu, normed, &mut logits[start * vocab_size..end * vocab_size]);
                 }
+            }
+            if let Some(cap) = logit_soft_cap {
+                soft_cap(cpu, logits, cap);
             }
             for (i, logits) in logits.chunks_exact_mut(vocab_size).enumerate() {
                 caller.on_logits(chunk * LOGITS_ROWS + i, &mut HostLogits(logits))?;

@@ -1,0 +1,134 @@
+//! What a decoder is to a device: its dimensions, and the arithmetic between its matrix products, as data.
+
+/// Dimensions of a decoder, named as in Hugging Face configs, and what its layers have in common.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DecoderShape {
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_layers: usize,
+    pub num_heads: usize,
+    pub num_kv_heads: usize,
+    pub head_dim: usize,
+    pub vocab_size: usize,
+    /// Longest sequence in tokens.
+    pub context_length: usize,
+    pub norm_eps: f32,
+    pub activation: Activation,
+    /// Whether norms center their input and have a bias (LayerNorm).
+    pub centers_norms: bool,
+    /// Whether every query and key head has a norm of its own, before it is turned.
+    pub norms_heads: bool,
+    /// Whether a norm stands between attention or feed-forward and the hidden state it is added to.
+    pub norms_residuals: bool,
+    /// What the embedding of a token is multiplied by.
+    pub embedding_scale: f32,
+    /// What a virtual embedding of an adapter is multiplied by.
+    pub prompt_scale: f32,
+    /// What the result of attention or feed-forward is multiplied by before it is added.
+    pub residual_scale: f32,
+    /// What the products of queries and keys are multiplied by.
+    pub attention_scale: f32,
+    /// `cap · tanh(score / cap)` of the scaled products.
+    pub attention_soft_cap: Option<f32>,
+    /// The same of the logits.
+    pub logit_soft_cap: Option<f32>,
+}
+
+/// What stands between the projections of a feed-forward.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Activation {
+    /// `silu(gate) ∘ up`
+    #[default]
+    GatedSilu,
+    /// `gelu(gate) ∘ up`, GELU by its approximation with tanh.
+    GatedGelu,
+    /// `gelu(up)`, without a gate.
+    Gelu,
+}
+
+impl Activation {
+    pub fn is_gated(self) -> bool {
+        self != Self::Gelu
+    }
+}
+
+/// What attention is in each layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AttentionPlan {
+    pub rotaries: Vec<Rotary>,
+    /// `[num_layers]`
+    pub layers: Vec<LayerAttention>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerAttention {
+    /// Index into [`AttentionPlan::rotaries`].
+    pub rotary: usize,
+    /// How many positions a row sees, its own among them; `None` is all.
+    pub window: Option<usize>,
+}
+
+/// How heads turn with their position: dimension `i` with dimension `i + frequencies.len()` ("neox" order); what is
+/// beyond stays as it is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rotary {
+    /// In radians a position; none where heads do not turn.
+    pub frequencies: Vec<f64>,
+    /// What cosines and sines are multiplied by.
+    pub magnitude: f64,
+}
+
+impl Rotary {
+    /// `theta^(-2i/dims)`
+    pub fn plain(dims: usize, theta: f32) -> Self {
+        let half = dims / 2;
+        let frequencies = (0..half).map(|dim| f64::from(theta).powf(-(dim as f64) / half as f64)).collect();
+        Self { frequencies, magnitude: 1.0 }
+    }
+
+    /// Heads that do not turn.
+    pub fn none() -> Self {
+        Self { frequencies: Vec::new(), magnitude: 1.0 }
+    }
+}
+
+impl DecoderShape {
+    /// Bytes of one block of [`crate::attention::BLOCK_SIZE`] positions in a KV store of f16.
+    pub fn kv_block_bytes(&self) -> usize {
+        crate::attention::KvStore::block_bytes(self.num_layers, self.num_kv_heads, self.head_dim)
+    }
+
+    /// Floats of a row of queries, and of keys or values.
+    pub fn q_width(&self) -> usize {
+        self.num_heads * self.head_dim
+    }
+
+    pub fn kv_width(&self) -> usize {
+        self.num_kv_heads * self.head_dim
+    }
+
+    /// What the scores of attention are multiplied by where a family does not say otherwise.
+    pub fn default_attention_scale(head_dim: usize) -> f32 {
+        1.0 / (head_dim as f32).sqrt()
+    }
+
+    /// The first thing that this decoder has beyond the plain one, which is Llama's, in words.
+    pub fn beyond_plain(&self, plan: &AttentionPlan) -> Option<&'static str> {
+        let turns_whole_heads = |rotary: &Rotary| rotary.frequencies.len() * 2 == self.head_dim;
+        let parts = [
+            (self.centers_norms, "LayerNorm"),
+            (self.activation != Activation::GatedSilu, "GELU"),
+            (self.norms_heads, "norms of queries and keys"),
+            (self.norms_residuals, "norms after attention and feed-forward"),
+            (self.embedding_scale != 1.0, "a multiplier of embeddings"),
+            (self.residual_scale != 1.0, "a multiplier of residuals"),
+            (self.attention_scale != Self::default_attention_scale(self.head_dim), "a multiplier of attention"),
+            (self.attention_soft_cap.is_some(), "a soft cap of attention"),
+            (self.logit_soft_cap.is_some(), "a soft cap of logits"),
+            (plan.layers.iter().any(|layer| layer.window.is_some()), "sliding windows"),
+            (plan.rotaries.len() != 1, "layers that turn their heads differently"),
+            (!plan.rotaries.iter().all(turns_whole_heads), "heads that are turned in part"),
+        ];
+        parts.into_iter().find(|(is_there, _)| *is_there).map(|(_, words)| words)
+    }
+}

@@ -1,0 +1,365 @@
+//! A GGUF file's metadata as a description of its decoder. Every key of the decoder is applied, or the file is refused with
+//! the key's name and value.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+
+use candle_core::quantized::gguf_file::Value;
+use kernels::activations::BLOCK;
+use kernels::attention::MAX_HEAD_DIM;
+
+use super::base_weights::{EMBEDDING_TENSOR, HEAD_TENSOR};
+use super::family::{EmbeddingScale, Family};
+use super::gguf::{GgufError, GgufFile, whole_number};
+use super::rope::{LongRope, RopeScaling, Yarn};
+use super::spec::{Features, ModelSpec, Window};
+
+/// Factors of Llama 3's rotary frequencies.
+const ROPE_FACTORS: &str = "rope_freqs.weight";
+/// LongRoPE's, of contexts within the original one and beyond it.
+const SHORT_ROPE_FACTORS: &str = "rope_factors_short.weight";
+const LONG_ROPE_FACTORS: &str = "rope_factors_long.weight";
+const TOKENS: &str = "tokenizer.ggml.tokens";
+
+/// Keys of the decoder that change nothing of what it computes.
+const WITHOUT_EFFECT: [&str; 3] =
+    ["rope.scaling.finetuned", "rope.scaling.original_context_length", "tensor_data_layout"];
+
+/// Keys below the name of the architecture. Which were read is kept.
+struct Keys<'a> {
+    file: &'a GgufFile,
+    prefix: &'static str,
+    read: RefCell<BTreeSet<String>>,
+}
+
+impl<'a> Keys<'a> {
+    fn get(&self, name: &str) -> Option<(String, &'a Value)> {
+        let key = format!("{}.{name}", self.prefix);
+        let value = self.file.metadata(&key);
+        self.read.borrow_mut().insert(key.clone());
+        value.map(|value| (key, value))
+    }
+
+    /// A whole number, or as many equal ones as there are layers.
+    fn count(&self, name: &str) -> Result<Option<usize>, GgufError> {
+        let Some((key, value)) = self.get(name) else { return Ok(None) };
+        let wrong = || GgufError::WrongType { key: key.clone(), expected: "a whole number" };
+        let Value::Array(values) = value else { return whole_number(value).ok_or_else(wrong).map(Some) };
+        let numbers: Vec<usize> = values.iter().map(whole_number).collect::<Option<_>>().ok_or_else(wrong)?;
+        match &numbers[..] {
+            [first, rest @ ..] if rest.iter().all(|number| number == first) => Ok(Some(*first)),
+            _ => Err(refused(&key, value, "layers that differ in size are not supported")),
+        }
+    }
+
+    fn number(&self, name: &str) -> Result<Option<f32>, GgufError> {
+        let Some((key, value)) = self.get(name) else { return Ok(None) };
+        let number = value.to_f32().or_else(|_| value.to_f64().map(|number| number as f32));
+        let wrong = |_| GgufError::WrongType { key, expected: "a floating-point number" };
+        number.map(Some).map_err(wrong)
+    }
+
+    /// A number that is not there if it is 0.
+    fn positive(&self, name: &str) -> Result<Option<f32>, GgufError> {
+        let Some(number) = self.number(name)? else { return Ok(None) };
+        if number < 0.0 || !number.is_finite() {
+            let value = Value::F32(number);
+            return Err(refused(&format!("{}.{name}", self.prefix), &value, "expected a positive number"));
+        }
+        Ok(Some(number).filter(|number| *number > 0.0))
+    }
+
+    fn text(&self, name: &str) -> Result<Option<&'a str>, GgufError> {
+        let Some((key, value)) = self.get(name) else { return Ok(None) };
+        let wrong = |_| GgufError::WrongType { key, expected: "a string" };
+        value.to_string().map(|text| Some(text.as_str())).map_err(wrong)
+    }
+
+    fn required<T>(&self, name: &str, value: Result<Option<T>, GgufError>) -> Result<T, GgufError> {
+        value?.ok_or_else(|| GgufError::MissingKey(format!("{}.{name}", self.prefix)))
+    }
+
+    fn required_count(&self, name: &str) -> Result<usize, GgufError> {
+        self.required(name, self.count(name))
+    }
+
+    /// Refuses a key unless it has this value.
+    fn must_be(&self, name: &str, expected: usize) -> Result<(), GgufError> {
+        match (self.count(name)?, self.get(name)) {
+            (Some(count), Some((key, value))) if count != expected => {
+                Err(refused(&key, value, &format!("only {expected} is supported")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What was not read has to be without effect, or off.
+    fn refuse_the_rest(&self) -> Result<(), GgufError> {
+        let read = self.read.borrow();
+        let mut rest: Vec<(&str, &Value)> = self.file.metadata_pairs().collect();
+        rest.sort_by_key(|(key, _)| *key);
+        for (key, value) in rest {
+            let below = key.strip_prefix(self.prefix).and_then(|rest| rest.strip_prefix('.'));
+            let Some(name) = below else { continue };
+            if !read.contains(key) && !WITHOUT_EFFECT.contains(&name) && !is_off(value) {
+                return Err(refused(key, value, "this server does not know what it asks for"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a missing key means too.
+fn is_off(value: &Value) -> bool {
+    match value {
+        Value::Bool(flag) => !flag,
+        Value::F32(number) => *number == 0.0,
+        Value::F64(number) => *number == 0.0,
+        Value::String(text) => text.is_empty() || text == "none",
+        Value::Array(values) => values.iter().all(is_off),
+        other => whole_number(other) == Some(0),
+    }
+}
+
+fn refused(key: &str, value: &Value, reason: &str) -> GgufError {
+    let shown = match value {
+        Value::String(text) => format!("{text:?}"),
+        Value::Bool(flag) => flag.to_string(),
+        Value::F32(number) => format!("{number:?}"),
+        Value::F64(number) => format!("{number:?}"),
+        Value::Array(values) => format!("an array of {}", values.len()),
+        Value::I8(number) => number.to_string(),
+        Value::I16(number) => number.to_string(),
+        Value::I32(number) => number.to_string(),
+        Value::I64(number) => number.to_string(),
+        other => whole_number(other).map_or_else(|| format!("{other:?}"), |number| number.to_string()),
+    };
+    GgufError::Metadata { key: key.to_owned(), value: shown, reason: reason.to_owned() }
+}
+
+/// The decoder that a file describes.
+///
+/// # Errors
+/// When the description is not whole, or asks for what this server does not do; names the key.
+pub fn spec(file: &GgufFile) -> Result<ModelSpec, GgufError> {
+    let name = file.str("general.architecture")?;
+    let family = Family::named(name).ok_or_else(|| GgufError::Architecture(name.to_owned(), Family::names()))?;
+    let keys = Keys { file, prefix: family.name, read: RefCell::default() };
+    let hidden_size = keys.required_count("embedding_length")?;
+    let num_heads = keys.required_count("attention.head_count")?;
+    let num_kv_heads = keys.count("attention.head_count_kv")?.unwrap_or(num_heads);
+    if num_heads == 0 || num_kv_heads == 0 || num_heads % num_kv_heads != 0 {
+        return Err(GgufError::Unsupported(format!("{num_heads} heads over {num_kv_heads} key-value heads")));
+    }
+    let head_dim = keys.count("attention.key_length")?.unwrap_or(hidden_size / num_heads);
+    keys.must_be("attention.value_length", head_dim)?;
+    if head_dim == 0 || !head_dim.is_multiple_of(16) || head_dim > MAX_HEAD_DIM {
+        return Err(GgufError::Unsupported(format!(
+            "heads of {head_dim} dimensions (supported: multiples of 16 up to {MAX_HEAD_DIM})"
+        )));
+    }
+    let embedding = file.tensor(EMBEDDING_TENSOR)?;
+    let [vocab_size, _] = embedding.shape[..] else {
+        let shape = &embedding.shape;
+        let reason = format!("tensor {EMBEDDING_TENSOR} has shape {shape:?}, expected [vocabulary, {hidden_size}]");
+        return Err(GgufError::Unsupported(reason));
+    };
+    let num_tokens = file.metadata(TOKENS).and_then(|tokens| tokens.to_vec().ok()).map_or(0, Vec::len);
+    // A vocabulary that is named longer than the embedding has tokens without one.
+    for (key, count) in [("vocab_size", keys.count("vocab_size")?.unwrap_or(0)), (TOKENS, num_tokens)] {
+        if count > vocab_size {
+            return Err(GgufError::Unsupported(format!(
+                "{key} says {count} tokens, and {EMBEDDING_TENSOR} has {vocab_size} rows"
+            )));
+        }
+    }
+    let intermediate_size = keys.required_count("feed_forward_length")?;
+    for (width, name) in [(hidden_size, "embedding_length"), (intermediate_size, "feed_forward_length")] {
+        if width == 0 || !width.is_multiple_of(BLOCK) {
+            return Err(GgufError::Unsupported(format!("{name} {width} is not a multiple of {BLOCK}")));
+        }
+    }
+    let eps = if family.features.centers_norms { "layer_norm_epsilon" } else { "layer_norm_rms_epsilon" };
+    let eps = format!("attention.{eps}");
+    let mut spec = ModelSpec {
+        architecture: family.architecture,
+        hidden_size,
+        intermediate_size,
+        num_layers: keys.required_count("block_count")?,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        vocab_size,
+        rope_theta: keys.positive("rope.freq_base")?.unwrap_or(10_000.0),
+        norm_eps: keys.required(&eps, keys.number(&eps))?,
+        context_length: keys.required_count("context_length")?,
+        features: family.features.clone(),
+    };
+    spec.features.fuses_qkv = file.has_tensor("blk.0.attn_qkv.weight");
+    spec.features.fuses_gate_up = spec.features.activation.is_gated() && !file.has_tensor("blk.0.ffn_gate.weight");
+    read_multipliers(&keys, family, &mut spec)?;
+    read_window(&keys, family, &mut spec)?;
+    read_rope(&keys, family, &mut spec)?;
+    keys.refuse_the_rest()?;
+    refuse_other_tensors(file, &spec)?;
+    Ok(spec)
+}
+
+fn read_multipliers(keys: &Keys<'_>, family: &Family, spec: &mut ModelSpec) -> Result<(), GgufError> {
+    let features = &mut spec.features;
+    if family.embedding_scale == EmbeddingScale::RootOfHiddenSize {
+        features.embedding_scale = (spec.hidden_size as f32).sqrt();
+    }
+    if family.has_multipliers {
+        let embedding_scale = keys.positive("embedding_scale")?.unwrap_or(1.0);
+        (features.embedding_scale, features.prompt_scale) = (embedding_scale, embedding_scale);
+        features.residual_scale = keys.positive("residual_scale")?.unwrap_or(1.0);
+        features.logit_scale = 1.0 / keys.positive("logit_scale")?.unwrap_or(1.0);
+    }
+    if family.has_soft_caps {
+        features.attention_soft_cap = keys.positive("attn_logit_softcapping")?;
+        features.logit_soft_cap = keys.positive("final_logit_softcapping")?;
+    }
+    if family.layers_scaled_by_hidden_size == Some(spec.num_layers) {
+        features.attention_scale = Some(((spec.hidden_size / spec.num_heads) as f32).powf(-0.5));
+    }
+    features.attention_scale = keys.positive("attention.scale")?.or(features.attention_scale);
+    Ok(())
+}
+
+fn read_window(keys: &Keys<'_>, family: &Family, spec: &mut ModelSpec) -> Result<(), GgufError> {
+    const KEY: &str = "attention.sliding_window";
+    const PATTERN: &str = "attention.sliding_window_pattern";
+    let Some(size) = keys.count(KEY)?.filter(|size| *size > 0) else { return Ok(()) };
+    let Some(windows) = family.windows else {
+        return match keys.get(KEY) {
+            // One that holds the whole context changes nothing.
+            Some((key, value)) if size < spec.context_length => {
+                Err(refused(&key, value, "models of this architecture have no sliding window"))
+            }
+            _ => Ok(()),
+        };
+    };
+    let with_full_every = |every: Option<usize>| -> Vec<bool> {
+        (1..=spec.num_layers).map(|number| every.is_none_or(|every| !number.is_multiple_of(every))).collect()
+    };
+    let layers = match keys.get(PATTERN) {
+        None => with_full_every(windows.full_every),
+        Some((_, Value::Array(flags))) if flags.iter().all(|flag| flag.to_bool().is_ok()) => {
+            flags.iter().map(|flag| flag.to_bool().unwrap_or(false)).collect()
+        }
+        Some((key, value)) => match whole_number(value) {
+            Some(every) if every > 0 => with_full_every(Some(every)),
+            _ => return Err(refused(&key, value, "expected a number of layers, or a flag for each")),
+        },
+    };
+    if layers.len() != spec.num_layers {
+        let key = format!("{}.{PATTERN}", keys.prefix);
+        return Err(refused(&key, &Value::U64(layers.len() as u64), "expected a flag for each layer"));
+    }
+    let rope_theta = keys.positive("rope.freq_base_swa")?.or(windows.rope_theta);
+    spec.features.window = Some(Window { size, layers, rope_theta });
+    Ok(())
+}
+
+fn read_rope(keys: &Keys<'_>, family: &Family, spec: &mut ModelSpec) -> Result<(), GgufError> {
+    const TYPE: &str = "rope.scaling.type";
+    const FACTOR: &str = "rope.scaling.factor";
+    const ORIGINAL: &str = "rope.scaling.original_context_length";
+    let head_dim = spec.head_dim;
+    let dims = keys.count("rope.dimension_count")?.unwrap_or(head_dim);
+    let is_partial = dims != head_dim;
+    if dims == 0 || !dims.is_multiple_of(2) || dims > head_dim || (is_partial && spec.features.has_interleaved_heads) {
+        return Err(GgufError::Unsupported(format!("{dims} rotary dimensions with heads of {head_dim}")));
+    }
+    spec.features.rotary_dims = is_partial.then_some(dims);
+
+    let mut scaling = RopeScaling::NONE;
+    // Older files name the factor alone, or in older words.
+    let factor = keys.positive(FACTOR)?;
+    let factor = factor.or(keys.positive("rope.scale_linear")?).unwrap_or(1.0);
+    let factors = |name: &str| keys.file.vector(name, dims / 2);
+    let has_long_factors = keys.file.has_tensor(LONG_ROPE_FACTORS);
+    if keys.file.has_tensor(ROPE_FACTORS) {
+        scaling.divisors = factors(ROPE_FACTORS)?;
+    }
+    match keys.text(TYPE)? {
+        Some("none") if !has_long_factors => {}
+        None | Some("linear") if !has_long_factors => scaling.factor = factor,
+        Some("yarn") => {
+            scaling.factor = factor;
+            scaling.yarn = Some(Yarn {
+                original_context_length: keys.required_count(ORIGINAL)?,
+                beta_fast: keys.positive("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
+                beta_slow: keys.positive("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
+            });
+            scaling.magnitude = keys.positive("rope.scaling.attn_factor")?.unwrap_or(1.0);
+        }
+        None | Some("longrope" | "none") if has_long_factors => {
+            scaling.long_rope = Some(LongRope {
+                original_context_length: keys.required_count(ORIGINAL)?,
+                short: factors(SHORT_ROPE_FACTORS)?,
+                long: factors(LONG_ROPE_FACTORS)?,
+            });
+            let name = "rope.scaling.attn_factor";
+            scaling.magnitude = keys.required(name, keys.positive(name))?;
+        }
+        Some("longrope") => return Err(GgufError::MissingTensor(LONG_ROPE_FACTORS.to_owned())),
+        Some(other) => {
+            let value = Value::String(other.to_owned());
+            let reason = "supported are none, linear, yarn and longrope";
+            return Err(refused(&format!("{}.{TYPE}", family.name), &value, reason));
+        }
+        None => {}
+    }
+    let divisors =
+        scaling.divisors.iter().chain(scaling.long_rope.iter().flat_map(|rope| rope.short.iter().chain(&rope.long)));
+    if let Some(divisor) = divisors.into_iter().find(|divisor| !(divisor.is_finite() && **divisor > 0.0)) {
+        return Err(GgufError::Unsupported(format!("a rotary factor is {divisor}")));
+    }
+    if family.has_multipliers
+        && let Some((_, Value::Bool(false))) = keys.get("rope.scaling.finetuned")
+    {
+        spec.features.unturned_every = Some(1);
+    }
+    spec.features.rope_scaling = scaling;
+    Ok(())
+}
+
+/// A tensor that no part of the decoder reads would change what it computes if one did.
+fn refuse_other_tensors(file: &GgufFile, spec: &ModelSpec) -> Result<(), GgufError> {
+    let Features { centers_norms, norms_heads, norms_residuals, .. } = spec.features;
+    let with_bias = |names: &[&str]| -> Vec<String> {
+        let parts = names.iter().flat_map(|name| [(true, "weight"), (centers_norms, "bias")].map(|part| (*name, part)));
+        parts.filter(|(_, (is_there, _))| *is_there).map(|(name, (_, part))| format!("{name}.{part}")).collect()
+    };
+    let mut of_layer = with_bias(&["attn_norm", "ffn_norm"]);
+    for module in spec.modules() {
+        let part = spec.file_rows(module).part;
+        of_layer.extend([format!("{part}.weight"), format!("{part}.bias")]);
+    }
+    for (is_there, names) in [
+        (norms_heads, ["attn_q_norm.weight", "attn_k_norm.weight"]),
+        (norms_residuals, ["post_attention_norm.weight", "post_ffw_norm.weight"]),
+    ] {
+        of_layer.extend(names.into_iter().filter(|_| is_there).map(str::to_owned));
+    }
+    let mut of_decoder = with_bias(&["output_norm"]);
+    let others = [EMBEDDING_TENSOR, HEAD_TENSOR, ROPE_FACTORS, SHORT_ROPE_FACTORS, LONG_ROPE_FACTORS];
+    of_decoder.extend(others.map(str::to_owned));
+    let is_known = |name: &str| match name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
+        Some((layer, part)) => {
+            let is_layer = layer.parse::<usize>().is_ok_and(|layer| layer < spec.num_layers);
+            is_layer && of_layer.iter().any(|known| known == part)
+        }
+        None => of_decoder.iter().any(|known| known == name),
+    };
+    match file.tensor_names().filter(|name| !is_known(name)).min() {
+        Some(name) => Err(GgufError::Unsupported(format!(
+            "tensor {name} belongs to no {} decoder of {} layers that this server knows",
+            spec.architecture.name(),
+            spec.num_layers
+        ))),
+        None => Ok(()),
+    }
+}
