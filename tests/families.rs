@@ -1,0 +1,390 @@
+//! Every decoder family against transformers and PEFT: tiny models, the same weights on both sides.
+//!
+//! `families/reference.py` says what is compared; it has written the logits.
+
+mod tiny;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::Path;
+use std::sync::{Arc, LazyLock};
+
+use candle_core::quantized::gguf_file::{self, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
+use half::f16;
+use kernels::Isa;
+use kernels::attention::{BLOCK_SIZE, BlockId};
+use kernels::device::Logits;
+use lorry::adapter::canonical::Adapter;
+use lorry::model::base_weights::GgufWeights;
+use lorry::model::{AdapterGroup, ForwardBatch, SequenceRows};
+use serde::Deserialize;
+use serde_json::Value as Json;
+use tiny::peft::{PeftAdapter, with_virtual_tokens};
+use tiny::{Loaded, Place, logits_alone, place};
+
+#[derive(Deserialize)]
+struct Reference {
+    tokens: Vec<u32>,
+    /// Whose logits are kept.
+    positions: Vec<usize>,
+    families: Vec<Family>,
+}
+
+#[derive(Deserialize)]
+struct Family {
+    name: String,
+    architecture: String,
+    metadata: BTreeMap<String, Json>,
+    tensors: BTreeMap<String, Drawn>,
+    logits: Vec<f32>,
+    adapters: Vec<PeftCase>,
+    variants: Vec<Variant>,
+}
+
+/// A file that says something else than its family's.
+#[derive(Deserialize)]
+struct Variant {
+    name: String,
+    metadata: BTreeMap<String, Json>,
+    tensors: BTreeMap<String, Drawn>,
+    without: Vec<String>,
+    logits: Vec<f32>,
+}
+
+#[derive(Deserialize)]
+struct PeftCase {
+    kind: String,
+    config: Json,
+    tensors: BTreeMap<String, Drawn>,
+    logits: Vec<f32>,
+}
+
+/// A tensor drawn from its name, or of these values.
+#[derive(Deserialize, Clone)]
+struct Drawn {
+    shape: Vec<usize>,
+    #[serde(default)]
+    mean: f32,
+    #[serde(default)]
+    step: f32,
+    #[serde(default)]
+    blocks: Option<bool>,
+    values: Option<Vec<f32>>,
+}
+
+static REFERENCE: LazyLock<Reference> =
+    LazyLock::new(|| serde_json::from_str(include_str!("families/reference.json")).unwrap());
+
+/// Whole numbers in -127..=127: splitmix64, seeded with the FNV-1a hash of the name.
+fn draw(name: &str, count: usize) -> Vec<i32> {
+    let hash = |state: u64, byte: u8| (state ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    let mut state = name.bytes().fold(0xcbf2_9ce4_8422_2325, hash);
+    let mut number = || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ z >> 31) >> 40) as i32 % 255 - 127
+    };
+    (0..count).map(|_| number()).collect()
+}
+
+impl Drawn {
+    fn values(&self, name: &str) -> Vec<f32> {
+        if let Some(values) = &self.values {
+            return values.clone();
+        }
+        let mut numbers = draw(name, self.shape.iter().product());
+        if self.shape.len() == 2 && self.blocks != Some(false) {
+            // Every block of Q8_0 has a number of the greatest size, so that its scale is the step.
+            numbers.iter_mut().step_by(32).for_each(|number| *number = if *number < 0 { -127 } else { 127 });
+        }
+        numbers.into_iter().map(|number| number as f32 * self.step + self.mean).collect()
+    }
+}
+
+fn metadata_value(value: &Json) -> Value {
+    match value {
+        Json::Bool(flag) => Value::Bool(*flag),
+        Json::String(text) => Value::String(text.clone()),
+        Json::Number(number) if number.is_u64() => Value::U32(number.as_u64().unwrap() as u32),
+        Json::Number(number) => Value::F32(number.as_f64().unwrap() as f32),
+        other => panic!("{other} is no metadata of these tests"),
+    }
+}
+
+/// A GGUF file before it is written.
+#[derive(Clone)]
+struct Model {
+    architecture: String,
+    metadata: BTreeMap<String, Value>,
+    tensors: BTreeMap<String, Drawn>,
+}
+
+impl Model {
+    fn of(family: &Family) -> Self {
+        let mut model = Self {
+            architecture: family.architecture.clone(),
+            metadata: BTreeMap::new(),
+            tensors: family.tensors.clone(),
+        };
+        family.metadata.iter().for_each(|(key, value)| model.set(key, metadata_value(value)));
+        model
+    }
+
+    fn with(mut self, variant: &Variant) -> Self {
+        variant.metadata.iter().for_each(|(key, value)| self.set(key, metadata_value(value)));
+        self.tensors.extend(variant.tensors.clone());
+        self.tensors.retain(|name, _| !variant.without.contains(name));
+        self
+    }
+
+    fn set(&mut self, key: &str, value: Value) {
+        self.metadata.insert(format!("{}.{key}", self.architecture), value);
+    }
+
+    fn write(&self, path: &Path, dtype: GgmlDType) {
+        let quantized = |(name, drawn): (&String, &Drawn)| {
+            let values = Tensor::from_vec(drawn.values(name), drawn.shape.as_slice(), &Device::Cpu).unwrap();
+            let dtype = if drawn.shape.len() == 1 { GgmlDType::F32 } else { dtype };
+            (name.clone(), QTensor::quantize(&values, dtype).unwrap())
+        };
+        let tensors: Vec<(String, QTensor)> = self.tensors.iter().map(quantized).collect();
+        let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let architecture = Value::String(self.architecture.clone());
+        let mut metadata: Vec<_> = self.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
+        metadata.push(("general.architecture", &architecture));
+        gguf_file::write(&mut File::create(path).unwrap(), &metadata, &tensors).unwrap();
+    }
+
+    fn load(&self, dtype: GgmlDType, place: Place) -> Result<Box<dyn Loaded>, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tiny.gguf");
+        self.write(&path, dtype);
+        place.load(&path, usize::MAX).map_err(|e| e.to_string())
+    }
+}
+
+/// Logits at the kept positions; with virtual tokens before the prompt, of as many of its last tokens.
+fn kept_logits(decoder: &mut dyn Loaded, adapter: Option<&Arc<Adapter>>) -> Vec<f32> {
+    let tokens = with_virtual_tokens(REFERENCE.tokens.clone(), adapter);
+    let logits = logits_alone(decoder, &tokens, adapter);
+    let before = tokens.len() - REFERENCE.tokens.len();
+    REFERENCE.positions.iter().flat_map(|position| logits[before + position].clone()).collect()
+}
+
+/// Mean absolute difference in standard deviations of what is expected.
+fn distance(logits: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(logits.len(), expected.len());
+    let len = expected.len() as f64;
+    let mean = expected.iter().map(|y| f64::from(*y)).sum::<f64>() / len;
+    let variance = expected.iter().map(|y| (f64::from(*y) - mean).powi(2)).sum::<f64>() / len;
+    let difference = logits.iter().zip(expected).map(|(x, y)| f64::from(x - y).abs()).sum::<f64>() / len;
+    difference / variance.sqrt()
+}
+
+/// K and V are f16, which costs about 0.0002; activations of quantized layers are int8, about 0.01.
+const MAX_EXACT_DISTANCE: f64 = 1e-3;
+const MAX_QUANTIZED_DISTANCE: f64 = 0.03;
+/// What a change must make at least for a test of it to mean something.
+const MIN_CHANGE: f64 = 0.02;
+
+fn hosts() -> impl Iterator<Item = Place> {
+    Isa::available().map(|isa| Place::Host(isa, 2))
+}
+
+#[test]
+fn every_family_has_the_logits_of_transformers() {
+    for family in &REFERENCE.families {
+        let (model, expected) = (Model::of(family), &family.logits);
+        for (dtype, bound) in [(GgmlDType::F32, MAX_EXACT_DISTANCE), (GgmlDType::Q8_0, MAX_QUANTIZED_DISTANCE)] {
+            for place in hosts() {
+                let mut decoder = model.load(dtype, place).unwrap();
+                let distance = distance(&kept_logits(&mut *decoder, None), expected);
+                println!("{} {dtype:?} {place:?}: {distance:.6}", family.name);
+                assert!(distance < bound, "{} {dtype:?} on {place:?}: {distance}", family.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_a_file_says_changes_the_logits_as_it_does_those_of_transformers() {
+    for family in &REFERENCE.families {
+        let before = &family.logits;
+        for variant in &family.variants {
+            let expected = &variant.logits;
+            let change = distance(before, expected);
+            let mut decoder =
+                Model::of(family).with(variant).load(GgmlDType::F32, Place::Host(Isa::detect(), 2)).unwrap();
+            let distance = distance(&kept_logits(&mut *decoder, None), expected);
+            println!("{}, {}: {distance:.6}, change {change:.3}", family.name, variant.name);
+            assert!(distance < MAX_EXACT_DISTANCE, "{}, {}: {distance}", family.name, variant.name);
+            assert!(change > MIN_CHANGE, "{}, {}: changes too little", family.name, variant.name);
+        }
+    }
+}
+
+/// An adapter of a family as PEFT saves it.
+fn load_adapter(case: &PeftCase, path: &Path) -> Arc<Adapter> {
+    let base = GgufWeights::open(path).unwrap();
+    let tensors = case.tensors.iter().map(|(name, drawn)| {
+        let values = drawn.values(name);
+        assert!(values.iter().all(|value| f16::from_f32(*value).to_f32() == *value), "{name} is not exact in f16");
+        (name.clone(), (drawn.shape.clone(), values))
+    });
+    PeftAdapter { config: case.config.clone(), tensors: tensors.collect() }.load(&case.kind, &base)
+}
+
+#[test]
+fn an_adapter_changes_every_family_as_peft_has_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tiny.gguf");
+    for family in &REFERENCE.families {
+        let before = &family.logits;
+        for case in &family.adapters {
+            let expected = &case.logits;
+            for (dtype, bound) in [(GgmlDType::F32, MAX_EXACT_DISTANCE), (GgmlDType::Q8_0, MAX_QUANTIZED_DISTANCE)] {
+                Model::of(family).write(&path, dtype);
+                let adapter = load_adapter(case, &path);
+                let mut decoder = Place::Host(Isa::detect(), 2).load(&path, usize::MAX).unwrap();
+                let found = distance(&kept_logits(&mut *decoder, Some(&adapter)), expected);
+                println!(
+                    "{} {} {dtype:?}: {found:.6}, change {:.3}",
+                    family.name,
+                    case.kind,
+                    distance(before, expected)
+                );
+                assert!(found < bound, "{} on {} {dtype:?}: {found}", case.kind, family.name);
+            }
+            assert!(distance(before, expected) > MIN_CHANGE, "{} on {} changes too little", case.kind, family.name);
+        }
+    }
+}
+
+/// Logits `[sequence][position][vocab]` of two sequences that go side by side: the first `chunk` rows at a time, the second, with
+/// an adapter, row by row.
+fn logits_together(
+    decoder: &mut dyn Loaded,
+    tokens: [&[u32]; 2],
+    adapter: &Arc<Adapter>,
+    chunk: usize,
+) -> [Vec<Vec<f32>>; 2] {
+    let num_blocks = tokens[0].len().max(tokens[1].len()).div_ceil(BLOCK_SIZE);
+    let table = |sequence: usize| (0..num_blocks).map(|b| BlockId((2 * b + sequence) as u32)).collect::<Vec<_>>();
+    let tables = [table(0), table(1)];
+    decoder.reserve(2 * num_blocks);
+    let _lease = place(decoder, adapter);
+    let mut all = [Vec::new(), Vec::new()];
+    while (0..2).any(|i| all[i].len() < tokens[i].len()) {
+        let (mut rows, mut sequences, mut groups) = (Vec::new(), Vec::new(), Vec::new());
+        let mut owners = Vec::new();
+        for i in 0..2 {
+            let first_position = all[i].len();
+            let count = [chunk, 1][i].min(tokens[i].len() - first_position);
+            if count == 0 {
+                continue;
+            }
+            let range = rows.len()..rows.len() + count;
+            rows.extend_from_slice(&tokens[i][first_position..][..count]);
+            owners.extend(range.clone().map(|_| i));
+            if i == 1 {
+                groups.push(AdapterGroup { rows: range.clone(), adapter: adapter.clone() });
+            }
+            sequences.push(SequenceRows { rows: range, first_position, block_table: &tables[i] });
+        }
+        let logits_rows: Vec<usize> = (0..rows.len()).collect();
+        let batch = ForwardBatch {
+            copies: &[],
+            tokens: &rows,
+            sequences: &sequences,
+            groups: &groups,
+            logits_rows: &logits_rows,
+        };
+        let mut keep = |row: usize, logits: &mut dyn Logits| {
+            all[owners[row]].push(logits.all()?.to_vec());
+            Ok(())
+        };
+        decoder.forward(&batch, &mut keep).unwrap();
+    }
+    all
+}
+
+#[test]
+fn a_row_of_every_family_has_the_same_bits_alone_and_beside_an_adapter() {
+    let bits = |logits: &[Vec<f32>]| logits.iter().flatten().map(|logit| logit.to_bits()).collect::<Vec<_>>();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tiny.gguf");
+    for family in &REFERENCE.families {
+        Model::of(family).write(&path, GgmlDType::Q8_0);
+        let adapter = load_adapter(&family.adapters[0], &path);
+        let tokens = [&REFERENCE.tokens[..], &REFERENCE.tokens[11..]];
+        for isa in Isa::available() {
+            let load = |threads| Place::Host(isa, threads).load(&path, usize::MAX).unwrap();
+            let expected =
+                [logits_alone(&mut *load(1), tokens[0], None), logits_alone(&mut *load(1), tokens[1], Some(&adapter))];
+            for (threads, chunk) in [(1, 1), (2, 7), (3, 16)] {
+                let together = logits_together(&mut *load(threads), tokens, &adapter, chunk);
+                for (i, together) in together.iter().enumerate() {
+                    assert!(bits(together) == bits(&expected[i]), "{} on {isa}, sequence {i}", family.name);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_key_that_is_not_served_is_refused_with_its_name_and_value() {
+    let family = |name: &str| Model::of(REFERENCE.families.iter().find(|family| family.name == name).unwrap());
+    let text = |text: &str| Value::String(text.into());
+    let cases = [
+        ("llama", "expert_count", Value::U32(8), "8"),
+        ("llama", "rope.scaling.type", text("ntk"), "ntk"),
+        ("llama", "logit_scale", Value::F32(0.25), "0.25"),
+        ("llama", "embedding_scale", Value::F32(2.0), "2.0"),
+        ("llama", "attn_logit_softcapping", Value::F32(50.0), "50.0"),
+        ("llama", "rope.scaling.yarn_log_multiplier", Value::F32(0.1), "0.1"),
+        ("llama", "attention.value_length", Value::U32(64), "64"),
+        ("llama", "attention.causal_mask_of_tomorrow", Value::Bool(true), "true"),
+        ("llama", "feed_forward_length", Value::Array([96, 160, 160].map(Value::U32).to_vec()), "array of 3"),
+        ("qwen2", "attention.sliding_window", Value::U32(16), "16"),
+        ("qwen3", "rope.scale_linear", Value::F32(-4.0), "-4.0"),
+        ("gemma2", "attention.sliding_window_pattern", Value::Array(vec![Value::Bool(true); 2]), "2"),
+        ("gemma3", "attention.sliding_window_pattern", text("alternating"), "alternating"),
+        ("starcoder2", "use_parallel_residual", Value::Bool(true), "true"),
+    ];
+    for (name, key, value, shown) in cases {
+        let mut model = family(name);
+        model.set(key, value);
+        let refusal = model.load(GgmlDType::Q8_0, Place::Host(Isa::detect(), 1)).map(|_| ()).unwrap_err();
+        assert!(refusal.contains(&format!("{name}.{key}")) && refusal.contains(shown), "{refusal}");
+    }
+}
+
+#[test]
+fn what_the_cuda_device_has_no_kernels_for_is_refused_by_name() {
+    let words = [
+        ("qwen3", "norms of queries and keys"),
+        ("smollm3", "turn their heads differently"),
+        ("granite", "multiplier of embeddings"),
+        ("starcoder2", "LayerNorm"),
+        ("gemma", "GELU"),
+        ("gemma2", "GELU"),
+        ("gemma3", "GELU"),
+    ];
+    for family in &REFERENCE.families {
+        let model = Model::of(family);
+        match words.iter().find(|(name, _)| *name == family.name) {
+            Some((_, words)) => {
+                let refusal = model.load(GgmlDType::Q8_0, Place::EmulatedGpu).map(|_| ()).unwrap_err();
+                assert!(refusal.contains(words) && refusal.contains("engine.device"), "{refusal}");
+            }
+            None => {
+                let mut decoder = model.load(GgmlDType::Q8_0, Place::EmulatedGpu).unwrap();
+                let distance = distance(&kept_logits(&mut *decoder, None), &family.logits);
+                assert!(distance < MAX_QUANTIZED_DISTANCE, "{}: {distance}", family.name);
+            }
+        }
+    }
+}
