@@ -90,6 +90,14 @@ impl ApiError {
         self.naming(param)
     }
 
+    /// The same of the field at fault under another name.
+    pub fn renamed(mut self, param: &str) -> Self {
+        if let Some(old) = &self.body.param {
+            self.body.message = self.body.message.replace(&format!("`{old}`"), &format!("`{param}`"));
+        }
+        self.naming(param)
+    }
+
     fn naming(mut self, param: &str) -> Self {
         self.body.param = Some(param.to_owned());
         self

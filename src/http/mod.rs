@@ -33,6 +33,7 @@ mod run;
 mod samplers;
 mod sampling;
 mod selection;
+mod sent_as;
 mod sse;
 mod surrogates;
 mod tabby;

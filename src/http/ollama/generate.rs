@@ -7,7 +7,7 @@ use axum::response::Response;
 use super::models::served_name;
 use super::reply::{self, Wording};
 use super::request::{Asked, read_chat, read_generate, read_model};
-use crate::generation::Selection;
+use crate::generation::{GenerationRequest, Selection};
 use crate::http::AppState;
 use crate::http::auth::Caller;
 use crate::http::chat::ChatShape;
@@ -47,15 +47,20 @@ async fn answer(
     wording: Wording,
 ) -> Result<Response, ApiError> {
     let is_streamed = fields.boolean("stream")?.unwrap_or(true);
-    let request = match asked {
+    type Parse = fn(&Fields) -> Result<GenerationRequest, ApiError>;
+    let (read, parse): (_, Parse) = match asked {
         Asked::Residency { is_unload } => {
             let model = load(state, caller, model).await?;
             return Ok(reply::without_text(&model, wording, if is_unload { "unload" } else { "load" }));
         }
-        Asked::Completion(fields) => CompletionShape::parse(&fields)?,
-        Asked::Chat(fields) => ChatShape::parse(&fields)?,
+        Asked::Completion(read) => (read, CompletionShape::parse),
+        Asked::Chat(read) => (read, ChatShape::parse),
     };
-    let run = Run::start(state, caller, fields.string("user")?, &random_id("ollama"), request).await?;
+    let start = async || {
+        let request = parse(&read.fields)?;
+        Run::start(state, caller, fields.string("user")?, &random_id("ollama"), request).await
+    };
+    let run = start().await.map_err(|error| read.sent_as.word(error))?;
     if is_streamed { Ok(reply::stream(run, wording)) } else { reply::whole(run, wording).await }
 }
 

@@ -34,8 +34,7 @@ pub struct Version {
 /// Below `/api`.
 pub fn routes(state: &AppState) -> Router<AppState> {
     let generation = Router::new().route("/generate", post(generate::generate)).route("/chat", post(generate::chat));
-    generating(generation, state)
-        .route("/version", get(version))
+    let api = generating(generation, state)
         .route("/tags", get(models::tags))
         .route("/show", post(models::show))
         .route("/ps", get(models::resident))
@@ -47,7 +46,9 @@ pub fn routes(state: &AppState) -> Router<AppState> {
         .route("/blobs/{digest}", head(no_changes).post(no_changes))
         .route("/embed", post(no_embeddings))
         .route("/embeddings", post(no_embeddings))
-        .route_layer(from_fn_with_state(state.clone(), authenticate))
+        .route_layer(from_fn_with_state(state.clone(), authenticate));
+    // Clients look whether it is there before they have a key.
+    Router::new().route("/version", get(version)).merge(api)
 }
 
 async fn version() -> Json<Version> {

@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 use crate::http::error::ApiError;
 use crate::http::fields::{Fields, wrong_type};
 use crate::http::sampling::default_to_no_limit;
+use crate::http::sent_as::{SentAs, Translated};
 use crate::http::unsupported::{Route, refuse_unsupported};
 use crate::prompt::fim::foreign;
 
@@ -44,8 +45,8 @@ pub enum Asked {
     Residency {
         is_unload: bool,
     },
-    Completion(Fields),
-    Chat(Fields),
+    Completion(Translated),
+    Chat(Translated),
 }
 
 /// `has_chat` is whether there is a template for what is not raw: without one, Ollama's is the prompt itself.
@@ -57,7 +58,7 @@ pub fn read_generate(fields: &Fields, model: &str, has_chat: bool) -> Result<Ask
     if prompt.is_empty() && suffix.is_none() {
         return residency(fields);
     }
-    let mut converted = converted(fields, model)?;
+    let (mut converted, mut sent_as) = converted(fields, model)?;
     // Text that a client has laid out around a gap says all there is to say.
     let is_laid_out = || foreign::read(prompt, |_| false).is_some();
     if is_raw || suffix.is_some() || !has_chat || is_laid_out() {
@@ -68,12 +69,13 @@ pub fn read_generate(fields: &Fields, model: &str, has_chat: bool) -> Result<Ask
         }
         converted.insert("prompt".to_owned(), prompt.into());
         converted.extend(suffix.map(|suffix| ("suffix".to_owned(), suffix.into())));
-        return Ok(Asked::Completion(converted.into()));
+        return Ok(Asked::Completion(Translated { fields: converted.into(), sent_as }));
     }
     let system = system.map(|system| json!({"role": "system", "content": system}));
     let messages = system.into_iter().chain([json!({"role": "user", "content": prompt})]).collect();
     converted.insert("messages".to_owned(), Value::Array(messages));
-    Ok(Asked::Chat(converted.into()))
+    sent_as.add("messages", "prompt");
+    Ok(Asked::Chat(Translated { fields: converted.into(), sent_as }))
 }
 
 pub fn read_chat(fields: &Fields, model: &str) -> Result<Asked, ApiError> {
@@ -82,10 +84,11 @@ pub fn read_chat(fields: &Fields, model: &str) -> Result<Asked, ApiError> {
         return residency(fields);
     }
     let messages = messages.iter().enumerate().map(|(index, message)| read_message(index, message));
-    let messages = messages.collect::<Result<_, _>>()?;
-    let mut converted = converted(fields, model)?;
+    let mut messages = messages.collect::<Result<Vec<_>, _>>()?;
+    name_calls(&mut messages);
+    let (mut converted, sent_as) = converted(fields, model)?;
     converted.insert("messages".to_owned(), Value::Array(messages));
-    Ok(Asked::Chat(converted.into()))
+    Ok(Asked::Chat(Translated { fields: converted.into(), sent_as }))
 }
 
 /// The name under `model`, or as older clients send it.
@@ -107,18 +110,30 @@ fn residency(fields: &Fields) -> Result<Asked, ApiError> {
 }
 
 /// Everything but what the model is to read.
-fn converted(fields: &Fields, model: &str) -> Result<Map<String, Value>, ApiError> {
+fn converted(fields: &Fields, model: &str) -> Result<(Map<String, Value>, SentAs), ApiError> {
     refuse_context(fields)?;
     let mut converted = fields.without(&OWN_FIELDS);
+    let mut sent_as = SentAs::default();
     if let Some(options) = fields.object("options")? {
-        refuse_unsupported(&options.clone().into(), Route::Chat)?;
+        let of_options = |name: &str| format!("options.{name}");
+        refuse_unsupported(&options.clone().into(), Route::Chat).map_err(|error| {
+            match error.param().map(of_options) {
+                Some(place) => error.renamed(&place),
+                None => error,
+            }
+        })?;
+        for name in SAMPLING.iter().filter(|name| options.contains_key(**name)) {
+            sent_as.add(*name, of_options(name));
+        }
         let sampling = options.iter().filter(|(name, value)| SAMPLING.contains(&name.as_str()) && !value.is_null());
         converted.extend(sampling.map(|(name, value)| (name.clone(), value.clone())));
     }
     default_to_no_limit(&mut converted);
     converted.insert("model".to_owned(), model.into());
     converted.extend(response_format(fields)?.map(|format| ("response_format".to_owned(), format)));
-    Ok(converted)
+    sent_as.add("response_format", "format");
+    sent_as.add("response_format.json_schema.schema", "format");
+    Ok((converted, sent_as))
 }
 
 /// `format`: `"json"` or a schema.
@@ -157,6 +172,29 @@ fn read_message(index: usize, message: &Value) -> Result<Value, ApiError> {
     Ok(Value::Object(message))
 }
 
+/// Here calls may have no ids: a result is of the first call of its tool that has none yet, and what is no such call's
+/// result stays without.
+fn name_calls(messages: &mut [Value]) {
+    let mut waiting: Vec<(String, Value)> = Vec::new();
+    let mut num_calls = 0;
+    for message in messages {
+        for call in message["tool_calls"].as_array_mut().into_iter().flatten().filter(|call| call.is_object()) {
+            if call["id"].is_null() {
+                num_calls += 1;
+                call["id"] = format!("call{num_calls:05}").into();
+            }
+            waiting.push((call["function"]["name"].as_str().unwrap_or_default().to_owned(), call["id"].clone()));
+        }
+        if message["role"] == "tool" && message["tool_call_id"].is_null() {
+            let tool = ["tool_name", "name"].into_iter().find_map(|name| message[name].as_str());
+            let place = waiting.iter().position(|(name, _)| tool.is_none_or(|tool| tool == name));
+            if let Some(place) = place {
+                message["tool_call_id"] = waiting.remove(place).1;
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -168,8 +206,8 @@ mod tests {
     fn generate(value: Value) -> Result<(bool, Value), ApiError> {
         Ok(match read_generate(&fields(value), "m", true)? {
             Asked::Residency { is_unload } => (is_unload, Value::Null),
-            Asked::Completion(fields) => (false, fields.iter().map(|(k, v)| (k.clone(), v.clone())).collect()),
-            Asked::Chat(fields) => (true, fields.iter().map(|(k, v)| (k.clone(), v.clone())).collect()),
+            Asked::Completion(read) => (false, read.fields.without(&[]).into()),
+            Asked::Chat(read) => (true, read.fields.without(&[]).into()),
         })
     }
 
@@ -203,6 +241,33 @@ mod tests {
     }
 
     #[test]
+    fn results_are_of_the_calls_that_wait_for_them() {
+        let call = |name: &str| json!({"function": {"name": name, "arguments": {}}});
+        let result = |name: &str| json!({"role": "tool", "tool_name": name, "content": "x"});
+        let calls = json!({"role": "assistant", "tool_calls": [call("f"), call("g"), call("f")]});
+        let chat = json!({"messages": [calls, result("g"), result("f"), result("f"), result("f")]});
+        let Asked::Chat(read) = read_chat(&fields(chat), "m").ok().unwrap() else { panic!("a chat") };
+        let messages = read.fields.get("messages").unwrap();
+        let calls: Vec<_> = (0..3).map(|index| &messages[0]["tool_calls"][index]["id"]).collect();
+        let results: Vec<_> = (1..5).map(|index| &messages[index]["tool_call_id"]).collect();
+        assert_eq!(results, [calls[1], calls[0], calls[2], &Value::Null]);
+    }
+
+    #[test]
+    fn errors_are_told_in_the_clients_own_fields() {
+        let body = json!({"prompt": "a", "options": {"temperature": 9}, "format": {"type": "object"}});
+        let Asked::Chat(read) = read_generate(&fields(body), "m", true).ok().unwrap() else { panic!("a chat") };
+        for (read_as, sent) in [
+            ("temperature", "options.temperature"),
+            ("response_format.json_schema.schema", "format"),
+            ("messages", "prompt"),
+            ("top_p", "top_p"),
+        ] {
+            assert_eq!(read.sent_as.word(ApiError::invalid(read_as, "no")).param(), Some(sent));
+        }
+    }
+
+    #[test]
     fn an_empty_prompt_is_about_memory() {
         assert_eq!(generate(json!({})).unwrap(), (false, Value::Null));
         assert_eq!(generate(json!({"prompt": "", "keep_alive": "5m"})).unwrap(), (false, Value::Null));
@@ -216,8 +281,8 @@ mod tests {
         for (body, name) in [
             (json!({"prompt": "a", "context": [1]}), "context"),
             (json!({"prompt": "a", "raw": true, "system": "s"}), "system"),
-            (json!({"prompt": "a", "options": {"mirostat": 2}}), "mirostat"),
-            (json!({"prompt": "a", "options": {"repeat_last_n": 64, "repeat_penalty": 1.1}}), "repeat_last_n"),
+            (json!({"prompt": "a", "options": {"mirostat": 2}}), "options.mirostat"),
+            (json!({"prompt": "a", "options": {"repeat_last_n": 64, "repeat_penalty": 1.1}}), "options.repeat_last_n"),
             (json!({"prompt": 1}), "prompt"),
         ] {
             assert_eq!(generate(body).unwrap_err().param(), Some(name));
