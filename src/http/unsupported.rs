@@ -14,6 +14,7 @@ use super::fields::Fields;
 pub enum Route {
     Completions,
     Chat,
+    Responses,
 }
 
 /// Fields with the same harmless values, and what to do instead of asking for more.
@@ -77,8 +78,18 @@ const UNSUPPORTED: [Unsupported; 27] = [
         advice: "only text is read and written: leave it out",
     },
     // How the prompt is made.
-    Unsupported { names: &["add_generation_prompt"], is_harmless: |value, _, _| *value == true, advice: OWN_PROMPT },
-    Unsupported { names: &["continue_final_message"], is_harmless: |value, _, _| *value == false, advice: OWN_PROMPT },
+    Unsupported {
+        names: &["add_generation_prompt"],
+        is_harmless: |value, fields, _| {
+            *value == true || fields.get("continue_final_message").is_some_and(|is_asked| *is_asked == true)
+        },
+        advice: OWN_PROMPT,
+    },
+    Unsupported {
+        names: &["continue_final_message"],
+        is_harmless: |value, _, route| *value == false || route == Route::Chat,
+        advice: "it is for chats: a completion goes on from its `prompt`",
+    },
     Unsupported {
         names: &["chat_template", "chat_template_kwargs", "prompt_template", "template", "system", "safe_prompt"],
         is_harmless: |value, _, _| is_empty(value) || *value == false,
@@ -225,6 +236,30 @@ const UNSUPPORTED: [Unsupported; 27] = [
     },
 ];
 
+/// What means something on one interface alone, which reads all else as a chat.
+struct OfRoute {
+    route: Route,
+    name: &'static str,
+    is_harmless: fn(&Value) -> bool,
+    advice: &'static str,
+}
+
+const fn of_responses(name: &'static str, is_harmless: fn(&Value) -> bool, advice: &'static str) -> OfRoute {
+    OfRoute { route: Route::Responses, name, is_harmless, advice }
+}
+
+const OF_ROUTES: [OfRoute; 9] = [
+    of_responses("background", |value| *value == false, "send `stream`: true, or wait"),
+    of_responses("truncation", |value| *value == "disabled", "a conversation that is too long is refused: shorten it"),
+    of_responses("conversation", |_| false, "send `previous_response_id`"),
+    of_responses("prompt", |_| false, "prompts are not kept here: send `instructions` and `input`"),
+    of_responses("max_tool_calls", |_| false, "this server runs no tools of its own: leave it out"),
+    of_responses("messages", |_| false, "send them as `input`"),
+    of_responses("max_tokens", |_| false, "send it as `max_output_tokens`"),
+    of_responses("top_logprobs", |value| *value == 0, "responses have no log-probabilities: use /v1/chat/completions"),
+    of_responses("response_format", |value| value["type"] == "text", "send it as `text.format`"),
+];
+
 /// What is harmless only at `true`, where there is no other value to compare with.
 const TRUE_ALONE: [(&str, &str); 2] = [
     ("skip_special_tokens", "special tokens have no text here"),
@@ -276,7 +311,14 @@ pub fn listed(route: Route) -> impl Iterator<Item = Listed> {
 pub fn refuse_unsupported(fields: &Fields, route: Route) -> Result<(), ApiError> {
     let given = fields.iter().filter(|(_, value)| !value.is_null());
     for (name, value) in given {
-        if let Some(advice) = advice(name, value, fields, route) {
+        let of_route = OF_ROUTES.iter().find(|field| field.route == route && field.name == name);
+        let advice = match of_route {
+            Some(field) => (!(field.is_harmless)(value)).then_some(field.advice),
+            // Its chat is asked for the rest.
+            None if route == Route::Responses => None,
+            None => advice(name, value, fields, route),
+        };
+        if let Some(advice) = advice {
             let message = format!("`{name}` is not served as asked here, and would change the reply: {advice}");
             return Err(ApiError::invalid(name, message));
         }

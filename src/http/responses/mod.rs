@@ -3,6 +3,7 @@
 mod kept;
 mod reply;
 mod request;
+mod tools;
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -16,6 +17,7 @@ use super::error::ApiError;
 use super::fields::{Fields, PathName};
 use super::reply::{ReplyShape, random_id};
 use super::run::Run;
+use super::sent_as::Translated;
 pub use kept::KeptResponses;
 use kept::{Kept, Turn};
 use reply::Writer;
@@ -31,10 +33,14 @@ pub async fn create(
         Some(id) => state.responses.get(&caller, id).ok_or_else(|| unknown("previous_response_id", id))?.messages,
     };
     let request = ResponseRequest::parse(&fields, previous)?;
-    let generation = ChatShape::parse(&request.chat)?;
+    let Translated { fields: chat, sent_as } = request.chat;
     let id = random_id("resp");
-    let run = Run::start(&state, &caller, fields.string("user")?, &id, generation).await?;
-    let writer = Writer::new(id, run.model_id(), request.echoed);
+    let start = async || {
+        let generation = ChatShape::parse(&chat)?;
+        Run::start(&state, &caller, fields.string("user")?, &id, generation).await
+    };
+    let run = start().await.map_err(|error| sent_as.word(error))?;
+    let writer = Writer::new(id, run.model_id(), request.echoed, request.offered);
     let turn = Turn {
         responses: request.is_stored.then(|| state.responses.clone()),
         identity: caller.identity.clone(),

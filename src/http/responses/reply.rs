@@ -7,6 +7,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 
 use super::kept::Turn;
+use super::tools::{OfferedTools, ToolKind, custom_arguments, custom_input, function_name};
 use crate::engine::request::FinishReason;
 use crate::generation::SequenceUsage;
 use crate::http::error::ApiError;
@@ -23,6 +24,7 @@ pub struct Writer {
     created_at: u64,
     model: String,
     echoed: Map<String, Value>,
+    offered: OfferedTools,
     output: Vec<Item>,
     /// Whether the last item is still written.
     is_open: bool,
@@ -30,26 +32,50 @@ pub struct Writer {
 }
 
 #[derive(Debug)]
-enum Item {
-    Message { id: String, text: String },
-    Call { id: String, call_id: String, name: String, arguments: String },
+struct Item {
+    id: String,
+    kind: ItemKind,
+}
+
+#[derive(Debug)]
+enum ItemKind {
+    Message {
+        text: String,
+    },
+    Call {
+        call_id: String,
+        namespace: Option<String>,
+        name: String,
+        arguments: String,
+    },
+    /// Of a freeform tool, whose input is known when the call has ended.
+    CustomCall {
+        call_id: String,
+        name: String,
+        input: String,
+    },
 }
 
 impl Item {
-    fn id(&self) -> &str {
-        match self {
-            Self::Message { id, .. } | Self::Call { id, .. } => id,
-        }
-    }
-
     fn to_json(&self, status: &str) -> Value {
-        match self {
-            Self::Message { id, text } => {
+        let id = &self.id;
+        match &self.kind {
+            ItemKind::Message { text } => {
                 let content = if status == "in_progress" { json!([]) } else { json!([text_part(text)]) };
                 json!({"id": id, "type": "message", "status": status, "role": "assistant", "content": content})
             }
-            Self::Call { id, call_id, name, arguments } => json!({"id": id, "type": "function_call", "status": status,
-                "call_id": call_id, "name": name, "arguments": arguments}),
+            ItemKind::Call { call_id, namespace, name, arguments } => {
+                let mut call = json!({"id": id, "type": "function_call", "status": status, "call_id": call_id,
+                    "name": name, "arguments": arguments});
+                if let Some(namespace) = namespace {
+                    call["namespace"] = json!(namespace);
+                }
+                call
+            }
+            ItemKind::CustomCall { call_id, name, input } => {
+                json!({"id": id, "type": "custom_tool_call", "status": status,
+                "call_id": call_id, "name": name, "input": input})
+            }
         }
     }
 }
@@ -59,9 +85,9 @@ fn text_part(text: &str) -> Value {
 }
 
 impl Writer {
-    pub fn new(id: String, model: &str, echoed: Map<String, Value>) -> Self {
+    pub fn new(id: String, model: &str, echoed: Map<String, Value>, offered: OfferedTools) -> Self {
         let (created_at, model) = (unix_seconds(), model.to_owned());
-        Self { id, created_at, model, echoed, output: Vec::new(), is_open: false, sequence_number: 0 }
+        Self { id, created_at, model, echoed, offered, output: Vec::new(), is_open: false, sequence_number: 0 }
     }
 
     /// The whole response as it stands. `usage` is there once it has ended.
@@ -103,30 +129,55 @@ impl Writer {
             RunEvent::Text(text) => self.write_text(text, &mut events),
             RunEvent::CallStarted { name } => {
                 self.close("completed", &mut events);
-                let (id, call_id) = (random_id("fc"), random_id("call"));
-                self.open(Item::Call { id, call_id, name, arguments: String::new() }, &mut events);
+                let call = self.call(name);
+                self.open(call, &mut events);
             }
-            RunEvent::Arguments(fragment) => {
-                if let Some(Item::Call { arguments, .. }) = self.output.last_mut() {
-                    arguments.push_str(&fragment);
-                }
-                let delta = json!({"delta": fragment});
-                events.push(self.item_event("response.function_call_arguments.delta", delta));
-            }
+            RunEvent::Arguments(fragment) => self.write_arguments(&fragment, &mut events),
             // An item ends with the next one, or in `end`, which knows whether it was cut off.
-            RunEvent::CallEnded { .. } | RunEvent::Finished(_) => {}
+            RunEvent::CallEnded { arguments, .. } => self.write_input(&arguments, &mut events),
+            RunEvent::Finished(_) => {}
         }
         events
     }
 
+    fn call(&self, name: String) -> Item {
+        let (call_id, arguments) = (random_id("call"), String::new());
+        let kind = match self.offered.kind(&name) {
+            ToolKind::Function => ItemKind::Call { call_id, namespace: None, name, arguments },
+            ToolKind::Namespaced { namespace, name } => {
+                ItemKind::Call { call_id, namespace: Some(namespace), name, arguments }
+            }
+            ToolKind::Custom => {
+                return Item { id: random_id("ctc"), kind: ItemKind::CustomCall { call_id, name, input: arguments } };
+            }
+        };
+        Item { id: random_id("fc"), kind }
+    }
+
+    fn write_arguments(&mut self, fragment: &str, events: &mut Vec<Named>) {
+        if let Some(Item { kind: ItemKind::Call { arguments, .. }, .. }) = self.output.last_mut() {
+            arguments.push_str(fragment);
+            events.push(self.item_event("response.function_call_arguments.delta", json!({"delta": fragment})));
+        }
+    }
+
+    /// The input of a freeform tool, which is the text of one JSON string, comes at once.
+    fn write_input(&mut self, given: &Map<String, Value>, events: &mut Vec<Named>) {
+        let Some(Item { kind: ItemKind::CustomCall { input, .. }, .. }) = self.output.last_mut() else { return };
+        if let Some(text) = custom_input(given) {
+            input.push_str(text);
+            events.push(self.item_event("response.custom_tool_call_input.delta", json!({"delta": text})));
+        }
+    }
+
     fn write_text(&mut self, text: String, events: &mut Vec<Named>) {
-        if !(self.is_open && matches!(self.output.last(), Some(Item::Message { .. }))) {
+        if !(self.is_open && matches!(self.output.last(), Some(Item { kind: ItemKind::Message { .. }, .. }))) {
             self.close("completed", events);
-            self.open(Item::Message { id: random_id("msg"), text: String::new() }, events);
+            self.open(Item { id: random_id("msg"), kind: ItemKind::Message { text: String::new() } }, events);
             let part = json!({"content_index": 0, "part": text_part("")});
             events.push(self.item_event("response.content_part.added", part));
         }
-        if let Some(Item::Message { text: whole, .. }) = self.output.last_mut() {
+        if let Some(Item { kind: ItemKind::Message { text: whole }, .. }) = self.output.last_mut() {
             whole.push_str(&text);
         }
         let delta = json!({"content_index": 0, "delta": text, "logprobs": []});
@@ -144,16 +195,20 @@ impl Writer {
     fn close(&mut self, status: &str, events: &mut Vec<Named>) {
         let Some(item) = self.output.last().filter(|_| self.is_open) else { return };
         let done = item.to_json(status);
-        match item {
-            Item::Message { text, .. } => {
+        match &item.kind {
+            ItemKind::Message { text } => {
                 let whole = json!({"content_index": 0, "text": text, "logprobs": []});
                 let part = json!({"content_index": 0, "part": text_part(text)});
                 events.push(self.item_event("response.output_text.done", whole));
                 events.push(self.item_event("response.content_part.done", part));
             }
-            Item::Call { name, arguments, .. } => {
+            ItemKind::Call { name, arguments, .. } => {
                 let whole = json!({"name": name, "arguments": arguments});
                 events.push(self.item_event("response.function_call_arguments.done", whole));
+            }
+            ItemKind::CustomCall { input, .. } => {
+                let whole = json!({"input": input});
+                events.push(self.item_event("response.custom_tool_call_input.done", whole));
             }
         }
         let data = json!({"output_index": self.output.len() - 1, "item": done});
@@ -184,11 +239,19 @@ impl Writer {
     fn answer(&self) -> Vec<Value> {
         let (mut content, mut calls) = (String::new(), Vec::new());
         for item in &self.output {
-            match item {
-                Item::Message { text, .. } => content.push_str(text),
-                Item::Call { call_id, name, arguments, .. } => calls.push(json!({"id": call_id, "type": "function",
-                    "function": {"name": name, "arguments": arguments}})),
-            }
+            let (call_id, name, arguments) = match &item.kind {
+                ItemKind::Message { text } => {
+                    content.push_str(text);
+                    continue;
+                }
+                ItemKind::Call { call_id, namespace, name, arguments } => {
+                    (call_id, function_name(&json!(namespace), &json!(name)), json!(arguments))
+                }
+                ItemKind::CustomCall { call_id, name, input } => {
+                    (call_id, json!(name), custom_arguments(&json!(input)))
+                }
+            };
+            calls.push(json!({"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}));
         }
         let mut message = json!({"role": "assistant", "content": content});
         if !calls.is_empty() {
@@ -199,7 +262,7 @@ impl Writer {
 
     /// An event of the item that is written.
     fn item_event(&mut self, name: &'static str, mut data: Value) -> Named {
-        data["item_id"] = json!(self.output.last().map(Item::id));
+        data["item_id"] = json!(self.output.last().map(|item| &item.id));
         data["output_index"] = json!(self.output.len().saturating_sub(1));
         self.event(name, data)
     }
@@ -277,6 +340,8 @@ impl Stream {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::fields::Fields;
+    use crate::http::sent_as::SentAs;
 
     fn names(events: &[Named]) -> Vec<&str> {
         events.iter().map(|(name, _)| name.strip_prefix("response.").unwrap()).collect()
@@ -284,7 +349,7 @@ mod tests {
 
     #[test]
     fn every_item_is_told_from_its_beginning_to_its_end() {
-        let mut writer = Writer::new("resp-1".to_owned(), "m", Map::new());
+        let mut writer = writer();
         let mut events = writer.begin();
         for told in [
             RunEvent::Text("Hm.".to_owned()),
@@ -320,9 +385,49 @@ mod tests {
         assert_eq!(answer["tool_calls"][0]["id"], response["output"][1]["call_id"]);
     }
 
+    fn writer() -> Writer {
+        Writer::new("resp-1".to_owned(), "m", Map::new(), OfferedTools::default())
+    }
+
+    #[test]
+    fn calls_are_told_as_what_was_offered() {
+        let tools = json!({"tools": [{"type": "custom", "name": "patch"}, {"type": "namespace", "name": "n", "tools": [
+            {"type": "function", "name": "f"}]}]});
+        let fields = Fields::parse(tools.to_string().as_bytes()).unwrap();
+        let offered = OfferedTools::parse(&fields, &mut SentAs::default()).unwrap();
+        let mut writer = Writer { offered, ..writer() };
+        let mut events = Vec::new();
+        for (name, arguments) in [("patch", json!({"input": "a\nb"})), ("n.f", json!({}))] {
+            let (name, arguments) = (name.to_owned(), arguments.as_object().cloned().unwrap());
+            events.extend(writer.write(RunEvent::CallStarted { name: name.clone() }));
+            events.extend(writer.write(RunEvent::Arguments(json!(arguments).to_string())));
+            events.extend(writer.write(RunEvent::CallEnded { name, arguments }));
+        }
+        let (last, response) = writer.end(FinishReason::Stop, SequenceUsage::default());
+        events.extend(last);
+        let expected = [
+            "output_item.added",
+            "custom_tool_call_input.delta",
+            "custom_tool_call_input.done",
+            "output_item.done",
+            "output_item.added",
+            "function_call_arguments.delta",
+            "function_call_arguments.done",
+            "output_item.done",
+            "completed",
+        ];
+        assert_eq!(names(&events), expected);
+        let [custom, function] = [0, 1].map(|index| &response["output"][index]);
+        assert_eq!((&custom["type"], &custom["input"]), (&json!("custom_tool_call"), &json!("a\nb")));
+        assert_eq!((&function["namespace"], &function["name"]), (&json!("n"), &json!("f")));
+        let [answer] = writer.answer().try_into().unwrap();
+        assert_eq!(answer["tool_calls"][0]["function"]["arguments"], r#"{"input":"a\nb"}"#);
+        assert_eq!(answer["tool_calls"][1]["function"]["name"], "n.f");
+    }
+
     #[test]
     fn what_was_cut_off_is_incomplete() {
-        let mut writer = Writer::new("resp-1".to_owned(), "m", Map::new());
+        let mut writer = writer();
         writer.write(RunEvent::Text("a".to_owned()));
         let (events, response) = writer.end(FinishReason::Length, SequenceUsage::default());
         assert_eq!(names(&events).last(), Some(&"incomplete"));

@@ -2,13 +2,17 @@
 
 use serde_json::{Map, Value, json};
 
+use super::tools::{OfferedTools, custom_arguments, function_name, tool_choice};
 use crate::http::error::ApiError;
 use crate::http::fields::{Fields, wrong_type};
+use crate::http::sent_as::{SentAs, Translated};
+use crate::http::unsupported::{Route, refuse_unsupported};
 
 #[derive(Debug)]
 pub struct ResponseRequest {
     /// The same in the words of a chat.
-    pub chat: Fields,
+    pub chat: Translated,
+    pub offered: OfferedTools,
     /// The conversation, without what holds for this response alone.
     pub messages: Vec<Value>,
     pub is_stored: bool,
@@ -35,59 +39,51 @@ const OWN: [&str; 15] = [
     "stream_options",
 ];
 
-/// What would change the response and is not served: names, what changes nothing, and what to do instead.
-type Refused = (&'static str, fn(&Value) -> bool, &'static str);
-
-const REFUSED: [Refused; 9] = [
-    ("background", |value| *value == false, "send `stream`: true, or wait"),
-    ("truncation", |value| *value == "disabled", "a conversation that is too long is refused: shorten it"),
-    ("conversation", |_| false, "send `previous_response_id`"),
-    ("prompt", |_| false, "prompts are not kept here: send `instructions` and `input`"),
-    ("max_tool_calls", |_| false, "this server runs no tools of its own"),
-    ("messages", |_| false, "send them as `input`"),
-    ("max_tokens", |_| false, "send it as `max_output_tokens`"),
-    ("top_logprobs", |value| *value == 0, "responses have no log-probabilities: use /v1/chat/completions"),
-    ("response_format", |value| value["type"] == "text", "send it as `text.format`"),
-];
-
 impl ResponseRequest {
     /// `previous` is the conversation that this goes on from.
     pub fn parse(fields: &Fields, previous: Vec<Value>) -> Result<Self, ApiError> {
-        for (name, is_harmless, advice) in REFUSED {
-            if let Some(value) = fields.get(name).filter(|value| !is_harmless(value)) {
-                let message = format!("`{name}` is not served as asked here ({value:.80}): {advice}");
-                return Err(ApiError::invalid(name, message));
-            }
-        }
+        refuse_unsupported(fields, Route::Responses)?;
         check_reasoning(fields)?;
         check_verbosity(fields)?;
         check_include(fields)?;
         fields.object("stream_options")?;
-        let mut messages = previous;
-        messages.extend(input(fields)?);
+        let mut sent_as = SentAs::default();
+        for (read, sent) in [
+            ("messages", "input"),
+            ("max_tokens", "max_output_tokens"),
+            ("response_format", "text.format"),
+            ("response_format.json_schema", "text.format"),
+        ] {
+            sent_as.add(read, sent);
+        }
         let instructions = fields.string("instructions")?;
         let told = instructions.map(|text| json!({"role": "system", "content": text}));
+        let mut said = Messages { said: previous, num_told: usize::from(told.is_some()), sent_as: &mut sent_as };
+        said.read_input(fields)?;
+        let messages = said.said;
         let mut chat = fields.without(&OWN);
         chat.insert("messages".to_owned(), told.into_iter().chain(messages.iter().cloned()).collect());
         if let Some(most) = fields.count("max_output_tokens", 1..=u32::MAX)? {
             chat.insert("max_tokens".to_owned(), most.into());
         }
-        let tools = tools(fields)?;
-        if !tools.is_empty() {
-            chat.insert("tools".to_owned(), tools.into());
+        let offered = OfferedTools::parse(fields, &mut sent_as)?;
+        if !offered.definitions.is_empty() {
+            chat.insert("tools".to_owned(), offered.definitions.clone().into());
         }
-        if let Some(choice) = tool_choice(fields)? {
+        if let Some(choice) = tool_choice(fields, &mut sent_as)? {
             chat.insert("tool_choice".to_owned(), choice);
         }
         if let Some(format) = text_format(fields)? {
             chat.insert("response_format".to_owned(), format);
         }
         let is_stored = fields.boolean("store")?.unwrap_or(true);
-        Ok(Self { chat: Fields::from(chat), messages, is_stored, echoed: echoed(fields, is_stored) })
+        let echoed = echoed(fields, is_stored, &offered);
+        let chat = Translated { fields: Fields::from(chat), sent_as };
+        Ok(Self { chat, offered, messages, is_stored, echoed })
     }
 }
 
-fn echoed(fields: &Fields, is_stored: bool) -> Map<String, Value> {
+fn echoed(fields: &Fields, is_stored: bool, offered: &OfferedTools) -> Map<String, Value> {
     let mut echoed = Map::new();
     for (name, default) in [
         ("instructions", Value::Null),
@@ -99,12 +95,12 @@ fn echoed(fields: &Fields, is_stored: bool) -> Map<String, Value> {
         ("temperature", Value::Null),
         ("text", json!({"format": {"type": "text"}})),
         ("tool_choice", json!("auto")),
-        ("tools", json!([])),
         ("top_p", Value::Null),
         ("user", Value::Null),
     ] {
         echoed.insert(name.to_owned(), fields.get(name).cloned().unwrap_or(default));
     }
+    echoed.insert("tools".to_owned(), offered.sent.clone().into());
     echoed.insert("background".to_owned(), false.into());
     echoed.insert("store".to_owned(), is_stored.into());
     echoed.insert("truncation".to_owned(), "disabled".into());
@@ -122,17 +118,23 @@ fn check_verbosity(fields: &Fields) -> Result<(), ApiError> {
     }
 }
 
-/// The models here think no longer when they are asked to.
+/// The models here think no longer when they are asked to, and of no thoughts the summary is none.
 fn check_reasoning(fields: &Fields) -> Result<(), ApiError> {
-    let effort = fields.object("reasoning")?.and_then(|reasoning| reasoning.get("effort"));
-    match effort {
-        None | Some(Value::Null) => Ok(()),
-        Some(effort) if *effort == "none" => Ok(()),
-        Some(effort) => {
-            let message = format!("`reasoning.effort` is {effort:.80}, but `none` only: leave it out");
-            Err(ApiError::invalid("reasoning.effort", message))
+    for (name, value) in fields.object("reasoning")?.into_iter().flatten().filter(|(_, value)| !value.is_null()) {
+        let (is_harmless, advice) = match name.as_str() {
+            "effort" => (value == "none", "no model here reasons before it answers: send `none`, or leave it out"),
+            "summary" | "generate_summary" => {
+                let kinds = ["auto", "concise", "detailed", "none"];
+                (value.as_str().is_some_and(|kind| kinds.contains(&kind)), "send `auto`, or leave it out")
+            }
+            _ => (false, "leave it out"),
+        };
+        if !is_harmless {
+            let at = format!("reasoning.{name}");
+            return Err(ApiError::invalid(&at, format!("`{at}` is not served as asked here ({value:.80}): {advice}")));
         }
     }
+    Ok(())
 }
 
 /// Extras of a reply: thoughts there are none of, others are not served.
@@ -146,53 +148,91 @@ fn check_include(fields: &Fields) -> Result<(), ApiError> {
     }
 }
 
-fn input(fields: &Fields) -> Result<Vec<Value>, ApiError> {
-    match fields.get("input") {
-        None => Err(ApiError::invalid("input", "`input` is required")),
-        Some(Value::String(text)) => Ok(vec![json!({"role": "user", "content": text})]),
-        Some(Value::Array(items)) if items.is_empty() => Err(ApiError::invalid("input", "`input` is an empty array")),
-        Some(Value::Array(items)) => messages(items),
-        Some(other) => Err(wrong_type("input", "a string or an array of items", other)),
-    }
+/// A conversation in the words of a chat, and where each message came from.
+struct Messages<'a> {
+    said: Vec<Value>,
+    /// Messages that will stand before these.
+    num_told: usize,
+    sent_as: &'a mut SentAs,
 }
 
-fn messages(items: &[Value]) -> Result<Vec<Value>, ApiError> {
-    let mut messages: Vec<Value> = Vec::new();
-    for (index, item) in items.iter().enumerate() {
-        let at = format!("input[{index}]");
+impl Messages<'_> {
+    fn read_input(&mut self, fields: &Fields) -> Result<(), ApiError> {
+        match fields.get("input") {
+            None => Err(ApiError::invalid("input", "`input` is required")),
+            Some(Value::String(text)) => {
+                self.push(json!({"role": "user", "content": text}), "input");
+                Ok(())
+            }
+            Some(Value::Array(items)) if items.is_empty() => {
+                Err(ApiError::invalid("input", "`input` is an empty array"))
+            }
+            Some(Value::Array(items)) => {
+                items.iter().enumerate().try_for_each(|(index, item)| self.read_item(&format!("input[{index}]"), item))
+            }
+            Some(other) => Err(wrong_type("input", "a string or an array of items", other)),
+        }
+    }
+
+    fn read_item(&mut self, at: &str, item: &Value) -> Result<(), ApiError> {
         if !item.is_object() {
-            return Err(wrong_type(&at, "an object", item));
+            return Err(wrong_type(at, "an object", item));
         }
         match item["type"].as_str().unwrap_or("message") {
-            "message" => messages.push(json!({"role": item["role"], "content": content(&at, &item["content"])?})),
-            "function_call" => {
-                let function = json!({"name": item["name"], "arguments": item["arguments"]});
-                let call = json!({"id": item["call_id"], "type": "function", "function": function});
-                // Calls of one answer are in one message.
-                match messages.last_mut().filter(|last| last["role"] == "assistant") {
-                    Some(Value::Object(last)) => match last.entry("tool_calls").or_insert_with(|| json!([])) {
-                        Value::Array(calls) => calls.push(call),
-                        other => *other = json!([call]),
-                    },
-                    _ => messages.push(json!({"role": "assistant", "content": null, "tool_calls": [call]})),
-                }
+            "message" => {
+                let content = content(&format!("{at}.content"), &item["content"])?;
+                self.push(json!({"role": item["role"], "content": content}), at);
             }
-            "function_call_output" => {
-                let content = content(&at, &item["output"])?;
-                messages.push(json!({"role": "tool", "tool_call_id": item["call_id"], "content": content}));
+            "function_call" => {
+                self.push_call(function_name(&item["namespace"], &item["name"]), &item["arguments"], item, at)
+            }
+            "custom_tool_call" => self.push_call(item["name"].clone(), &custom_arguments(&item["input"]), item, at),
+            "function_call_output" | "custom_tool_call_output" => {
+                let output = format!("{at}.output");
+                let content = content(&output, &item["output"])?;
+                self.push(json!({"role": "tool", "tool_call_id": item["call_id"], "content": content}), at);
+                let read = self.place();
+                self.sent_as.add(format!("{read}.tool_call_id"), format!("{at}.call_id"));
+                self.sent_as.add(format!("{read}.content"), output);
             }
             // Another model's thoughts are not part of what was said.
             "reasoning" => {}
             other => {
                 let at = format!("{at}.type");
                 let message = format!(
-                    "`{at}` is `{other:.80}`, not one of message, function_call, function_call_output, reasoning"
+                    "`{at}` is `{other:.80}`, not one of message, function_call, function_call_output, custom_tool_call, \
+                     custom_tool_call_output, reasoning"
                 );
                 return Err(ApiError::invalid(&at, message));
             }
         }
+        Ok(())
     }
-    Ok(messages)
+
+    /// Calls of one answer are in one message.
+    fn push_call(&mut self, name: Value, arguments: &Value, item: &Value, at: &str) {
+        let call =
+            json!({"id": item["call_id"], "type": "function", "function": {"name": name, "arguments": arguments}});
+        match self.said.last_mut().filter(|last| last["role"] == "assistant") {
+            Some(Value::Object(last)) => match last.entry("tool_calls").or_insert_with(|| json!([])) {
+                Value::Array(calls) => calls.push(call),
+                other => *other = json!([call]),
+            },
+            _ => self.push(json!({"role": "assistant", "content": null, "tool_calls": [call]}), at),
+        }
+        let calls = self.said.last().and_then(|last| last["tool_calls"].as_array()).map_or(0, Vec::len);
+        self.sent_as.add(format!("{}.tool_calls[{}].function", self.place(), calls.saturating_sub(1)), at);
+    }
+
+    fn push(&mut self, message: Value, at: &str) {
+        self.said.push(message);
+        self.sent_as.add(self.place(), at);
+    }
+
+    /// Where the chat will have the last message.
+    fn place(&self) -> String {
+        format!("messages[{}]", self.num_told + self.said.len() - 1)
+    }
 }
 
 /// Parts in the words of a chat; what they are is checked there.
@@ -202,43 +242,11 @@ fn content(at: &str, content: &Value) -> Result<Value, ApiError> {
         Some("input_text" | "output_text" | "text") => Ok(json!({"type": "text", "text": part["text"]})),
         Some("refusal") => Ok(json!({"type": "text", "text": part["refusal"]})),
         _ => {
-            let at = format!("{at}.content[{index}].type");
+            let at = format!("{at}[{index}].type");
             Err(ApiError::invalid(&at, format!("`{at}` must be \"input_text\" or \"output_text\"")))
         }
     };
     parts.iter().enumerate().map(part).collect()
-}
-
-fn tools(fields: &Fields) -> Result<Vec<Value>, ApiError> {
-    let tools = fields.array("tools")?.map_or(&[] as &[Value], Vec::as_slice);
-    let tool = |(index, tool): (usize, &Value)| {
-        if tool["type"] != "function" {
-            let at = format!("tools[{index}].type");
-            let message = format!("`{at}` must be \"function\": this server runs no tools of its own");
-            return Err(ApiError::invalid(&at, message));
-        }
-        let mut function = Map::new();
-        for name in ["name", "description", "parameters"] {
-            if let Some(value) = tool.get(name).filter(|value| !value.is_null()) {
-                function.insert(name.to_owned(), value.clone());
-            }
-        }
-        Ok(json!({"type": "function", "function": function}))
-    };
-    tools.iter().enumerate().map(tool).collect()
-}
-
-fn tool_choice(fields: &Fields) -> Result<Option<Value>, ApiError> {
-    match fields.get("tool_choice") {
-        None => Ok(None),
-        Some(Value::Object(choice)) if choice.get("type").is_some_and(|kind| kind == "function") => {
-            Ok(Some(json!({"type": "function", "function": {"name": choice.get("name")}})))
-        }
-        Some(Value::Object(_)) => {
-            Err(ApiError::invalid("tool_choice", "`tool_choice` must be a string, or name a function"))
-        }
-        Some(choice) => Ok(Some(choice.clone())),
-    }
 }
 
 /// `text.format`, as a chat's `response_format`.
@@ -274,16 +282,53 @@ mod tests {
         ], "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": true}],
             "tool_choice": {"type": "function", "name": "f"}}))
         .unwrap();
-        let messages = request.chat.get("messages").unwrap();
+        let chat = &request.chat.fields;
+        let messages = chat.get("messages").unwrap();
         assert_eq!(messages[0], json!({"role": "system", "content": "Be brief."}));
         assert_eq!(messages[1]["content"][0], json!({"type": "text", "text": "a"}));
         assert_eq!(messages[2]["tool_calls"][1]["function"]["name"], "g");
         assert_eq!(messages[3], json!({"role": "tool", "tool_call_id": "1", "content": "b"}));
-        assert_eq!(request.chat.get("max_tokens"), Some(&json!(7)));
-        assert_eq!(request.chat.get("top_k"), Some(&json!(3)));
-        assert_eq!(request.chat.get("tools").unwrap()[0]["function"]["name"], "f");
-        assert_eq!(request.chat.get("tool_choice").unwrap()["function"]["name"], "f");
+        assert_eq!(chat.get("max_tokens"), Some(&json!(7)));
+        assert_eq!(chat.get("top_k"), Some(&json!(3)));
+        assert_eq!(chat.get("tools").unwrap()[0]["function"]["name"], "f");
+        assert_eq!(chat.get("tool_choice").unwrap()["function"]["name"], "f");
         assert_eq!(request.messages.len(), 3, "instructions hold for this response alone");
+    }
+
+    #[test]
+    fn freeform_calls_and_those_of_a_namespace_go_back_as_they_came() {
+        let request = parse(json!({"input": [
+            {"role": "user", "content": "a"},
+            {"type": "custom_tool_call", "call_id": "1", "name": "patch", "input": "x"},
+            {"type": "function_call", "call_id": "2", "namespace": "n", "name": "f", "arguments": "{}"},
+            {"type": "custom_tool_call_output", "call_id": "1", "output": "b"}]}))
+        .unwrap();
+        let calls = &request.messages[1]["tool_calls"];
+        assert_eq!(calls[0]["function"], json!({"name": "patch", "arguments": r#"{"input":"x"}"#}));
+        assert_eq!(calls[1]["function"]["name"], "n.f");
+        assert_eq!(request.messages[2]["tool_call_id"], "1");
+    }
+
+    #[test]
+    fn errors_of_the_chat_are_told_in_the_clients_own_fields() {
+        let request = parse(json!({"instructions": "i", "input": [
+            {"type": "reasoning"}, {"role": "user", "content": "a"},
+            {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+            {"type": "function_call", "call_id": "2", "name": "g", "arguments": 1},
+            {"type": "function_call_output", "call_id": "3", "output": "b"}]}))
+        .unwrap();
+        for (read, sent) in [
+            ("messages", "input"),
+            ("messages[1].role", "input[1].role"),
+            ("messages[2].tool_calls[1].function.arguments", "input[3].arguments"),
+            ("messages[3].tool_call_id", "input[4].call_id"),
+            ("messages[3].content", "input[4].output"),
+            ("max_tokens", "max_output_tokens"),
+            ("response_format.json_schema.schema", "text.format.schema"),
+        ] {
+            let error = request.chat.sent_as.word(ApiError::invalid(read, "no"));
+            assert_eq!(error.param(), Some(sent));
+        }
     }
 
     #[test]
@@ -300,7 +345,10 @@ mod tests {
             (json!({"input": "a", "reasoning": {"effort": "high"}}), "reasoning.effort"),
             (json!({"input": "a", "text": {"verbosity": "low"}}), "text.verbosity"),
             (json!({"input": "a", "include": ["file_search_call.results"]}), "include"),
+            (json!({"input": "a", "reasoning": {"summary": "long"}}), "reasoning.summary"),
+            (json!({"input": "a", "reasoning": {"mode": "pro"}}), "reasoning.mode"),
             (json!({"input": "a", "tools": [{"type": "web_search"}]}), "tools[0].type"),
+            (json!({"input": "a", "tool_choice": {"type": "allowed_tools"}}), "tool_choice.type"),
             (json!({"input": "a", "max_tokens": 1}), "max_tokens"),
             (json!({"input": "a", "conversation": "c"}), "conversation"),
         ] {
@@ -308,7 +356,7 @@ mod tests {
             assert_eq!(error.param(), Some(place), "{body}");
         }
         let harmless = json!({"input": "a", "background": false, "truncation": "disabled", "top_logprobs": 0,
-            "reasoning": {"effort": null}, "include": ["reasoning.encrypted_content"], "text": {"format": null}});
+            "reasoning": {"effort": null, "summary": "auto"}, "include": ["reasoning.encrypted_content"], "text": {"format": null}});
         assert!(parse(harmless).is_ok());
     }
 }

@@ -11,7 +11,7 @@ async fn what_is_asked_for_and_not_served_is_refused_by_name_on_every_route() {
         ("/v1/compare", json!({"prompt": "a", "arms": [{"name": "a"}, {"name": "b"}]})),
     ];
     let asked = json!({"guided_whitespace_pattern": " ", "structural_tag": {"a": 1}, "ebnf": "x",
-        "functions": [{}], "continue_final_message": true, "adapter_source": "s3", "min_tokens": 3});
+        "functions": [{}], "chat_template": "x", "adapter_source": "s3", "min_tokens": 3});
     for (path, body) in bodies {
         for (name, value) in asked.as_object().unwrap() {
             let mut body = body.clone();

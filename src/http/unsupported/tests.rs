@@ -21,7 +21,6 @@ fn cases() -> Vec<(&'static str, Value, Value)> {
         ("adapter_source", json!("s3"), json!("local")),
         ("merged_adapters", json!({"ids": ["a"]}), json!({})),
         ("lora_request", json!({"lora_name": "a"}), json!(null)),
-        ("continue_final_message", json!(true), json!(false)),
         ("add_generation_prompt", json!(false), json!(true)),
         ("chat_template", json!("x"), json!("")),
         ("chat_template_kwargs", json!({"a": 1}), json!({})),
