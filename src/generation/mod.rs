@@ -133,8 +133,10 @@ pub struct GenerationOptions {
     pub echo: bool,
     /// What a chat offers the model to call.
     pub tools: Option<Arc<Tools>>,
-    /// What every output begins with; not for prompts of tokens or chat.
+    /// What every output begins with; not for prompts of tokens.
     pub output_prefix: String,
+    /// The client has it, and is told only what comes behind it.
+    pub hides_prefix: bool,
     /// A line of the output after its first that is indented less ends it, and is cut; 0 cuts none.
     pub min_indent: usize,
     /// From the first token on: what is over ends at once, if a line has ended.

@@ -365,7 +365,10 @@ impl Generation {
             min_indent: options.min_indent,
             time_limit: options.time_limit,
             // An echoed prompt ends in it.
-            output_prefix: if options.echo { String::new() } else { options.output_prefix.clone() },
+            output_prefix: match options.echo || options.hides_prefix {
+                true => String::new(),
+                false => options.output_prefix.clone(),
+            },
             echo: options
                 .echo
                 .then(|| Echo { prompt_tokens: prompt.tokens.clone(), num_added_tokens: prompt.num_added_tokens }),

@@ -16,7 +16,7 @@ use super::logprobs::chat_logprobs;
 use super::reply::{ReplyShape, answer, random_id};
 use super::sampling::parse_options;
 use super::selection::parse_selection;
-use super::tools::{check_calls, parse_tools};
+use super::tools::{check_calls, check_results, parse_tools};
 use super::types::{
     ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs, ChatMessage, FunctionCall, ToolCall, reason_name,
 };
@@ -57,6 +57,7 @@ fn messages(fields: &Fields) -> Result<Vec<Value>, ApiError> {
         Some(messages) if messages.is_empty() => Err(ApiError::invalid("messages", "`messages` is an empty array")),
         Some(messages) => {
             messages.iter().enumerate().try_for_each(|(index, message)| check_message(index, message))?;
+            check_results(messages)?;
             Ok(messages.clone())
         }
     }
@@ -73,11 +74,6 @@ fn check_message(index: usize, message: &Value) -> Result<(), ApiError> {
         let message = format!("`{at}.role` is `{role}`, not one of {}", ROLES.join(", "));
         return Err(ApiError::invalid(&format!("{at}.role"), message));
     }
-    // An answer that others let the client begin.
-    if let Some(name) = ["prefix", "partial"].into_iter().find(|name| message[name] == true) {
-        let at = format!("{at}.{name}");
-        return Err(ApiError::invalid(&at, format!("`{at}` is not served: no message is gone on with, leave it out")));
-    }
     if role == "assistant" {
         check_calls(&at, &message["tool_calls"])?;
     }
@@ -90,6 +86,51 @@ fn check_message(index: usize, message: &Value) -> Result<(), ApiError> {
             .enumerate()
             .try_for_each(|(part_index, part)| check_part(&format!("{at}.content[{part_index}]"), part)),
         other => Err(wrong_type(&format!("{at}.content"), "a string or an array of parts", other)),
+    }
+}
+
+/// The beginning of an answer that the model goes on from.
+#[derive(Debug, Default, PartialEq)]
+struct Begun {
+    text: String,
+    /// Whether the reply repeats it.
+    is_repeated: bool,
+}
+
+/// Takes the answer that the client has begun out of `messages`, if it has: with vLLM's `continue_final_message`, or with
+/// what Mistral and Moonshot have at the message itself.
+fn take_begun(fields: &Fields, messages: &mut Vec<Value>) -> Result<Begun, ApiError> {
+    let last = messages.len().saturating_sub(1);
+    let mut asked = fields.boolean("continue_final_message")?.filter(|is_asked| *is_asked).map(|_| Begun::default());
+    let mut param = "continue_final_message".to_owned();
+    for (index, message) in messages.iter().enumerate() {
+        for (name, is_repeated) in [("prefix", true), ("partial", false)] {
+            if message[name] != true {
+                continue;
+            }
+            param = format!("messages[{index}].{name}");
+            if index != last {
+                let text = format!("`{param}` is for the last message alone: leave it out");
+                return Err(ApiError::invalid(&param, text));
+            }
+            asked = Some(Begun { is_repeated, ..Begun::default() });
+        }
+    }
+    let Some(begun) = asked else { return Ok(Begun::default()) };
+    match messages.pop_if(|message| message["role"] == "assistant" && message["tool_calls"].is_null()) {
+        Some(message) => Ok(Begun { text: text_of(&message["content"]), ..begun }),
+        None => {
+            let text = format!("`{param}` needs a last message of the assistant, without `tool_calls`");
+            Err(ApiError::invalid(&param, text))
+        }
+    }
+}
+
+/// The text of a checked message.
+fn text_of(content: &Value) -> String {
+    match content {
+        Value::Array(parts) => parts.iter().filter_map(|part| part["text"].as_str()).collect(),
+        content => content.as_str().unwrap_or_default().to_owned(),
     }
 }
 
@@ -178,11 +219,13 @@ impl ReplyShape for ChatShape {
 
     fn parse(fields: &Fields) -> Result<GenerationRequest, ApiError> {
         refuse_unsupported(fields, Route::Chat)?;
-        let options = options(fields)?;
         let (selection, icl) = parse_selection(fields)?;
         let prompt_format = fields.string("prompt_format")?.map(str::to_owned);
-        let prompts = vec![Prompt::Chat(messages(fields)?)];
-        Ok(GenerationRequest { selection, icl, prompt_format, prompts, options })
+        let mut messages = messages(fields)?;
+        let begun = take_begun(fields, &mut messages)?;
+        let options =
+            GenerationOptions { output_prefix: begun.text, hides_prefix: !begun.is_repeated, ..options(fields)? };
+        Ok(GenerationRequest { selection, icl, prompt_format, prompts: vec![Prompt::Chat(messages)], options })
     }
 
     fn new(generation: &Generation, options: &GenerationOptions) -> Self {
@@ -257,13 +300,49 @@ mod tests {
             (r#"{"messages": [{"content": "a"}]}"#, "messages[0].role"),
             (r#"{"messages": [{"role": "robot", "content": "a"}]}"#, "messages[0].role"),
             (r#"{"messages": [{"role": "user"}]}"#, "messages[0].content"),
-            (r#"{"messages": [{"role": "assistant", "content": "a", "prefix": true}]}"#, "messages[0].prefix"),
+            (r#"{"messages": [{"role": "tool", "content": "a"}]}"#, "messages[0].tool_call_id"),
+            (r#"{"messages": [{"role": "tool", "content": "a", "tool_call_id": "1"}]}"#, "messages[0].tool_call_id"),
             (r#"{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}"#, "messages[0].content[0].type"),
             (r#"{"messages": [{"role": "user", "content": [{"type": "text"}]}]}"#, "messages[0].content[0].text"),
         ] {
             let error = refusal(messages(&fields(body)));
             assert!(error.contains(&format!(r#""param":"{place}""#)), "{body}: {error}");
         }
+    }
+
+    #[test]
+    fn a_result_follows_its_call() {
+        let call = r#"{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}"#;
+        let body = format!(
+            r#"{{"messages": [{{"role": "user", "content": "a"}}, {{"role": "assistant", "content": null, "tool_calls": [{call}]}},
+            {{"role": "tool", "tool_call_id": "1", "content": "b"}}]}}"#
+        );
+        assert_eq!(messages(&fields(&body)).unwrap().len(), 3);
+        let error = messages(&fields(&body.replace(r#""tool_call_id": "1""#, r#""tool_call_id": "2""#))).unwrap_err();
+        assert_eq!(error.param(), Some("messages[2].tool_call_id"));
+    }
+
+    #[test]
+    fn an_answer_that_the_client_began_is_gone_on_with() {
+        let user = r#"{"role": "user", "content": "q"}"#;
+        let take = |rest: &str, last: &str| {
+            let fields = fields(&format!(r#"{{"messages": [{user}, {last}]{rest}}}"#));
+            let mut messages = messages(&fields).unwrap();
+            take_begun(&fields, &mut messages).map(|begun| (messages.len(), begun.text, begun.is_repeated))
+        };
+        let answer =
+            r#"{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}"#;
+        let of_vllm = r#", "continue_final_message": true, "add_generation_prompt": false"#;
+        assert_eq!(take(of_vllm, answer), Ok((1, "ab".to_owned(), false)));
+        assert_eq!(take("", r#"{"role": "assistant", "content": "a", "prefix": true}"#), Ok((1, "a".to_owned(), true)));
+        assert_eq!(
+            take("", r#"{"role": "assistant", "content": "a", "partial": true}"#),
+            Ok((1, "a".to_owned(), false))
+        );
+        assert_eq!(take("", answer), Ok((2, String::new(), false)), "an answer that is not marked is a turn");
+        assert_eq!(take(of_vllm, user).unwrap_err().param(), Some("continue_final_message"));
+        let marked = r#"{"role": "user", "content": "a", "prefix": true}"#;
+        assert_eq!(take("", marked).unwrap_err().param(), Some("messages[1].prefix"));
     }
 
     #[test]

@@ -79,6 +79,7 @@ fn check_tool<'v>(at: &str, tool: &'v Value) -> Result<&'v str, ApiError> {
     for (field, expected, is_right) in [
         ("description", "a string", function["description"].is_string()),
         ("parameters", "an object", function["parameters"].is_object()),
+        ("strict", "true or false", function["strict"].is_boolean()),
     ] {
         if !is_right && !function[field].is_null() {
             return Err(wrong_type(&format!("{at}.{field}"), expected, &function[field]));
@@ -111,6 +112,25 @@ pub fn check_calls(at: &str, calls: &Value) -> Result<(), ApiError> {
         }
         if !(arguments.is_string() || arguments.is_object()) {
             return Err(wrong_type(&format!("{at}.arguments"), "JSON in a string", arguments));
+        }
+    }
+    Ok(())
+}
+
+/// Each message of a tool must be the result of a call before it.
+pub fn check_results(messages: &[Value]) -> Result<(), ApiError> {
+    let mut called = HashSet::new();
+    for (index, message) in messages.iter().enumerate() {
+        let calls = message["tool_calls"].as_array().into_iter().flatten();
+        called.extend(calls.filter_map(|call| call["id"].as_str()));
+        if message["role"] == "tool" {
+            let at = format!("messages[{index}].tool_call_id");
+            let id = &message["tool_call_id"];
+            let id = id.as_str().ok_or_else(|| wrong_type(&at, "a string", id))?;
+            if !called.contains(id) {
+                let message = format!("`{at}` is `{id:.80}`, which no call before it has: send the call, too");
+                return Err(ApiError::invalid(&at, message));
+            }
         }
     }
     Ok(())

@@ -21,6 +21,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::reply::ReplyShape;
 use super::run::Run;
+use super::sent_as::Translated;
 use super::tokenize::unrecorded_chat;
 
 #[derive(Debug, JsonSchema, Serialize)]
@@ -38,11 +39,14 @@ pub async fn messages(
         return Err(ApiError::invalid("max_tokens", "`max_tokens` is required"));
     }
     let is_streamed = fields.boolean("stream")?.unwrap_or(false);
-    let converted = read_messages(&fields)?;
-    let request = ChatShape::parse(&converted)?;
+    let Translated { fields: chat, sent_as } = read_messages(&fields)?;
     let id = format!("msg_{:032x}", rand::random::<u128>());
-    let stops = request.options.stop.clone();
-    let run = Run::start(&state, &caller, converted.string("user")?, &id, request).await?;
+    let start = async || {
+        let request = ChatShape::parse(&chat)?;
+        let stops = request.options.stop.clone();
+        Ok((stops, Run::start(&state, &caller, chat.string("user")?, &id, request).await?))
+    };
+    let (stops, run) = start().await.map_err(|error| sent_as.word(error))?;
     if is_streamed {
         return Ok(stream::respond(id, run, stops));
     }
@@ -55,7 +59,11 @@ pub async fn count_tokens(
     Extension(caller): Extension<Caller>,
     fields: Fields,
 ) -> Result<Json<TokenCount>, ApiError> {
-    let request = unrecorded_chat(&state, &caller, &read_messages(&fields)?)?;
-    let input_tokens = state.generation.count_prompt_tokens(request, &caller.access).await?;
+    let Translated { fields: chat, sent_as } = read_messages(&fields)?;
+    let count = async || {
+        let request = unrecorded_chat(&state, &caller, &chat)?;
+        Ok(state.generation.count_prompt_tokens(request, &caller.access).await?)
+    };
+    let input_tokens = count().await.map_err(|error: ApiError| sent_as.word(error))?;
     Ok(Json(TokenCount { input_tokens }))
 }

@@ -4,6 +4,7 @@ use serde_json::{Map, Value, json};
 
 use crate::http::error::ApiError;
 use crate::http::fields::{Fields, wrong_type};
+use crate::http::sent_as::{SentAs, Translated};
 
 /// Read here; all others go on as they are.
 const OWN_FIELDS: [&str; 13] = [
@@ -29,39 +30,50 @@ const BETWEEN_BLOCKS: &str = "\n\n";
 ///
 /// # Errors
 /// 400 that names what is wrong or not served, by its place in Anthropic's own fields.
-pub fn read_messages(fields: &Fields) -> Result<Fields, ApiError> {
+pub fn read_messages(fields: &Fields) -> Result<Translated, ApiError> {
     refuse_own(fields)?;
     let mut converted = fields.without(&OWN_FIELDS);
+    let mut sent_as = SentAs::default();
     let mut set = |name: &str, value: Value| drop(converted.insert(name.to_owned(), value));
 
-    let mut messages: Vec<Value> = read_system(fields)?.into_iter().collect();
+    let mut messages = Messages { said: read_system(fields)?.into_iter().collect(), sent_as: &mut sent_as };
+    if !messages.said.is_empty() {
+        messages.sent_as.add("messages[0].content", "system");
+    }
     let given = fields.array("messages")?.ok_or_else(|| ApiError::invalid("messages", "`messages` is required"))?;
     for (index, message) in given.iter().enumerate() {
-        read_message(&format!("messages[{index}]"), message, &mut messages)?;
+        messages.read(&format!("messages[{index}]"), message)?;
     }
-    if given.last().is_some_and(|message| message["role"] == "assistant") {
-        let message =
-            "`messages` ends with the beginning of an answer, which is not gone on with here: end with `user`";
-        return Err(ApiError::invalid("messages", message));
+    let messages = messages.said;
+    if messages.last().is_some_and(|message| message["role"] == "assistant") {
+        sent_as.add("continue_final_message", format!("messages[{}]", given.len() - 1));
+        set("continue_final_message", true.into());
     }
     set("messages", Value::Array(messages));
     if let Some(temperature) = fields.number("temperature", 0.0..=1.0)? {
         set("temperature", temperature.into());
     }
     if let Some(user) = fields.object("metadata")?.and_then(|metadata| metadata.get("user_id")) {
+        sent_as.add("user", "metadata.user_id");
         set("user", user.clone());
     }
     if let Some(tools) = fields.array("tools")? {
+        for index in 0..tools.len() {
+            let at = format!("tools[{index}]");
+            sent_as.add(format!("{at}.function"), &at);
+            sent_as.add(format!("{at}.function.parameters"), format!("{at}.input_schema"));
+        }
         let tools = tools.iter().enumerate().map(|(index, tool)| read_tool(&format!("tools[{index}]"), tool));
         set("tools", tools.collect::<Result<_, _>>()?);
     }
     if let Some(choice) = fields.object("tool_choice")? {
+        sent_as.add("tool_choice.function", "tool_choice");
         set("tool_choice", read_tool_choice(choice)?);
         if choice.get("disable_parallel_tool_use") == Some(&Value::Bool(true)) {
             set("parallel_tool_calls", Value::Bool(false));
         }
     }
-    Ok(converted.into())
+    Ok(Translated { fields: converted.into(), sent_as })
 }
 
 /// What no other interface has, and would change the reply.
@@ -129,40 +141,57 @@ fn read_block<'v>(at: &str, block: &'v Value) -> Result<&'v str, ApiError> {
     }
 }
 
-/// One message may be several: OpenAI has the result of each tool in a message of its own.
-fn read_message(at: &str, message: &Value, messages: &mut Vec<Value>) -> Result<(), ApiError> {
-    let role = match message["role"].as_str() {
-        Some(role @ ("user" | "assistant")) => role,
-        Some(other) => {
-            let message = format!("`{at}.role` is `{other}`, not one of user, assistant");
-            return Err(ApiError::invalid(&format!("{at}.role"), message));
-        }
-        None => return Err(wrong_type(&format!("{at}.role"), "a string", &message["role"])),
-    };
-    let at = format!("{at}.content");
-    let blocks = match &message["content"] {
-        Value::Array(blocks) => blocks,
-        Value::String(text) => {
-            messages.push(json!({"role": role, "content": text}));
-            return Ok(());
-        }
-        other => return Err(wrong_type(&at, "a string or an array of blocks", other)),
-    };
-    let (mut texts, mut calls) = (Vec::new(), Vec::new());
-    for (index, block) in blocks.iter().enumerate() {
-        let at = format!("{at}[{index}]");
-        match block["type"].as_str() {
-            Some("tool_result") if role == "user" => {
-                messages.extend(said(role, &mut texts, Vec::new()));
-                messages.push(read_result(&at, block)?);
+/// Messages in OpenAI's words, and where each came from.
+struct Messages<'a> {
+    said: Vec<Value>,
+    sent_as: &'a mut SentAs,
+}
+
+impl Messages<'_> {
+    /// One message may be several: OpenAI has the result of each tool in a message of its own.
+    fn read(&mut self, at: &str, message: &Value) -> Result<(), ApiError> {
+        let role = match message["role"].as_str() {
+            Some(role @ ("user" | "assistant")) => role,
+            Some(other) => {
+                let message = format!("`{at}.role` is `{other}`, not one of user, assistant");
+                return Err(ApiError::invalid(&format!("{at}.role"), message));
             }
-            Some("tool_use") if role == "assistant" => calls.push(read_call(&at, block)?),
-            Some(kind) if THINKING.contains(&kind) && role == "assistant" => {}
-            _ => texts.push(read_block(&at, block)?),
+            None => return Err(wrong_type(&format!("{at}.role"), "a string", &message["role"])),
+        };
+        let content = format!("{at}.content");
+        let blocks = match &message["content"] {
+            Value::Array(blocks) => blocks,
+            Value::String(text) => {
+                self.push(Some(json!({"role": role, "content": text})), at);
+                return Ok(());
+            }
+            other => return Err(wrong_type(&content, "a string or an array of blocks", other)),
+        };
+        let (mut texts, mut calls) = (Vec::new(), Vec::new());
+        for (index, block) in blocks.iter().enumerate() {
+            let block_at = format!("{content}[{index}]");
+            match block["type"].as_str() {
+                Some("tool_result") if role == "user" => {
+                    self.push(said(role, &mut texts, Vec::new()), at);
+                    self.push(Some(read_result(&block_at, block)?), &block_at);
+                    let read = format!("messages[{}].tool_call_id", self.said.len() - 1);
+                    self.sent_as.add(read, format!("{block_at}.tool_use_id"));
+                }
+                Some("tool_use") if role == "assistant" => calls.push(read_call(&block_at, block)?),
+                Some(kind) if THINKING.contains(&kind) && role == "assistant" => {}
+                _ => texts.push(read_block(&block_at, block)?),
+            }
+        }
+        self.push(said(role, &mut texts, calls), at);
+        Ok(())
+    }
+
+    fn push(&mut self, message: Option<Value>, at: &str) {
+        if let Some(message) = message {
+            self.sent_as.add(format!("messages[{}]", self.said.len()), at);
+            self.said.push(message);
         }
     }
-    messages.extend(said(role, &mut texts, calls));
-    Ok(())
 }
 
 fn said(role: &str, texts: &mut Vec<&str>, calls: Vec<Value>) -> Option<Value> {
@@ -209,7 +238,8 @@ fn read_tool(at: &str, tool: &Value) -> Result<Value, ApiError> {
     if !tool["input_schema"].is_object() {
         return Err(wrong_type(&format!("{at}.input_schema"), "an object", &tool["input_schema"]));
     }
-    let function = ["name", "description"].into_iter().filter_map(|name| Some((name, tool.get(name)?.clone())));
+    let function =
+        ["name", "description", "strict"].into_iter().filter_map(|name| Some((name, tool.get(name)?.clone())));
     let function: Map<String, Value> = function
         .chain([("parameters", tool["input_schema"].clone())])
         .map(|(name, value)| (name.to_owned(), value))
@@ -235,7 +265,7 @@ mod tests {
     use super::*;
 
     fn read(body: Value) -> Result<Value, ApiError> {
-        let fields = read_messages(&Fields::parse(body.to_string().as_bytes()).unwrap())?;
+        let Translated { fields, .. } = read_messages(&Fields::parse(body.to_string().as_bytes()).unwrap())?;
         Ok(fields.iter().map(|(name, value)| (name.clone(), value.clone())).collect())
     }
 
@@ -277,13 +307,42 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_that_is_begun_is_to_be_gone_on_with() {
+        let asks = |content: Value| {
+            let messages = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]);
+            read(json!({"messages": messages})).unwrap().get("continue_final_message").cloned()
+        };
+        assert_eq!(asks(json!("def f(")), Some(json!(true)));
+        assert_eq!(asks(json!([{"type": "text", "text": "def f("}])), Some(json!(true)));
+        assert_eq!(asks(json!([{"type": "thinking", "thinking": "hm"}])), None);
+    }
+
+    #[test]
+    fn errors_of_a_chat_are_told_in_the_clients_own_fields() {
+        let body = json!({"system": "s", "messages": [{"role": "user", "content": [
+            {"type": "text", "text": "a"}, {"type": "tool_result", "tool_use_id": "t", "content": "b"}]}],
+            "tools": [{"name": "f", "input_schema": {}}], "metadata": {"user_id": "u"}});
+        let Translated { sent_as, .. } = read_messages(&Fields::parse(body.to_string().as_bytes()).unwrap()).unwrap();
+        for (read, sent) in [
+            ("messages[0].content", "system"),
+            ("messages[1].content", "messages[0].content"),
+            ("messages[2].tool_call_id", "messages[0].content[1].tool_use_id"),
+            ("tools[0].function.name", "tools[0].name"),
+            ("tools[0].function.parameters", "tools[0].input_schema"),
+            ("user", "metadata.user_id"),
+            ("top_k", "top_k"),
+        ] {
+            assert_eq!(sent_as.word(ApiError::invalid(read, "no")).param(), Some(sent));
+        }
+    }
+
+    #[test]
     fn what_is_not_served_is_refused_by_its_place() {
         let user = json!([{"role": "user", "content": "a"}]);
         let content = |block: Value| json!({"messages": [{"role": "user", "content": [block]}]});
         for (body, place) in [
             (json!({}), "messages"),
             (json!({"messages": [{"role": "system", "content": "a"}]}), "messages[0].role"),
-            (json!({"messages": [{"role": "assistant", "content": "a"}]}), "messages"),
             (json!({"messages": [{"role": "user"}]}), "messages[0].content"),
             (content(json!({"type": "image", "source": {}})), "messages[0].content[0].type"),
             (content(json!({"type": "tool_use", "id": "a"})), "messages[0].content[0].type"),
