@@ -15,7 +15,7 @@ use super::text_stream::{Echo, TextStream, TextStreamOptions};
 use super::{Access, Generated, Generation, GenerationError, GenerationOptions, GenerationRequest, ResolvedModel};
 use crate::engine::request::{Event, PromptOutput, Request, SamplingParams};
 use crate::grammar::{Constraint, Matcher};
-use crate::tools::CallFormat;
+use crate::tools::{CallFormat, ToolChoice};
 
 /// Places in the queue, one a sequence or beam. Dropping gives them back.
 #[derive(Debug)]
@@ -191,23 +191,25 @@ impl Generation {
         }
     }
 
-    /// What the output must be, as the request says or as the call that it forces, and which field asks for it.
+    /// What the output must be, as the request says or as its tools do, and which field asks for it.
     fn constraint(&self, options: &GenerationOptions) -> Result<Option<(Constraint, &'static str)>, GenerationError> {
-        const CHOICE: &str = "tool_choice";
-        let invalid = |message: String| GenerationError::InvalidParameter { param: CHOICE, message };
-        let forced = match (&options.tools, self.call_format()) {
-            (Some(tools), Some(format)) => {
-                tools.forced_call(format).map_err(|cause| invalid(format!("`{CHOICE}` is not served: {cause}")))?
-            }
-            _ => None,
+        let (Some(tools), Some(format)) = (&options.tools, self.call_format()) else {
+            return Ok(options.constraint.clone().map(|asked| (asked, options.constraint_param)));
         };
-        let (asked, param) = (options.constraint.clone(), options.constraint_param);
-        match (forced, asked) {
+        let (param, effect) = match tools.choice {
+            ToolChoice::Auto => ("tools", "has a tool that is `strict`"),
+            _ => ("tool_choice", "forces a call"),
+        };
+        let invalid = |message: String| GenerationError::InvalidParameter { param, message };
+        let of_tools = tools.constraint(format, |text| self.base.tokenizer.special_id(text));
+        let of_tools = of_tools.map_err(|cause| invalid(format!("`{param}` is not served: {cause}")))?;
+        match (of_tools, &options.constraint) {
             (Some(_), Some(_)) => {
-                Err(invalid(format!("`{CHOICE}` forces a call, which does not go with `{param}`: leave one out")))
+                let other = options.constraint_param;
+                Err(invalid(format!("`{param}` {effect}, which does not go with `{other}`: leave one out")))
             }
-            (Some(forced), None) => Ok(Some((forced, CHOICE))),
-            (None, asked) => Ok(asked.map(|asked| (asked, param))),
+            (Some(of_tools), None) => Ok(Some((of_tools, param))),
+            (None, asked) => Ok(asked.clone().map(|asked| (asked, options.constraint_param))),
         }
     }
 

@@ -129,11 +129,16 @@ fn grammar(constraint: &Constraint) -> Result<TopLevelGrammar, GrammarError> {
     }
 }
 
-fn of_schema(mut schema: Value) -> TopLevelGrammar {
+fn of_schema(schema: Value) -> TopLevelGrammar {
+    TopLevelGrammar::from_json_schema(with_bounded_space(schema))
+}
+
+/// `schema` for JSON without blanks that go on and on.
+pub fn with_bounded_space(mut schema: Value) -> Value {
     if let Some(fields) = schema.as_object_mut() {
         fields.entry("x-guidance").or_insert_with(|| json!({"whitespace_pattern": JSON_WHITESPACE}));
     }
-    TopLevelGrammar::from_json_schema(schema)
+    schema
 }
 
 /// The first line of an error, cut.

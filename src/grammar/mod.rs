@@ -7,7 +7,7 @@ mod matcher;
 
 use serde_json::Value;
 
-pub use compiler::GrammarCompiler;
+pub use compiler::{GrammarCompiler, with_bounded_space};
 pub use matcher::Matcher;
 
 /// What an output must be.

@@ -48,7 +48,20 @@ pub fn parse_tools(fields: &Fields) -> Result<Option<Arc<Tools>>, ApiError> {
         return Err(ApiError::invalid("tool_choice", "`tool_choice` forces a call, but there are no `tools`"));
     }
     let choice = choice.filter(|_| !definitions.is_empty());
-    Ok(choice.map(|choice| Arc::new(Tools { definitions: definitions.to_vec(), parallel, choice })))
+    Ok(choice.map(|choice| {
+        let (definitions, strict) = split_strict(definitions);
+        Arc::new(Tools { definitions, strict, parallel, choice })
+    }))
+}
+
+/// Checked tools without `strict`, which is for the server and no word to the model, and the names of those that are.
+fn split_strict(tools: &[Value]) -> (Vec<Value>, HashSet<String>) {
+    let (mut definitions, mut strict) = (tools.to_vec(), HashSet::new());
+    for function in definitions.iter_mut().filter_map(|tool| tool["function"].as_object_mut()) {
+        let is_strict = function.remove("strict").is_some_and(|strict| strict == true);
+        strict.extend(function.get("name").and_then(Value::as_str).filter(|_| is_strict).map(str::to_owned));
+    }
+    (definitions, strict)
 }
 
 /// `{"type": "function", "function": {"name": …}}`
@@ -166,6 +179,17 @@ mod tests {
     }
 
     #[test]
+    fn whether_a_tool_is_strict_is_known_and_not_told_to_the_model() {
+        let mut strict = tool("a");
+        strict["function"]["strict"] = json!(true);
+        let mut loose = tool("b");
+        loose["function"]["strict"] = json!(false);
+        let tools = parse(&json!({"tools": [strict, loose]})).unwrap().unwrap();
+        assert_eq!(tools.definitions, [tool("a"), tool("b")]);
+        assert_eq!(tools.strict, HashSet::from(["a".to_owned()]));
+    }
+
+    #[test]
     fn a_bad_tool_is_named_by_its_place() {
         for (body, place) in [
             (json!({"tools": {}}), "tools"),
@@ -178,6 +202,10 @@ mod tests {
             (
                 json!({"tools": [{"type": "function", "function": {"name": "a", "parameters": 1}}]}),
                 "tools[0].function.parameters",
+            ),
+            (
+                json!({"tools": [{"type": "function", "function": {"name": "a", "strict": "yes"}}]}),
+                "tools[0].function.strict",
             ),
             (json!({"tools": [tool("a")], "tool_choice": "always"}), "tool_choice"),
             (json!({"tool_choice": "required"}), "tool_choice"),

@@ -7,8 +7,10 @@ use minijinja::value::Kwargs;
 use minijinja::{Environment, Error, ErrorKind, context};
 use regex::{Captures, Regex};
 use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
 
 use super::PromptError;
+use crate::hexadecimal::hexadecimal;
 use crate::model::gguf::GgufFile;
 use crate::tokenizer::Tokenizer;
 use crate::tools::CallFormat;
@@ -82,7 +84,10 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         tools: Option<&[Value]>,
     ) -> Result<String, PromptError> {
-        let messages = normalize(messages)?;
+        let mut messages = normalize(messages)?;
+        if matches!(self.call_format, Some(CallFormat::Mistral | CallFormat::MistralNamed)) {
+            messages.iter_mut().for_each(shorten_ids);
+        }
         let context = context! {
             messages => messages.iter().map(template_value).collect::<Vec<_>>(),
             tools => tools.map(|tools| tools.iter().map(template_value).collect::<Vec<_>>()),
@@ -171,6 +176,20 @@ fn parse_arguments(call: &mut Value) {
     {
         *arguments = Value::Object(object);
     }
+}
+
+/// Mistral's templates refuse ids of calls that are not nine letters and digits, whoever made them.
+fn shorten_ids(message: &mut Value) {
+    const NUM_CHARS: usize = 9;
+    let shorten = |id: &mut Value| {
+        let Some(long) = id.as_str() else { return };
+        if long.len() != NUM_CHARS || !long.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+            *id = hexadecimal(Sha256::new_with_prefix(long))[..NUM_CHARS].into();
+        }
+    };
+    message.get_mut("tool_call_id").into_iter().for_each(shorten);
+    let calls = message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten();
+    calls.filter_map(|call| call.get_mut("id")).for_each(shorten);
 }
 
 fn template_value(value: &Value) -> minijinja::Value {
@@ -302,6 +321,18 @@ mod tests {
         let messages = json!([{"role": "assistant", "content": null, "tool_calls": [call]}]);
         let source = "{{ messages[0].content }}{{ messages[0].tool_calls[0].function.arguments | tojson }}";
         assert_eq!(render(source, messages).unwrap(), r#"{"a": 1, "b": [2, 3]}"#);
+    }
+
+    #[test]
+    fn ids_of_calls_are_as_long_as_mistrals_templates_want_them() {
+        let call = |id: &str| json!({"id": id, "type": "function", "function": {"name": "f", "arguments": "{}"}});
+        let messages = json!([{"role": "assistant", "tool_calls": [call("call-0123456789"), call("abcdefgh9")]},
+            {"role": "tool", "tool_call_id": "call-0123456789", "content": "x"}]);
+        let source = "{{ tools }}[TOOL_CALLS]{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.id }} {% endfor %}{{ m.tool_call_id }}{% endfor %}";
+        let text = render(source, messages).unwrap();
+        let ids: Vec<_> = text.split("[TOOL_CALLS]").nth(1).unwrap().split(' ').collect();
+        assert_eq!((ids.len(), ids[0].len(), ids[1]), (3, 9, "abcdefgh9"));
+        assert_eq!(ids[2], ids[0]);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! An output that must be a call.
+//! An output that must be a call, or whose calls must be what the tools say.
 
 use serde_json::{Map, Value, json};
 
@@ -6,7 +6,7 @@ use super::{CallFormat, Tools};
 use crate::grammar::Constraint;
 
 /// Where a schema keeps what it refers to.
-const DEFINITIONS: [&str; 2] = ["$defs", "definitions"];
+pub(super) const DEFINITIONS: [&str; 2] = ["$defs", "definitions"];
 
 /// Whether, and what, the model must call.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,22 +18,29 @@ pub enum ToolChoice {
 }
 
 impl Tools {
-    /// What the output must be where a call is forced: one call as JSON, which is read as one without a marker before it.
+    /// What the output must be where a call is forced, or any tool is strict. A forced call is one without a marker before
+    /// it, which is read all the same: as JSON, or in the XML of its model. `special_id` knows the control tokens.
     ///
     /// # Errors
     /// Says why no such call can be put into one schema.
-    pub fn forced_call(&self, format: CallFormat) -> Result<Option<Constraint>, String> {
+    pub fn constraint(
+        &self,
+        format: CallFormat,
+        special_id: impl Fn(&str) -> Option<u32>,
+    ) -> Result<Option<Constraint>, String> {
         let is_wanted = |name: &str| match &self.choice {
             ToolChoice::Auto => false,
             ToolChoice::Required => true,
             ToolChoice::Named(wanted) => wanted == name,
         };
-        let arguments = match format {
-            CallFormat::Hermes | CallFormat::Mistral => "arguments",
-            CallFormat::Llama => "parameters",
-            CallFormat::Xml if self.choice == ToolChoice::Auto => return Ok(None),
-            CallFormat::Xml => return Err("calls of this model are not JSON, and cannot be forced".to_owned()),
-        };
+        if self.choice == ToolChoice::Auto {
+            let is_any_strict = !self.strict.is_empty();
+            return Ok(is_any_strict.then(|| Constraint::Lark(self.grammar_of_calls(format, special_id))));
+        }
+        if format == CallFormat::Xml {
+            return Ok(self.grammar_of_xml_call(is_wanted).map(Constraint::Lark));
+        }
+        let arguments = format.arguments();
         let mut definitions = Map::new();
         let mut calls = Vec::new();
         for tool in &self.definitions {
@@ -80,16 +87,19 @@ fn parameters(function: &Value, definitions: &mut Map<String, Value>) -> Result<
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     fn tools(choice: ToolChoice) -> Tools {
         let tool = |name: &str, parameters: Value| json!({"function": {"name": name, "parameters": parameters}});
         let referring = json!({"properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"type": "integer"}}});
-        Tools { definitions: vec![tool("f", referring), tool("g", Value::Null)], parallel: true, choice }
+        let definitions = vec![tool("f", referring), tool("g", Value::Null)];
+        Tools { definitions, strict: HashSet::new(), parallel: true, choice }
     }
 
     fn schema(choice: ToolChoice, format: CallFormat) -> Value {
-        match tools(choice).forced_call(format) {
+        match tools(choice).constraint(format, |_| None) {
             Ok(Some(Constraint::JsonSchema(schema))) => schema,
             other => panic!("{other:?}"),
         }
@@ -97,8 +107,8 @@ mod tests {
 
     #[test]
     fn what_is_forced_is_in_the_schema_and_nothing_else() {
-        assert_eq!(tools(ToolChoice::Auto).forced_call(CallFormat::Hermes), Ok(None));
-        assert_eq!(tools(ToolChoice::Auto).forced_call(CallFormat::Xml), Ok(None));
+        assert_eq!(tools(ToolChoice::Auto).constraint(CallFormat::Hermes, |_| None), Ok(None));
+        assert_eq!(tools(ToolChoice::Auto).constraint(CallFormat::Xml, |_| None), Ok(None));
         let any = schema(ToolChoice::Required, CallFormat::Hermes);
         assert_eq!(any["anyOf"].as_array().unwrap().len(), 2);
         assert_eq!(any["anyOf"][1]["properties"]["arguments"], json!({"type": "object"}));
@@ -107,13 +117,18 @@ mod tests {
         assert_eq!(one["anyOf"][0]["properties"]["name"], json!({"const": "f"}));
         assert_eq!(one["anyOf"][0]["properties"]["parameters"]["type"], "object");
         assert_eq!(one["$defs"]["A"], json!({"type": "integer"}), "references count from the root");
-        assert!(tools(ToolChoice::Required).forced_call(CallFormat::Xml).is_err());
+        match tools(ToolChoice::Named("g".to_owned())).constraint(CallFormat::Xml, |_| None) {
+            Ok(Some(Constraint::Lark(grammar))) => {
+                assert!(grammar.contains("<function=g>") && !grammar.contains("=f>"))
+            }
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]
     fn definitions_that_contradict_each_other_are_refused() {
         let mut tools = tools(ToolChoice::Required);
         tools.definitions[1]["function"]["parameters"] = json!({"$defs": {"A": {"type": "string"}}});
-        assert!(tools.forced_call(CallFormat::Hermes).unwrap_err().contains("`A`"));
+        assert!(tools.constraint(CallFormat::Hermes, |_| None).unwrap_err().contains("`A`"));
     }
 }

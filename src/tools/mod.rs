@@ -3,10 +3,13 @@
 //! How a model words a call is known from its chat template alone, which shows it ([`CallFormat`]). A call is read while
 //! it is written ([`CallReader`]); what only looks like one stays text.
 
+mod call_grammar;
 mod forced;
 mod format;
 mod reader;
 mod value;
+
+use std::collections::HashSet;
 
 use serde_json::Value;
 
@@ -19,6 +22,8 @@ pub use reader::{CallReader, ChatPart};
 pub struct Tools {
     /// As OpenAI words them, `{"type": "function", "function": {"name", "description", "parameters"}}`; never empty.
     pub definitions: Vec<Value>,
+    /// Names of those whose arguments must be what the schema says, whether or not a call is forced.
+    pub strict: HashSet<String>,
     /// Whether one reply may hold several calls.
     pub parallel: bool,
     pub choice: ToolChoice,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
+use super::format::{ARGUMENTS, CALL_ID};
 use super::value::ValueEnd;
 use super::{CallFormat, Tools};
 
@@ -38,6 +39,11 @@ pub struct CallReader {
 
 /// Of JSON in Markdown.
 const FENCE: &str = "```json";
+
+/// Of a call in XML.
+const FUNCTION: &str = "<function=";
+/// What is behind a marker and longer is no name.
+const MAX_HEAD_BYTES: usize = 512;
 
 #[derive(Debug, Clone)]
 enum State {
@@ -131,7 +137,16 @@ impl CallReader {
     fn look_for_call(&mut self, parts: &mut Vec<ChatPart>) -> bool {
         let opening = self.format.opening();
         // Small models leave the marker out, or write a fence for it.
-        if !self.has_text && self.format != CallFormat::Xml {
+        if !self.has_text && self.format == CallFormat::Xml {
+            let begun = self.pending.trim_start();
+            if begun.starts_with(FUNCTION) {
+                self.state = State::Opened { opening: "" };
+                return true;
+            }
+            if FUNCTION.starts_with(begun) {
+                return false;
+            }
+        } else if !self.has_text {
             let begun = self.pending.trim_start();
             if begun.starts_with('{') {
                 self.state = State::Opened { opening: "" };
@@ -165,7 +180,13 @@ impl CallReader {
     }
 
     fn open_call(&mut self, parts: &mut Vec<ChatPart>) -> bool {
-        let head = if self.format == CallFormat::Xml { Head::Open } else { self.head() };
+        let head = match (self.format, &self.state) {
+            (CallFormat::Xml, _) => Head::Open,
+            (CallFormat::MistralNamed, State::Opened { opening }) if *opening == self.format.opening() => {
+                self.named_head()
+            }
+            _ => self.head(),
+        };
         match head {
             Head::Call { name, num_bytes } if self.tools.has(&name) => {
                 self.pending.drain(..num_bytes);
@@ -228,6 +249,23 @@ impl CallReader {
         Head::Call { name, num_bytes: at }
     }
 
+    /// `NAME[ARGS]{`, or `NAME[CALL_ID]ID[ARGS]{`.
+    fn named_head(&self) -> Head {
+        let text = &self.pending;
+        let Some((head, rest)) = text.split_once(ARGUMENTS) else {
+            let is_short = text.len() < MAX_HEAD_BYTES && !text.trim_start().contains(char::is_whitespace);
+            return if is_short { Head::Open } else { Head::No };
+        };
+        let name = head.split(CALL_ID).next().unwrap_or_default().trim().to_owned();
+        let object = rest.trim_start();
+        match object.chars().next() {
+            None => Head::Open,
+            // The brace belongs to the arguments.
+            Some('{') => Head::Call { name, num_bytes: text.len() - object.len() },
+            Some(_) => Head::No,
+        }
+    }
+
     /// A call of which all is there.
     fn take_whole_call(&mut self, parts: &mut Vec<ChatPart>) -> bool {
         let found = if self.format == CallFormat::Xml { self.xml_call() } else { self.json_call() };
@@ -260,7 +298,7 @@ impl CallReader {
         const END: &str = "</function>";
         let text = &self.pending;
         let end = text.find(END)?;
-        let (name, mut rest) = text[..end].trim_start().strip_prefix("<function=")?.split_once('>')?;
+        let (name, mut rest) = text[..end].trim_start().strip_prefix(FUNCTION)?.split_once('>')?;
         let mut arguments = Map::new();
         while let Some((key, value)) =
             rest.split_once("<parameter=").and_then(|(_, parameter)| parameter.split_once('>'))

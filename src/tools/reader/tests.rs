@@ -1,3 +1,5 @@
+use std::collections::HashSet;
+
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -9,7 +11,12 @@ fn tools(parallel: bool) -> Arc<Tools> {
         let properties = json!({"path": {"type": "string"}, "lines": {"type": "integer"}});
         json!({"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}})
     };
-    Arc::new(Tools { definitions: vec![tool("read"), tool("write_file")], parallel, choice: ToolChoice::Auto })
+    Arc::new(Tools {
+        definitions: vec![tool("read"), tool("write_file")],
+        strict: HashSet::new(),
+        parallel,
+        choice: ToolChoice::Auto,
+    })
 }
 
 /// Text, and the calls as `name(arguments)`, from a reader that is given these pieces.
@@ -54,9 +61,18 @@ fn every_wording_of_a_call_is_read() {
         (CallFormat::Hermes, format!("```json\n{call}\n```"), "", vec![READ]),
         (CallFormat::Hermes, format!("<tool_call>\n{call}"), "", vec![READ]),
         (CallFormat::Mistral, format!("[TOOL_CALLS][{call}, {other}]"), "", vec![READ, write]),
+        (
+            CallFormat::MistralNamed,
+            r#"Hm.[TOOL_CALLS]read[ARGS]{"path": "a.py", "lines": 3}[TOOL_CALLS]write_file[CALL_ID]x1[ARGS] {"path": "}\""}"#
+                .to_owned(),
+            "Hm.",
+            vec![READ, write],
+        ),
+        (CallFormat::MistralNamed, call.to_owned(), "", vec![READ]),
         (CallFormat::Llama, call.replace("arguments", "parameters"), "", vec![READ]),
         (CallFormat::Llama, format!("<|python_tag|>{call}; {other}"), "", vec![READ, write]),
         (CallFormat::Xml, xml.to_owned(), "", vec![r#"read {"path":"7","lines":3}"#]),
+        (CallFormat::Xml, xml.replace("<tool_call>\n", ""), "", vec![r#"read {"path":"7","lines":3}"#]),
         (CallFormat::Xml, format!("I will.\n\n{xml}"), "I will.", vec![r#"read {"path":"7","lines":3}"#]),
     ] {
         let calls: Vec<_> = calls.into_iter().map(str::to_owned).collect();
@@ -116,8 +132,16 @@ fn what_is_no_call_of_a_tool_is_text() {
     ] {
         assert_eq!(read(CallFormat::Hermes, true, [output]), (output.to_owned(), vec![]), "{output}");
     }
-    let output = "<tool_call>\n<function=delete>\n</function>\n</tool_call>";
-    assert_eq!(read(CallFormat::Xml, true, [output]), (output.to_owned(), vec![]));
+    for (format, output) in [
+        (CallFormat::Xml, "<tool_call>\n<function=delete>\n</function>\n</tool_call>"),
+        (CallFormat::Xml, "<function=delete>\n</function>"),
+        (CallFormat::Xml, "<func"),
+        (CallFormat::MistralNamed, "[TOOL_CALLS]delete[ARGS]{}"),
+        (CallFormat::MistralNamed, "[TOOL_CALLS]read[ARGS] no"),
+        (CallFormat::MistralNamed, "[TOOL_CALLS] begins a call"),
+    ] {
+        assert_eq!(read(format, true, [output]), (output.to_owned(), vec![]));
+    }
 }
 
 #[test]
@@ -130,11 +154,12 @@ proptest! {
     /// However the output is cut, and whatever it is.
     #[test]
     fn the_cut_makes_no_difference(
-        format in prop::sample::select(vec![CallFormat::Hermes, CallFormat::Xml, CallFormat::Mistral, CallFormat::Llama]),
+        format in prop::sample::select(vec![CallFormat::Hermes, CallFormat::Xml, CallFormat::Mistral,
+            CallFormat::MistralNamed, CallFormat::Llama]),
         pieces in prop::collection::vec(prop::sample::select(vec![
             "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "[", "]", "{", "}", ",", ";", "\n", " ", "x", "é",
             "\"name\": \"read\"", "\"arguments\": {", "\"parameters\": {}", "\"path\": \"}\"", "<function=read>",
-            "```json", "```", "<parameter=path>", "</parameter>", "</function>",
+            "[ARGS]", "[CALL_ID]", "read", "```json", "```", "<parameter=path>", "</parameter>", "</function>",
             "{\"name\": \"read\", \"arguments\": {\"path\": 1}}",
         ]), 0..12),
     ) {
