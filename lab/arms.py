@@ -27,6 +27,8 @@ class Arm:
     """The arm is asked once with each; None leaves the seed out."""
     chat: bool = False
     """Asks in a chat, so that the server adds the prompt of the model or adapter."""
+    infill: bool = False
+    """Asks llama.cpp's `/infill`, as editors do, instead of a completion with a `suffix`."""
     instruction: str = "{}"
     """What is asked where the server makes the prompt; `{}` is the row's own instruction."""
 
@@ -62,7 +64,9 @@ def request_body(suite: Suite, row: Row, arm: Arm, seed: int | None, decoding: D
     """The body of the request that puts `row` to `arm`."""
     if arm.chat and row.suffix is not None:
         raise ArmError(f"arm {arm.name}: a chat cannot fill a gap, as {suite.name} asks")
-    body: dict[str, Any] = {"max_tokens": suite.max_tokens}
+    if arm.infill and row.suffix is None:
+        raise ArmError(f"arm {arm.name}: `infill` fills gaps, and {suite.name} has none")
+    body: dict[str, Any] = {"n_predict" if arm.infill else "max_tokens": suite.max_tokens}
     # Where a program ends is known of one that goes on from its prompt; in a chat it stands in a fence.
     if suite.stop and not (arm.chat and "pass" in suite.metrics):
         body["stop"] = list(suite.stop)
@@ -71,6 +75,10 @@ def request_body(suite: Suite, row: Row, arm: Arm, seed: int | None, decoding: D
         body["seed"] = seed
         if "icl" in body:
             body["icl"] = body["icl"] | {"seed": seed}
+    if arm.infill:
+        # Its streams are not OpenAI's: the reply comes whole.
+        whole = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+        return whole | {"input_prefix": row.prompt, "input_suffix": row.suffix}
     instruction = arm.instruction.replace("{}", row.instruction)
     if arm.chat:
         return body | {"messages": [{"role": "user", "content": instruction}]}
@@ -141,11 +149,14 @@ def _arm(table: Any, where: str) -> Arm:
         raise ArmError(f"{where}: arms are `[[arms]]` tables")
     fields = dict(table)
     name, seeds = fields.pop("name", None), fields.pop("seeds", (None,))
-    chat, instruction = fields.pop("chat", False), fields.pop("instruction", "{}")
+    chat, infill = fields.pop("chat", False), fields.pop("infill", False)
+    instruction = fields.pop("instruction", "{}")
     if not isinstance(name, str) or not isinstance(fields.get("model"), str):
         raise ArmError(f"{where}: `name` and `model` must be texts")
-    if not isinstance(chat, bool):
-        raise ArmError(f"{where}: `chat` is true or false")
+    if not isinstance(chat, bool) or not isinstance(infill, bool):
+        raise ArmError(f"{where}: `chat` and `infill` are true or false")
+    if infill and (chat or instruction != "{}"):
+        raise ArmError(f"{where}: `infill` has no `chat` and no `instruction`: its prompt is the text around a gap")
     if not isinstance(instruction, str) or "{}" not in instruction:
         raise ArmError(f"{where}: `instruction` must hold {{}}, where the row's own comes in")
     if not isinstance(fields.get("icl", {}), dict):
@@ -154,4 +165,4 @@ def _arm(table: Any, where: str) -> Arm:
         seeds = PAPER_SEEDS
     elif not isinstance(seeds, list | tuple) or not seeds:
         raise ArmError(f"{where}: `seeds` is `paper`, or in a file a list of numbers")
-    return Arm(name, fields, tuple(seeds), chat, instruction)
+    return Arm(name, fields, tuple(seeds), chat, infill, instruction)

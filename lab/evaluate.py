@@ -165,6 +165,7 @@ def score(
         for prediction in timed
         if prediction.completion_tokens > 1
     ]
+    totals = [prediction.total_ms for prediction in predictions]
     served = {
         "suite": suite.name,
         "arm": first.arm,
@@ -183,6 +184,8 @@ def score(
         "completion_tokens": statistics.mean(prediction.completion_tokens for prediction in predictions),
         "ttft_ms": statistics.median(prediction.ttft_ms for prediction in timed) if timed else None,
         "tokens_per_second": statistics.median(rates) if rates else None,
+        "total_ms_p50": percentile(50, totals),
+        "total_ms_p90": percentile(90, totals),
     }
     scores = []
     for name, postprocess in suite.postprocess.items():
@@ -191,6 +194,11 @@ def score(
         ]
         scores.append(served | {"postprocess": name, "metrics": _metrics(suite, rows, answers, first, executions)})
     return scores
+
+
+def percentile(percent: int, values: list[float]) -> float:
+    """The least of `values` that so many of a hundred do not exceed."""
+    return sorted(values)[max(0, -(-len(values) * percent // 100) - 1)]
 
 
 def _metrics(

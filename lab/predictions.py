@@ -129,13 +129,13 @@ async def ask(url: str, api_key: str, questions: list[Question], concurrency: in
 
 async def _answer(client: openai.AsyncOpenAI, question: Question, concurrency: int) -> Prediction:
     body = question.body()
-    path = "/chat/completions" if question.arm.chat else "/completions"
+    path = "/infill" if question.arm.infill else "/chat/completions" if question.arm.chat else "/completions"
     started = time.perf_counter()
     try:
         if body.get("stream"):
             reply, first_text = await _streamed(client, path, body)
         else:
-            reply, first_text = await client.post(path, body=body, cast_to=dict[str, Any]), None
+            reply, first_text = await client.post(path, body=body, cast_to=object), None
     except openai.APIStatusError as error:
         raise EvaluationError(f"{question}: the server answers {error.status_code}: {error.message}") from error
     except openai.APIError as error:
@@ -143,6 +143,7 @@ async def _answer(client: openai.AsyncOpenAI, question: Question, concurrency: i
     ended = time.perf_counter()
 
     try:
+        reply = _of_infill(reply) if question.arm.infill else reply
         return _prediction(question, body, reply, concurrency, started, first_text, ended)
     except (AttributeError, KeyError, TypeError) as error:
         raise EvaluationError(f"{question}: the reply is not OpenAI's: {error!r} in {str(reply)[:300]}") from error
@@ -187,6 +188,24 @@ def _prediction(
         total_ms=1000 * (ended - started),
         concurrency=concurrency,
     )
+
+
+def _of_infill(reply: dict[str, Any] | list[dict[str, Any]]) -> dict[str, Any]:
+    """llama.cpp's reply, or one for each choice, in OpenAI's words."""
+    replies = reply if isinstance(reply, list) else [reply]
+    reasons = {"limit": "length", "eos": "stop", "word": "stop"}
+    return {
+        "model": replies[0]["model"],
+        "choices": [
+            {"index": index, "text": reply["content"], "finish_reason": reasons[reply["stop_type"]]}
+            for index, reply in enumerate(replies)
+        ],
+        "usage": {
+            "prompt_tokens": replies[0]["tokens_evaluated"],
+            "completion_tokens": sum(reply["tokens_predicted"] for reply in replies),
+            "prompt_tokens_details": {"cached_tokens": replies[0]["timings"]["cache_n"]},
+        },
+    }
 
 
 async def _streamed(client: openai.AsyncOpenAI, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], float]:

@@ -58,6 +58,9 @@ class Summary:
     prompt_tokens: float
     ttft_ms: float | None
     tokens_per_second: float | None
+    total_ms_p50: float | None
+    """Of whole answers; None in scores of before it was measured."""
+    total_ms_p90: float | None
 
     @property
     def family(self) -> str:
@@ -84,7 +87,7 @@ def _summary(scores: list[dict[str, Any]]) -> Summary:
         raise SummaryError(f"the seeds of arm {first['arm']} on {first['suite']} have different numbers of rows")
 
     def mean(name: str) -> float | None:
-        values = [score[name] for score in scores if score[name] is not None]
+        values = [score[name] for score in scores if score.get(name) is not None]
         return statistics.mean(values) if values else None
 
     return Summary(
@@ -97,6 +100,8 @@ def _summary(scores: list[dict[str, Any]]) -> Summary:
         prompt_tokens=mean("prompt_tokens"),
         ttft_ms=mean("ttft_ms"),
         tokens_per_second=mean("tokens_per_second"),
+        total_ms_p50=mean("total_ms_p50"),
+        total_ms_p90=mean("total_ms_p90"),
     )
 
 
@@ -122,6 +127,8 @@ def summary_table(scores: Iterable[dict[str, Any]]) -> str:
         "post-processing",
         *(METRIC_TITLES[name] for name in metrics),
         "prompt tokens",
+        "ms, p50",
+        "ms, p90",
     ]
     rows = [
         [
@@ -131,6 +138,7 @@ def summary_table(scores: Iterable[dict[str, Any]]) -> str:
             summary.postprocess,
             *(str(summary.metrics.get(name, NOTHING)) for name in metrics),
             f"{summary.prompt_tokens:.0f}",
+            *(NOTHING if ms is None else f"{ms:.0f}" for ms in (summary.total_ms_p50, summary.total_ms_p90)),
         ]
         for summary in summaries
     ]

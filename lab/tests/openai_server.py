@@ -25,6 +25,10 @@ def answering(choices_of: Callable[[dict[str, Any]], list[str]], generation: str
                 texts = choices_of(body)
             except Refused as refusal:
                 return self.send(400, {"error": {"message": str(refusal), "type": "invalid_request_error"}})
+            if self.path.endswith("/infill"):
+                counts = {"tokens_evaluated": 7, "tokens_predicted": 3, "timings": {"cache_n": 2}}
+                reply = {"model": body["model"], "content": texts[0], "stop_type": "word"} | counts
+                return self.send(200, reply)
             head = {"model": body["model"], "adapter": {"name": body["model"], "generation": generation}, "icl": None}
             usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
             choices = [{"index": i, "text": text, "finish_reason": "stop"} for i, text in enumerate(texts)]

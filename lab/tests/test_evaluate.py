@@ -12,6 +12,7 @@ from predictions import EvaluationError, read_predictions
 from suites import SUITES, Row, Suite
 
 ROWS = [Row(str(i), f"give {i}", f"prompt {i}", f"x{i}") for i in range(4)]
+GAPS = [Row("0", "", "p", "x1", suffix="s")]
 PROGRAMS = [Row(str(i), "", f"prompt {i}", "", program=("x = ", f"\nassert x == {i}")) for i in range(2)]
 
 
@@ -142,6 +143,31 @@ def test_a_chat_writes_a_program_to_its_end_and_fills_no_gap():
         request_body(suite, gap, arm, None, Decoding())
 
 
+def test_gaps_are_filled_by_llama_cpps_route_where_an_arm_says_so(tmp_path, monkeypatch):
+    gaps = Suite("gaps", lambda: GAPS, 8, ("\n",), {"stripped": stripped}, frozenset({"em"}))
+    monkeypatch.setitem(SUITES, "gaps", gaps)
+    with answering(lambda body: ["x1"]) as (url, asked):
+        arguments = ["gaps", "--url", url, "--out", str(tmp_path), "--arm", "a=good,infill=true", "--arm", "b=good"]
+        evaluate.main(arguments)
+    by_infill = {"model": "good", "n_predict": 8, "stop": ["\n"], "temperature": 0, "input_prefix": "p", "input_suffix": "s"}
+    assert by_infill in asked
+    assert [body for body in asked if body != by_infill] == [
+        {"model": "good", "max_tokens": 8, "stop": ["\n"], "temperature": 0, "prompt": "p", "suffix": "s"}
+        | {"stream": True, "stream_options": {"include_usage": True}}
+    ]
+    first, second = json.loads((tmp_path / "scores.json").read_text())
+    assert first["metrics"] == second["metrics"] == {"em@1": 100}
+    assert (first["cached_tokens"], first["ttft_ms"]) == (2, None)
+    assert 0 < first["total_ms_p50"] <= first["total_ms_p90"]
+
+
+@pytest.mark.parametrize(
+    "percent, value", [(50, 2), (90, 4), (75, 3), (100, 4), (1, 1)]
+)
+def test_a_percentile_is_a_value_that_was_measured(percent, value):
+    assert evaluate.percentile(percent, [4, 1, 3, 2]) == value
+
+
 def test_a_seeded_arm_is_asked_with_each_of_the_papers_seeds(tmp_path):
     with answering(right) as (url, asked):
         scores = run(url, tmp_path, "--arm", "a=good,select=random,icl=store@3,seeds=paper", "--limit", "1")
@@ -214,7 +240,8 @@ def test_the_comparisons_that_come_with_the_lab_can_be_read():
         (["a=m,icl=store"], "not icl=STORE@K"),
         (["a=m,seeds=3"], "`seeds` is `paper`"),
         (["a=m,instruction=hello"], "`instruction` must hold"),
-        (["a=m,chat=yes"], "`chat` is true or false"),
+        (["a=m,chat=yes"], "`chat` and `infill` are true or false"),
+        (["a=m,infill=true,chat=true"], "`infill` has no `chat`"),
         (["a=m", "a=n"], "several arms are named a"),
         ([], "at least one arm"),
     ],
