@@ -12,6 +12,7 @@ mod logprobs;
 mod mutations;
 mod ollama;
 mod openapi;
+mod reviewed;
 mod tabby;
 mod tokenize;
 mod trials;

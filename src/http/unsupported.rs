@@ -2,7 +2,8 @@
 //! Such a field is refused by name, unless its value changes nothing. What is on no list cannot change the text, and is
 //! accepted: clients of many servers send it.
 //!
-//! Read from the interfaces of OpenAI, vLLM, SGLang, llama.cpp, TGI, LoRAX, Ollama, Mistral and text-generation-webui.
+//! Read from the interfaces of OpenAI, vLLM, SGLang, llama.cpp, TGI, LoRAX, Ollama, Mistral and text-generation-webui,
+//! whose fields `http/tests/reviewed.rs` holds.
 
 use serde_json::{Map, Value};
 
@@ -14,7 +15,11 @@ use super::fields::Fields;
 pub enum Route {
     Completions,
     Chat,
+    /// These refuse what they alone have, and hand all else on to one of the two above.
     Responses,
+    Messages,
+    Ollama,
+    LlamaCpp,
 }
 
 /// Fields with the same harmless values, and what to do instead of asking for more.
@@ -28,12 +33,14 @@ const LEAVE_OUT: &str = "leave it out";
 const OWN_PROMPT: &str = "send a finished `prompt` to /v1/completions, or name a `prompt_format`";
 const OWN_SAMPLING: &str = "use `temperature`, `top_k`, `top_p`, `min_p` and the penalties, in that order of effect";
 
-const UNSUPPORTED: [Unsupported; 27] = [
+const UNSUPPORTED: [Unsupported; 30] = [
     Unsupported {
         names: &[
             "guided_whitespace_pattern",
             "structural_tag",
             "grammar_triggers",
+            "grammar_lazy",
+            "grammar_string",
             "json_object",
             "regex",
             "ebnf",
@@ -61,7 +68,15 @@ const UNSUPPORTED: [Unsupported; 27] = [
         advice: "send it as `tool_choice`",
     },
     Unsupported {
-        names: &["tool_prompt", "guideline", "web_search_options", "documents"],
+        names: &[
+            "tool_prompt",
+            "guideline",
+            "guardrails",
+            "web_search_options",
+            "documents",
+            "session_params",
+            "context_management",
+        ],
         is_harmless: |value, _, _| is_empty(value),
         advice: LEAVE_OUT,
     },
@@ -91,7 +106,22 @@ const UNSUPPORTED: [Unsupported; 27] = [
         advice: "it is for chats: a completion goes on from its `prompt`",
     },
     Unsupported {
-        names: &["chat_template", "chat_template_kwargs", "prompt_template", "template", "system", "safe_prompt"],
+        names: &[
+            "chat_template",
+            "chat_template_kwargs",
+            "prompt_template",
+            "template",
+            "system",
+            "safe_prompt",
+            "apply_chat_template",
+            "instruction_template",
+            "instruction_template_str",
+            "chat_template_str",
+            "custom_system_message",
+            "character",
+            "preset",
+            "continue_",
+        ],
         is_harmless: |value, _, _| is_empty(value) || *value == false,
         advice: OWN_PROMPT,
     },
@@ -101,9 +131,14 @@ const UNSUPPORTED: [Unsupported; 27] = [
         advice: "send token ids as `prompt` to decide on every token",
     },
     Unsupported {
-        names: &["truncate_prompt_tokens", "truncate", "truncation_length"],
+        names: &["truncate_prompt_tokens", "truncate", "truncation_length", "shift"],
         is_harmless: |value, _, _| *value == 0 || *value == -1 || *value == false,
         advice: "a prompt is read whole: shorten it",
+    },
+    Unsupported {
+        names: &["input_ids", "prompt_embeds"],
+        is_harmless: |value, _, _| is_empty(value),
+        advice: "send text, or token ids as the `prompt` of /v1/completions",
     },
     Unsupported {
         names: &["input_prefix", "input_suffix", "input_extra", "segments", "inputs"],
@@ -123,9 +158,14 @@ const UNSUPPORTED: [Unsupported; 27] = [
             "enable_thinking",
             "thinking",
             "thinking_budget",
+            "thinking_token_budget",
+            "reasoning_budget_tokens",
+            "thinking_forced_open",
             "prompt_mode",
         ],
-        is_harmless: |value, _, _| is_empty(value) || *value == "none" || *value == false,
+        is_harmless: |value, _, _| {
+            is_empty(value) || *value == "none" || *value == false || is_number(value, -1.0) || is_number(value, 0.0)
+        },
         advice: "no model here reasons before it answers: leave it out",
     },
     Unsupported {
@@ -151,14 +191,20 @@ const UNSUPPORTED: [Unsupported; 27] = [
         advice: "use `logit_bias`",
     },
     Unsupported {
+        names: &["stop_regex", "repetition_detection"],
+        is_harmless: |value, _, _| is_empty(value),
+        advice: "send texts as `stop`",
+    },
+    Unsupported {
         names: &[
             "allowed_token_ids",
             "logits_processors",
             "logits_processor",
             "custom_logit_processor",
+            "logprob_token_ids",
             "prompt_logprobs",
         ],
-        is_harmless: |value, _, _| *value == false,
+        is_harmless: |value, _, _| *value == false || is_empty(value),
         advice: "use `logit_bias`, or `echo` with `logprobs`",
     },
     // With `dry_multiplier` 0 the other `dry_*` change nothing; likewise `xtc_threshold`, `mirostat_tau` and the like.
@@ -179,6 +225,9 @@ const UNSUPPORTED: [Unsupported; 27] = [
             "encoder_no_repeat_ngram_size",
             "min_keep",
             "watermark",
+            "watermarking",
+            "nsigma",
+            "skew",
             "token_healing",
             "temperature_last",
         ],
@@ -193,6 +242,7 @@ const UNSUPPORTED: [Unsupported; 27] = [
             "tfs",
             "tfs_z",
             "num_beams",
+            "num_return_sequences",
             "guidance_scale",
             "encoder_repetition_penalty",
         ],
@@ -215,6 +265,11 @@ const UNSUPPORTED: [Unsupported; 27] = [
         is_harmless: |value, fields, _| is_number(value, -1.0) || !has_penalty(fields),
         advice: "penalties here are over the whole text: send -1, or leave it out",
     },
+    Unsupported {
+        names: &["penalize_nl", "penalize_newline"],
+        is_harmless: |value, fields, _| *value == true || !has_penalty(fields),
+        advice: "penalties here are over all tokens: leave it out",
+    },
     // What the reply holds.
     Unsupported {
         names: &[
@@ -225,7 +280,11 @@ const UNSUPPORTED: [Unsupported; 27] = [
             "return_tokens_as_token_ids",
             "return_token_ids",
             "return_hidden_states",
-            "penalize_nl",
+            "return_prompt_text",
+            "return_prompt_token_ids",
+            "return_meta_info",
+            "return_routed_experts",
+            "return_k_alternatives",
             "n_probs",
             "top_n_tokens",
             "decoder_input_details",
@@ -236,28 +295,38 @@ const UNSUPPORTED: [Unsupported; 27] = [
     },
 ];
 
-/// What means something on one interface alone, which reads all else as a chat.
-struct OfRoute {
-    route: Route,
-    name: &'static str,
-    is_harmless: fn(&Value) -> bool,
-    advice: &'static str,
-}
+/// What means something on one interface alone: names, what changes nothing, and what to do instead.
+type OfRoute = (Route, &'static str, fn(&Value) -> bool, &'static str);
 
-const fn of_responses(name: &'static str, is_harmless: fn(&Value) -> bool, advice: &'static str) -> OfRoute {
-    OfRoute { route: Route::Responses, name, is_harmless, advice }
-}
+const NO_REASONING: &str = "no model here reasons before it answers: send {\"type\": \"disabled\"}";
 
-const OF_ROUTES: [OfRoute; 9] = [
-    of_responses("background", |value| *value == false, "send `stream`: true, or wait"),
-    of_responses("truncation", |value| *value == "disabled", "a conversation that is too long is refused: shorten it"),
-    of_responses("conversation", |_| false, "send `previous_response_id`"),
-    of_responses("prompt", |_| false, "prompts are not kept here: send `instructions` and `input`"),
-    of_responses("max_tool_calls", |_| false, "this server runs no tools of its own: leave it out"),
-    of_responses("messages", |_| false, "send them as `input`"),
-    of_responses("max_tokens", |_| false, "send it as `max_output_tokens`"),
-    of_responses("top_logprobs", |value| *value == 0, "responses have no log-probabilities: use /v1/chat/completions"),
-    of_responses("response_format", |value| value["type"] == "text", "send it as `text.format`"),
+const OF_ROUTES: [OfRoute; 15] = [
+    (Route::Responses, "background", |value| *value == false, "send `stream`: true, or wait"),
+    (
+        Route::Responses,
+        "truncation",
+        |value| *value == "disabled",
+        "a conversation that is too long is refused: shorten it",
+    ),
+    (Route::Responses, "conversation", |_| false, "send `previous_response_id`"),
+    (Route::Responses, "prompt", |_| false, "prompts are not kept here: send `instructions` and `input`"),
+    (Route::Responses, "max_tool_calls", |_| false, "this server runs no tools of its own: leave it out"),
+    (Route::Responses, "messages", |_| false, "send them as `input`"),
+    (Route::Responses, "max_tokens", |_| false, "send it as `max_output_tokens`"),
+    (
+        Route::Responses,
+        "top_logprobs",
+        |value| *value == 0,
+        "responses have no log-probabilities: use /v1/chat/completions",
+    ),
+    (Route::Responses, "response_format", |value| value["type"] == "text", "send it as `text.format`"),
+    // Left to the model, the models here never reason.
+    (Route::Messages, "thinking", |value| value["type"] == "disabled" || value["type"] == "adaptive", NO_REASONING),
+    (Route::Messages, "mcp_servers", is_empty, "this server calls no tools of its own: leave it out"),
+    (Route::Messages, "container", is_empty, "this server runs no code: leave it out"),
+    (Route::Ollama, "context", is_empty, "send the conversation so far as `messages` to /api/chat"),
+    (Route::LlamaCpp, "logprobs", |value| *value == false, "/v1/completions serves it"),
+    (Route::LlamaCpp, "echo", |value| *value == false, "/v1/completions serves it"),
 ];
 
 /// What is harmless only at `true`, where there is no other value to compare with.
@@ -311,12 +380,11 @@ pub fn listed(route: Route) -> impl Iterator<Item = Listed> {
 pub fn refuse_unsupported(fields: &Fields, route: Route) -> Result<(), ApiError> {
     let given = fields.iter().filter(|(_, value)| !value.is_null());
     for (name, value) in given {
-        let of_route = OF_ROUTES.iter().find(|field| field.route == route && field.name == name);
-        let advice = match of_route {
-            Some(field) => (!(field.is_harmless)(value)).then_some(field.advice),
-            // Its chat is asked for the rest.
-            None if route == Route::Responses => None,
-            None => advice(name, value, fields, route),
+        let of_route = OF_ROUTES.iter().find(|(of, listed, ..)| *of == route && *listed == name);
+        let advice = match (of_route, route) {
+            (Some((_, _, is_harmless, advice)), _) => (!is_harmless(value)).then_some(*advice),
+            (None, Route::Completions | Route::Chat) => advice(name, value, fields, route),
+            (None, _) => None,
         };
         if let Some(advice) = advice {
             let message = format!("`{name}` is not served as asked here, and would change the reply: {advice}");

@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 use crate::http::error::ApiError;
 use crate::http::fields::{Fields, wrong_type};
 use crate::http::sent_as::{SentAs, Translated};
+use crate::http::unsupported::{Route, refuse_unsupported};
 
 /// Read here; all others go on as they are.
 const OWN_FIELDS: [&str; 13] = [
@@ -31,7 +32,8 @@ const BETWEEN_BLOCKS: &str = "\n\n";
 /// # Errors
 /// 400 that names what is wrong or not served, by its place in Anthropic's own fields.
 pub fn read_messages(fields: &Fields) -> Result<Translated, ApiError> {
-    refuse_own(fields)?;
+    refuse_unsupported(fields, Route::Messages)?;
+    check_context_management(fields)?;
     let mut converted = fields.without(&OWN_FIELDS);
     let mut sent_as = SentAs::default();
     let mut set = |name: &str, value: Value| drop(converted.insert(name.to_owned(), value));
@@ -73,38 +75,49 @@ pub fn read_messages(fields: &Fields) -> Result<Translated, ApiError> {
             set("parallel_tool_calls", Value::Bool(false));
         }
     }
+    if let Some((at, format)) = read_output_format(fields)? {
+        sent_as.add("response_format.json_schema", at);
+        sent_as.add("response_format", at);
+        set("response_format", format);
+    }
     Ok(Translated { fields: converted.into(), sent_as })
 }
 
-/// What no other interface has, and would change the reply.
-fn refuse_own(fields: &Fields) -> Result<(), ApiError> {
-    // Left to the model, the models here never do.
-    let is_thinking =
-        fields.get("thinking").is_some_and(|thinking| thinking["type"] != "disabled" && thinking["type"] != "adaptive");
-    let is_given = |name: &str| fields.get(name).is_some_and(|value| *value != json!([]) && *value != json!({}));
-    // No thinking is kept, so there is none to clear.
-    let is_harmless = |edit: &Value| edit["type"].as_str().is_some_and(|edit| edit.starts_with("clear_thinking"));
-    let edits = match fields.object("context_management")?.and_then(|management| management.get("edits")) {
-        None | Some(Value::Null) => None,
-        Some(Value::Array(edits)) => Some(edits),
+/// `context_management`: no thinking is kept, so there is none to clear, and nothing else is.
+fn check_context_management(fields: &Fields) -> Result<(), ApiError> {
+    let name = "context_management";
+    let edits = match fields.object(name)?.and_then(|management| management.get("edits")) {
+        None | Some(Value::Null) => return Ok(()),
+        Some(Value::Array(edits)) => edits,
         Some(other) => return Err(wrong_type("context_management.edits", "an array", other)),
     };
-    let refused = [
-        ("thinking", is_thinking, "no model here reasons before it answers: send {\"type\": \"disabled\"}"),
-        ("output_config", is_given("output_config"), "leave it out"),
-        ("output_format", is_given("output_format"), "leave it out"),
-        ("mcp_servers", is_given("mcp_servers"), "this server calls no tools of its own: leave it out"),
-        ("container", is_given("container"), "this server runs no code: leave it out"),
-        (
-            "context_management",
-            edits.is_some_and(|edits| !edits.iter().all(is_harmless)),
-            "a conversation is read whole: shorten it",
-        ),
-    ];
-    match refused.into_iter().find(|(_, is_refused, _)| *is_refused) {
-        None => Ok(()),
-        Some((name, _, advice)) => Err(ApiError::invalid(name, format!("`{name}` is not served as asked: {advice}"))),
+    let is_harmless = |edit: &Value| edit["type"].as_str().is_some_and(|edit| edit.starts_with("clear_thinking"));
+    if edits.iter().all(is_harmless) {
+        return Ok(());
     }
+    Err(ApiError::invalid(name, format!("`{name}` is not served as asked: a conversation is read whole, shorten it")))
+}
+
+/// `output_config.format`, or the older `output_format`, as a chat's `response_format`, and where it is.
+fn read_output_format(fields: &Fields) -> Result<Option<(&'static str, Value)>, ApiError> {
+    let config = fields.object("output_config")?;
+    let is_given = |(name, value): &(&String, &Value)| *name != "format" && !value.is_null();
+    if let Some((name, _)) = config.into_iter().flatten().find(is_given) {
+        let at = format!("output_config.{name}");
+        return Err(ApiError::invalid(&at, format!("`{at}` is not served: leave it out")));
+    }
+    let of_config = config.and_then(|config| config.get("format")).filter(|format| !format.is_null());
+    let (at, format) = match (of_config, fields.object("output_format")?) {
+        (Some(format), _) => ("output_config.format", format.clone()),
+        (None, Some(format)) if !format.is_empty() => ("output_format", Value::Object(format.clone())),
+        _ => return Ok(None),
+    };
+    if format["type"] != "json_schema" {
+        let at = format!("{at}.type");
+        return Err(ApiError::invalid(&at, format!("`{at}` must be \"json_schema\"")));
+    }
+    let schema = json!({"name": "output", "schema": format["schema"]});
+    Ok(Some((at, json!({"type": "json_schema", "json_schema": schema}))))
 }
 
 fn read_system(fields: &Fields) -> Result<Option<Value>, ApiError> {
@@ -235,6 +248,19 @@ fn read_tool(at: &str, tool: &Value) -> Result<Value, ApiError> {
             return Err(ApiError::invalid(&at, message));
         }
     }
+    let of_claude = [
+        ("defer_loading", tool["defer_loading"] == true, "every tool is told to the model"),
+        ("input_examples", tool["input_examples"].as_array().is_some_and(|all| !all.is_empty()), "describe them"),
+        (
+            "allowed_callers",
+            !tool["allowed_callers"].is_null() && tool["allowed_callers"] != json!(["direct"]),
+            "the model alone calls tools",
+        ),
+    ];
+    if let Some((name, _, cause)) = of_claude.into_iter().find(|(_, is_asked, _)| *is_asked) {
+        let at = format!("{at}.{name}");
+        return Err(ApiError::invalid(&at, format!("`{at}` is not served as asked here: {cause}, leave it out")));
+    }
     if !tool["input_schema"].is_object() {
         return Err(wrong_type(&format!("{at}.input_schema"), "an object", &tool["input_schema"]));
     }
@@ -307,6 +333,17 @@ mod tests {
     }
 
     #[test]
+    fn a_schema_of_the_output_is_a_format() {
+        let messages = json!([{"role": "user", "content": "a"}]);
+        let format = json!({"type": "json_schema", "schema": {"type": "object"}});
+        for (name, value) in [("output_config", json!({"format": format})), ("output_format", format.clone())] {
+            let read = read(json!({"messages": messages, name: value})).unwrap();
+            assert_eq!(read["response_format"]["json_schema"]["schema"], json!({"type": "object"}), "{name}");
+            assert!(read.get(name).is_none());
+        }
+    }
+
+    #[test]
     fn an_answer_that_is_begun_is_to_be_gone_on_with() {
         let asks = |content: Value| {
             let messages = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]);
@@ -351,7 +388,16 @@ mod tests {
             (json!({"messages": user, "thinking": {"type": "enabled", "budget_tokens": 9}}), "thinking"),
             (json!({"messages": user, "temperature": 1.5}), "temperature"),
             (json!({"messages": user, "mcp_servers": [{"url": "x"}]}), "mcp_servers"),
-            (json!({"messages": user, "output_config": {"effort": "high"}}), "output_config"),
+            (json!({"messages": user, "output_config": {"effort": "high"}}), "output_config.effort"),
+            (json!({"messages": user, "output_config": {"format": {"type": "xml"}}}), "output_config.format.type"),
+            (
+                json!({"messages": user, "tools": [{"name": "f", "input_schema": {}, "defer_loading": true}]}),
+                "tools[0].defer_loading",
+            ),
+            (
+                json!({"messages": user, "tools": [{"name": "f", "input_schema": {}, "input_examples": [{}]}]}),
+                "tools[0].input_examples",
+            ),
             (
                 json!({"messages": user, "context_management": {"edits": [{"type": "clear_tool_uses_1"}]}}),
                 "context_management",

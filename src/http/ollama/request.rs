@@ -111,7 +111,7 @@ fn residency(fields: &Fields) -> Result<Asked, ApiError> {
 
 /// Everything but what the model is to read.
 fn converted(fields: &Fields, model: &str) -> Result<(Map<String, Value>, SentAs), ApiError> {
-    refuse_context(fields)?;
+    refuse_unsupported(fields, Route::Ollama)?;
     let mut converted = fields.without(&OWN_FIELDS);
     let mut sent_as = SentAs::default();
     if let Some(options) = fields.object("options")? {
@@ -130,9 +130,11 @@ fn converted(fields: &Fields, model: &str) -> Result<(Map<String, Value>, SentAs
     }
     default_to_no_limit(&mut converted);
     converted.insert("model".to_owned(), model.into());
-    converted.extend(response_format(fields)?.map(|format| ("response_format".to_owned(), format)));
-    sent_as.add("response_format", "format");
-    sent_as.add("response_format.json_schema.schema", "format");
+    if let Some(format) = response_format(fields)? {
+        converted.insert("response_format".to_owned(), format);
+        sent_as.add("response_format", "format");
+        sent_as.add("response_format.json_schema.schema", "format");
+    }
     Ok((converted, sent_as))
 }
 
@@ -146,17 +148,6 @@ fn response_format(fields: &Fields) -> Result<Option<Value>, ApiError> {
             Ok(Some(json!({"type": "json_schema", "json_schema": {"name": "format", "schema": schema}})))
         }
         Some(other) => Err(wrong_type("format", "\"json\" or a JSON schema", other)),
-    }
-}
-
-/// Tokens of an earlier reply, which no reply has here.
-fn refuse_context(fields: &Fields) -> Result<(), ApiError> {
-    match fields.get("context") {
-        Some(context) if *context != json!([]) => {
-            let message = "`context` is not served: send the conversation so far as `messages` to /api/chat";
-            Err(ApiError::invalid("context", message))
-        }
-        _ => Ok(()),
     }
 }
 

@@ -52,6 +52,8 @@ fn fields(document: &mut Document) -> Properties {
     let message = document.share("AnthropicMessageRequest", message);
     let clearing = item(json!({"type": {"type": "string", "pattern": "^clear_thinking"}}), &["type"]);
     let edits = json!({"type": ["array", "null"], "items": clearing});
+    let format = json!({"type": {"const": "json_schema"}, "schema": {"type": ["object", "boolean", "string"]}});
+    let format = item(format, &["type", "schema"]);
     let nothing = |description| json!({"enum": [null, [], {}], "description": description});
     fields.extend(properties(json!({
         "messages": {"type": "array", "minItems": 1, "items": message},
@@ -66,8 +68,8 @@ fn fields(document: &mut Document) -> Properties {
         },
         "context_management": {"description": "Only thinking, which is not kept, may be cleared.",
             "anyOf": [{"type": "null"}, item(json!({"edits": edits}), &[])]},
-        "output_config": nothing("Not served."),
-        "output_format": nothing("Not served."),
+        "output_config": object(json!({"format": format}), &[], "Its `format` is what the output must be."),
+        "output_format": {"anyOf": [{"enum": [null, {}]}, format], "description": "The older name of `output_config.format`."},
         "mcp_servers": nothing("Not served: this server calls no tools of its own."),
         "container": nothing("Not served: this server runs no code."),
     })));
@@ -103,6 +105,7 @@ fn tool() -> Value {
             "name": {"type": "string", "minLength": 1},
             "description": text("What it does."),
             "input_schema": {"type": "object"},
+            "strict": boolean("Whether a call's input must be what the schema says; a forced call's always is."),
         }),
         &["name", "input_schema"],
     )

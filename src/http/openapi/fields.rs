@@ -60,6 +60,8 @@ pub fn chat(document: &mut Document) -> Properties {
             ],
         },
         "parallel_tool_calls": boolean("False ends a reply with its first call."),
+        "continue_final_message": boolean("The answer goes on from the last message, of the assistant."),
+        "add_generation_prompt": {"description": "True, unless `continue_final_message` is."},
     })));
     fields
 }
@@ -113,7 +115,9 @@ fn unserved(Listed { name, advice, harmless }: Listed) -> (String, Value) {
         | "sampler_priority"
         | "repeat_last_n"
         | "penalty_last_n"
-        | "repetition_penalty_range" => json!({}),
+        | "repetition_penalty_range"
+        | "penalize_nl"
+        | "penalize_newline" => json!({}),
         _ => json!({"enum": harmless}),
     };
     schema["description"] = format!("Not served where it would change the reply: {advice}.").into();
@@ -260,11 +264,12 @@ pub fn adapter_entry(names: &[&str]) -> Value {
 fn message() -> Value {
     let part = item(json!({"type": {"const": "text"}, "text": required_text()}), &["type", "text"]);
     let content = json!([{"type": "string"}, {"type": "array", "items": part}]);
-    let others: Vec<&str> = chat::ROLES.into_iter().filter(|role| *role != "assistant").collect();
+    let others: Vec<&str> = chat::ROLES.into_iter().filter(|role| !["assistant", "tool"].contains(role)).collect();
     let function =
         item(json!({"name": required_text(), "arguments": {"type": ["string", "object"]}}), &["name", "arguments"]);
     let calls = array(item(json!({"function": function}), &["function"]), "Calls that the model made.");
-    // An answer that the client begins is not gone on with.
+    let id = required_text();
+    // An answer that the client begins is the last message, and the assistant's.
     let is_begun = json!({"not": {"const": true}});
     json!({"anyOf": [
         item(
@@ -272,12 +277,17 @@ fn message() -> Value {
             &["role", "content"],
         ),
         item(
+            json!({"role": {"const": "tool"}, "content": {"anyOf": content}, "tool_call_id": id, "prefix": is_begun,
+                "partial": is_begun}),
+            &["role", "content", "tool_call_id"],
+        ),
+        item(
             json!({
                 "role": {"const": "assistant"},
                 "content": {"anyOf": [{"type": "null"}, content[0], content[1]]},
                 "tool_calls": calls,
-                "prefix": is_begun,
-                "partial": is_begun,
+                "prefix": {"description": "True in the last message: the answer goes on from it, and repeats it."},
+                "partial": {"description": "As `prefix`, without being repeated."},
             }),
             &["role"],
         ),
@@ -291,6 +301,7 @@ fn tool() -> Value {
             "name": {"type": "string", "pattern": pattern},
             "description": text("What it does."),
             "parameters": object(json!({}), &[], "A JSON schema."),
+            "strict": boolean("Whether a call's arguments must be what the schema says; a forced call's always are."),
         }),
         &["name"],
     );

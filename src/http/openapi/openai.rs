@@ -145,9 +145,22 @@ fn response_fields(document: &mut Document) -> Properties {
             "name": {"type": "string", "minLength": 1},
             "description": text("What it does."),
             "parameters": object(json!({}), &[], "A JSON schema."),
+            "strict": boolean("Whether a call's arguments must be what the schema says; a forced call's always are."),
         }),
         &["type", "name"],
     );
+    let custom = item(
+        json!({"type": {"const": "custom"}, "name": {"type": "string", "minLength": 1}, "description": text("What it does."),
+            "format": object(json!({"type": {"const": "text"}}), &[], "Of the input.")}),
+        &["type", "name"],
+    );
+    let namespace = item(
+        json!({"type": {"const": "namespace"}, "name": required_text(), "description": text("Of all its functions."),
+            "tools": {"type": "array", "items": function}}),
+        &["type", "name", "tools"],
+    );
+    let search = json!({"type": {"const": "web_search"}, "external_web_access": {"const": false}});
+    let search = item(search, &["type", "external_web_access"]);
     properties(json!({
         "input": {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": item_schema}]},
         "instructions": text("What holds for this response alone."),
@@ -162,7 +175,11 @@ fn response_fields(document: &mut Document) -> Properties {
             "What the text must be.",
         ),
         "reasoning": object(
-            json!({"effort": one_of(&["none"], "No model here reasons before it answers.")}),
+            json!({
+                "effort": one_of(&["none"], "No model here reasons before it answers."),
+                "summary": one_of(&["auto", "concise", "detailed", "none"], "Of no reasoning, there is none."),
+                "generate_summary": one_of(&["auto", "concise", "detailed", "none"], "The older name."),
+            }),
             &[],
             "No model here reasons before it answers.",
         ),
@@ -170,10 +187,16 @@ fn response_fields(document: &mut Document) -> Properties {
             {"const": "reasoning.encrypted_content"},
             array(json!({"const": "reasoning.encrypted_content"}), "There is none, so nothing is included."),
         ]},
-        "tools": array(function, "Functions that may be called."),
+        "tools": array(
+            json!({"anyOf": [function, custom, namespace, search]}),
+            "What may be called; a search that has no web finds nothing and is not offered.",
+        ),
         "tool_choice": {"anyOf": [
             {"enum": ["auto", "none", "required", null]},
-            item(json!({"type": {"const": "function"}, "name": required_text()}), &["type", "name"]),
+            item(
+                json!({"type": {"enum": ["function", "custom"]}, "name": required_text(), "namespace": text("Of the function.")}),
+                &["type", "name"],
+            ),
         ]},
         "background": {"enum": [false, null]},
         "truncation": one_of(&["disabled"], "A conversation that is too long is refused."),
@@ -200,12 +223,17 @@ fn input_item() -> Value {
     json!({"anyOf": [
         item(json!({"type": {"enum": ["message", null]}, "role": role, "content": content}), &["role", "content"]),
         item(
-            json!({"type": {"const": "function_call"}, "call_id": text("Its own."), "name": required_text(), "arguments": required_text()}),
+            json!({"type": {"const": "function_call"}, "call_id": text("Its own."), "namespace": text("Of the function."),
+                "name": required_text(), "arguments": required_text()}),
             &["type", "name", "arguments"],
         ),
         item(
-            json!({"type": {"const": "function_call_output"}, "call_id": text("That of the call."), "output": content}),
-            &["type", "output"],
+            json!({"type": {"const": "custom_tool_call"}, "call_id": text("Its own."), "name": required_text(), "input": required_text()}),
+            &["type", "name", "input"],
+        ),
+        item(
+            json!({"type": {"enum": ["function_call_output", "custom_tool_call_output"]}, "call_id": required_text(), "output": content}),
+            &["type", "call_id", "output"],
         ),
         item(json!({"type": {"const": "reasoning"}}), &["type"]),
     ]})
@@ -231,6 +259,11 @@ fn response() -> Value {
                     json!({"type": {"const": "function_call"}, "id": required_text(), "status": required_text(),
                         "call_id": required_text(), "name": required_text(), "arguments": required_text()}),
                     &["type", "id", "status", "call_id", "name", "arguments"],
+                ),
+                item(
+                    json!({"type": {"const": "custom_tool_call"}, "id": required_text(), "status": required_text(),
+                        "call_id": required_text(), "name": required_text(), "input": required_text()}),
+                    &["type", "id", "status", "call_id", "name", "input"],
                 ),
             ]}},
             "usage": {"anyOf": [

@@ -247,9 +247,7 @@ impl Writer {
                 ItemKind::Call { call_id, namespace, name, arguments } => {
                     (call_id, function_name(&json!(namespace), &json!(name)), json!(arguments))
                 }
-                ItemKind::CustomCall { call_id, name, input } => {
-                    (call_id, json!(name), custom_arguments(&json!(input)))
-                }
+                ItemKind::CustomCall { call_id, name, input } => (call_id, json!(name), custom_arguments(input)),
             };
             calls.push(json!({"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}));
         }

@@ -186,7 +186,11 @@ impl Messages<'_> {
             "function_call" => {
                 self.push_call(function_name(&item["namespace"], &item["name"]), &item["arguments"], item, at)
             }
-            "custom_tool_call" => self.push_call(item["name"].clone(), &custom_arguments(&item["input"]), item, at),
+            "custom_tool_call" => {
+                let input = &item["input"];
+                let input = input.as_str().ok_or_else(|| wrong_type(&format!("{at}.input"), "a string", input))?;
+                self.push_call(item["name"].clone(), &custom_arguments(input), item, at);
+            }
             "function_call_output" | "custom_tool_call_output" => {
                 let output = format!("{at}.output");
                 let content = content(&output, &item["output"])?;
@@ -340,6 +344,7 @@ mod tests {
             (json!({"input": [1]}), "input[0]"),
             (json!({"input": [{"type": "item_reference"}]}), "input[0].type"),
             (json!({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}), "input[0].content[0].type"),
+            (json!({"input": [{"type": "custom_tool_call", "name": "p", "input": 1}]}), "input[0].input"),
             (json!({"input": "a", "background": true}), "background"),
             (json!({"input": "a", "truncation": "auto"}), "truncation"),
             (json!({"input": "a", "reasoning": {"effort": "high"}}), "reasoning.effort"),

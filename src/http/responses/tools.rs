@@ -96,7 +96,7 @@ pub fn function_name(namespace: &Value, name: &Value) -> Value {
 }
 
 /// A freeform tool's input as the arguments of a function.
-pub fn custom_arguments(input: &Value) -> Value {
+pub fn custom_arguments(input: &str) -> Value {
     json!({INPUT: input}).to_string().into()
 }
 

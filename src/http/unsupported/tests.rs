@@ -45,6 +45,18 @@ fn cases() -> Vec<(&'static str, Value, Value)> {
         ("extra_body", json!({"top_k": 1}), json!({})),
         ("options", json!({"temperature": 0}), json!({})),
         ("input_prefix", json!("a"), json!("")),
+        ("input_ids", json!([1]), json!([])),
+        ("stop_regex", json!("a+"), json!("")),
+        ("repetition_detection", json!({"max_pattern_size": 3}), json!(null)),
+        ("logprob_token_ids", json!([1]), json!([])),
+        ("thinking_token_budget", json!(64), json!(null)),
+        ("reasoning_budget_tokens", json!(64), json!(-1)),
+        ("grammar_lazy", json!(true), json!(false)),
+        ("session_params", json!({"id": "x"}), json!({})),
+        ("return_prompt_text", json!(true), json!(false)),
+        ("shift", json!(true), json!(false)),
+        ("character", json!("Assistant"), json!("")),
+        ("num_return_sequences", json!(2), json!(1)),
         ("max_time", json!(250), json!(0)),
     ]
 }
@@ -93,12 +105,31 @@ fn what_cannot_change_the_text_is_accepted() {
 }
 
 #[test]
+fn what_one_interface_alone_has_is_refused_there_and_all_else_is_left_to_its_chat() {
+    for (route, name, asking, neutral) in [
+        (Route::Responses, "background", json!(true), json!(false)),
+        (Route::Responses, "response_format", json!({"type": "json_object"}), json!({"type": "text"})),
+        (Route::Messages, "thinking", json!({"type": "enabled"}), json!({"type": "adaptive"})),
+        (Route::Messages, "mcp_servers", json!([{"url": "x"}]), json!([])),
+        (Route::Ollama, "context", json!([1]), json!([])),
+        (Route::LlamaCpp, "logprobs", json!(1), json!(false)),
+    ] {
+        assert_eq!(refused(json!({name: asking}), route).unwrap()["param"], name);
+        assert_eq!(refused(json!({name: neutral}), route), None, "{name}");
+        assert_eq!(refused(json!({"mirostat": 2}), route), None);
+    }
+}
+
+#[test]
 fn some_fields_are_harmless_only_beside_others() {
     let param = |body| refused(body, Route::Chat).map(|error| error["param"].clone());
     assert_eq!(param(json!({"samplers": ["top_k"], "temperature": 0})), None);
     assert_eq!(param(json!({"repeat_last_n": 64, "repeat_penalty": 1.0})), None);
     assert_eq!(param(json!({"repeat_last_n": 64, "repeat_penalty": 1.1})), Some(json!("repeat_last_n")));
     assert_eq!(param(json!({"repeat_last_n": -1, "repeat_penalty": 1.1})), None);
+    assert_eq!(param(json!({"penalize_nl": false, "repeat_penalty": 1.0})), None);
+    assert_eq!(param(json!({"penalize_nl": false, "repeat_penalty": 1.1})), Some(json!("penalize_nl")));
+    assert_eq!(param(json!({"penalize_nl": true, "repeat_penalty": 1.1})), None);
 }
 
 #[test]
