@@ -150,6 +150,8 @@ pub struct Generated {
     pub icl: Option<icl::Chosen>,
     /// The client's, else one drawn for it: sent again, it repeats the output.
     pub seed: i64,
+    /// The tokens of each prompt, as the model reads them.
+    pub prompts: Vec<Vec<u32>>,
     /// `num_choices` for the first prompt, then for the second, and so on.
     pub sequences: Vec<TextStream>,
     pub num_choices: usize,

@@ -248,8 +248,10 @@ impl Generation {
                 choices.zip(permits).map(sequence).unzip()
             }
         };
-        let (icl, num_choices) = (prompts.into_iter().find_map(|prompt| prompt.icl), options.num_choices);
-        (Generated { model, icl, seed, sequences, num_choices }, requests)
+        let num_choices = options.num_choices;
+        let (prompts, mut icl): (_, Vec<_>) = prompts.into_iter().map(|prompt| (prompt.tokens, prompt.icl)).unzip();
+        let icl = icl.iter_mut().find_map(Option::take);
+        (Generated { model, icl, seed, prompts, sequences, num_choices }, requests)
     }
 
     fn sampling(

@@ -21,7 +21,7 @@ use super::types::{AdapterName, IclReply, Reply, ReplyHead, Usage};
 use crate::engine::request::FinishReason;
 use crate::generation::{
     Completed, Generated, Generation, GenerationError, GenerationOptions, GenerationRequest, ResolvedModel, TextDelta,
-    TextEvent,
+    TextEvent, TextStream,
 };
 use crate::hexadecimal::hexadecimal;
 
@@ -90,18 +90,23 @@ async fn plain<S: ReplyShape>(
     generated: Generated,
     mut trial: Trial,
 ) -> Result<Response, ApiError> {
-    let sequences = generated.sequences.into_iter().map(|sequence| sequence.collect());
-    let completed = try_join_all(sequences).await.inspect_err(|_| trial.failed())?;
     let mut usage = Usage::default();
     let mut choices = Vec::new();
-    for (index, completed) in completed.into_iter().enumerate() {
-        trial.choice(index, &completed);
+    for (index, completed) in complete(generated.sequences, &mut trial).await?.into_iter().enumerate() {
         IclReply::saved(&mut head.icl, completed.usage);
         usage.add(completed.usage, index.is_multiple_of(generated.num_choices));
         choices.push(shape.choice(index, completed));
     }
-    trial.completed();
     Ok(Json(Reply { head: &head, choices, usage: Some(Some(usage)) }).into_response())
+}
+
+/// Waits for the end of all of them, which `trial` is told of.
+pub async fn complete(sequences: Vec<TextStream>, trial: &mut Trial) -> Result<Vec<Completed>, ApiError> {
+    let sequences = sequences.into_iter().map(|sequence| sequence.collect());
+    let completed = try_join_all(sequences).await.inspect_err(|_| trial.failed())?;
+    completed.iter().enumerate().for_each(|(index, completed)| trial.choice(index, completed));
+    trial.completed();
+    Ok(completed)
 }
 
 fn stream<S: ReplyShape>(

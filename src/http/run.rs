@@ -1,4 +1,4 @@
-//! One choice of one prompt under way, for interfaces that know no more.
+//! One choice of one prompt under way: its events, for interfaces that know no more, as text and calls.
 
 use std::collections::VecDeque;
 
@@ -16,17 +16,62 @@ use crate::generation::{
 };
 use crate::tools::{CallReader, ChatPart};
 
+/// One sequence, whose trial is told of all that happens. Dropping it cancels the generation.
+pub struct Sequence {
+    stream: TextStream,
+    trial: Trial,
+    /// The weights are held until the reply has ended.
+    pub model: ResolvedModel,
+    pub seed: i64,
+    pub prompt_tokens: Vec<u32>,
+}
+
+impl Sequence {
+    /// `request` has one prompt and asks for one choice; `user` is who it says it is for, `id` that of its reply.
+    ///
+    /// # Errors
+    /// As those of any request.
+    pub async fn start(
+        state: &AppState,
+        caller: &Caller,
+        user: Option<&str>,
+        id: &str,
+        request: GenerationRequest,
+    ) -> Result<Self, ApiError> {
+        let (mut generated, trial) = begin(state, caller, user, id, request).await?;
+        let stream = generated.sequences.pop().ok_or(GenerationError::EngineStopped)?;
+        let prompt_tokens = generated.prompts.pop().unwrap_or_default();
+        Ok(Self { stream, trial, model: generated.model, seed: generated.seed, prompt_tokens })
+    }
+
+    /// What is known so far; all of the prompt from the first event on.
+    pub fn usage(&self) -> SequenceUsage {
+        self.stream.usage()
+    }
+
+    /// The next event; an error is the last one.
+    pub async fn next(&mut self) -> Option<Result<TextEvent, ApiError>> {
+        let event = self.stream.next().await?;
+        match &event {
+            Ok(TextEvent::Delta(delta)) => self.trial.push(0, &delta.text),
+            Ok(TextEvent::Finished { usage, timing, .. }) => {
+                self.trial.ended(0, *usage, *timing);
+                self.trial.completed();
+            }
+            Err(_) => self.trial.failed(),
+        }
+        Some(event.map_err(ApiError::from))
+    }
+}
+
 /// Dropping it cancels the generation.
 pub struct Run {
-    sequence: TextStream,
-    trial: Trial,
+    sequence: Sequence,
     /// `None` where nothing may be called.
     reader: Option<CallReader>,
     /// The call under way: its name, and its arguments so far.
     call: Option<(String, String)>,
     ready: VecDeque<RunEvent>,
-    /// The weights are held until the reply has ended.
-    model: ResolvedModel,
 }
 
 #[derive(Debug)]
@@ -54,7 +99,7 @@ pub struct Ending {
 }
 
 impl Run {
-    /// `user` is who the request says it is for, `id` that of its reply.
+    /// As [`Sequence::start`].
     ///
     /// # Errors
     /// As those of any request, and 400 when it asks for what has no place in the reply.
@@ -74,14 +119,13 @@ impl Run {
             return Err(refused("logprobs", "/v1/completions and /v1/chat/completions have them"));
         }
         let reader = state.generation.call_reader(&request.options);
-        let (mut generated, trial) = begin(state, caller, user, id, request).await?;
-        let sequence = generated.sequences.pop().ok_or(GenerationError::EngineStopped)?;
-        Ok(Self { sequence, trial, reader, call: None, ready: VecDeque::new(), model: generated.model })
+        let sequence = Sequence::start(state, caller, user, id, request).await?;
+        Ok(Self { sequence, reader, call: None, ready: VecDeque::new() })
     }
 
     /// The model that answers.
     pub fn model_id(&self) -> &str {
-        &self.model.id
+        &self.sequence.model.id
     }
 
     /// What is known so far; all of the prompt from the first event on.
@@ -97,29 +141,21 @@ impl Run {
             }
             match self.sequence.next().await? {
                 Ok(event) => self.on_event(event),
-                Err(error) => {
-                    self.trial.failed();
-                    return Some(Err(error.into()));
-                }
+                Err(error) => return Some(Err(error)),
             }
         }
     }
 
     fn on_event(&mut self, event: TextEvent) {
         match event {
-            TextEvent::Delta(delta) => {
-                self.trial.push(0, &delta.text);
-                match &mut self.reader {
-                    None => self.ready.push_back(RunEvent::Text(delta.text)),
-                    Some(reader) => {
-                        let parts = reader.push(&delta.text);
-                        parts.into_iter().for_each(|part| self.on_part(part));
-                    }
+            TextEvent::Delta(delta) => match &mut self.reader {
+                None => self.ready.push_back(RunEvent::Text(delta.text)),
+                Some(reader) => {
+                    let parts = reader.push(&delta.text);
+                    parts.into_iter().for_each(|part| self.on_part(part));
                 }
-            }
+            },
             TextEvent::Finished { reason, stop, usage, timing, .. } => {
-                self.trial.ended(0, usage, timing);
-                self.trial.completed();
                 let parts = self.reader.as_mut().map(CallReader::finish).unwrap_or_default();
                 parts.into_iter().for_each(|part| self.on_part(part));
                 self.end_call();

@@ -95,7 +95,7 @@ pub async fn tokenize(
         _ => return Err(ApiError::invalid("content", "one of `content`, `prompt` and `messages` is required")),
     };
     let tokenizer = state.generation.tokenizer();
-    let text = |id: &u32| String::from_utf8_lossy(tokenizer.token_bytes(*id)).into_owned();
+    let text = |id: &u32| tokenizer.token_text(*id).into_owned();
     let token_strs =
         fields.boolean("return_token_strs")?.unwrap_or(false).then(|| ids.iter().map(text).collect::<Vec<_>>());
     let (count, max_model_len) = (ids.len(), state.generation.context_length());
@@ -175,7 +175,7 @@ async fn text_tokens(
 }
 
 /// With special tokens as they are written.
-fn text_of(state: &AppState, ids: &[u32]) -> String {
+pub fn text_of(state: &AppState, ids: &[u32]) -> String {
     let mut detokenizer = Detokenizer::with_special_tokens(state.generation.tokenizer().clone());
     let mut text: String = ids.iter().map(|id| detokenizer.push(*id)).collect();
     text.push_str(&detokenizer.finish());

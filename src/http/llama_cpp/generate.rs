@@ -3,21 +3,20 @@
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
-use futures::StreamExt;
-use futures::future::try_join_all;
 use futures::stream::unfold;
 use serde_json::Value;
 
-use super::reply::{Part, Reply, Selected, settings, token_ids};
+use super::reply::{Part, Reply, Selected, settings};
 use super::request::{read_completion, read_infill};
-use crate::generation::{Completed, GenerationError, GenerationRequest, ResolvedModel, TextEvent, TextStream};
+use crate::generation::{Completed, Generated, GenerationRequest, TextEvent};
 use crate::http::AppState;
 use crate::http::auth::Caller;
 use crate::http::error::ApiError;
 use crate::http::fields::Fields;
-use crate::http::reply::{begin, random_id};
+use crate::http::reply::{begin, complete, random_id};
+use crate::http::run::Sequence;
 use crate::http::sse;
-use crate::http::trials::Trial;
+use crate::http::tokenize::text_of;
 
 pub async fn infill(
     State(state): State<AppState>,
@@ -29,7 +28,8 @@ pub async fn infill(
         let message = format!("`{}` was not trained to fill in the middle: use /completion", base.id);
         return Err(ApiError::not_supported(message));
     }
-    answer(&state, &caller, &fields, read_infill(&fields)?).await
+    let (request, sent_as) = read_infill(&fields)?;
+    answer(&state, &caller, &fields, request).await.map_err(|error| sent_as.word(error))
 }
 
 pub async fn completion(
@@ -37,7 +37,8 @@ pub async fn completion(
     Extension(caller): Extension<Caller>,
     fields: Fields,
 ) -> Result<Response, ApiError> {
-    answer(&state, &caller, &fields, read_completion(&fields)?).await
+    let (request, sent_as) = read_completion(&fields)?;
+    answer(&state, &caller, &fields, request).await.map_err(|error| sent_as.word(error))
 }
 
 async fn answer(
@@ -48,54 +49,41 @@ async fn answer(
 ) -> Result<Response, ApiError> {
     let selected = Selected::parse(fields)?;
     let (user, id) = (fields.string("user")?, random_id("cmpl"));
+    let options = request.options.clone();
     if fields.boolean("stream")?.unwrap_or(false) {
         if request.prompts.len() != 1 {
             return Err(ApiError::invalid("prompt", "`prompt` must be one prompt where `stream` is true"));
         }
-        if request.options.num_choices != 1 {
+        if options.num_choices != 1 {
             return Err(ApiError::invalid("n_cmpl", "`n_cmpl` must be 1 where `stream` is true"));
         }
-        let options = request.options.clone();
-        let (mut generated, trial) = begin(state, caller, user, &id, request).await?;
-        let sequence = generated.sequences.pop().ok_or(GenerationError::EngineStopped)?;
-        let settings = settings(&options, generated.seed);
-        return Ok(stream(Events { sequence, trial, model: generated.model, settings, selected }));
+        let sequence = Sequence::start(state, caller, user, &id, request).await?;
+        let settings = settings(&options, sequence.seed);
+        let prompt = text_of(state, &sequence.prompt_tokens);
+        return Ok(stream(Events { sequence, prompt, settings, selected, has_new_line: false }));
     }
-    whole(state, caller, user, &id, request, &selected).await
-}
-
-/// One object, or for several choices or prompts an array of them.
-async fn whole(
-    state: &AppState,
-    caller: &Caller,
-    user: Option<&str>,
-    id: &str,
-    request: GenerationRequest,
-    selected: &Selected,
-) -> Result<Response, ApiError> {
-    let options = request.options.clone();
-    let (generated, mut trial) = begin(state, caller, user, id, request).await?;
-    let (model, settings) = (generated.model, settings(&options, generated.seed));
-    let sequences = generated.sequences.into_iter().map(|sequence| sequence.collect());
-    let completed = try_join_all(sequences).await.inspect_err(|_| trial.failed())?;
-    let mut replies = Vec::with_capacity(completed.len());
-    for (index, completed) in completed.into_iter().enumerate() {
-        trial.choice(index, &completed);
-        replies.push(selected.of(json(&Reply::new(index, completed, &model.id, &settings))?));
-    }
-    trial.completed();
+    let (generated, mut trial) = begin(state, caller, user, &id, request).await?;
+    let Generated { model, prompts, sequences, seed, num_choices, .. } = generated;
+    let settings = settings(&options, seed);
+    let completed = complete(sequences, &mut trial).await?;
+    let reply = |(index, completed): (usize, Completed)| {
+        let prompt = prompts.get(index / num_choices).map_or_else(String::new, |tokens| text_of(state, tokens));
+        Ok(selected.of(json(&Reply::new(index, completed, prompt, &model.id, &settings))?))
+    };
+    // One object, or for several choices or prompts an array of them.
+    let mut replies = completed.into_iter().enumerate().map(reply).collect::<Result<Vec<_>, ApiError>>()?;
     let reply = if replies.len() == 1 { replies.remove(0) } else { Value::Array(replies) };
     Ok(Json(reply).into_response())
 }
 
-/// One choice under way. Dropping it cancels the generation.
+/// One choice under way.
 struct Events {
-    sequence: TextStream,
-    trial: Trial,
-    /// The weights are held until the reply has ended.
-    model: ResolvedModel,
+    sequence: Sequence,
+    prompt: String,
     settings: Value,
     selected: Selected,
+    /// In the output so far.
+    has_new_line: bool,
 }
 
 impl Events {
@@ -103,23 +91,22 @@ impl Events {
     async fn next(&mut self) -> Option<String> {
         Some(match self.sequence.next().await? {
             Ok(TextEvent::Delta(delta)) => {
-                self.trial.push(0, &delta.text);
-                sse::json(&Part { index: 0, tokens: token_ids(&delta.tokens), content: delta.text, stop: false })
+                self.has_new_line |= delta.text.contains('\n');
+                let usage = self.sequence.usage();
+                sse::json(&Part::new(delta, usage))
             }
             Ok(TextEvent::Finished { reason, stop, usage, timing, score }) => {
-                self.trial.ended(0, usage, timing);
-                self.trial.completed();
                 let completed =
                     Completed { text: String::new(), tokens: Vec::new(), reason, stop, usage, timing, score };
-                match json(&Reply::new(0, completed, &self.model.id, &self.settings)) {
+                let prompt = std::mem::take(&mut self.prompt);
+                let mut reply = Reply::new(0, completed, prompt, &self.sequence.model.id, &self.settings);
+                reply.has_new_line = self.has_new_line;
+                match json(&reply) {
                     Ok(reply) => sse::json(&self.selected.of(reply)),
                     Err(error) => sse::json(&error.into_envelope()),
                 }
             }
-            Err(error) => {
-                self.trial.failed();
-                sse::json(&ApiError::from(error).into_envelope())
-            }
+            Err(error) => sse::json(&error.into_envelope()),
         })
     }
 }

@@ -48,8 +48,7 @@ pub async fn props(State(state): State<AppState>) -> Json<Props> {
     let (base, tokenizer) = (state.generation.base(), state.generation.tokenizer());
     let template = base.chat_template.as_ref().ok();
     let calls_tools = state.generation.call_format().is_some();
-    let text =
-        |id: Option<u32>| id.map_or_else(String::new, |id| String::from_utf8_lossy(tokenizer.token_bytes(id)).into());
+    let text = |id: Option<u32>| id.map_or_else(String::new, |id| tokenizer.token_text(id).into());
     Json(Props {
         default_generation_settings: DefaultSettings {
             n_ctx: state.generation.context_length(),

@@ -7,9 +7,12 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::engine::request::FinishReason;
-use crate::generation::{Completed, GenerationOptions, SequenceUsage, TokenRecord};
+use crate::generation::{Completed, GenerationOptions, SequenceUsage, TextDelta, TokenRecord};
 use crate::http::error::ApiError;
 use crate::http::fields::Fields;
+
+/// No sequence has a place of its own here, which another could be sent to.
+const NO_SLOT: i64 = -1;
 
 /// A whole reply, or the last event of a stream.
 #[derive(Debug, JsonSchema, Serialize)]
@@ -19,6 +22,7 @@ pub struct Reply<'a> {
     content: String,
     /// Ids, where the request asks for them.
     tokens: Vec<u32>,
+    id_slot: i64,
     stop: bool,
     stop_type: &'static str,
     stopping_word: String,
@@ -27,6 +31,10 @@ pub struct Reply<'a> {
     tokens_evaluated: usize,
     /// Tokens of the prompt that were not computed again.
     tokens_cached: usize,
+    /// As the model read it, special tokens included.
+    prompt: String,
+    /// In the whole output.
+    pub has_new_line: bool,
     /// No text is dropped while generating.
     truncated: bool,
     generation_settings: &'a Value,
@@ -36,10 +44,13 @@ pub struct Reply<'a> {
 #[derive(Debug, JsonSchema, Serialize)]
 #[schemars(rename = "LlamaCppPart")]
 pub struct Part {
-    pub index: usize,
-    pub content: String,
-    pub tokens: Vec<u32>,
-    pub stop: bool,
+    index: usize,
+    content: String,
+    tokens: Vec<u32>,
+    id_slot: i64,
+    stop: bool,
+    tokens_predicted: usize,
+    tokens_evaluated: usize,
 }
 
 #[derive(Debug, JsonSchema, Serialize)]
@@ -56,14 +67,37 @@ struct Timings {
     predicted_per_second: f64,
 }
 
+impl Part {
+    /// Of the only choice.
+    pub fn new(delta: TextDelta, usage: SequenceUsage) -> Self {
+        Self {
+            index: 0,
+            tokens: token_ids(&delta.tokens),
+            content: delta.text,
+            id_slot: NO_SLOT,
+            stop: false,
+            tokens_predicted: usage.num_output_tokens,
+            tokens_evaluated: usage.num_prompt_tokens,
+        }
+    }
+}
+
 impl<'a> Reply<'a> {
-    pub fn new(index: usize, completed: Completed, model: &'a str, generation_settings: &'a Value) -> Self {
+    pub fn new(
+        index: usize,
+        completed: Completed,
+        prompt: String,
+        model: &'a str,
+        generation_settings: &'a Value,
+    ) -> Self {
         let Completed { text, tokens, reason, stop, usage, timing, .. } = completed;
-        let prompt = timing.first_token.unwrap_or(timing.total);
+        let until_first = timing.first_token.unwrap_or(timing.total);
         Self {
             index,
+            has_new_line: text.contains('\n'),
             content: text,
             tokens: token_ids(&tokens),
+            id_slot: NO_SLOT,
             stop: true,
             stop_type: match (reason, &stop) {
                 (FinishReason::Length, _) => "limit",
@@ -75,9 +109,10 @@ impl<'a> Reply<'a> {
             tokens_predicted: usage.num_output_tokens,
             tokens_evaluated: usage.num_prompt_tokens,
             tokens_cached: usage.num_cached_tokens,
+            prompt,
             truncated: false,
             generation_settings,
-            timings: Timings::of(usage, prompt, timing.total.saturating_sub(prompt)),
+            timings: Timings::of(usage, until_first, timing.total.saturating_sub(until_first)),
         }
     }
 }
@@ -103,14 +138,16 @@ impl Timings {
     }
 }
 
-pub fn token_ids(tokens: &[TokenRecord]) -> Vec<u32> {
+fn token_ids(tokens: &[TokenRecord]) -> Vec<u32> {
     tokens.iter().map(|token| token.id).collect()
 }
 
 /// What was asked for; `null` where that is left to the adapter or the configuration.
 pub fn settings(options: &GenerationOptions, seed: i64) -> Value {
+    let max_tokens = options.max_tokens.and_then(|most| i64::try_from(most).ok()).unwrap_or(-1);
     json!({
-        "n_predict": options.max_tokens.and_then(|most| i64::try_from(most).ok()).unwrap_or(-1),
+        "n_predict": max_tokens,
+        "max_tokens": max_tokens,
         "seed": seed,
         "temperature": options.temperature,
         "top_k": options.top_k,
@@ -122,6 +159,21 @@ pub fn settings(options: &GenerationOptions, seed: i64) -> Value {
         "stop": options.stop,
         "ignore_eos": options.ignore_eos,
         "n_indent": options.min_indent,
+        "t_max_predict_ms": options.time_limit.map_or(-1, |limit| i64::try_from(limit.as_millis()).unwrap_or(i64::MAX)),
+        "logit_bias": options.logit_bias.iter().map(|(token, bias)| json!({"token": token, "bias": bias})).collect::<Value>(),
+        // What is not served is off.
+        "repeat_last_n": -1,
+        "dynatemp_range": 0.0,
+        "top_n_sigma": -1.0,
+        "typical_p": 1.0,
+        "xtc_probability": 0.0,
+        "dry_multiplier": 0.0,
+        "mirostat": 0,
+        "n_keep": 0,
+        "n_discard": 0,
+        "n_probs": 0,
+        "min_keep": 0,
+        "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
     })
 }
 

@@ -9,26 +9,31 @@ use crate::http::fields::Fields;
 use crate::http::gap::{ItemFields, context_files, set_context};
 use crate::http::reply::ReplyShape;
 use crate::http::sampling::{MAX_CHOICES, default_to_no_limit};
+use crate::http::sent_as::SentAs;
+use crate::http::unsupported::{Route, refuse_unsupported};
 
 const INFILL: [&str; 4] = ["prompt", "input_prefix", "input_suffix", "input_extra"];
 const EXTRA: ItemFields = ItemFields { name: "filename", text: "text", unnamed: "tmp" };
 
-pub fn read_completion(fields: &Fields) -> Result<GenerationRequest, ApiError> {
-    CompletionShape::parse(&converted(fields, &[])?.into())
+pub fn read_completion(fields: &Fields) -> Result<(GenerationRequest, SentAs), ApiError> {
+    let (converted, sent_as) = converted(fields, &[])?;
+    let request = CompletionShape::parse(&converted.into()).map_err(|error| sent_as.word(error))?;
+    Ok((request, sent_as))
 }
 
 /// `prompt` is the line up to the cursor: it ends the prefix.
-pub fn read_infill(fields: &Fields) -> Result<GenerationRequest, ApiError> {
+pub fn read_infill(fields: &Fields) -> Result<(GenerationRequest, SentAs), ApiError> {
     let text = |name| Ok::<_, ApiError>(fields.string(name)?.unwrap_or_default());
     let prefix = [text("input_prefix")?, text("prompt")?].concat();
     let extra = fields.array("input_extra")?.map_or(&[] as &[Value], Vec::as_slice);
     let extra = context_files("input_extra", extra, &EXTRA)?;
-    let mut converted = converted(fields, &INFILL)?;
+    let (mut converted, mut sent_as) = converted(fields, &INFILL)?;
+    sent_as.add("suffix", "input_suffix");
     converted.insert("prompt".to_owned(), prefix.into());
     converted.insert("suffix".to_owned(), text("input_suffix")?.into());
-    let mut request = CompletionShape::parse(&converted.into())?;
+    let mut request = CompletionShape::parse(&converted.into()).map_err(|error| sent_as.word(error))?;
     set_context(&mut request, &extra);
-    Ok(request)
+    Ok((request, sent_as))
 }
 
 /// Whether the reply lists the ids of its tokens.
@@ -37,22 +42,18 @@ pub fn wants_tokens(fields: &Fields) -> Result<bool, ApiError> {
 }
 
 /// All fields but `own`, in OpenAI's words.
-fn converted(fields: &Fields, own: &[&str]) -> Result<Map<String, Value>, ApiError> {
-    if let Some(name) =
-        ["logprobs", "echo"].into_iter().find(|name| fields.get(name).is_some_and(|value| *value != false))
-    {
-        let message = format!("`{name}` has no place in this reply: /v1/completions serves it");
-        return Err(ApiError::invalid(name, message));
-    }
-    let mut converted = fields.without(own);
+fn converted(fields: &Fields, own: &[&str]) -> Result<(Map<String, Value>, SentAs), ApiError> {
+    refuse_unsupported(fields, Route::LlamaCpp)?;
+    let (mut converted, mut sent_as) = (fields.without(own), SentAs::default());
     converted.remove("n_cmpl");
     if let Some(num_choices) = fields.count("n_cmpl", 1..=MAX_CHOICES)? {
         converted.insert("n".to_owned(), num_choices.into());
+        sent_as.add("n", "n_cmpl");
     }
     default_to_no_limit(&mut converted);
     // Records of the tokens have their ids.
     if wants_tokens(fields)? {
         converted.insert("logprobs".to_owned(), 0.into());
     }
-    Ok(converted)
+    Ok((converted, sent_as))
 }

@@ -80,8 +80,9 @@ pub async fn completions(state: &AppState, caller: &Caller, fields: &Fields) -> 
         let message = format!("`{}` was not trained to fill in the middle, which `segments` asks for", base.id);
         return Err(ApiError::not_supported(message));
     }
-    let (request, id) = (segments::read(fields)?, random_id("cmpl"));
-    let mut run = Run::start(state, caller, fields.string("user")?, &id, request).await?;
+    let ((request, sent_as), id) = (segments::read(fields)?, random_id("cmpl"));
+    let run = Run::start(state, caller, fields.string("user")?, &id, request).await;
+    let mut run = run.map_err(|error| sent_as.word(error))?;
     let mut text = String::new();
     while let Some(event) = run.next().await {
         if let RunEvent::Text(part) = event? {

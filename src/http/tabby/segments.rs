@@ -8,6 +8,7 @@ use crate::http::error::ApiError;
 use crate::http::fields::{Fields, wrong_type};
 use crate::http::gap::{ItemFields, context_files, set_context, text};
 use crate::http::reply::ReplyShape;
+use crate::http::sent_as::SentAs;
 
 /// As in Tabby.
 const MAX_TOKENS: usize = 64;
@@ -22,7 +23,8 @@ pub const SNIPPETS: [&str; 3] =
     ["relevant_snippets_from_recently_opened_files", "declarations", "relevant_snippets_from_changed_files"];
 const SNIPPET: ItemFields = ItemFields { name: "filepath", text: "body", unnamed: "snippet" };
 
-pub fn read(fields: &Fields) -> Result<GenerationRequest, ApiError> {
+/// And where its fields came from.
+pub fn read(fields: &Fields) -> Result<(GenerationRequest, SentAs), ApiError> {
     fields.string("language")?;
     if fields.string("mode")?.is_some_and(|mode| mode != "standard") {
         return Err(ApiError::invalid("mode", "`mode` must be `standard`: next edits are not served here"));
@@ -51,11 +53,14 @@ pub fn read(fields: &Fields) -> Result<GenerationRequest, ApiError> {
     {
         completion.entry(name).or_insert(default);
     }
-    let mut request = CompletionShape::parse(&completion.into())?;
+    let mut sent_as = SentAs::default();
+    sent_as.add("prompt", "segments.prefix");
+    sent_as.add("suffix", "segments.suffix");
+    let mut request = CompletionShape::parse(&completion.into()).map_err(|error| sent_as.word(error))?;
     let indent = indent_of_last_line(prefix);
     request.options.min_indent = request.options.min_indent.max(indent);
     set_context(&mut request, &files(segments)?);
-    Ok(request)
+    Ok((request, sent_as))
 }
 
 /// A line that leaves the block of the cursor belongs to what is there already.
@@ -90,7 +95,7 @@ mod tests {
     use crate::generation::Prompt;
 
     fn parse(body: Value) -> Result<GenerationRequest, ApiError> {
-        read(&Fields::parse(body.to_string().as_bytes())?)
+        read(&Fields::parse(body.to_string().as_bytes())?).map(|(request, _)| request)
     }
 
     #[test]

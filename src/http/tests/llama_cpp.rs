@@ -30,6 +30,8 @@ async fn an_infill_is_the_gap_of_a_completion_with_the_line_at_the_end_of_its_pr
     );
     assert_eq!((&filled["tokens_evaluated"], &filled["tokens_predicted"]), (&json!(3 + 3), &json!(3)));
     assert_eq!((&filled["model"], &filled["generation_settings"]["n_predict"]), (&json!(BASE), &json!(3)));
+    assert_eq!(filled["prompt"], "<|fim_prefix|>xy<|fim_suffix|>s<|fim_middle|>");
+    assert_eq!((&filled["has_new_line"], &filled["id_slot"]), (&json!(false), &json!(-1)));
     let timings = &filled["timings"];
     assert_eq!((&timings["prompt_n"], &timings["predicted_n"]), (&json!(6), &json!(3)));
     assert!(timings["prompt_ms"].as_f64().unwrap() > 0.0, "{timings}");
@@ -109,6 +111,9 @@ async fn every_event_has_its_content_and_the_last_one_the_timings() {
         let (last, parts) = data.split_last().unwrap();
         assert_eq!(parts.iter().map(|part| part["content"].as_str().unwrap()).collect::<String>(), "xy");
         assert!(parts.iter().all(|part| part["stop"] == false && part["tokens"] == json!([])));
+        let counts = parts.iter().map(|part| (part["tokens_predicted"].as_u64(), part["tokens_evaluated"].as_u64()));
+        assert!(counts.eq([(Some(1), Some(1)), (Some(2), Some(1))]), "{parts:?}");
+        assert_eq!((&last["prompt"], &last["has_new_line"]), (&json!("w"), &json!(false)));
         assert_eq!(
             (&last["stop"], &last["content"], &last["timings"]["predicted_n"]),
             (&json!(true), &json!(""), &json!(2))
@@ -128,6 +133,7 @@ async fn what_cannot_be_served_says_so() {
         ("/infill", json!({"input_extra": ["x"]}), "input_extra[0]"),
         ("/infill", json!({"input_prefix": 1}), "input_prefix"),
         ("/infill", json!({"prompt": [1]}), "prompt"),
+        ("/infill", json!({"n_cmpl": 9}), "n_cmpl"),
         ("/infill", json!({"samplers": ["top_p", "temperature"], "top_p": 0.5}), "samplers"),
         ("/infill", json!({"response_fields": "content"}), "response_fields"),
         ("/completion", json!({"prompt": "a", "mirostat": 2}), "mirostat"),
