@@ -37,7 +37,7 @@ pub fn chat_logprobs(tokenizer: &Tokenizer, records: &[TokenRecord]) -> ChatLogp
     let alternative = |id, logprob| {
         let bytes = tokenizer.token_bytes(id);
         TokenAlternative {
-            token: String::from_utf8_lossy(bytes).into_owned(),
+            token: tokenizer.token_text(id).into_owned(),
             logprob: finite(logprob),
             bytes: bytes.to_vec(),
         }

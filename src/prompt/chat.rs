@@ -37,7 +37,7 @@ impl ChatTemplate {
         let source = gguf.str(KEY).map_err(|e| PromptError::ChatTemplate(e.to_string()))?;
         // A template may write the token even where raw prompts go without it.
         let token_text = |key: &str| match gguf.usize(key).ok().and_then(|id| u32::try_from(id).ok()) {
-            Some(id) => String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned(),
+            Some(id) => tokenizer.token_text(id).into_owned(),
             None => String::new(),
         };
         Self::new(source, token_text("tokenizer.ggml.bos_token_id"), token_text("tokenizer.ggml.eos_token_id"))

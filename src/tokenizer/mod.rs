@@ -6,6 +6,7 @@ mod sentence_piece;
 pub mod sentinels;
 mod vocabulary;
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -225,6 +226,11 @@ impl Tokenizer {
     /// Empty for an id outside the vocabulary.
     pub fn token_bytes(&self, id: u32) -> &[u8] {
         self.bytes.get(id)
+    }
+
+    /// What a token stands for as text by itself, where parts of characters are U+FFFD.
+    pub fn token_text(&self, id: u32) -> Cow<'_, str> {
+        String::from_utf8_lossy(self.token_bytes(id))
     }
 
     pub fn vocab_size(&self) -> usize {

@@ -146,7 +146,7 @@ fn capabilities(base: &Base) -> Vec<&'static str> {
 /// In Ollama's own language, for clients that look for what it can do in it: the base's template is applied as the GGUF
 /// has it.
 fn template(base: &Base) -> String {
-    let text = |id| String::from_utf8_lossy(base.tokenizer.token_bytes(id));
+    let text = |id| base.tokenizer.token_text(id);
     match base.tokenizer.fim() {
         None => "{{ .Prompt }}".to_owned(),
         Some(fim) => format!(
