@@ -315,7 +315,9 @@ def test_26_a_key_is_asked_for_where_one_is_set(tmp_path):
             assert_error(http.get("/v1/models", headers={"Authorization": "Bearer wrong"}), 401, code="invalid_api_key")
             for headers in ({"Authorization": "Bearer secret"}, {"api-key": "secret"}, {"x-api-key": "secret"}):
                 assert http.get("/v1/models", headers=headers).status_code == 200, headers
-            assert http.get("/health").status_code == 200
+            # Whether a server is there is asked before there is a key.
+            for path in ("/health", "/", "/api/version"):
+                assert http.get(path).status_code == 200, path
 
 
 def test_28_prompts_and_choices_are_in_the_prompts_order(http):

@@ -49,7 +49,7 @@ after(() => proxy.close());
 /** A project with a note in it. */
 function project() {
   const folder = mkdtempSync(join(tmpdir(), "codex-"));
-  after(() => rmSync(folder, { recursive: true }));
+  after(() => rmSync(folder, { recursive: true, force: true }));
   writeFileSync(join(folder, "notes.txt"), `${NOTE}\n`);
   writeFileSync(join(folder, "instructions.md"), "Run commands.\n");
   return folder;

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
-import { mkdtempSync, writeFileSync } from "node:fs";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { createServer, request } from "node:http";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -37,6 +37,7 @@ after(() => proxy.close());
 /** A project with a note in it, and an agent that may read, greedily and in two steps. */
 function project() {
   const folder = mkdtempSync(join(tmpdir(), "opencode-"));
+  after(() => rmSync(folder, { recursive: true, force: true }));
   writeFileSync(join(folder, "notes.txt"), `${NOTE}\n`);
   const options = { baseURL: `http://127.0.0.1:${proxy.address().port}/v1`, apiKey: "none" };
   const model = { temperature: true, limit: { context: 8192, output: 64 } };

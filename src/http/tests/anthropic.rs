@@ -129,3 +129,22 @@ async fn models_are_listed_in_the_form_of_who_asks() {
         .await;
     assert_eq!((status, &message["model"]), (200, &json!(BASE)));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_is_begun_is_gone_on_with_and_not_repeated() {
+    let server = Server::able().await;
+    let mut body = json!({"model": BASE, "max_tokens": 3, "temperature": 0, "messages": [
+        {"role": "user", "content": "0"}, {"role": "assistant", "content": [{"type": "text", "text": "ab"}]}]});
+    let (status, message) = server.messages("/v1/messages", &body).await;
+    assert_eq!((status, &message["content"][0]["text"]), (200, &json!("cde")), "{message}");
+    body["messages"][1] = json!({"role": "assistant", "content": "ab", "prefix": true});
+    let chat = server.request(Method::POST, "/v1/chat/completions").body(body.to_string()).send().await.unwrap();
+    let chat: Value = chat.json().await.unwrap();
+    assert_eq!(chat["choices"][0]["message"]["content"], "abcde", "Mistral's is repeated: {chat}");
+    let called = json!([{"type": "tool_use", "id": "t", "name": "f", "input": {}}]);
+    let ending = json!({"max_tokens": 1, "messages": [{"role": "user", "content": "a"},
+        {"role": "assistant", "content": called}]});
+    let (status, error) = server.messages("/v1/messages", &ending).await;
+    assert_eq!(status, 400);
+    assert!(error["error"]["message"].as_str().unwrap().contains("`messages[1]`"), "{error}");
+}

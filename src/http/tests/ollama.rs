@@ -120,3 +120,18 @@ async fn what_is_no_browser_finds_ollama() {
     assert_eq!((plain.status().as_u16(), plain.text().await.unwrap().as_str()), (200, "Ollama is running"));
     assert_eq!(server.request(Method::HEAD, "/").send().await.unwrap().status(), 200);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_error_names_what_the_client_sent() {
+    let server = Server::able().await;
+    for (path, body, place) in [
+        ("/api/generate", json!({"prompt": "a", "options": {"temperature": 9}}), "`options.temperature`"),
+        ("/api/generate", json!({"prompt": "a", "options": {"mirostat": 2}}), "`options.mirostat`"),
+        ("/api/generate", json!({"prompt": "a", "raw": true, "format": {"type": 1}}), "`format`"),
+        ("/api/chat", json!({"messages": [{"role": "tool", "content": "x"}]}), "`messages[0].tool_call_id`"),
+    ] {
+        let (status, error) = ask(&server, path, body.clone()).await;
+        assert_eq!(status, 400, "{body}");
+        assert!(error["error"].as_str().unwrap().contains(place), "{body}: {error}");
+    }
+}
