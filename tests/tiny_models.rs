@@ -16,6 +16,7 @@ use kernels::attention::BlockId;
 use kernels::device::Logits;
 use lorry::adapter::compose::compose;
 use lorry::model::base_weights::GgufWeights;
+use lorry::model::gguf::GgufFile;
 use lorry::model::spec::{Architecture, Module};
 use lorry::model::{AdapterGroup, FIRST_VIRTUAL_TOKEN, ForwardBatch, SequenceRows};
 use reference::Reference;
@@ -272,6 +273,81 @@ fn what_is_no_gguf_file_is_refused_with_its_path() {
         assert!(refusal.contains("notes.txt"), "{content:?}: {refusal}");
     }
     assert!(refusal(dir.path()).contains(&*dir.path().to_string_lossy()), "a folder");
+}
+
+/// Gives a tensor of a file another type, by GGML's number.
+fn change_type(path: &Path, name: &str, number: u32) {
+    let mut bytes = fs::read(path).unwrap();
+    let name = [&(name.len() as u64).to_le_bytes(), name.as_bytes()].concat();
+    let at = bytes.windows(name.len()).position(|window| window == name).unwrap() + name.len();
+    let num_dimensions = u32::from_le_bytes(std::array::from_fn(|i| bytes[at + i])) as usize;
+    bytes[at + 4 + 8 * num_dimensions..][..4].copy_from_slice(&number.to_le_bytes());
+    fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn a_type_that_is_not_read_is_refused_by_its_name_and_that_of_the_tensor() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("types.gguf");
+    let model = TinyModel::new(Architecture::Llama, GgmlDType::Q4_0, 8);
+    for (number, name) in [(16, "IQ2_XXS"), (19, "IQ1_S"), (35, "TQ2_0"), (9, "Q8_1"), (77, "77, which is unknown")] {
+        model.write(&path);
+        change_type(&path, "blk.1.ffn_up.weight", number);
+        let refusal = refusal(&path);
+        assert!(refusal.contains("blk.1.ffn_up.weight") && refusal.contains(name), "{refusal}");
+    }
+}
+
+#[test]
+fn types_with_tables_run_as_their_dequantized_weights_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, name) = (dir.path().join("tables.gguf"), "blk.1.ffn_up.weight");
+    let tokens = random_tokens(&TinyModel::new(Architecture::Qwen2, GgmlDType::F32, 8).spec, 20, 1);
+    let model = TinyModel::new(Architecture::Qwen2, GgmlDType::Q4_0, 8);
+    model.write(&path);
+    // A block has as many bytes in both.
+    change_type(&path, name, 20);
+    let mut expected = TinyModel::new(Architecture::Qwen2, GgmlDType::F32, 8);
+    for (name, weight) in &mut expected.weights {
+        let file = GgufFile::open(&path).unwrap();
+        let raw = file.tensor(name).unwrap();
+        let width = *weight.dims().last().unwrap();
+        let row_bytes = raw.weight_type.row_bytes(width).unwrap();
+        let rows = raw.bytes.chunks_exact(row_bytes).flat_map(|bytes| {
+            let mut row = vec![0.0; width];
+            raw.weight_type.dequantize_row(bytes, &mut row);
+            row
+        });
+        *weight = candle_core::Tensor::from_vec(rows.collect(), weight.shape(), &candle_core::Device::Cpu).unwrap();
+    }
+    let expected = Reference::new(&expected).logits(&tokens);
+    let original = Reference::new(&model).logits(&tokens);
+    for isa in Isa::available() {
+        let mut decoder = Place::Host(isa, 2).load(&path, usize::MAX).unwrap();
+        let logits = logits_alone(&mut *decoder, &tokens, None);
+        assert!(distance(&logits, &expected) < MAX_QUANTIZED_DISTANCE, "{isa}: {}", distance(&logits, &expected));
+        assert!(distance(&logits, &original) > 5.0 * MAX_QUANTIZED_DISTANCE, "{isa}: the type changes nothing");
+    }
+}
+
+#[test]
+fn a_model_split_over_files_is_that_model_and_a_part_alone_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = TinyModel::new(Architecture::Qwen2, GgmlDType::Q4_0, 8);
+    let parts = model.write_parts(dir.path(), 3);
+    let tokens = random_tokens(&model.spec, 20, 1);
+    let host = Place::Host(Isa::detect(), 1);
+    let whole = logits_alone(&mut *model.load(host), &tokens, None);
+    assert_eq!(logits_alone(&mut *host.load(&parts[0], usize::MAX).unwrap(), &tokens, None), whole);
+    assert!(refusal(&parts[1]).contains("part 2 of 3"), "{}", refusal(&parts[1]));
+    assert!(refusal(&parts[1]).contains("-00001-of-00003.gguf"));
+    fs::rename(&parts[1], dir.path().join("elsewhere.gguf")).unwrap();
+    assert!(refusal(&parts[0]).contains("tiny-00002-of-00003.gguf"), "{}", refusal(&parts[0]));
+    fs::copy(&parts[2], &parts[1]).unwrap();
+    assert!(refusal(&parts[0]).contains("it is not part 2 of 3"), "{}", refusal(&parts[0]));
+    let renamed = dir.path().join("renamed.gguf");
+    fs::rename(&parts[0], &renamed).unwrap();
+    assert!(refusal(&renamed).contains("does not end in -00001-of-00003.gguf"), "{}", refusal(&renamed));
 }
 
 #[test]

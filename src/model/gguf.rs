@@ -1,17 +1,21 @@
-//! Reading GGUF files: metadata through candle, tensor bytes through a memory map.
+//! Reading GGUF files: a header, and tensor bytes through a memory map. A model split over files is one to its readers.
 
+mod header;
+mod types;
+
+use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::quantized::GgmlDType;
-use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::quantized::gguf_file::Value;
 use kernels::device::DeviceError;
 use kernels::mapped_file::{MappedFile, MappedRows};
-use kernels::quantized::{BlockFormat, WeightType};
+use kernels::quantized::WeightType;
 
 use super::metadata;
 use super::spec::ModelSpec;
+use header::Header;
 
 #[derive(Debug, thiserror::Error)]
 pub enum GgufError {
@@ -50,55 +54,86 @@ pub struct RawTensor<'a> {
     pub bytes: &'a [u8],
 }
 
-/// `None` for what this server can neither multiply nor read.
-fn weight_type(dtype: GgmlDType) -> Option<WeightType> {
-    Some(match dtype {
-        GgmlDType::Q4_0 => WeightType::Blocks(BlockFormat::Q4_0),
-        GgmlDType::Q4_1 => WeightType::Blocks(BlockFormat::Q4_1),
-        GgmlDType::Q5_0 => WeightType::Blocks(BlockFormat::Q5_0),
-        GgmlDType::Q5_1 => WeightType::Blocks(BlockFormat::Q5_1),
-        GgmlDType::Q8_0 => WeightType::Blocks(BlockFormat::Q8_0),
-        GgmlDType::Q2K => WeightType::Blocks(BlockFormat::Q2_K),
-        GgmlDType::Q3K => WeightType::Blocks(BlockFormat::Q3_K),
-        GgmlDType::Q4K => WeightType::Blocks(BlockFormat::Q4_K),
-        GgmlDType::Q5K => WeightType::Blocks(BlockFormat::Q5_K),
-        GgmlDType::Q6K => WeightType::Blocks(BlockFormat::Q6_K),
-        GgmlDType::F16 => WeightType::F16,
-        GgmlDType::BF16 => WeightType::BF16,
-        GgmlDType::F32 => WeightType::F32,
-        _ => return None,
-    })
-}
-
 /// An open GGUF file. Tensor bytes stay on disk until they are touched.
 #[derive(Debug)]
 pub struct GgufFile {
-    content: Content,
-    file: Arc<MappedFile>,
+    metadata: HashMap<String, Value>,
+    tensors: HashMap<String, Tensor>,
+    /// More than one where the model is split.
+    files: Vec<Arc<MappedFile>>,
 }
 
+/// Where a tensor lies.
+#[derive(Debug)]
+struct Tensor {
+    /// Index into the files.
+    file: usize,
+    type_number: u32,
+    shape: Vec<usize>,
+    /// In bytes of the file.
+    offset: Option<usize>,
+}
+
+/// Keys of files that hold a part of a model. Parts are counted from 0, and from 1 in their names.
+const SPLIT_COUNT: &str = "split.count";
+const SPLIT_NUMBER: &str = "split.no";
+
 impl GgufFile {
+    /// Opens a file, and the others of a model that is split; `path` is that of the first.
     pub fn open(path: &Path) -> Result<Self, GgufError> {
-        let file = MappedFile::open(path).map_err(|source| GgufError::Open { path: path.to_path_buf(), source })?;
-        let content = Content::read(&mut std::io::Cursor::new(file.bytes()))
-            .map_err(|e| GgufError::Parse { path: path.to_path_buf(), reason: e.to_string() })?;
-        Ok(Self { content, file: Arc::new(file) })
+        let (file, header) = open_one(path)?;
+        let split = |header: &Header, key| header.metadata.get(key).and_then(whole_number);
+        let count = split(&header, SPLIT_COUNT).unwrap_or(1).max(1);
+        let number = split(&header, SPLIT_NUMBER).unwrap_or(0);
+        if count > 1 && number != 0 {
+            let (path, number) = (path.display(), number + 1);
+            return Err(GgufError::Unsupported(format!(
+                "{path} is part {number} of {count} of a model: give the first, whose name ends in {}",
+                part_suffix(1, count)
+            )));
+        }
+        let mut opened = Self { metadata: HashMap::new(), tensors: HashMap::new(), files: Vec::new() };
+        opened.add_tensors(file, &header)?;
+        for number in 1..count {
+            let path = part_path(path, number + 1, count)?;
+            let (file, part) = open_one(&path)?;
+            if (split(&part, SPLIT_NUMBER), split(&part, SPLIT_COUNT)) != (Some(number), Some(count)) {
+                let reason = format!("it is not part {} of {count} of the model", number + 1);
+                return Err(GgufError::Parse { path, reason });
+            }
+            opened.add_tensors(file, &part)?;
+        }
+        opened.metadata = header.metadata;
+        Ok(opened)
+    }
+
+    fn add_tensors(&mut self, file: MappedFile, header: &Header) -> Result<(), GgufError> {
+        for (name, entry) in &header.tensors {
+            let offset = usize::try_from(entry.offset).ok().and_then(|offset| offset.checked_add(header.data_offset));
+            let (type_number, shape) = (entry.type_number, entry.shape.clone());
+            let tensor = Tensor { file: self.files.len(), type_number, shape, offset };
+            if self.tensors.insert(name.clone(), tensor).is_some() {
+                return Err(GgufError::Damaged(name.clone()));
+            }
+        }
+        self.files.push(Arc::new(file));
+        Ok(())
     }
 
     /// Gives the memory of the tensors read so far back to the system.
     pub fn release_pages(&mut self) {
-        // Advice only; what still reads the file keeps its pages.
-        if let Some(file) = Arc::get_mut(&mut self.file) {
+        // Advice only; what still reads a file keeps its pages.
+        for file in self.files.iter_mut().filter_map(Arc::get_mut) {
             file.release_pages();
         }
     }
 
     pub fn metadata(&self, key: &str) -> Option<&Value> {
-        self.content.metadata.get(key)
+        self.metadata.get(key)
     }
 
     pub fn metadata_pairs(&self) -> impl Iterator<Item = (&str, &Value)> {
-        self.content.metadata.iter().map(|(key, value)| (key.as_str(), value))
+        self.metadata.iter().map(|(key, value)| (key.as_str(), value))
     }
 
     fn required(&self, key: &str) -> Result<&Value, GgufError> {
@@ -133,46 +168,47 @@ impl GgufFile {
 
     /// Of all tensors together.
     pub fn num_parameters(&self) -> u64 {
-        self.content.tensor_infos.values().map(|tensor| tensor.shape.elem_count() as u64).sum()
+        let elements = |tensor: &Tensor| tensor.shape.iter().fold(1, |n: u64, dim| n.saturating_mul(*dim as u64));
+        self.tensors.values().map(elements).fold(0, u64::saturating_add)
     }
 
     pub fn tensor_names(&self) -> impl Iterator<Item = &str> {
-        self.content.tensor_infos.keys().map(String::as_str)
+        self.tensors.keys().map(String::as_str)
     }
 
     pub fn has_tensor(&self, name: &str) -> bool {
-        self.content.tensor_infos.contains_key(name)
+        self.tensors.contains_key(name)
     }
 
     pub fn tensor(&self, name: &str) -> Result<RawTensor<'_>, GgufError> {
-        let (weight_type, shape, place) = self.place(name)?;
-        Ok(RawTensor { weight_type, shape, bytes: &self.file.bytes()[place] })
+        let (weight_type, tensor, place) = self.place(name)?;
+        let (shape, bytes) = (tensor.shape.clone(), &self.files[tensor.file].bytes()[place]);
+        Ok(RawTensor { weight_type, shape, bytes })
     }
 
-    /// Type, shape and bytes of a tensor, which lie within the file.
-    fn place(&self, name: &str) -> Result<(WeightType, Vec<usize>, Range<usize>), GgufError> {
-        let info = self.content.tensor_infos.get(name).ok_or_else(|| GgufError::MissingTensor(name.to_string()))?;
-        let shape = info.shape.dims().to_vec();
+    /// A tensor, and its bytes, which lie within its file.
+    fn place(&self, name: &str) -> Result<(WeightType, &Tensor, Range<usize>), GgufError> {
+        let tensor = self.tensors.get(name).ok_or_else(|| GgufError::MissingTensor(name.to_string()))?;
         let damaged = || GgufError::Damaged(name.to_string());
-        let elements = shape.iter().try_fold(1_usize, |n, dim| n.checked_mul(*dim)).ok_or_else(damaged)?;
-        let len =
-            (elements / info.ggml_dtype.block_size()).checked_mul(info.ggml_dtype.type_size()).ok_or_else(damaged)?;
-        let offset = self.content.tensor_data_offset.checked_add(info.offset).ok_or_else(damaged)?;
-        let offset = usize::try_from(offset).map_err(|_| damaged())?;
-        let weight_type = weight_type(info.ggml_dtype).ok_or_else(|| {
-            GgufError::Unsupported(format!("tensor {name} has the unsupported type {:?}", info.ggml_dtype))
-        })?;
-        match offset.checked_add(len).filter(|end| *end <= self.file.bytes().len()) {
-            Some(end) => Ok((weight_type, shape, offset..end)),
+        let weight_type = types::weight_type(tensor.type_number)
+            .map_err(|reason| GgufError::Unsupported(format!("tensor {name} {reason}")))?;
+        let (width, rows) = tensor.shape.split_last().ok_or_else(damaged)?;
+        // No type takes more than four bytes a weight.
+        width.checked_mul(4).ok_or_else(damaged)?;
+        let row_bytes = weight_type.row_bytes(*width).ok_or_else(damaged)?;
+        let len = rows.iter().try_fold(row_bytes, |len, dim| len.checked_mul(*dim)).ok_or_else(damaged)?;
+        let offset = tensor.offset.ok_or_else(damaged)?;
+        match offset.checked_add(len).filter(|end| *end <= self.files[tensor.file].bytes().len()) {
+            Some(end) => Ok((weight_type, tensor, offset..end)),
             None => Err(GgufError::Truncated { name: name.to_string(), offset, len }),
         }
     }
 
     /// The rows of a matrix of exactly this shape.
     pub fn matrix_rows(&self, name: &str, shape: (usize, usize)) -> Result<MappedRows, GgufError> {
-        let weight_type = self.matrix(name, shape)?.weight_type;
-        let (_, _, place) = self.place(name)?;
-        Ok(MappedRows { file: self.file.clone(), weight_type, place, num_rows: shape.0 })
+        self.matrix(name, shape)?;
+        let (weight_type, tensor, place) = self.place(name)?;
+        Ok(MappedRows { file: self.files[tensor.file].clone(), weight_type, place, num_rows: shape.0 })
     }
 
     /// A matrix of exactly this shape.
@@ -200,6 +236,29 @@ impl GgufFile {
     pub fn spec(&self) -> Result<ModelSpec, GgufError> {
         metadata::spec(self)
     }
+}
+
+fn open_one(path: &Path) -> Result<(MappedFile, Header), GgufError> {
+    let file = MappedFile::open(path).map_err(|source| GgufError::Open { path: path.to_path_buf(), source })?;
+    let parse = |reason| GgufError::Parse { path: path.to_path_buf(), reason };
+    let header = header::read(file.bytes()).map_err(parse)?;
+    Ok((file, header))
+}
+
+/// `-00001-of-00003.gguf`
+fn part_suffix(number: usize, count: usize) -> String {
+    format!("-{number:05}-of-{count:05}.gguf")
+}
+
+/// Where part `number` of a model lies whose first is `first`.
+fn part_path(first: &Path, number: usize, count: usize) -> Result<PathBuf, GgufError> {
+    let name = first.file_name().unwrap_or_default().to_string_lossy();
+    let suffix = part_suffix(1, count);
+    let stem = name.strip_suffix(&suffix).ok_or_else(|| GgufError::Parse {
+        path: first.to_path_buf(),
+        reason: format!("it is the first of {count} parts of a model, and its name does not end in {suffix}"),
+    })?;
+    Ok(first.with_file_name(format!("{stem}{}", part_suffix(number, count))))
 }
 
 /// Any unsigned or signed integer that is not negative.

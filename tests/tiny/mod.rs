@@ -92,6 +92,24 @@ impl TinyModel {
     }
 
     pub fn write(&self, path: &Path) {
+        write_gguf(path, &self.metadata, &self.tensors());
+    }
+
+    /// As parts of a split model, the first with most of the metadata and none but its share of the tensors; their paths.
+    pub fn write_parts(&self, dir: &Path, count: usize) -> Vec<PathBuf> {
+        let tensors = self.tensors();
+        let parts = tensors.chunks(tensors.len().div_ceil(count)).enumerate().map(|(number, tensors)| {
+            let path = dir.join(format!("tiny-{:05}-of-{count:05}.gguf", number + 1));
+            let mut metadata = if number == 0 { self.metadata.clone() } else { BTreeMap::new() };
+            metadata.insert("split.no".into(), Value::U16(number as u16));
+            metadata.insert("split.count".into(), Value::U16(count as u16));
+            write_gguf(&path, &metadata, tensors);
+            path
+        });
+        parts.collect()
+    }
+
+    fn tensors(&self) -> Vec<(String, QTensor)> {
         let quantize = |(name, weight): (&String, &Tensor)| {
             let rows = match name.rsplit('.').nth(1) {
                 Some("attn_q") => self.permuted(weight, self.spec.num_heads),
@@ -100,10 +118,7 @@ impl TinyModel {
             };
             (name.clone(), QTensor::quantize(&rows, self.dtype_of(weight)).unwrap())
         };
-        let tensors: Vec<(String, QTensor)> = self.weights.iter().map(quantize).collect();
-        let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-        let metadata: Vec<_> = self.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
-        gguf_file::write(&mut File::create(path).unwrap(), &metadata, &tensors).unwrap();
+        self.weights.iter().map(quantize).collect()
     }
 
     /// What llama.cpp's converter does to the rows of queries and keys of architecture `llama`.
@@ -122,6 +137,12 @@ impl TinyModel {
         self.write(&path);
         place.load(&path, usize::MAX).unwrap()
     }
+}
+
+fn write_gguf(path: &Path, metadata: &BTreeMap<String, Value>, tensors: &[(String, QTensor)]) {
+    let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
+    gguf_file::write(&mut File::create(path).unwrap(), &metadata, &tensors).unwrap();
 }
 
 /// A model of architecture `qwen2` in a file, for as many decoders as a test loads.

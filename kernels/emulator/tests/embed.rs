@@ -64,7 +64,7 @@ impl Table {
             hidden: hidden.address(),
             adapters: if adapters.is_some() { rows.address() } else { 0 },
             row_bytes: self.row_bytes as i64,
-            row_type: self.weight_type.into(),
+            row_type: self.weight_type.try_into().unwrap(),
             hidden_size: self.hidden_size as i32,
         };
         embed(device, tokens.len(), args).unwrap();

@@ -1,6 +1,7 @@
 //! Tokens become hidden states: `kernels/cuda/embed.cuh`.
 
 use super::driver::{Driver, DriverError, KernelArgs, bytes_of};
+use crate::device::DeviceError;
 use crate::quantized::{BlockFormat, WeightType};
 
 /// Types of weights that the kernel reads as they are in a file, by GGML's numbers.
@@ -23,9 +24,11 @@ pub enum RowType {
     BF16 = 30,
 }
 
-impl From<WeightType> for RowType {
-    fn from(weight_type: WeightType) -> Self {
-        match weight_type {
+impl TryFrom<WeightType> for RowType {
+    type Error = DeviceError;
+
+    fn try_from(weight_type: WeightType) -> Result<Self, DeviceError> {
+        Ok(match weight_type {
             WeightType::F32 => Self::F32,
             WeightType::F16 => Self::F16,
             WeightType::BF16 => Self::BF16,
@@ -39,7 +42,11 @@ impl From<WeightType> for RowType {
             WeightType::Blocks(BlockFormat::Q4_K) => Self::Q4_K,
             WeightType::Blocks(BlockFormat::Q5_K) => Self::Q5_K,
             WeightType::Blocks(BlockFormat::Q6_K) => Self::Q6_K,
-        }
+            WeightType::Blocks(format @ (BlockFormat::IQ4_NL | BlockFormat::IQ4_XS | BlockFormat::MXFP4)) => {
+                let reason = format!("the CUDA device reads no embedding of type {format:?}");
+                return Err(DeviceError::Unsupported(reason));
+            }
+        })
     }
 }
 

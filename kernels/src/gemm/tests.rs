@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::quantized::BlockFormat;
 
-const FORMATS: [BlockFormat; 10] = [
+const FORMATS: [BlockFormat; 13] = [
     BlockFormat::Q4_0,
     BlockFormat::Q4_1,
     BlockFormat::Q5_0,
@@ -14,6 +14,9 @@ const FORMATS: [BlockFormat; 10] = [
     BlockFormat::Q4_K,
     BlockFormat::Q5_K,
     BlockFormat::Q6_K,
+    BlockFormat::IQ4_NL,
+    BlockFormat::IQ4_XS,
+    BlockFormat::MXFP4,
 ];
 
 /// Random bytes of a format's rows, with scales of a size weights have.
@@ -24,16 +27,20 @@ fn random_weights(format: BlockFormat, out: usize, width: usize, mut seed: u64) 
     };
     let mut bytes: Vec<u8> = (0..format.row_bytes(width).unwrap() * out).map(|_| next() as u8).collect();
     let half_at: &[usize] = match format {
-        BlockFormat::Q4_0 | BlockFormat::Q5_0 | BlockFormat::Q8_0 => &[0],
+        BlockFormat::Q4_0 | BlockFormat::Q5_0 | BlockFormat::Q8_0 | BlockFormat::IQ4_NL | BlockFormat::IQ4_XS => &[0],
         BlockFormat::Q4_1 | BlockFormat::Q5_1 | BlockFormat::Q4_K | BlockFormat::Q5_K => &[0, 2],
         BlockFormat::Q2_K => &[80, 82],
         BlockFormat::Q3_K => &[108],
         BlockFormat::Q6_K => &[208],
+        BlockFormat::MXFP4 => &[],
     };
     for block in bytes.chunks_exact_mut(format.block_bytes()) {
         for &at in half_at {
             let scale = half::f16::from_f32((next() % 1000) as f32 * 1e-5 + 1e-3);
             block[at..at + 2].copy_from_slice(&scale.to_le_bytes());
+        }
+        if format == BlockFormat::MXFP4 {
+            block[0] = 120 + block[0] % 4;
         }
     }
     bytes
@@ -145,8 +152,12 @@ fn largest_values_do_not_overflow_the_short_sums() {
                 BlockFormat::Q3_K => &[108],
                 BlockFormat::Q6_K => &[208],
                 BlockFormat::Q4_1 | BlockFormat::Q5_1 | BlockFormat::Q4_K | BlockFormat::Q5_K => &[0, 2],
+                BlockFormat::MXFP4 => &[],
                 _ => &[0],
             };
+            if format == BlockFormat::MXFP4 {
+                block[0] = 128;
+            }
             if format == BlockFormat::Q8_0 {
                 block[2..].fill(if i % 2 == 0 { 0x80 } else { 0x7f });
             }

@@ -18,7 +18,15 @@ pub enum BlockFormat {
     Q4_K,
     Q5_K,
     Q6_K,
+    IQ4_NL,
+    IQ4_XS,
+    MXFP4,
 }
+
+/// What the sixteen numbers of [`BlockFormat::IQ4_NL`] and [`BlockFormat::IQ4_XS`] stand for, closer where weights are many.
+const NON_LINEAR: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+/// Twice what those of [`BlockFormat::MXFP4`] do: floats of two bits of exponent and one of mantissa (OCP MX, E2M1).
+const FLOATS: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
 /// 32 weights: `w[i] = scale[i / 16] · (q[i] - offset) - min[i / 16]`, with the offset of their format.
 #[derive(Debug, Clone, Copy, Default)]
@@ -32,8 +40,8 @@ impl BlockFormat {
     /// Weights per block of the file.
     pub fn block_len(self) -> usize {
         match self {
-            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
-            Self::Q2_K | Self::Q3_K | Self::Q4_K | Self::Q5_K | Self::Q6_K => 256,
+            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::IQ4_NL | Self::MXFP4 => 32,
+            Self::Q2_K | Self::Q3_K | Self::Q4_K | Self::Q5_K | Self::Q6_K | Self::IQ4_XS => 256,
         }
     }
 
@@ -50,6 +58,9 @@ impl BlockFormat {
             Self::Q4_K => 144,
             Self::Q5_K => 176,
             Self::Q6_K => 210,
+            Self::IQ4_NL => 18,
+            Self::IQ4_XS => 136,
+            Self::MXFP4 => 17,
         }
     }
 
@@ -62,8 +73,8 @@ impl BlockFormat {
     pub(crate) fn offset(self) -> i32 {
         match self {
             Self::Q4_0 => 8,
-            Self::Q5_0 => 16,
-            Self::Q8_0 => 128,
+            Self::Q5_0 | Self::MXFP4 => 16,
+            Self::Q8_0 | Self::IQ4_NL | Self::IQ4_XS => 128,
             Self::Q3_K => 4,
             Self::Q6_K => 32,
             Self::Q4_1 | Self::Q5_1 | Self::Q2_K | Self::Q4_K | Self::Q5_K => 0,
@@ -85,6 +96,13 @@ impl BlockFormat {
                 Self::Q4_K => q45_k(bytes, blocks, false),
                 Self::Q5_K => q45_k(bytes, blocks, true),
                 Self::Q6_K => q6_k(bytes, blocks),
+                Self::IQ4_NL => blocks[0] = from_table(&bytes[2..], &NON_LINEAR, self.offset(), f16_at(bytes, 0)),
+                Self::IQ4_XS => iq4_xs(bytes, blocks),
+                // A power of two, of half the floats' unit.
+                Self::MXFP4 => {
+                    let scale = (f32::from(bytes[0]) - 128.0).exp2();
+                    blocks[0] = from_table(&bytes[1..], &FLOATS, self.offset(), scale);
+                }
             }
         }
     }
@@ -125,6 +143,29 @@ fn legacy(bytes: &[u8], has_min: bool, has_high: bool) -> Block32 {
         q[i + 16] = (byte >> 4) | (((high >> (i + 16)) & 1) as u8 * 16);
     }
     Block32 { q, scale: [scale; 2], min: [min; 2] }
+}
+
+/// 32 nibbles, the first half of the weights in the low ones, which `table` says the meaning of.
+fn from_table(nibbles: &[u8], table: &[i8; 16], offset: i32, scale: f32) -> Block32 {
+    let value = |nibble: u8| (i32::from(table[usize::from(nibble)]) + offset) as u8;
+    let mut q = [0; 32];
+    for (i, byte) in nibbles[..16].iter().enumerate() {
+        q[i] = value(byte & 15);
+        q[i + 16] = value(byte >> 4);
+    }
+    Block32 { q, scale: [scale; 2], min: [0.0; 2] }
+}
+
+/// Eight groups of 32: 6-bit signed scales, nibbles.
+fn iq4_xs(bytes: &[u8], blocks: &mut [Block32]) {
+    let d = f16_at(bytes, 0);
+    let high = u16::from_le_bytes([bytes[2], bytes[3]]);
+    let (low, nibbles) = (&bytes[4..8], &bytes[8..136]);
+    for (b, block) in blocks.iter_mut().enumerate() {
+        let scale = i32::from(low[b / 2] >> (b % 2 * 4) & 15) | i32::from(high >> (2 * b) & 3) << 4;
+        let scale = d * (scale - 32) as f32;
+        *block = from_table(&nibbles[b * 16..], &NON_LINEAR, BlockFormat::IQ4_XS.offset(), scale);
+    }
 }
 
 fn q8_0(bytes: &[u8]) -> Block32 {
@@ -211,5 +252,36 @@ fn q6_k(bytes: &[u8], blocks: &mut [Block32]) {
             block.scale[side] = d * f32::from(scales[b * 2 + side].cast_signed());
         }
         block.min = [0.0; 2];
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the package `gguf` of llama.cpp makes of the same bytes.
+    #[test]
+    fn formats_with_tables_hold_the_weights_that_llama_cpp_reads() {
+        let dequantized = |format: BlockFormat, scale: &[u8]| {
+            let mut bytes: Vec<u8> = (0..format.block_bytes()).map(|i| (i * 37 + 11) as u8).collect();
+            bytes[..scale.len()].copy_from_slice(scale);
+            let mut row = vec![0.0; format.block_len()];
+            format.dequantize_row(&bytes, &mut row);
+            row
+        };
+        let quarter = f16::from_f32(0.25).to_le_bytes();
+        let row = dequantized(BlockFormat::IQ4_NL, &quarter);
+        assert_eq!(row[..8], [-8.75, 6.25, 28.25, -12.25, 3.25, 22.25, -16.25, 0.25]);
+        assert_eq!(row[16..24], [-8.75, -2.5, 3.25, 13.25, 22.25, -31.75, -16.25, -8.75]);
+        let row = dequantized(BlockFormat::IQ4_XS, &quarter);
+        let places = [0, 15, 16, 31, 32, 63, 64, 100, 128, 130, 160, 191, 192, 200, 224, 255];
+        let expected = [
+            16.25, -22.25, 16.25, 8.75, 113.75, -43.75, 195.0, 10.0, -146.25, 155.25, -227.5, 311.5, -487.5, 285.0,
+            260.0, -4.0,
+        ];
+        assert_eq!(places.map(|place| row[place]), expected);
+        let row = dequantized(BlockFormat::MXFP4, &[125]);
+        assert_eq!(row[..8], [0.0, 0.75, -0.25, -1.5, 0.5, -0.125, -1.0, 0.375]);
+        assert_eq!(row[16..24], [0.375, 0.75, 1.5, -0.125, -0.5, -1.0, 0.0, 0.375]);
     }
 }

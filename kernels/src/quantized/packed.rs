@@ -38,9 +38,10 @@ impl Layout {
         let (bits, groups, has_min) = match format {
             Q4_0 => (4, 1, false),
             Q4_1 | Q4_K => (4, 1, true),
-            Q5_0 => (5, 1, false),
+            Q5_0 | MXFP4 => (5, 1, false),
             Q5_1 | Q5_K => (5, 1, true),
-            Q8_0 => (8, 1, false),
+            // Tables are looked up once, here.
+            Q8_0 | IQ4_NL | IQ4_XS => (8, 1, false),
             Q2_K => (4, 2, true),
             Q3_K => (4, 2, false),
             Q6_K => (6, 2, false),

@@ -16,7 +16,7 @@ use kernels::{Cpu, Isa};
 
 use crate::arrays::{Numbers, bytes, floats, read_floats};
 
-pub const FORMATS: [BlockFormat; 10] = [
+pub const FORMATS: [BlockFormat; 13] = [
     BlockFormat::Q4_0,
     BlockFormat::Q4_1,
     BlockFormat::Q5_0,
@@ -27,6 +27,9 @@ pub const FORMATS: [BlockFormat; 10] = [
     BlockFormat::Q4_K,
     BlockFormat::Q5_K,
     BlockFormat::Q6_K,
+    BlockFormat::IQ4_NL,
+    BlockFormat::IQ4_XS,
+    BlockFormat::MXFP4,
 ];
 
 /// `blocks` blocks of 32, or as many as the format must have.
@@ -37,11 +40,12 @@ pub fn width_of(format: BlockFormat, blocks: usize) -> usize {
 /// Where a block of the file has f16 numbers.
 fn half_places(format: BlockFormat) -> &'static [usize] {
     match format {
-        BlockFormat::Q4_0 | BlockFormat::Q5_0 | BlockFormat::Q8_0 => &[0],
+        BlockFormat::Q4_0 | BlockFormat::Q5_0 | BlockFormat::Q8_0 | BlockFormat::IQ4_NL | BlockFormat::IQ4_XS => &[0],
         BlockFormat::Q4_1 | BlockFormat::Q5_1 | BlockFormat::Q4_K | BlockFormat::Q5_K => &[0, 2],
         BlockFormat::Q2_K => &[80, 82],
         BlockFormat::Q3_K => &[108],
         BlockFormat::Q6_K => &[208],
+        BlockFormat::MXFP4 => &[],
     }
 }
 
@@ -49,6 +53,10 @@ fn set_halves(format: BlockFormat, bytes: &mut [u8], mut value: impl FnMut() -> 
     for block in bytes.chunks_exact_mut(format.block_bytes()) {
         for &at in half_places(format) {
             block[at..at + 2].copy_from_slice(&f16::from_f32(value()).to_le_bytes());
+        }
+        if format == BlockFormat::MXFP4 {
+            // An exponent.
+            block[0] = 121;
         }
     }
 }
