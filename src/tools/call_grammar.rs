@@ -208,10 +208,12 @@ mod tests {
         }
     }
 
-    /// Whether `output` is one of the grammar, and how many calls are read from it.
-    fn follow(format: CallFormat, specials: &[&str], output: &str) -> (bool, usize) {
+    /// Whether `output` is one of what the tools ask for, and how many calls are read from it.
+    fn follow(tools: Tools, format: CallFormat, specials: &[&str], output: &str) -> (bool, usize) {
         let tokenizer = Arc::new(Tokenizer::tiny(&[&["<|end|>"], specials].concat()));
-        let grammar = tools().grammar_of_calls(format, |text| tokenizer.special_id(text));
+        let Ok(Some(Constraint::Lark(grammar))) = tools.constraint(format, |text| tokenizer.special_id(text)) else {
+            panic!("a grammar");
+        };
         let compiled = GrammarCompiler::new(tokenizer.clone()).compile(&Constraint::Lark(grammar.clone()));
         let mut matcher = compiled.unwrap_or_else(|error| panic!("{error}: {grammar}"));
         let (vocab_size, end) = (tokenizer.vocab_size(), tokenizer.special_id("<|end|>").unwrap());
@@ -223,7 +225,7 @@ mod tests {
         };
         let tokens = tokenizer.encode(output, Specials::Parse).unwrap();
         let is_followed = tokens.into_iter().chain([end]).all(&mut may_follow);
-        let mut reader = CallReader::new(format, Arc::new(tools()));
+        let mut reader = CallReader::new(format, Arc::new(tools));
         let parts = reader.push(output).into_iter().chain(reader.finish());
         (is_followed, parts.filter(|part| matches!(part, ChatPart::CallStarted { .. })).count())
     }
@@ -282,10 +284,38 @@ mod tests {
             }
             for (output, is_followed, num_calls) in cases {
                 for specials in [&[][..], &markers] {
-                    let found = follow(format, specials, &output);
+                    let found = follow(tools(), format, specials, &output);
                     assert_eq!(found, (is_followed, num_calls), "{format:?} {specials:?} {output}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_forced_call_in_xml_is_one_call_and_nothing_else() {
+        let mut forced = Tools { choice: ToolChoice::Named("f".to_owned()), ..tools() };
+        let parameters = &mut forced.definitions[0]["function"]["parameters"];
+        parameters["properties"]["mode"] = json!({"enum": ["r", "w"]});
+        parameters["properties"]["all"] = json!({"$ref": "#/$defs/All"});
+        parameters["$defs"] = json!({"All": {"type": "array", "items": {"type": "boolean"}}});
+        let parameter = |name: &str, value: &str| format!("<parameter={name}>\n{value}\n</parameter>\n");
+        let call = |name: &str, parameters: &str| format!("<function={name}>\n{parameters}</function>");
+        let path = parameter("path", "a\n<b>");
+        for (output, is_followed) in [
+            (call("f", &path), true),
+            (call("f", &[path.clone(), parameter("lines", "3"), parameter("mode", "w")].concat()), true),
+            (call("f", &[path.clone(), parameter("all", "[true]")].concat()), true),
+            (call("f", &[path.clone(), parameter("all", "[1]")].concat()), false),
+            (call("f", &[path.clone(), parameter("mode", "x")].concat()), false),
+            (call("f", &[path.clone(), parameter("other", "x")].concat()), false),
+            (call("f", ""), false),
+            (call("g", &path), false),
+            (format!("Hm. {}", call("f", &path)), false),
+            (call("f", &path).repeat(2), false),
+        ] {
+            let (found, num_calls) = follow(forced.clone(), CallFormat::Xml, &[], &output);
+            assert_eq!(found, is_followed, "{output}");
+            assert!(!found || num_calls == 1, "{output}");
         }
     }
 }
