@@ -87,3 +87,11 @@ def test_errors_are_the_librarys_own(client):
     with pytest.raises(anthropic.BadRequestError) as refused:
         create(client, [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "http://a"}}]}])
     assert "messages[0].content[0]" in str(refused.value)
+
+
+def test_an_answer_that_is_begun_is_gone_on_with(client):
+    begun = [{"role": "user", "content": "Count from one to five."}, {"role": "assistant", "content": "one, two,"}]
+    message = create(client, begun, max_tokens=8)
+    assert "three" in message.content[0].text and "one" not in message.content[0].text
+    counted = client.messages.count_tokens(model=BASE, messages=begun)
+    assert counted.input_tokens > client.messages.count_tokens(model=BASE, messages=begun[:1]).input_tokens

@@ -79,3 +79,42 @@ def test_what_is_cut_off_is_incomplete_and_what_is_not_served_is_refused(client)
         with pytest.raises(openai.BadRequestError) as refused:
             respond(client, "a", **{field: value})
         assert refused.value.param.startswith(field)
+
+
+def test_freeform_tools_and_namespaces_are_called_as_they_were_offered(client):
+    shell = {"type": "custom", "name": "shell", "description": "Runs a command line."}
+    notes = {"type": "namespace", "name": "notes", "description": "Of notes.", "tools": [FUNCTIONS[1]]}
+    search = {"type": "web_search", "external_web_access": False}
+    options = {"tools": [shell, notes, search], "tool_choice": {"type": "custom", "name": "shell"}}
+    response = respond(client, "List the files here.", **options)
+    [call] = response.output
+    assert (call.type, call.name) == ("custom_tool_call", "shell") and call.input
+    assert [tool.type for tool in response.tools] == ["custom", "namespace"]
+    events = list(respond(client, "List the files here.", stream=True, **options))
+    [done] = [event for event in events if event.type == "response.custom_tool_call_input.done"]
+    assert done.input == call.input
+    result = {"type": "custom_tool_call_output", "call_id": call.call_id, "output": "notes.txt"}
+    named = {"type": "function", "name": "read_file", "namespace": "notes"}
+    answered = respond(client, [result], previous_response_id=response.id, tools=[notes], extra_body={"tool_choice": named})
+    [call] = answered.output
+    assert (call.type, call.namespace, call.name) == ("function_call", "notes", "read_file")
+
+
+@pytest.mark.parametrize("tool", [{"type": "web_search"}, {"type": "local_shell"}, {"type": "code_interpreter", "container": {"type": "auto"}}])
+def test_a_tool_that_the_server_would_have_to_run_is_refused(client, tool):
+    with pytest.raises(openai.BadRequestError) as refused:
+        respond(client, "a", tools=[*FUNCTIONS, tool])
+    assert refused.value.param == "tools[2].type"
+
+
+def test_errors_name_what_the_client_sent(client):
+    orphan = {"type": "function_call_output", "call_id": "nobody", "output": "x"}
+    for options, param in [
+        ({"input": [{"role": "user", "content": "a"}, orphan], "instructions": "b"}, "input[1].call_id"),
+        ({"input": "a", "text": {"format": {"type": "json_schema", "name": "x", "schema": 1}}}, "text.format.schema"),
+        ({"input": "a", "tools": [{"type": "function", "name": "a b", "parameters": {}}]}, "tools[0].name"),
+        ({"input": "word " * 60_000}, "input"),
+    ]:
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.responses.create(model=BASE, **options)
+        assert refused.value.param == param

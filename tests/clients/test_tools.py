@@ -91,3 +91,26 @@ def test_a_forced_call_is_made_whatever_is_said(client, choice, names):
         assert call.function.name in names
         required = {"get_weather": "city", "read_file": "path"}[call.function.name]
         assert isinstance(json.loads(call.function.arguments)[required], str)
+
+
+def test_a_strict_tool_is_called_as_its_schema_says_and_text_stays_free(client):
+    where = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+    where |= {"additionalProperties": False}
+    strict = {**TOOLS[0], "function": {**TOOLS[0]["function"], "strict": True, "parameters": where}}
+    [call] = chat(client, tools=[strict, TOOLS[1]]).choices[0].message.tool_calls
+    assert call.function.name == "get_weather" and json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
+    streamed = list(chat(client, tools=[strict, TOOLS[1]], stream=True))
+    pieces = [call for chunk in streamed for call in chunk.choices[0].delta.tool_calls or []]
+    assert "".join(piece.function.arguments for piece in pieces) == call.function.arguments
+    greeting = [{"role": "user", "content": "Hello! How are you?"}]
+    loose = {**TOOLS[0], "function": {**strict["function"], "strict": False}}
+    told, freely = (chat(client, greeting, tools=[tool, TOOLS[1]]) for tool in (strict, loose))
+    assert told.choices[0].message.content == freely.choices[0].message.content
+    assert told.usage.prompt_tokens == freely.usage.prompt_tokens, "it is no word to the model"
+
+
+def test_a_result_without_its_call_is_refused_by_its_place(client):
+    result = {"role": "tool", "tool_call_id": "nobody", "content": "18 degrees"}
+    with pytest.raises(openai.BadRequestError) as refused:
+        chat(client, [*MESSAGES, result])
+    assert refused.value.param == "messages[1].tool_call_id"

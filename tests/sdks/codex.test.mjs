@@ -67,7 +67,7 @@ test("a call is run, its output comes back, and the agent ends", { skip, timeout
   ];
   const agent = spawn(
     CODEX,
-    ["exec", "--json", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "--model", BASE,
+    ["exec", "--json", "--skip-git-repo-check", "--model", BASE,
       ...settings.flatMap((setting) => ["--config", setting]), `Run ${COMMAND}`],
     {
       cwd: folder,
