@@ -6,7 +6,7 @@ mod reply;
 #[cfg(test)]
 pub use arms::ALTERNATIVES;
 pub use arms::{MAX_ARMS, MAX_NAME_LEN, MIN_ARMS};
-pub use reply::{Chunk, CompareReply};
+pub use reply::{Chunk, CompareReply, End};
 
 use std::collections::VecDeque;
 
@@ -25,7 +25,7 @@ use super::trials::{Trial, choose_arm};
 use crate::compare::{ArmEvent, Comparison};
 use crate::generation::{GenerationRequest, Places, Prepared};
 use arms::{ArmRequest, CompareRequest, OnError};
-use reply::{ArmHead, ArmReply, ChunkEvent, End, Failure, Finished, Outcome};
+use reply::{ArmHead, ArmReply, ChunkEvent, Failure, Finished, Outcome};
 
 pub async fn compare(
     State(state): State<AppState>,

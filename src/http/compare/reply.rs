@@ -72,6 +72,7 @@ pub struct Failure {
 
 /// An event of a stream.
 #[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "CompareChunk")]
 pub struct Chunk<'a> {
     pub id: &'a str,
     /// Its place in the request.
@@ -91,7 +92,8 @@ pub enum ChunkEvent {
 }
 
 /// The last event before `[DONE]`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, JsonSchema, Serialize)]
+#[schemars(rename = "CompareEnd")]
 pub struct End<'a> {
     pub id: &'a str,
     pub event: &'static str,

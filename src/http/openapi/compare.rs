@@ -6,7 +6,7 @@ use super::document::{Document, EVENTS, JSON, Operation};
 use super::fields::completion_or_chat;
 use super::openai::OF_GENERATION;
 use super::schema::{boolean, item, one_of, properties};
-use crate::http::compare::{Chunk, CompareReply, MAX_ARMS, MAX_NAME_LEN, MIN_ARMS};
+use crate::http::compare::{Chunk, CompareReply, End, MAX_ARMS, MAX_NAME_LEN, MIN_ARMS};
 
 pub fn describe(document: &mut Document) {
     let mut fields = completion_or_chat(document);
@@ -19,7 +19,8 @@ pub fn describe(document: &mut Document) {
         "on_error": one_of(&["fail", "skip"], "What becomes of the others when an arm cannot be served."),
         "stream": boolean("Sends the replies as events while they are written."),
     })));
-    let (reply, chunk) = (document.of::<CompareReply<'_>>(), document.of::<Chunk<'_>>());
+    let (reply, chunk, end) = (document.of::<CompareReply<'_>>(), document.of::<Chunk<'_>>(), document.of::<End<'_>>());
+    let event = json!({"anyOf": [chunk, end]});
     let arms = json!([{"name": "a"}, {"name": "b", "temperature": 0}]);
     document.add(
         Operation::post("/v1/compare", "lorry", "Answers one prompt with several models, adapters or options")
@@ -33,7 +34,7 @@ pub fn describe(document: &mut Document) {
                     json!({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2, "arms": arms}),
                 ],
             )
-            .answers(200, "Each arm's reply, or why it has none.", &[(JSON, reply), (EVENTS, chunk)])
+            .answers(200, "Each arm's reply, or why it has none.", &[(JSON, reply), (EVENTS, event)])
             .refuses(&OF_GENERATION),
     );
 }
