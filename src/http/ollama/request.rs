@@ -55,8 +55,9 @@ pub fn read_generate(fields: &Fields, model: &str, has_chat: bool) -> Result<Ask
     let suffix = fields.string("suffix")?.filter(|suffix| !suffix.is_empty());
     let system = fields.string("system")?.filter(|system| !system.is_empty());
     let is_raw = fields.boolean("raw")?.unwrap_or(false);
+    let residency = residency(fields)?;
     if prompt.is_empty() && suffix.is_none() {
-        return residency(fields);
+        return Ok(residency);
     }
     let (mut converted, mut sent_as) = converted(fields, model)?;
     // Text that a client has laid out around a gap says all there is to say.
@@ -80,8 +81,9 @@ pub fn read_generate(fields: &Fields, model: &str, has_chat: bool) -> Result<Ask
 
 pub fn read_chat(fields: &Fields, model: &str) -> Result<Asked, ApiError> {
     let messages = fields.array("messages")?.map_or(&[] as &[Value], Vec::as_slice);
+    let residency = residency(fields)?;
     if messages.is_empty() {
-        return residency(fields);
+        return Ok(residency);
     }
     let messages = messages.iter().enumerate().map(|(index, message)| read_message(index, message));
     let mut messages = messages.collect::<Result<Vec<_>, _>>()?;
@@ -275,6 +277,7 @@ mod tests {
             (json!({"prompt": "a", "options": {"mirostat": 2}}), "options.mirostat"),
             (json!({"prompt": "a", "options": {"repeat_last_n": 64, "repeat_penalty": 1.1}}), "options.repeat_last_n"),
             (json!({"prompt": 1}), "prompt"),
+            (json!({"prompt": "a", "keep_alive": {}}), "keep_alive"),
         ] {
             assert_eq!(generate(body).unwrap_err().param(), Some(name));
         }

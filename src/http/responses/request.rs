@@ -178,6 +178,9 @@ impl Messages<'_> {
         if !item.is_object() {
             return Err(wrong_type(at, "an object", item));
         }
+        if !item["call_id"].is_null() && !item["call_id"].is_string() {
+            return Err(wrong_type(&format!("{at}.call_id"), "a string", &item["call_id"]));
+        }
         match item["type"].as_str().unwrap_or("message") {
             "message" => {
                 let content = content(&format!("{at}.content"), &item["content"])?;
@@ -343,6 +346,7 @@ mod tests {
             (json!({"input": 1}), "input"),
             (json!({"input": [1]}), "input[0]"),
             (json!({"input": [{"type": "item_reference"}]}), "input[0].type"),
+            (json!({"input": [{"type": "function_call_output", "call_id": 1, "output": "a"}]}), "input[0].call_id"),
             (json!({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}), "input[0].content[0].type"),
             (json!({"input": [{"type": "custom_tool_call", "name": "p", "input": 1}]}), "input[0].input"),
             (json!({"input": "a", "background": true}), "background"),
