@@ -103,9 +103,14 @@ impl Fields {
         self.fields.get(name).filter(|value| !value.is_null())
     }
 
-    /// Of several names for the same, the first that is there; else the first of all.
-    pub fn first_given<'a>(&self, names: &[&'a str]) -> &'a str {
-        names.iter().copied().find(|name| self.get(name).is_some()).unwrap_or(names[0])
+    /// Of several names for the same, the value of the first that is there; whatever else is there must make sense, too.
+    pub fn first_of<T>(
+        &self,
+        names: &[&str],
+        read: impl Fn(&str) -> Result<Option<T>, ApiError>,
+    ) -> Result<Option<T>, ApiError> {
+        let values = names.iter().map(|name| read(name)).collect::<Result<Vec<_>, _>>()?;
+        Ok(values.into_iter().flatten().next())
     }
 
     pub fn string(&self, name: &str) -> Result<Option<&str>, ApiError> {

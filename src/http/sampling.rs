@@ -39,10 +39,8 @@ pub fn parse_options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
     if let (Some(_), Some(param)) = (&beams, constraint_param) {
         return Err(ApiError::invalid(param, format!("`{param}` does not go with `use_beam_search`: leave one out")));
     }
-    let repetition_penalty = match fields.number("repetition_penalty", 0.01..=10.0)? {
-        Some(penalty) => Some(penalty),
-        None => fields.number("repeat_penalty", 0.01..=10.0)?,
-    };
+    let repetition_penalty =
+        fields.first_of(&["repetition_penalty", "repeat_penalty"], |name| fields.number(name, 0.01..=10.0))?;
     let mut options = GenerationOptions {
         num_choices,
         max_tokens: parse_max_tokens(fields)?,
@@ -83,28 +81,36 @@ pub fn default_to_no_limit(fields: &mut Map<String, Value>) {
 }
 
 fn parse_max_tokens(fields: &Fields) -> Result<Option<usize>, ApiError> {
-    match fields.first_given(&LENGTH_NAMES) {
+    fields.first_of(&LENGTH_NAMES, |name| match name {
         // -1 and -2 are "as many as there is room for".
-        name @ ("n_predict" | "num_predict") => {
+        "n_predict" | "num_predict" => {
             let count = fields.integer(name, -2..=i64::from(u32::MAX))?;
             Ok(count.map(|count| usize::try_from(count).unwrap_or(usize::MAX)))
         }
-        name => fields.count(name, 0..=u32::MAX),
-    }
+        _ => fields.count(name, 0..=u32::MAX),
+    })
 }
 
 /// `None` where it is to be drawn.
 pub fn parse_seed(fields: &Fields) -> Result<Option<i64>, ApiError> {
-    let seed = fields.integer(fields.first_given(&SEED_NAMES), i64::MIN..=i64::MAX)?;
+    let seed = fields.first_of(&SEED_NAMES, |name| fields.integer(name, i64::MIN..=i64::MAX))?;
     Ok(seed.filter(|seed| *seed != RANDOM_SEED))
 }
 
 fn parse_stops(fields: &Fields) -> Result<Vec<String>, ApiError> {
-    let name = fields.first_given(&STOP_NAMES);
-    // Before any of them is copied.
-    if let Some(count) = fields.get(name).and_then(Value::as_array).map(Vec::len).filter(|count| *count > MAX_STOPS) {
-        return Err(ApiError::invalid(name, format!("`{name}` has {count} strings, {MAX_STOPS} are the most")));
-    }
+    let stops = fields.first_of(&STOP_NAMES, |name| match fields.get(name) {
+        None => Ok(None),
+        // Before any of them is copied.
+        Some(Value::Array(stops)) if stops.len() > MAX_STOPS => {
+            let message = format!("`{name}` has {} strings, {MAX_STOPS} are the most", stops.len());
+            Err(ApiError::invalid(name, message))
+        }
+        Some(_) => read_stops(fields, name).map(Some),
+    })?;
+    Ok(stops.unwrap_or_default())
+}
+
+fn read_stops(fields: &Fields, name: &str) -> Result<Vec<String>, ApiError> {
     let stops = fields.strings(name)?;
     match stops.iter().find(|stop| stop.len() > MAX_STOP_BYTES) {
         None => Ok(stops),
@@ -131,6 +137,8 @@ fn parse_stop_token_ids(fields: &Fields) -> Result<Vec<u32>, ApiError> {
 
 /// `use_beam_search`, as of vLLM: `n` choices are the best of `best_of` beams (`n`, when it says nothing).
 fn parse_beams(fields: &Fields, num_choices: usize) -> Result<Option<BeamOptions>, ApiError> {
+    let length_penalty = fields.number("length_penalty", -10.0..=10.0)?.unwrap_or(1.0);
+    let early_stopping = fields.boolean("early_stopping")?.unwrap_or(false);
     if !fields.boolean("use_beam_search")?.unwrap_or(false) {
         return Ok(None);
     }
@@ -160,11 +168,7 @@ fn parse_beams(fields: &Fields, num_choices: usize) -> Result<Option<BeamOptions
     if fields.boolean("echo")?.unwrap_or(false) {
         return Err(ApiError::invalid("echo", "`echo` does not go with `use_beam_search`: leave it out"));
     }
-    Ok(Some(BeamOptions {
-        num_beams,
-        length_penalty: fields.number("length_penalty", -10.0..=10.0)?.unwrap_or(1.0),
-        early_stopping: fields.boolean("early_stopping")?.unwrap_or(false),
-    }))
+    Ok(Some(BeamOptions { num_beams, length_penalty, early_stopping }))
 }
 
 /// `stream` and, with it, `stream_options.include_usage`.
@@ -266,6 +270,20 @@ mod tests {
         assert_eq!(options(r#"{"max_completion_tokens": null, "max_tokens": 2, "n_predict": 3}"#).max_tokens, Some(2));
         assert_eq!(options(r#"{"stop_sequences": ["a"]}"#).stop, ["a"]);
         assert_eq!(options(r#"{"stop_token_ids": [7, 9]}"#).stop_token_ids, [7, 9]);
+    }
+
+    #[test]
+    fn what_has_no_effect_must_make_sense_too() {
+        for (json, name) in [
+            (r#"{"max_tokens": 2, "num_predict": 4294967296}"#, "num_predict"),
+            (r#"{"seed": 2, "random_seed": "x"}"#, "random_seed"),
+            (r#"{"stop": "a", "stop_sequences": [1]}"#, "stop_sequences"),
+            (r#"{"repetition_penalty": 1, "repeat_penalty": 0}"#, "repeat_penalty"),
+            (r#"{"early_stopping": {}}"#, "early_stopping"),
+            (r#"{"length_penalty": 11}"#, "length_penalty"),
+        ] {
+            assert_eq!(parse_options(&fields(json)).unwrap_err().param(), Some(name), "{json}");
+        }
     }
 
     #[test]

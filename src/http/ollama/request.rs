@@ -95,7 +95,7 @@ pub fn read_chat(fields: &Fields, model: &str) -> Result<Asked, ApiError> {
 
 /// The name under `model`, or as older clients send it.
 pub fn read_model(fields: &Fields) -> Result<Option<&str>, ApiError> {
-    fields.string(fields.first_given(&["model", "name"]))
+    fields.first_of(&["model", "name"], |name| fields.string(name))
 }
 
 /// What stays in memory is decided by the server; a client that unloads is told what it waits for.

@@ -23,8 +23,6 @@ pub fn describe(document: &mut Document) {
             &["messages"],
             &[json!({"messages": messages}), json!({"messages": messages, "use_beam_search": true})],
         );
-    // The length is always given, and these names would only count without it.
-    fields.retain(|name, _| !["n_predict", "max_new_tokens", "num_predict"].contains(&name.as_str()));
     fields.insert("max_tokens".to_owned(), not_null(count(1, u32::MAX, "Most tokens of the answer.")));
     fields.insert("stream".to_owned(), boolean("Sends the answer as events while it is written."));
     let message = document.of::<Message>();
