@@ -16,6 +16,7 @@ use crate::http::error::ApiError;
 use crate::http::fields::Fields;
 use crate::http::reply::{ReplyShape, random_id};
 use crate::http::run::Run;
+use crate::http::sent_as::Translated;
 use crate::icl;
 
 pub async fn generate(
@@ -47,24 +48,30 @@ async fn answer(
     wording: Wording,
 ) -> Result<Response, ApiError> {
     let is_streamed = fields.boolean("stream")?.unwrap_or(true);
-    type Parse = fn(&Fields) -> Result<GenerationRequest, ApiError>;
-    let (read, parse): (_, Parse) = match asked {
-        Asked::Residency { is_unload } => {
-            let model = load(state, caller, model).await?;
-            return Ok(reply::without_text(&model, wording, if is_unload { "unload" } else { "load" }));
-        }
-        Asked::Completion(read) => (read, CompletionShape::parse),
-        Asked::Chat(read) => (read, ChatShape::parse),
-    };
-    let start = async || {
-        let request = parse(&read.fields)?;
-        Run::start(state, caller, fields.string("user")?, &random_id("ollama"), request).await
-    };
+    let user = fields.string("user")?;
+    let (read, parse) = translated(&asked);
+    let parse = || parse(&read.fields);
+    if let Asked::Residency { is_unload, .. } = &asked {
+        parse().map_err(|error| read.sent_as.word(error))?;
+        let model = load(state, caller, model).await?;
+        return Ok(reply::without_text(&model, wording, if *is_unload { "unload" } else { "load" }));
+    }
+    let start = async || Run::start(state, caller, user, &random_id("ollama"), parse()?).await;
     let run = start().await.map_err(|error| read.sent_as.word(error))?;
     if is_streamed { Ok(reply::stream(run, wording)) } else { reply::whole(run, wording).await }
 }
 
 /// Brings a model into memory and returns its name; which arm of an experiment is wanted is not known before a request.
+type Parse = fn(&Fields) -> Result<GenerationRequest, ApiError>;
+
+fn translated(asked: &Asked) -> (&Translated, Parse) {
+    match asked {
+        Asked::Residency { unsaid, .. } => translated(unsaid),
+        Asked::Completion(read) => (read, CompletionShape::parse),
+        Asked::Chat(read) => (read, ChatShape::parse),
+    }
+}
+
 async fn load(state: &AppState, caller: &Caller, name: &str) -> Result<String, ApiError> {
     if state.experiments.is_alias(name) {
         return Ok(name.to_owned());

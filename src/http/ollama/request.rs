@@ -41,9 +41,10 @@ pub const SAMPLING: [&str; 10] = [
 
 /// What a request to `/api/generate` or `/api/chat` wants.
 pub enum Asked {
-    /// Nothing but to have the model in memory, or out of it.
+    /// Nothing but to have the model in memory, or out of it; `unsaid` is what the other fields would ask of it.
     Residency {
         is_unload: bool,
+        unsaid: Box<Asked>,
     },
     Completion(Translated),
     Chat(Translated),
@@ -55,42 +56,43 @@ pub fn read_generate(fields: &Fields, model: &str, has_chat: bool) -> Result<Ask
     let suffix = fields.string("suffix")?.filter(|suffix| !suffix.is_empty());
     let system = fields.string("system")?.filter(|system| !system.is_empty());
     let is_raw = fields.boolean("raw")?.unwrap_or(false);
-    let residency = residency(fields)?;
-    if prompt.is_empty() && suffix.is_none() {
-        return Ok(residency);
-    }
+    let is_unload = read_keep_alive(fields)?;
+    let is_residency = prompt.is_empty() && suffix.is_none();
     let (mut converted, mut sent_as) = converted(fields, model)?;
     // Text that a client has laid out around a gap says all there is to say.
     let is_laid_out = || foreign::read(prompt, |_| false).is_some();
-    if is_raw || suffix.is_some() || !has_chat || is_laid_out() {
-        if system.is_some() {
+    let asked = if is_raw || suffix.is_some() || !has_chat || is_laid_out() {
+        if system.is_some() && !is_residency {
             let message =
                 "`system` needs a chat template, which is for no `raw` prompt or `suffix`: write it into `prompt`";
             return Err(ApiError::invalid("system", message));
         }
         converted.insert("prompt".to_owned(), prompt.into());
         converted.extend(suffix.map(|suffix| ("suffix".to_owned(), suffix.into())));
-        return Ok(Asked::Completion(Translated { fields: converted.into(), sent_as }));
-    }
-    let system = system.map(|system| json!({"role": "system", "content": system}));
-    let messages = system.into_iter().chain([json!({"role": "user", "content": prompt})]).collect();
-    converted.insert("messages".to_owned(), Value::Array(messages));
-    sent_as.add("messages", "prompt");
-    Ok(Asked::Chat(Translated { fields: converted.into(), sent_as }))
+        Asked::Completion(Translated { fields: converted.into(), sent_as })
+    } else {
+        let system = system.map(|system| json!({"role": "system", "content": system}));
+        let messages = system.into_iter().chain([json!({"role": "user", "content": prompt})]).collect();
+        converted.insert("messages".to_owned(), Value::Array(messages));
+        sent_as.add("messages", "prompt");
+        Asked::Chat(Translated { fields: converted.into(), sent_as })
+    };
+    Ok(if is_residency { Asked::Residency { is_unload, unsaid: Box::new(asked) } } else { asked })
 }
 
 pub fn read_chat(fields: &Fields, model: &str) -> Result<Asked, ApiError> {
     let messages = fields.array("messages")?.map_or(&[] as &[Value], Vec::as_slice);
-    let residency = residency(fields)?;
-    if messages.is_empty() {
-        return Ok(residency);
-    }
+    let is_unload = read_keep_alive(fields)?;
+    let is_residency = messages.is_empty();
+    let nothing = [json!({"role": "user", "content": ""})];
+    let messages = if is_residency { &nothing } else { messages };
     let messages = messages.iter().enumerate().map(|(index, message)| read_message(index, message));
     let mut messages = messages.collect::<Result<Vec<_>, _>>()?;
     name_calls(&mut messages);
     let (mut converted, sent_as) = converted(fields, model)?;
     converted.insert("messages".to_owned(), Value::Array(messages));
-    Ok(Asked::Chat(Translated { fields: converted.into(), sent_as }))
+    let asked = Asked::Chat(Translated { fields: converted.into(), sent_as });
+    Ok(if is_residency { Asked::Residency { is_unload, unsaid: Box::new(asked) } } else { asked })
 }
 
 /// The name under `model`, or as older clients send it.
@@ -98,17 +100,17 @@ pub fn read_model(fields: &Fields) -> Result<Option<&str>, ApiError> {
     fields.first_of(&["model", "name"], |name| fields.string(name))
 }
 
-/// What stays in memory is decided by the server; a client that unloads is told what it waits for.
-fn residency(fields: &Fields) -> Result<Asked, ApiError> {
-    let is_unload = match fields.get("keep_alive") {
-        None => false,
-        Some(Value::Number(number)) => number.as_f64() == Some(0.0),
+/// Whether the model is to be unloaded. What stays in memory is decided by the server; a client that unloads is told
+/// what it waits for.
+fn read_keep_alive(fields: &Fields) -> Result<bool, ApiError> {
+    match fields.get("keep_alive") {
+        None => Ok(false),
+        Some(Value::Number(number)) => Ok(number.as_f64() == Some(0.0)),
         Some(Value::String(duration)) => {
-            duration.starts_with('0') && !duration.contains(|c: char| ('1'..='9').contains(&c))
+            Ok(duration.starts_with('0') && !duration.contains(|c: char| ('1'..='9').contains(&c)))
         }
-        Some(other) => return Err(wrong_type("keep_alive", "a number of seconds or a duration such as \"5m\"", other)),
-    };
-    Ok(Asked::Residency { is_unload })
+        Some(other) => Err(wrong_type("keep_alive", "a number of seconds or a duration such as \"5m\"", other)),
+    }
 }
 
 /// Everything but what the model is to read.
@@ -198,7 +200,7 @@ mod tests {
 
     fn generate(value: Value) -> Result<(bool, Value), ApiError> {
         Ok(match read_generate(&fields(value), "m", true)? {
-            Asked::Residency { is_unload } => (is_unload, Value::Null),
+            Asked::Residency { is_unload, .. } => (is_unload, Value::Null),
             Asked::Completion(read) => (false, read.fields.without(&[]).into()),
             Asked::Chat(read) => (true, read.fields.without(&[]).into()),
         })

@@ -91,6 +91,8 @@ async fn every_error_is_a_sentence_and_nothing_else() {
         ("/api/generate", json!({"prompt": "a", "format": "yaml"}), 400, "`format`"),
         ("/api/generate", json!({"prompt": "a", "template": "x"}), 400, "`template`"),
         ("/api/generate", json!({"prompt": "a", "think": true}), 400, "`think`"),
+        ("/api/generate", json!({"max_tokens": "a"}), 400, "`max_tokens`"),
+        ("/api/chat", json!({"messages": [], "adapters": 1}), 400, "`adapters`"),
         ("/api/generate", json!({"prompt": "a", "n": 2}), 400, "`n`"),
         ("/api/generate", json!({"prompt": "a", "logprobs": 1}), 400, "`logprobs`"),
         ("/api/generate", json!({"prompt": "a", "suffix": "b"}), 400, "suffix"),
