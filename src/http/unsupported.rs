@@ -353,13 +353,28 @@ pub struct Listed {
 }
 
 /// What clients send where they mean nothing by it.
-fn neutral_values() -> [Value; 13] {
+fn neutral_values() -> [Value; 14] {
     let (list, object) = (Value::Array(Vec::new()), Value::Object(Map::new()));
     let numbers = [0, 1, -1].map(Value::from);
     let [zero, one, minus_one] = numbers;
-    let names = ["", "none", "auto", "medium", "local"].map(Value::from);
-    let [empty, none, auto, medium, local] = names;
-    [Value::Null, false.into(), true.into(), zero, one, minus_one, empty, list, object, none, auto, medium, local]
+    let names = ["", "none", "auto", "medium", "local", "disabled"].map(Value::from);
+    let [empty, none, auto, medium, local, disabled] = names;
+    [
+        Value::Null,
+        false.into(),
+        true.into(),
+        zero,
+        one,
+        minus_one,
+        empty,
+        list,
+        object,
+        none,
+        auto,
+        medium,
+        local,
+        disabled,
+    ]
 }
 
 /// Every field of the lists, as `route` reads it beside no others.
@@ -370,6 +385,15 @@ pub fn listed(route: Route) -> impl Iterator<Item = Listed> {
         let nothing_else = Fields::from(Map::new());
         let is_harmless = |value: &Value| value.is_null() || advice(name, value, &nothing_else, route).is_none();
         Listed { name, advice: given_advice, harmless: neutral_values().into_iter().filter(is_harmless).collect() }
+    })
+}
+
+/// As [`listed`], of what `route` has alone.
+pub fn listed_of_route(route: Route) -> impl Iterator<Item = Listed> {
+    let of_route = OF_ROUTES.iter().filter(move |(of, ..)| *of == route);
+    of_route.map(|(_, name, is_harmless, advice)| {
+        let is_harmless = |value: &Value| value.is_null() || is_harmless(value);
+        Listed { name, advice, harmless: neutral_values().into_iter().filter(is_harmless).collect() }
     })
 }
 

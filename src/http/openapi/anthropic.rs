@@ -3,13 +3,14 @@
 use serde_json::{Value, json};
 
 use super::document::{Document, EVENTS, JSON, Operation};
-use super::fields::chat;
+use super::fields::{chat, unserved_of_route};
 use super::openai::OF_GENERATION;
 use super::schema::{
     Properties, array, boolean, count, item, not_null, number, object, properties, required_text, text,
 };
 use crate::http::anthropic::{Message, TokenCount};
 use crate::http::dialect::Dialect;
+use crate::http::unsupported::Route;
 
 const TAG: &str = "Anthropic";
 
@@ -52,7 +53,7 @@ fn fields(document: &mut Document) -> Properties {
     let edits = json!({"type": ["array", "null"], "items": clearing});
     let format = json!({"type": {"const": "json_schema"}, "schema": {"type": ["object", "boolean", "string"]}});
     let format = item(format, &["type", "schema"]);
-    let nothing = |description| json!({"enum": [null, [], {}], "description": description});
+    fields.extend(unserved_of_route(Route::Messages));
     fields.extend(properties(json!({
         "messages": {"type": "array", "minItems": 1, "items": message},
         "system": {"anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": text_block()}]},
@@ -68,8 +69,6 @@ fn fields(document: &mut Document) -> Properties {
             "anyOf": [{"type": "null"}, item(json!({"edits": edits}), &[])]},
         "output_config": object(json!({"format": format}), &[], "Its `format` is what the output must be."),
         "output_format": {"anyOf": [{"enum": [null, {}]}, format], "description": "The older name of `output_config.format`."},
-        "mcp_servers": nothing("Not served: this server calls no tools of its own."),
-        "container": nothing("Not served: this server runs no code."),
     })));
     fields
 }

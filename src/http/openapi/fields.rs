@@ -9,7 +9,7 @@ use super::schema::{
 use crate::http::constraint::{CONSTRAINT_NAMES, MAX_CHOICES as MAX_TEXTS};
 use crate::http::sampling::{LENGTH_NAMES, MAX_CHOICES, MAX_INDENT, MAX_STOP_BYTES, MAX_STOPS, SEED_NAMES, STOP_NAMES};
 use crate::http::selection::{ADAPTER_FIELDS, LISTS, MAX_ADAPTERS, MAX_SCALE};
-use crate::http::unsupported::{Listed, Route, listed};
+use crate::http::unsupported::{Listed, Route, listed, listed_of_route};
 use crate::http::{chat, completions, tools};
 use crate::icl::MAX_K;
 
@@ -98,6 +98,11 @@ fn generation(document: &mut Document, route: Route) -> Properties {
     fields.extend(selection(document));
     fields.insert("user".to_owned(), text("Who the request is for: experiments give the same arm to the same user."));
     fields
+}
+
+/// What only `route` refuses.
+pub fn unserved_of_route(route: Route) -> Properties {
+    listed_of_route(route).map(unserved).collect()
 }
 
 /// Of a field that is refused unless it changes nothing.

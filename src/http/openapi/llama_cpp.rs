@@ -3,18 +3,20 @@
 use serde_json::{Value, json};
 
 use super::document::{Access, Document, EVENTS, JSON, Operation};
-use super::fields::{adapter_entry, chat, completion};
+use super::fields::{adapter_entry, chat, completion, unserved_of_route};
 use super::openai::{OF_GENERATION, chat_examples};
 use super::schema::{Properties, array, boolean, count, item, properties, required_text, text};
 use crate::http::llama_cpp::{LoraAdapter, Part, Props, Reply};
 use crate::http::sampling::MAX_CHOICES;
 use crate::http::tokenize::{Detokenized, RenderedPrompt, Tokens};
+use crate::http::unsupported::Route;
 
 const TAG: &str = "llama.cpp";
 
 pub fn describe(document: &mut Document) {
     let mut fields = completion(document);
     fields.extend(own());
+    fields.extend(unserved_of_route(Route::LlamaCpp));
     let examples = [
         json!({"prompt": "def add(a, b):", "n_predict": 16}),
         json!({"prompt": "def add(a, b):", "n_predict": 2, "use_beam_search": true}),
@@ -53,8 +55,6 @@ fn own() -> Properties {
         "stream": boolean("Sends the reply as events while it is written."),
         "return_tokens": boolean("Adds the ids of the output's tokens."),
         "response_fields": array(required_text(), "Paths (`timings/prompt_n`) of all that the reply is to have."),
-        "logprobs": {"enum": [false, null], "description": "For /v1/completions."},
-        "echo": {"enum": [false, null], "description": "For /v1/completions."},
     }))
 }
 

@@ -3,11 +3,12 @@
 use serde_json::{Value, json};
 
 use super::document::{Document, JSON, LINES, Operation};
-use super::fields::{chat, completion_or_chat};
+use super::fields::{chat, completion_or_chat, unserved_of_route};
 use super::openai::OF_GENERATION;
 use super::schema::{Properties, array, boolean, item, object, one_of, properties, required_text, text};
 use crate::http::dialect::Dialect;
 use crate::http::ollama::{Models, OWN_FIELDS, Reply, SAMPLING, Version};
+use crate::http::unsupported::Route;
 
 const TAG: &str = "Ollama";
 
@@ -111,13 +112,13 @@ fn of_ollama(document: &mut Document, fields: fn(&mut Document) -> Properties) -
     let mut fields = fields(document);
     let sampling: Properties = SAMPLING.into_iter().map(|name| (name.to_owned(), fields[name].clone())).collect();
     fields.retain(|name, _| !OWN_FIELDS.contains(&name.as_str()));
+    fields.extend(unserved_of_route(Route::Ollama));
     fields.extend(properties(json!({
         "model": text("What `/api/tags` lists; `:latest` may stand behind it."),
         "name": text("The same, as older clients send it."),
         "options": object(Value::Object(sampling), &[], "How tokens are drawn. What lays out memory is the server's own."),
         "stream": boolean("Whether the reply comes in lines while it is written; true by default."),
         "keep_alive": {"type": ["string", "number", "null"], "description": "Where nothing is asked: 0 unloads, in name."},
-        "context": {"enum": [[], null], "description": "Not served: send the conversation as `messages`."},
         "format": {"description": "`json`, or a JSON schema.", "anyOf": [one_of(&["", "json"], ""), {"type": "object"}]},
     })));
     fields

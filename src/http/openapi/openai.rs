@@ -3,12 +3,13 @@
 use serde_json::{Value, json};
 
 use super::document::{Document, EVENTS, JSON, Operation};
-use super::fields::{chat, completion, delivery};
+use super::fields::{chat, completion, delivery, unserved_of_route};
 use super::schema::{Properties, array, boolean, count, item, object, one_of, properties, required_text, text};
 use crate::http::dialect::Dialect;
 use crate::http::models::{AnthropicModelCard, AnthropicModelList, ModelCard, ModelList};
 use crate::http::tabby;
 use crate::http::types::{ChatChoice, ChatChunkChoice, CompletionChoice, Reply};
+use crate::http::unsupported::Route;
 
 const TAG: &str = "OpenAI";
 /// A model that is not there, an adapter that cannot be served, a key's limit, and an endpoint for embeddings that fails.
@@ -108,6 +109,7 @@ pub fn chat_examples() -> [Value; 2] {
 
 fn describe_responses(document: &mut Document) {
     let mut fields = chat(document);
+    fields.extend(unserved_of_route(Route::Responses));
     fields.extend(response_fields(document));
     let response = document.share("Response", response);
     let event =
@@ -198,14 +200,6 @@ fn response_fields(document: &mut Document) -> Properties {
                 &["type", "name"],
             ),
         ]},
-        "background": {"enum": [false, null]},
-        "truncation": one_of(&["disabled"], "A conversation that is too long is refused."),
-        "top_logprobs": {"enum": [0, null]},
-        "conversation": {"const": null, "description": "Not served: send `previous_response_id`."},
-        "prompt": {"const": null, "description": "Not served: send `instructions` and `input`."},
-        "max_tool_calls": {"const": null, "description": "Not served."},
-        "messages": {"const": null, "description": "Send them as `input`."},
-        "max_tokens": {"const": null, "description": "Send it as `max_output_tokens`."},
         "response_format": {
             "anyOf": [{"type": "null"}, item(json!({"type": {"const": "text"}}), &["type"])],
             "description": "Send it as `text.format`.",
