@@ -13,7 +13,7 @@ PAGE         := tests/page
 SDKS         := tests/sdks
 BENCH        ?= --prompt-tokens 128 --batch 8 --num-adapters 1
 
-.PHONY: serve test environments build fmt lint unit cuda ptx gpu-binaries test-gpu bench-gpu compiler clients page browser models bench bench-test clean-venv
+.PHONY: serve test environments build fmt lint unit cuda ptx gpu-binaries test-gpu bench-gpu compiler clients contract page browser models bench bench-test clean-venv
 
 ## serve: the default model and the adapters of ./adapters on 127.0.0.1:8080
 serve: build
@@ -82,6 +82,10 @@ compiler:
 ## clients: the libraries and agents that clients are made of, unmodified, against the running binary
 clients: models $(VENV)/ready browser $(PAGE)/node_modules/ready $(SDKS)/node_modules/ready
 	$(VENV)/bin/python -m pytest tests/clients
+
+## contract: five minutes of requests that schemathesis makes up from /openapi.json; a part of clients, for longer
+contract: models $(VENV)/ready
+	SCHEMATHESIS_SECONDS=300 $(VENV)/bin/python -m pytest -s tests/clients/test_openapi.py
 
 ## page: the compare page in a real Chromium with made-up models, or with those of a running server: LORRY_URL=http://…
 page: browser $(PAGE)/node_modules/ready
