@@ -17,6 +17,7 @@ use kernels::Isa;
 use kernels::attention::{BLOCK_SIZE, BlockId};
 use kernels::device::Logits;
 use lorry::adapter::canonical::Adapter;
+use lorry::adapter::loader;
 use lorry::model::base_weights::GgufWeights;
 use lorry::model::{AdapterGroup, ForwardBatch, SequenceRows};
 use serde::Deserialize;
@@ -227,14 +228,44 @@ fn what_a_file_says_changes_the_logits_as_it_does_those_of_transformers() {
 }
 
 /// An adapter of a family as PEFT saves it.
-fn load_adapter(case: &PeftCase, path: &Path) -> Arc<Adapter> {
-    let base = GgufWeights::open(path).unwrap();
+fn peft_adapter(case: &PeftCase) -> PeftAdapter {
     let tensors = case.tensors.iter().map(|(name, drawn)| {
         let values = drawn.values(name);
         assert!(values.iter().all(|value| f16::from_f32(*value).to_f32() == *value), "{name} is not exact in f16");
         (name.clone(), (drawn.shape.clone(), values))
     });
-    PeftAdapter { config: case.config.clone(), tensors: tensors.collect() }.load(&case.kind, &base)
+    PeftAdapter { config: case.config.clone(), tensors: tensors.collect() }
+}
+
+fn load_adapter(case: &PeftCase, path: &Path) -> Arc<Adapter> {
+    peft_adapter(case).load(&case.kind, &GgufWeights::open(path).unwrap())
+}
+
+#[test]
+fn an_adapter_that_does_not_fit_fused_layers_is_refused_by_the_name_of_its_tensor() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tiny.gguf");
+    let phi3 = REFERENCE.families.iter().find(|family| family.name == "phi3").unwrap();
+    Model::of(phi3).write(&path, GgmlDType::Q8_0);
+    let base = GgufWeights::open(&path).unwrap();
+    let lora = peft_adapter(phi3.adapters.iter().find(|case| case.kind == "lora").unwrap());
+    let refusal = |adapter: PeftAdapter| loader::load("phi3", &adapter.files(), &base).unwrap_err().to_string();
+    let layer = "base_model.model.model.layers.1.self_attn";
+
+    let mut short = lora.clone();
+    let (shape, values) = short.tensors.get_mut(&format!("{layer}.qkv_proj.lora_B.weight")).unwrap();
+    shape[0] -= 1;
+    values.truncate(shape[0] * shape[1]);
+    assert!(refusal(short).contains("layers.1.self_attn.qkv_proj.lora_B.weight"));
+
+    let mut twice = lora.clone();
+    let tensor = twice.tensors[&format!("{layer}.qkv_proj.lora_A.weight")].clone();
+    twice.tensors.insert(format!("{layer}.q_proj.lora_A.weight"), tensor);
+    assert!(refusal(twice).contains("q_proj.lora_A.weight"));
+
+    let mut of_llama = lora.clone();
+    of_llama.config["target_modules"] = serde_json::json!(["q_proj", "v_proj"]);
+    assert!(refusal(of_llama).contains("site"));
 }
 
 #[test]

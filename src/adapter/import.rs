@@ -16,7 +16,7 @@ use super::error::AdapterError;
 use super::files::AdapterFiles;
 use super::loader;
 use super::root::{NAME_RULE, Root, is_valid_name};
-use super::sites::{EMBEDDING_PATH, HEAD_PATH, module_path};
+use super::sites::{EMBEDDING_PATH, HEAD_PATH};
 use crate::model::BaseWeights;
 use crate::model::base_weights::{EMBEDDING_TENSOR, GgufWeights, HEAD_TENSOR, tensor_name};
 use crate::model::gguf::{GgufError, GgufFile};
@@ -150,7 +150,7 @@ impl<'a> Reader<'a> {
         let base = self.base;
         let sites = sites.map(|(layer, module)| {
             let tensor = tensor_name(layer, module);
-            (tensor, module_path(layer, module), spec.module_shape(module), base.row_order(module))
+            (tensor, spec.module_path(layer, module), spec.module_shape(module), base.row_order(module))
         });
         let head = (HEAD_TENSOR.to_string(), HEAD_PATH.to_string(), (spec.hidden_size, spec.vocab_size), None);
         let mut pairs = Vec::new();

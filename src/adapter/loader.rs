@@ -27,6 +27,7 @@ pub fn load(name: &str, files: &AdapterFiles, base: &dyn BaseWeights) -> Result<
     let config = PeftConfig::parse(&files.config)?;
     let weights = parse_weights(&files.weights)?;
     let mut tensors = Tensors::of(&weights)?;
+    tensors.take_apart(base.spec())?;
     let replaces_head = matches!(&config, PeftConfig::Lora(config) if config.replaces_head);
     for key in tensors.leave_out_base(base, replaces_head)? {
         info!("adapter {name}: {key} is the base's own matrix and is left out");

@@ -51,7 +51,8 @@ impl Targets {
     }
 }
 
-/// Hugging Face path of a site.
+/// The path that a site's tensors are kept under, which is Hugging Face's of a Llama: see [`ModelSpec::module_path`] for that of
+/// the base.
 pub fn module_path(layer: usize, module: Module) -> String {
     format!("model.layers.{layer}.{}.{}", module.parent(), module.name())
 }
@@ -110,8 +111,9 @@ impl SiteSelector {
             embedding: self.selects(EMBEDDING_PATH)?,
             head: self.selects(HEAD_PATH)?,
         };
-        for (layer, module) in (0..spec.num_layers).flat_map(|layer| Module::ALL.map(|module| (layer, module))) {
-            if self.selects(&module_path(layer, module))? {
+        for (layer, module) in (0..spec.num_layers).flat_map(|layer| spec.modules().map(move |module| (layer, module)))
+        {
+            if self.selects(&spec.module_path(layer, module))? {
                 targets.sites.insert((layer, module));
             }
         }

@@ -4,16 +4,25 @@ use std::collections::BTreeMap;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use safetensors::SafeTensorError;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use super::error::AdapterError;
-use super::sites::{EMBEDDING_PATH, HEAD_PATH};
+use super::sites::{EMBEDDING_PATH, HEAD_PATH, module_path};
 use super::tensor_names::TensorName;
+use crate::model::spec::{ModelSpec, Module};
 use crate::model::{BaseWeights, VocabularyMatrix};
 
 /// DeepSpeed leaves every process a part of each tensor, and of most of them nothing.
 const EMPTY: &str = "has no elements: under DeepSpeed ZeRO-3 each process holds a part of the weights only; gather them \
                      before saving (stage3_gather_16bit_weights_on_model_save), or use zero_to_fp32.py";
+
+const NO_SITE: &str = "finds no site in the base";
+
+/// What an adapter has of a linear layer.
+const SITE_TENSORS: [&str; 5] = [LORA_A, "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", IA3];
+const LORA_A: &str = "lora_A.weight";
+const IA3: &str = "ia3_l";
 
 /// What PEFT puts around a layer of the base that it does not train.
 const BASE_LAYER: &str = "base_layer";
@@ -57,6 +66,41 @@ impl<'a> Tensors<'a> {
         Ok(Self(tensors))
     }
 
+    /// Gives each module of the base its own tensors where the base's layers hold several modules, or call one otherwise: a fused
+    /// layer's A belongs to all of them, and of B, biases and scales each has its rows.
+    ///
+    /// # Errors
+    /// When a tensor has another number of rows than the base's layer.
+    pub fn take_apart(&mut self, spec: &ModelSpec) -> Result<(), AdapterError> {
+        for layer in 0..spec.num_layers {
+            let other_names = |module: &Module| spec.module_path(layer, *module) != module_path(layer, *module);
+            let modules: Vec<Module> = spec.modules().filter(other_names).collect();
+            for name in SITE_TENSORS {
+                for (i, module) in modules.iter().enumerate() {
+                    let path = spec.module_path(layer, *module);
+                    let is_last = modules[i + 1..].iter().all(|later| spec.module_path(layer, *later) != path);
+                    let key = format!("{path}.{name}");
+                    let Some(whole) = self.0.get(&key) else { continue };
+                    let (rows, (_, count)) = (spec.file_rows(*module), spec.module_shape(*module));
+                    let part = match whole.view.shape() {
+                        _ if name == LORA_A => whole.clone(),
+                        // (IA)³ of the inputs.
+                        [1, _] if name == IA3 => whole.clone(),
+                        _ => whole.rows(rows.first_row, count, rows.num_rows)?,
+                    };
+                    let key_of_part = format!("{}.{name}", module_path(layer, *module));
+                    if let Some(other) = self.0.insert(key_of_part, part) {
+                        return Err(AdapterError::tensor(other.key, NO_SITE));
+                    }
+                    if is_last {
+                        self.0.remove(&key);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     pub fn take(&mut self, key: &str) -> Option<NamedTensor<'a>> {
         self.0.remove(key)
     }
@@ -95,17 +139,33 @@ impl<'a> Tensors<'a> {
     /// When tensors are left, which the server would not apply; names the first.
     pub fn refuse_rest(self) -> Result<(), AdapterError> {
         match self.0.values().next() {
-            Some(tensor) => Err(AdapterError::tensor(tensor.key, "finds no site in the base")),
+            Some(tensor) => Err(AdapterError::tensor(tensor.key, NO_SITE)),
             None => Ok(()),
         }
     }
 }
 
 /// A tensor under the name it has in the file.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct NamedTensor<'a> {
     pub key: &'a str,
     view: TensorView<'a>,
+}
+
+impl<'a> NamedTensor<'a> {
+    /// `count` rows of `num_rows`, from row `first` on.
+    fn rows(&self, first: usize, count: usize, num_rows: usize) -> Result<Self, AdapterError> {
+        let shape = self.view.shape();
+        if shape.first() != Some(&num_rows) {
+            let reason = format!("has shape {shape:?}, the base's layer has {num_rows} outputs");
+            return Err(AdapterError::tensor(self.key, reason));
+        }
+        let row_bytes = self.view.data().len() / num_rows;
+        let rows = &self.view.data()[first * row_bytes..][..count * row_bytes];
+        let shape = [&[count], &shape[1..]].concat();
+        let wrong = |e: SafeTensorError| AdapterError::tensor(self.key, e.to_string());
+        Ok(Self { key: self.key, view: TensorView::new(self.view.dtype(), shape, rows).map_err(wrong)? })
+    }
 }
 
 impl NamedTensor<'_> {

@@ -241,6 +241,20 @@ impl ModelSpec {
         Module::ALL.into_iter().filter(move |module| is_gated || *module != Module::GateProj)
     }
 
+    /// Hugging Face's path of the layer that holds a module: q, k and v share one where they are fused, as gate and up do, and a
+    /// feed-forward without a gate has other names.
+    pub fn module_path(&self, layer: usize, module: Module) -> String {
+        let is_gated = self.features.activation.is_gated();
+        let name = match module {
+            Module::QProj | Module::KProj | Module::VProj if self.features.fuses_qkv => "qkv_proj",
+            Module::GateProj | Module::UpProj if self.features.fuses_gate_up => "gate_up_proj",
+            Module::UpProj if !is_gated => "c_fc",
+            Module::DownProj if !is_gated => "c_proj",
+            other => other.name(),
+        };
+        format!("model.layers.{layer}.{}.{name}", module.parent())
+    }
+
     /// Where the file has a module's rows.
     pub fn file_rows(&self, module: Module) -> FileRows {
         let rows = |module| self.module_shape(module).1;

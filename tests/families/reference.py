@@ -142,7 +142,7 @@ def adapter(family, config, kind, peft_config):
     model = get_peft_model(Model(family, config).model, peft_config).eval()
     tensors, drawn = {}, {}
     for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
-        is_vector = name.endswith("ia3_l")
+        is_vector = name.endswith(("ia3_l", "lora_magnitude_vector"))
         scale = 1 if "lora_A" in name or kind == "prompt" else 4 if "embedding" in name or is_vector else 0.5
         shape = list(tensor.shape)
         tensors[name] = {"shape": shape, "mean": float(is_vector), "step": EXACT_STEP * scale, "blocks": False}
@@ -152,6 +152,7 @@ def adapter(family, config, kind, peft_config):
     settings = json.loads(json.dumps(settings, default=lambda value: getattr(value, "value", None) or sorted(value)))
     kept = {
         "lora": ["peft_type", "task_type", "r", "lora_alpha", "target_modules"],
+        "dora": ["peft_type", "task_type", "r", "lora_alpha", "target_modules", "use_dora"],
         "ia3": ["peft_type", "task_type", "target_modules", "feedforward_modules"],
         "prompt": ["peft_type", "task_type", "num_virtual_tokens"],
     }[kind]
@@ -162,15 +163,18 @@ def adapter(family, config, kind, peft_config):
 def adapters(family, config):
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
     targets = attention + ["gate_proj", "up_proj", "down_proj"]
-    targets = {"phi3": ["o_proj", "down_proj"], "starcoder2": attention}.get(family, targets)
-    keys = {"phi3": ["o_proj", "down_proj"], "starcoder2": ["k_proj", "v_proj"]}
+    fused = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    targets = {"phi3": fused, "starcoder2": attention + ["c_fc", "c_proj"]}.get(family, targets)
+    keys = {"phi3": ["qkv_proj", "gate_up_proj", "down_proj"], "starcoder2": ["k_proj", "v_proj", "c_proj"]}
     keys = keys.get(family, ["k_proj", "v_proj", "down_proj"])
-    feedforward = [name for name in keys if name == "down_proj"]
+    feedforward = {"phi3": ["gate_up_proj"], "starcoder2": ["c_proj"]}.get(family, ["down_proj"])
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets + ["embed_tokens"], task_type="CAUSAL_LM")
+    dora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_dora=True, task_type="CAUSAL_LM")
     ia3 = IA3Config(target_modules=keys, feedforward_modules=feedforward, task_type="CAUSAL_LM")
     prompt = PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
     return [
         adapter(family, config, "lora", lora),
+        adapter(family, config, "dora", dora),
         adapter(family, config, "ia3", ia3),
         adapter(family, config, "prompt", prompt),
     ]

@@ -24,7 +24,8 @@ pub fn load(config: &Ia3Config, mut tensors: Tensors<'_>, spec: &ModelSpec) -> R
     let mut placed = Vec::new();
     for (layer, module) in all_sites(spec) {
         let path = module_path(layer, module);
-        placed.extend(tensors.take_of(&path, "ia3_l").map(|vector| (layer, module, path, vector)));
+        let vector = tensors.take_of(&path, "ia3_l");
+        placed.extend(vector.map(|vector| (layer, module, spec.module_path(layer, module), vector)));
     }
     tensors.refuse_rest()?;
 

@@ -47,7 +47,7 @@ pub fn load(config: &LoraConfig, tensors: Tensors<'_>, base: &dyn BaseWeights) -
     for (site, tensors) in &placed.sites {
         let (layer, module) = *site;
         let delta =
-            tensors.delta(config, &module_path(layer, module), spec.module_shape(module), Some((*site, base)))?;
+            tensors.delta(config, &spec.module_path(layer, module), spec.module_shape(module), Some((*site, base)))?;
         layers[layer][module as usize] = Some(delta);
     }
     let embedding = found.embedding.then(|| placed.embedding_delta(config, spec)).transpose()?;

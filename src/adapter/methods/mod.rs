@@ -17,5 +17,6 @@ fn no_deltas(spec: &ModelSpec) -> Layers {
 }
 
 fn all_sites(spec: &ModelSpec) -> impl Iterator<Item = Site> + use<> {
-    (0..spec.num_layers).flat_map(|layer| Module::ALL.map(|module| (layer, module)))
+    let modules: Vec<Module> = spec.modules().collect();
+    (0..spec.num_layers).flat_map(move |layer| modules.clone().into_iter().map(move |module| (layer, module)))
 }

@@ -17,6 +17,9 @@ use crate::model::spec::Module;
 const WITHOUT_EFFECT: &[&str] =
     &["auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"];
 
+/// What families name linear layers of decoder blocks beside Llama's names, for `all-linear`.
+const OTHER_MODULES: [&str; 4] = ["qkv_proj", "gate_up_proj", "c_fc", "c_proj"];
+
 pub(super) fn parse_error(e: serde_json::Error) -> AdapterError {
     AdapterError::Parse { file: FILE, reason: e.to_string() }
 }
@@ -111,7 +114,8 @@ impl Fields {
     pub fn take_selector(&mut self) -> Result<SiteSelector, AdapterError> {
         let targets = match self.take_as::<OneOrMany<String>>("target_modules")? {
             Some(OneOrMany::One(text)) if text.eq_ignore_ascii_case("all-linear") => {
-                PathMatch::Names(Module::ALL.map(|module| module.name().to_string()).to_vec())
+                let names = Module::ALL.map(Module::name).into_iter().chain(OTHER_MODULES);
+                PathMatch::Names(names.map(str::to_string).collect())
             }
             Some(targets) => targets.into_path_match("target_modules")?,
             None => return Err(AdapterError::field("target_modules", "missing: it must name the adapted modules")),
