@@ -19,6 +19,7 @@ use lorry::model::base_weights::GgufWeights;
 use lorry::model::gguf::GgufFile;
 use lorry::model::spec::{Architecture, Module};
 use lorry::model::{AdapterGroup, FIRST_VIRTUAL_TOKEN, ForwardBatch, SequenceRows};
+use lorry::tokenizer::Tokenizer;
 use reference::Reference;
 use shapes::Shapes;
 use tiny::peft::{Kind, PeftAdapter, with_virtual_tokens};
@@ -243,6 +244,29 @@ fn a_file_that_does_not_describe_a_decoder_is_refused_by_name() {
         model.write(&path);
         let refusal = refusal(&path);
         assert!(words.iter().all(|word| refusal.contains(word)), "{words:?}: {refusal}");
+    }
+}
+
+#[test]
+fn a_key_of_the_tokenizer_that_is_not_known_is_refused_with_its_value() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("changed.gguf");
+    let read = |key: &str, value: Value| {
+        let mut model = TinyModel::new(Architecture::Llama, GgmlDType::Q4_0, 7);
+        model.metadata.insert(format!("tokenizer.ggml.{key}"), value);
+        model.write(&path);
+        Tokenizer::from_gguf(&GgufFile::open(&path).unwrap()).map_err(|e| e.to_string())
+    };
+    for (key, value, shown) in [
+        ("add_eos_token", Value::Bool(true), "true"),
+        ("remove_extra_whitespaces", Value::Bool(true), "true"),
+        ("precompiled_charsmap", Value::Array(vec![Value::U8(1); 5]), "array of 5"),
+    ] {
+        let refusal = read(key, value).map(|_| ()).unwrap_err();
+        assert!(refusal.contains(&format!("tokenizer.ggml.{key}")) && refusal.contains(shown), "{refusal}");
+    }
+    for (key, value) in [("add_eos_token", Value::Bool(false)), ("mask_token_id", Value::U32(4))] {
+        read(key, value).unwrap();
     }
 }
 

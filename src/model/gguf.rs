@@ -45,6 +45,25 @@ pub enum GgufError {
     Device { name: String, source: DeviceError },
 }
 
+impl GgufError {
+    /// A key that is refused for its value.
+    pub fn of_key(key: &str, value: &Value, reason: &str) -> Self {
+        let shown = match value {
+            Value::String(text) => format!("{text:?}"),
+            Value::Bool(flag) => flag.to_string(),
+            Value::F32(number) => format!("{number:?}"),
+            Value::F64(number) => format!("{number:?}"),
+            Value::Array(values) => format!("an array of {}", values.len()),
+            Value::I8(number) => number.to_string(),
+            Value::I16(number) => number.to_string(),
+            Value::I32(number) => number.to_string(),
+            Value::I64(number) => number.to_string(),
+            other => whole_number(other).map_or_else(|| format!("{other:?}"), |number| number.to_string()),
+        };
+        Self::Metadata { key: key.to_owned(), value: shown, reason: reason.to_owned() }
+    }
+}
+
 /// A tensor as it lies in the file.
 #[derive(Debug, Clone)]
 pub struct RawTensor<'a> {

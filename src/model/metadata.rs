@@ -48,7 +48,7 @@ impl<'a> Keys<'a> {
         let numbers: Vec<usize> = values.iter().map(whole_number).collect::<Option<_>>().ok_or_else(wrong)?;
         match &numbers[..] {
             [first, rest @ ..] if rest.iter().all(|number| number == first) => Ok(Some(*first)),
-            _ => Err(refused(&key, value, "layers that differ in size are not supported")),
+            _ => Err(GgufError::of_key(&key, value, "layers that differ in size are not supported")),
         }
     }
 
@@ -64,7 +64,7 @@ impl<'a> Keys<'a> {
         let Some(number) = self.number(name)? else { return Ok(None) };
         if number < 0.0 || !number.is_finite() {
             let value = Value::F32(number);
-            return Err(refused(&format!("{}.{name}", self.prefix), &value, "expected a positive number"));
+            return Err(GgufError::of_key(&format!("{}.{name}", self.prefix), &value, "expected a positive number"));
         }
         Ok(Some(number).filter(|number| *number > 0.0))
     }
@@ -87,7 +87,7 @@ impl<'a> Keys<'a> {
     fn must_be(&self, name: &str, expected: usize) -> Result<(), GgufError> {
         match (self.count(name)?, self.get(name)) {
             (Some(count), Some((key, value))) if count != expected => {
-                Err(refused(&key, value, &format!("only {expected} is supported")))
+                Err(GgufError::of_key(&key, value, &format!("only {expected} is supported")))
             }
             _ => Ok(()),
         }
@@ -102,15 +102,15 @@ impl<'a> Keys<'a> {
             let below = key.strip_prefix(self.prefix).and_then(|rest| rest.strip_prefix('.'));
             let Some(name) = below else { continue };
             if !read.contains(key) && !WITHOUT_EFFECT.contains(&name) && !is_off(value) {
-                return Err(refused(key, value, "this server does not know what it asks for"));
+                return Err(GgufError::of_key(key, value, "this server does not know what it asks for"));
             }
         }
         Ok(())
     }
 }
 
-/// What a missing key means too.
-fn is_off(value: &Value) -> bool {
+/// Whether a value means what a missing key does.
+pub fn is_off(value: &Value) -> bool {
     match value {
         Value::Bool(flag) => !flag,
         Value::F32(number) => *number == 0.0,
@@ -119,22 +119,6 @@ fn is_off(value: &Value) -> bool {
         Value::Array(values) => values.iter().all(is_off),
         other => whole_number(other) == Some(0),
     }
-}
-
-fn refused(key: &str, value: &Value, reason: &str) -> GgufError {
-    let shown = match value {
-        Value::String(text) => format!("{text:?}"),
-        Value::Bool(flag) => flag.to_string(),
-        Value::F32(number) => format!("{number:?}"),
-        Value::F64(number) => format!("{number:?}"),
-        Value::Array(values) => format!("an array of {}", values.len()),
-        Value::I8(number) => number.to_string(),
-        Value::I16(number) => number.to_string(),
-        Value::I32(number) => number.to_string(),
-        Value::I64(number) => number.to_string(),
-        other => whole_number(other).map_or_else(|| format!("{other:?}"), |number| number.to_string()),
-    };
-    GgufError::Metadata { key: key.to_owned(), value: shown, reason: reason.to_owned() }
 }
 
 /// The decoder that a file describes.
@@ -235,7 +219,7 @@ fn read_window(keys: &Keys<'_>, family: &Family, spec: &mut ModelSpec) -> Result
         return match keys.get(KEY) {
             // One that holds the whole context changes nothing.
             Some((key, value)) if size < spec.context_length => {
-                Err(refused(&key, value, "models of this architecture have no sliding window"))
+                Err(GgufError::of_key(&key, value, "models of this architecture have no sliding window"))
             }
             _ => Ok(()),
         };
@@ -250,12 +234,12 @@ fn read_window(keys: &Keys<'_>, family: &Family, spec: &mut ModelSpec) -> Result
         }
         Some((key, value)) => match whole_number(value) {
             Some(every) if every > 0 => with_full_every(Some(every)),
-            _ => return Err(refused(&key, value, "expected a number of layers, or a flag for each")),
+            _ => return Err(GgufError::of_key(&key, value, "expected a number of layers, or a flag for each")),
         },
     };
     if layers.len() != spec.num_layers {
         let key = format!("{}.{PATTERN}", keys.prefix);
-        return Err(refused(&key, &Value::U64(layers.len() as u64), "expected a flag for each layer"));
+        return Err(GgufError::of_key(&key, &Value::U64(layers.len() as u64), "expected a flag for each layer"));
     }
     let rope_theta = keys.positive("rope.freq_base_swa")?.or(windows.rope_theta);
     spec.features.window = Some(Window { size, layers, rope_theta });
@@ -308,7 +292,7 @@ fn read_rope(keys: &Keys<'_>, family: &Family, spec: &mut ModelSpec) -> Result<(
         Some(other) => {
             let value = Value::String(other.to_owned());
             let reason = "supported are none, linear, yarn and longrope";
-            return Err(refused(&format!("{}.{TYPE}", family.name), &value, reason));
+            return Err(GgufError::of_key(&format!("{}.{TYPE}", family.name), &value, reason));
         }
         None => {}
     }

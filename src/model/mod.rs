@@ -6,7 +6,7 @@ pub mod decoder;
 pub mod family;
 pub mod file;
 pub mod gguf;
-mod metadata;
+pub mod metadata;
 pub mod pull;
 pub mod random;
 pub mod resident;

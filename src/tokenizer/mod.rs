@@ -2,6 +2,7 @@
 
 mod byte_level;
 pub mod detokenize;
+mod keys;
 mod sentence_piece;
 pub mod sentinels;
 mod vocabulary;
@@ -71,6 +72,7 @@ enum Encoder {
 
 impl Tokenizer {
     pub fn from_gguf(gguf: &GgufFile) -> Result<Self, TokenizerError> {
+        keys::refuse_unknown(gguf)?;
         Self::new(TokenizerMetadata::read(gguf)?)
     }
 
