@@ -3,7 +3,7 @@
 use std::sync::LazyLock;
 
 use tokenizers::models::bpe::{BPE, Vocab};
-use tokenizers::normalizers::NFC;
+use tokenizers::normalizers::{NFC, NormalizerWrapper};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
@@ -11,7 +11,7 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{Model, SplitDelimiterBehavior, Tokenizer};
 
 use super::TokenizerError;
-use super::vocabulary::{TokenKind, TokenizerMetadata};
+use super::vocabulary::{NORMALIZER, PRE_TOKENIZER, PreTokenizer, TokenKind, TokenizerMetadata};
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const QWEN2: &str =
@@ -21,38 +21,55 @@ const SEED_CODER: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+";
 const DIGIT: &str = r"\p{N}";
 
-/// How text is cut before merging. GGUF gives only the name; the rest is the model's own `tokenizer.json`.
-struct PreTokenizer {
-    /// Applied one after the other, each to the pieces of the one before.
-    splits: &'static [&'static str],
-    nfc: bool,
+/// What happens to text before merging.
+struct Steps {
+    normalizer: Option<NormalizerWrapper>,
+    pre_tokenizer: Option<PreTokenizerWrapper>,
     /// A piece that is a token as a whole is taken before any merge.
     ignore_merges: bool,
 }
 
-impl PreTokenizer {
-    fn named(name: &str) -> Option<Self> {
-        let plain = |splits| Self { splits, nfc: false, ignore_merges: false };
-        Some(match name {
-            "gpt-2" | "phi-2" | "mpt" | "olmo" => plain(&[GPT2]),
-            "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" => plain(&[DIGIT, GPT2]),
-            "qwen2" => Self { nfc: true, ..plain(&[QWEN2]) },
-            "deepseek-r1-qwen" | "megrez" => plain(&[QWEN2]),
-            "llama-bpe" | "llama3" | "llama-v3" | "falcon3" => Self { ignore_merges: true, ..plain(&[LLAMA3]) },
-            "dbrx" | "smaug-bpe" => plain(&[LLAMA3]),
-            "seed-coder" => plain(&[SEED_CODER]),
-            "deepseek-coder" => {
-                plain(&["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u{800}-\u{9fa5}\u{ac00}-\u{d7ff}]+", DIGIT])
-            }
-            "default" => plain(&[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"]),
-            _ => return None,
+impl Steps {
+    fn of(pre: &PreTokenizer) -> Result<Self, TokenizerError> {
+        match pre {
+            PreTokenizer::None => Ok(Self { normalizer: None, pre_tokenizer: None, ignore_merges: false }),
+            PreTokenizer::Named(name) => Self::named(name),
+            PreTokenizer::Steps { pre_tokenizer, normalizer, ignore_merges } => Ok(Self {
+                normalizer: serde_json::from_str(normalizer).map_err(in_key(NORMALIZER))?,
+                pre_tokenizer: serde_json::from_str(pre_tokenizer).map_err(in_key(PRE_TOKENIZER))?,
+                ignore_merges: *ignore_merges,
+            }),
+        }
+    }
+
+    /// GGUF gives only a name; the rest is from the models' own `tokenizer.json`.
+    fn named(name: &str) -> Result<Self, TokenizerError> {
+        let splits: &[&str] = match name {
+            "gpt-2" | "phi-2" | "mpt" | "olmo" => &[GPT2],
+            "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" => &[DIGIT, GPT2],
+            "qwen2" | "deepseek-r1-qwen" | "megrez" => &[QWEN2],
+            "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "dbrx" | "smaug-bpe" => &[LLAMA3],
+            "seed-coder" => &[SEED_CODER],
+            "deepseek-coder" => &["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u{800}-\u{9fa5}\u{ac00}-\u{d7ff}]+", DIGIT],
+            "default" => &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
+            _ => return Err(TokenizerError::UnsupportedPreTokenizer(name.to_owned())),
+        };
+        let mut steps = Vec::with_capacity(splits.len() + 1);
+        for split in splits {
+            let split = Split::new(SplitPattern::Regex(split.to_string()), SplitDelimiterBehavior::Isolated, false);
+            steps.push(PreTokenizerWrapper::Split(split.map_err(|e| TokenizerError::Build(e.to_string()))?));
+        }
+        steps.push(PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, false, false)));
+        Ok(Self {
+            normalizer: (name == "qwen2").then(|| NFC.into()),
+            pre_tokenizer: Some(Sequence::new(steps).into()),
+            ignore_merges: matches!(name, "llama-bpe" | "llama3" | "llama-v3" | "falcon3"),
         })
     }
 }
 
-/// Llama 3 puts a beginning-of-sequence token first even where the file does not say so.
-pub fn adds_bos(pre: &str) -> bool {
-    matches!(pre, "llama-bpe" | "llama3" | "llama-v3")
+fn in_key(key: &'static str) -> impl FnOnce(serde_json::Error) -> TokenizerError {
+    move |e| TokenizerError::Build(format!("{key}: {e}"))
 }
 
 #[derive(Debug)]
@@ -63,8 +80,7 @@ pub struct ByteLevelBpe {
 impl ByteLevelBpe {
     /// Takes `merges` out of the metadata.
     pub fn new(metadata: &mut TokenizerMetadata) -> Result<Self, TokenizerError> {
-        let pre = PreTokenizer::named(&metadata.pre)
-            .ok_or_else(|| TokenizerError::UnsupportedPreTokenizer(metadata.pre.clone()))?;
+        let steps = Steps::of(&metadata.pre)?;
         // Control tokens stay outside: no text may merge into one.
         let vocab: Vocab = metadata
             .iter()
@@ -72,16 +88,10 @@ impl ByteLevelBpe {
             .map(|(id, text, _)| (text.to_string(), id))
             .collect();
         let merges = std::mem::take(&mut metadata.merges);
-        let bpe = BPE::builder().vocab_and_merges(vocab, merges).ignore_merges(pre.ignore_merges).build();
+        let bpe = BPE::builder().vocab_and_merges(vocab, merges).ignore_merges(steps.ignore_merges).build();
         let mut tokenizer = Tokenizer::new(bpe.map_err(|e| TokenizerError::Build(e.to_string()))?);
-        let mut steps = Vec::with_capacity(pre.splits.len() + 1);
-        for split in pre.splits {
-            let split = Split::new(SplitPattern::Regex(split.to_string()), SplitDelimiterBehavior::Isolated, false);
-            steps.push(PreTokenizerWrapper::Split(split.map_err(|e| TokenizerError::Build(e.to_string()))?));
-        }
-        steps.push(PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, false, false)));
-        tokenizer.with_pre_tokenizer(Some(Sequence::new(steps)));
-        tokenizer.with_normalizer(pre.nfc.then_some(NFC)).map_err(|e| TokenizerError::Build(e.to_string()))?;
+        tokenizer.with_pre_tokenizer(steps.pre_tokenizer);
+        tokenizer.with_normalizer(steps.normalizer).map_err(|e| TokenizerError::Build(e.to_string()))?;
         Ok(Self { tokenizer })
     }
 

@@ -18,6 +18,7 @@ use crate::model::gguf::{GgufError, GgufFile};
 use byte_level::ByteLevelBpe;
 use sentence_piece::SentencePiece;
 use sentinels::FimTokens;
+pub use vocabulary::{IGNORE_MERGES, NORMALIZER, PRE_TOKENIZER, parse_byte};
 use vocabulary::{TokenBytes, TokenKind, TokenizerMetadata, TokenizerModel};
 
 #[derive(Debug, thiserror::Error)]
@@ -94,7 +95,7 @@ impl Tokenizer {
         stop_tokens.dedup();
 
         let adds_bos_by_default = match metadata.model {
-            TokenizerModel::ByteLevelBpe => byte_level::adds_bos(&metadata.pre),
+            TokenizerModel::ByteLevelBpe => metadata.pre.adds_bos(),
             TokenizerModel::SentencePiece => true,
         };
         let bytes = TokenBytes::new(&metadata);
@@ -292,7 +293,7 @@ impl Tokenizer {
         let merges = [("t", "h"), ("th", "e")].map(|(left, right)| (left.to_string(), right.to_string())).to_vec();
         let metadata = TokenizerMetadata {
             model: TokenizerModel::ByteLevelBpe,
-            pre: "gpt-2".to_string(),
+            pre: vocabulary::PreTokenizer::Named("gpt-2".to_string()),
             tokens,
             kinds,
             scores: vec![],

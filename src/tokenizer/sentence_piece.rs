@@ -155,7 +155,7 @@ mod tests {
         }
         SentencePiece::new(&TokenizerMetadata {
             model: TokenizerModel::SentencePiece,
-            pre: String::new(),
+            pre: crate::tokenizer::vocabulary::PreTokenizer::None,
             tokens,
             kinds,
             scores,

@@ -1,5 +1,6 @@
 use proptest::prelude::*;
 
+use super::vocabulary::PreTokenizer;
 use super::*;
 
 const IM_END: u32 = 258;
@@ -72,7 +73,7 @@ fn an_id_outside_the_vocabulary_is_special_and_has_no_bytes() {
 fn an_unknown_pre_tokenizer_is_refused_by_name() {
     let metadata = TokenizerMetadata {
         model: TokenizerModel::ByteLevelBpe,
-        pre: "strange-bpe".to_string(),
+        pre: PreTokenizer::Named("strange-bpe".to_string()),
         tokens: vec![],
         kinds: vec![],
         scores: vec![],

@@ -11,6 +11,11 @@ const TOKEN_TYPES: &str = "tokenizer.ggml.token_type";
 const SCORES: &str = "tokenizer.ggml.scores";
 const MERGES: &str = "tokenizer.ggml.merges";
 
+/// How text is cut before merging, as `tokenizer.json` says it: lorry's own keys, of bases that it has quantized itself.
+pub const PRE_TOKENIZER: &str = "lorry.tokenizer.pre_tokenizer";
+pub const NORMALIZER: &str = "lorry.tokenizer.normalizer";
+pub const IGNORE_MERGES: &str = "lorry.tokenizer.ignore_merges";
+
 /// GGUF's token types.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TokenKind {
@@ -48,12 +53,40 @@ pub enum TokenizerModel {
     SentencePiece,
 }
 
+/// How byte-level BPE cuts text before merging.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PreTokenizer {
+    /// SentencePiece does not.
+    None,
+    /// As GGUF names it.
+    Named(String),
+    /// The steps of a `tokenizer.json`, as JSON.
+    Steps { pre_tokenizer: String, normalizer: String, ignore_merges: bool },
+}
+
+impl PreTokenizer {
+    fn read(gguf: &GgufFile) -> Result<Self, TokenizerError> {
+        if gguf.metadata(PRE_TOKENIZER).is_none() {
+            return Ok(Self::Named(gguf.str("tokenizer.ggml.pre")?.to_string()));
+        }
+        Ok(Self::Steps {
+            pre_tokenizer: gguf.str(PRE_TOKENIZER)?.to_string(),
+            normalizer: gguf.str(NORMALIZER)?.to_string(),
+            ignore_merges: optional_bool(gguf, IGNORE_MERGES)?.unwrap_or_default(),
+        })
+    }
+
+    /// Llama 3 puts a beginning-of-sequence token first even where the file does not say so.
+    pub fn adds_bos(&self) -> bool {
+        matches!(self, Self::Named(name) if matches!(name.as_str(), "llama-bpe" | "llama3" | "llama-v3"))
+    }
+}
+
 /// The metadata, checked: every list is as long as `tokens`, every id lies within it.
 #[derive(Debug)]
 pub struct TokenizerMetadata {
     pub model: TokenizerModel,
-    /// Name of the pre-tokenizer; empty for SentencePiece, which has none.
-    pub pre: String,
+    pub pre: PreTokenizer,
     pub tokens: Vec<String>,
     pub kinds: Vec<TokenKind>,
     /// SentencePiece only.
@@ -73,8 +106,8 @@ pub struct TokenizerMetadata {
 impl TokenizerMetadata {
     pub fn read(gguf: &GgufFile) -> Result<Self, TokenizerError> {
         let (model, pre) = match gguf.str("tokenizer.ggml.model")? {
-            "gpt2" => (TokenizerModel::ByteLevelBpe, gguf.str("tokenizer.ggml.pre")?.to_string()),
-            "llama" => (TokenizerModel::SentencePiece, String::new()),
+            "gpt2" => (TokenizerModel::ByteLevelBpe, PreTokenizer::read(gguf)?),
+            "llama" => (TokenizerModel::SentencePiece, PreTokenizer::None),
             other => return Err(TokenizerError::UnsupportedModel(other.to_string())),
         };
         let tokens = strings(gguf, TOKENS)?;
