@@ -15,11 +15,10 @@ use crate::generation::{Base, Generation};
 use crate::http::AppState;
 use crate::icl::{IclStores, OpenError};
 use crate::metrics::Metrics;
+use crate::model::base_file::{BaseFile, BaseFileError};
 use crate::model::base_weights::GgufWeights;
-use crate::model::catalogue::{self, CatalogueError};
 use crate::model::file::ModelFile;
 use crate::model::gguf::{GgufError, GgufFile};
-use crate::model::pull::{self, PullError};
 use crate::model::resident::{self, Resident, ResidentError, Source};
 use crate::model::spec::ModelSpec;
 use crate::prompt::PromptError;
@@ -33,9 +32,7 @@ pub enum AppError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
-    Catalogue(#[from] CatalogueError),
-    #[error(transparent)]
-    Pull(#[from] PullError),
+    BaseFile(#[from] BaseFileError),
     #[error("model {path}: {source}")]
     Model { path: PathBuf, source: GgufError },
     #[error("tokenizer of {path}: {source}")]
@@ -77,19 +74,18 @@ impl App {
         let icl = Arc::new(IclStores::open(&config.icl)?);
         let formats = PromptFormats::new(&config.prompt_formats).map_err(AppError::PromptFormats)?;
         let home = config::lorry_home()?;
-        let source = catalogue::resolve(&config.model.id)?;
-        let path = pull::pull(&source, &home)?;
+        let BaseFile { id, path } = BaseFile::of(&config.model, &home)?;
         let metrics = Arc::new(Metrics::new());
 
         let resident = load_model(Source::File(&path), &config.engine)?;
         let (spec, device) = (resident.model.spec().clone(), resident.device.clone());
-        let base = load_base(&path, &source.id, device)?;
+        let base = load_base(&path, &id, device)?;
         let adapters = Arc::new(load_adapters(&config, &path, &metrics)?);
         let engine = resident.start(&config.engine, metrics.clone());
 
         let (database, on_roll_back) = (config.experiments.path(&home), roll_back_adapter(&adapters));
         let registered = adapters.clone();
-        let names = ModelNames::new(&source.id, move |name| registered.status(name).is_some());
+        let names = ModelNames::new(&id, move |name| registered.status(name).is_some());
         let experiments = Experiments::start(&config.experiments, database, names, metrics.clone(), on_roll_back)
             .map_err(AppError::Experiments)?;
 

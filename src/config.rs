@@ -14,6 +14,7 @@ use serde::{Deserialize, Deserializer};
 
 use crate::adapter::registry::RegistryOptions;
 use crate::experiments::ExperimentsConfig;
+use crate::model::checkpoint::Quantization;
 
 pub use secret::Secret;
 
@@ -88,6 +89,8 @@ pub struct KeyConfig {
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
     pub id: String,
+    /// What the matrices of a checkpoint become.
+    pub quantize: Quantization,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -183,7 +186,7 @@ fn instruction_set<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<
 /// What the command line says; wins over every other layer.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct Overrides {
-    /// Base model: catalogue id, path of a GGUF file, or hf:owner/repo/file.gguf
+    /// Base model: catalogue id, path of a GGUF file or of a checkpoint's folder, hf:owner/repo/file.gguf or hf:owner/repo
     #[arg(long, value_name = "ID|PATH")]
     pub model: Option<String>,
     /// Folder with one sub-folder per adapter; "" for none

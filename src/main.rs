@@ -17,8 +17,8 @@ use lorry::bench::{self, BenchArgs, Subject};
 use lorry::compare::terminal::{self, CompareArgs};
 use lorry::config::{self, Config, Overrides};
 use lorry::http;
+use lorry::model::base_file::BaseFile;
 use lorry::model::base_weights::GgufWeights;
-use lorry::model::{catalogue, pull};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tracing::{info, warn};
@@ -44,7 +44,7 @@ enum Command {
     },
     /// Download a model into the cache folder and verify it.
     Pull {
-        /// Catalogue id or hf:owner/repo/file.gguf.
+        /// Catalogue id, hf:owner/repo/file.gguf or hf:owner/repo.
         model: String,
     },
     /// Put one prompt to several arms of a running server and show the outcome as a table.
@@ -70,7 +70,7 @@ enum AdaptersCommand {
     Check {
         /// Folder of the adapter, as PEFT's save_pretrained writes it.
         dir: PathBuf,
-        /// Base model: catalogue id, path of a GGUF file, or hf:owner/repo/file.gguf; the configured one when absent.
+        /// Base model: catalogue id, path of a GGUF file or of a checkpoint, or a name on the hub; the configured one when absent.
         #[arg(long, value_name = "ID|PATH")]
         model: Option<String>,
     },
@@ -84,7 +84,7 @@ enum AdaptersCommand {
         /// Folder of adapters; the configured one when absent.
         #[arg(long, value_name = "DIR")]
         adapters: Option<String>,
-        /// The base that it was trained on: catalogue id, path of a GGUF file, or hf:owner/repo/file.gguf; the configured one when absent.
+        /// The base that it was trained on: catalogue id, path of a GGUF file or of a checkpoint, or a name on the hub; the configured one when absent.
         #[arg(long, value_name = "ID|PATH")]
         model: Option<String>,
     },
@@ -113,7 +113,8 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
     match command {
         Command::Serve { config, overrides } => serve(Config::load(config.as_deref(), &overrides)?),
         Command::Pull { model } => {
-            let path = pull::pull(&catalogue::resolve(&model)?, &config::lorry_home()?)?;
+            let config = Config::load(None, &Overrides { model: Some(model), ..Overrides::default() })?;
+            let BaseFile { path, .. } = BaseFile::of(&config.model, &config::lorry_home()?)?;
             writeln!(stdout(), "{}", path.display())?;
             Ok(())
         }
@@ -159,7 +160,7 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
 
 /// The configured base, to look at adapters with.
 fn base_weights(config: &Config) -> Result<GgufWeights, Box<dyn Error>> {
-    let path = pull::pull(&catalogue::resolve(&config.model.id)?, &config::lorry_home()?)?;
+    let BaseFile { path, .. } = BaseFile::of(&config.model, &config::lorry_home()?)?;
     Ok(GgufWeights::open(&path).map_err(|e| format!("model {}: {e}", path.display()))?)
 }
 

@@ -13,11 +13,12 @@ static CATALOGUE: LazyLock<Vec<CatalogueModel>> = LazyLock::new(|| {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CatalogueError {
     #[error(
-        "no model {name:?}: give a catalogue id ({ids}), the path of a GGUF file, or hf:owner/repo/file.gguf",
+        "no model {name:?}: give a catalogue id ({ids}), the path of a GGUF file or of a \
+         checkpoint's folder, hf:owner/repo/file.gguf, or hf:owner/repo",
         ids = catalogue_ids().join(", ")
     )]
     Unknown { name: String },
-    #[error("{0:?} does not name a GGUF file on the hub: write hf:owner/repo/file.gguf")]
+    #[error("{0:?} names nothing on the hub: write hf:owner/repo/file.gguf, or hf:owner/repo for a checkpoint")]
     HubName(String),
 }
 
@@ -32,6 +33,10 @@ pub struct ModelSource {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Location {
     File(PathBuf),
+    /// A checkpoint: `config.json`, safetensors, `tokenizer.json`.
+    Folder(PathBuf),
+    /// `owner/repo`, a checkpoint on the hub.
+    Repository(String),
     Download(Download),
 }
 
@@ -59,6 +64,8 @@ pub struct HubFile {
     /// `owner/repo`
     pub repo: String,
     pub file: String,
+    /// Commit or branch; `None` takes the newest of the main branch.
+    pub revision: Option<String>,
 }
 
 /// A Python wheel that carries a piece of a model.
@@ -93,7 +100,7 @@ impl CatalogueModel {
         let download = Download {
             file: PathBuf::from(&self.file),
             digest: Some(Digest { size_bytes: self.size_bytes, sha256: self.sha256.clone() }),
-            hub: self.hub.clone().map(|repo| HubFile { repo, file: self.file.clone() }),
+            hub: self.hub.clone().map(|repo| HubFile { repo, file: self.file.clone(), revision: None }),
             wheels: self.wheels.clone(),
         };
         ModelSource { id: self.id.clone(), location: Location::Download(download) }
@@ -105,8 +112,9 @@ pub fn catalogue_ids() -> Vec<&'static str> {
     CATALOGUE.iter().map(|model| model.id.as_str()).collect()
 }
 
-/// What `name` means: a catalogue id in any case, `hf:owner/repo/file.gguf`, or the path of an existing file.
-/// A model without a catalogue id is served under its file's stem in lower case.
+/// What `name` means: a catalogue id in any case, `hf:owner/repo/file.gguf`, `hf:owner/repo`, or the path of an
+/// existing file or folder. A model without a catalogue id is served under its file's stem, or its folder's or repository's
+/// name, in lower case.
 ///
 /// # Errors
 /// It is none of these; the message lists the ids and the other forms.
@@ -118,6 +126,11 @@ pub fn resolve(name: &str) -> Result<ModelSource, CatalogueError> {
         return hub_source(hub_name).ok_or_else(|| CatalogueError::HubName(name.to_string()));
     }
     let path = Path::new(name);
+    if path.is_dir() {
+        let whole = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        let id = whole.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
+        return Ok(ModelSource { id, location: Location::Folder(whole) });
+    }
     match model_id(path).filter(|_| path.is_file()) {
         Some(id) => Ok(ModelSource { id, location: Location::File(path.to_path_buf()) }),
         None => Err(CatalogueError::Unknown { name: name.to_string() }),
@@ -132,11 +145,16 @@ fn hub_source(name: &str) -> Option<ModelSource> {
             && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
     };
     let [owner, repo, file @ ..] = &name.split('/').collect::<Vec<_>>()[..] else { return None };
-    let is_gguf = file.last()?.to_ascii_lowercase().ends_with(".gguf");
-    if !is_gguf || !name.split('/').all(is_plain) {
+    if !name.split('/').all(is_plain) {
         return None;
     }
-    let hub = HubFile { repo: format!("{owner}/{repo}"), file: file.join("/") };
+    let Some(last) = file.last() else {
+        return Some(ModelSource { id: repo.to_lowercase(), location: Location::Repository(name.to_owned()) });
+    };
+    if !last.to_ascii_lowercase().ends_with(".gguf") {
+        return None;
+    }
+    let hub = HubFile { repo: format!("{owner}/{repo}"), file: file.join("/"), revision: None };
     let file = PathBuf::from(name);
     let id = model_id(&file)?;
     let download = Download { file, digest: None, hub: Some(hub), wheels: Vec::new() };
@@ -154,7 +172,7 @@ mod tests {
     fn download(source: ModelSource) -> Download {
         match source.location {
             Location::Download(download) => download,
-            Location::File(path) => panic!("{} is no download", path.display()),
+            other => panic!("{other:?} is no download"),
         }
     }
 
@@ -201,13 +219,31 @@ mod tests {
         assert_eq!(source.id, "model");
         let download = download(source);
         assert_eq!(download.file, Path::new("Owner/Repo/sub/Model.gguf"));
-        assert_eq!(download.hub, Some(HubFile { repo: "Owner/Repo".into(), file: "sub/Model.gguf".into() }));
+        assert_eq!(
+            download.hub,
+            Some(HubFile { repo: "Owner/Repo".into(), file: "sub/Model.gguf".into(), revision: None })
+        );
         assert_eq!(download.digest, None);
     }
 
     #[test]
+    fn a_folder_and_a_repository_are_checkpoints_under_their_own_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("My-Coder");
+        std::fs::create_dir(&folder).unwrap();
+        let folder = std::fs::canonicalize(folder).unwrap();
+        let source = resolve(folder.to_str().unwrap()).unwrap();
+        assert_eq!(source, ModelSource { id: "my-coder".into(), location: Location::Folder(folder) });
+        let source = resolve("hf:Qwen/Qwen2.5-Coder-0.5B").unwrap();
+        let location = Location::Repository("Qwen/Qwen2.5-Coder-0.5B".into());
+        assert_eq!(source, ModelSource { id: "qwen2.5-coder-0.5b".into(), location });
+    }
+
+    #[test]
     fn a_hub_name_cannot_leave_the_folder_of_models() {
-        for name in ["hf:a/b", "hf:a/b/c.bin", "hf:a/../c.gguf", "hf:/b/c.gguf", "hf:a/b/c d.gguf", "hf:a/.b/c.gguf"] {
+        for name in
+            ["hf:a", "hf:a/..", "hf:a/b/c.bin", "hf:a/../c.gguf", "hf:/b/c.gguf", "hf:a/b/c d.gguf", "hf:a/.b/c.gguf"]
+        {
             assert_eq!(resolve(name), Err(CatalogueError::HubName(name.to_string())));
         }
     }

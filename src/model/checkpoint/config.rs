@@ -1,0 +1,360 @@
+//! `config.json` of a checkpoint, as GGUF's metadata says the same.
+//!
+//! Names and meanings are those that llama.cpp's `convert_hf_to_gguf.py` gives, so that a file made here is read like any
+//! other. What a field says is carried over, or it is known to change nothing, or the checkpoint is refused.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use candle_core::quantized::gguf_file::Value as Gguf;
+use serde_json::{Map, Value};
+
+use super::family::Family;
+use super::{CheckpointError, read_json};
+
+pub const FILE: &str = "config.json";
+
+/// Fields that say nothing about what a decoder computes.
+const WITHOUT_EFFECT: &[&str] = &[
+    "_attn_implementation",
+    "_model_name_or_path",
+    "_name_or_path",
+    "architectures",
+    "attention_bias",
+    "attention_dropout",
+    "attn_implementation",
+    "auto_map",
+    "decoder_start_token_id",
+    "dtype",
+    "embd_pdrop",
+    "embedding_dropout",
+    "finetuned_from",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "gradient_checkpointing",
+    "hidden_dropout",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "keys_to_ignore_at_inference",
+    "label2id",
+    "max_window_layers",
+    "mlp_bias",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "pretraining_tp",
+    "resid_pdrop",
+    "residual_dropout",
+    "return_dict",
+    "sep_token_id",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    "unk_token_id",
+    "use_cache",
+];
+
+/// The fields, of which every one must be taken.
+pub struct Fields {
+    values: Map<String, Value>,
+    taken: RefCell<BTreeSet<String>>,
+}
+
+/// What the configuration says, in GGUF's terms.
+pub struct Config {
+    pub family: &'static Family,
+    pub metadata: Vec<(String, Gguf)>,
+    pub num_heads: usize,
+    pub num_kv_heads: usize,
+    pub head_dim: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub vocab_size: usize,
+    /// `None` where the checkpoint's tensors say it: it is tied if there is no head.
+    pub ties_embedding: Option<bool>,
+    /// How the matrices were quantized by another program.
+    pub quantization: Option<Value>,
+    /// What each frequency of the rotary embedding is divided by, `[head_dim / 2]`.
+    pub rope_factors: Option<Vec<f32>>,
+    pub bos_token_id: Option<u32>,
+    pub eos_token_ids: Vec<u32>,
+}
+
+impl Config {
+    pub fn read(folder: &Path) -> Result<Self, CheckpointError> {
+        let values = read_json::<Map<String, Value>>(folder, FILE)?.ok_or_else(|| {
+            CheckpointError::file(FILE, "is not there: a checkpoint is a folder as save_pretrained writes it")
+        })?;
+        Self::parse(Fields { values, taken: RefCell::default() })
+    }
+
+    fn parse(fields: Fields) -> Result<Self, CheckpointError> {
+        let model_type = fields.text("model_type")?.ok_or_else(|| refuse("model_type", "is missing"))?;
+        let family = Family::named(&model_type)?;
+        let mut metadata = Metadata { architecture: family.gguf, pairs: Vec::new() };
+        metadata.general("architecture", Gguf::String(family.gguf.to_owned()));
+
+        let num_layers = fields.count("num_hidden_layers")?;
+        let hidden_size = fields.count("hidden_size")?;
+        let num_heads = fields.count("num_attention_heads")?;
+        let num_kv_heads = fields.optional_count("num_key_value_heads")?.unwrap_or(num_heads);
+        let head_dim = fields.optional_count("head_dim")?.unwrap_or(hidden_size / num_heads);
+        metadata.count("block_count", num_layers)?;
+        metadata.count("context_length", fields.count("max_position_embeddings")?)?;
+        metadata.count("embedding_length", hidden_size)?;
+        let intermediate_size = fields.count("intermediate_size")?;
+        metadata.count("feed_forward_length", intermediate_size)?;
+        metadata.count("attention.head_count", num_heads)?;
+        metadata.count("attention.head_count_kv", num_kv_heads)?;
+        metadata.count("attention.key_length", head_dim)?;
+        metadata.count("attention.value_length", head_dim)?;
+        metadata.number("attention.layer_norm_rms_epsilon", fields.number("rms_norm_eps")?);
+        fields.must_be("hidden_act", &["silu".into()])?;
+        (family.carry_over)(&fields, &mut metadata)?;
+        all_attend_fully(&fields)?;
+        let rope_factors = rope(&fields, &mut metadata, head_dim)?;
+
+        let vocab_size = fields.count("vocab_size")?;
+        metadata.count("vocab_size", vocab_size)?;
+        let quantization = fields.take("quantization_config").or_else(|| fields.take("quantization")).cloned();
+        let config = Self {
+            family,
+            metadata: metadata.pairs,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            hidden_size,
+            intermediate_size,
+            vocab_size,
+            ties_embedding: fields.flag("tie_word_embeddings")?,
+            quantization,
+            rope_factors,
+            bos_token_id: fields.ids("bos_token_id")?.first().copied(),
+            eos_token_ids: fields.ids("eos_token_id")?,
+        };
+        fields.refuse_the_rest()?;
+        Ok(config)
+    }
+
+    /// `(out, in)` of a matrix.
+    pub fn matrix_shape(&self, module: &str) -> Option<(usize, usize)> {
+        let (q, kv) = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim);
+        let (hidden, intermediate) = (self.hidden_size, self.intermediate_size);
+        Some(match module.rsplit('.').next()? {
+            "embed_tokens" | "lm_head" => (self.vocab_size, hidden),
+            "q_proj" => (q, hidden),
+            "k_proj" | "v_proj" => (kv, hidden),
+            "o_proj" => (hidden, q),
+            "gate_proj" | "up_proj" => (intermediate, hidden),
+            "down_proj" => (hidden, intermediate),
+            _ => return None,
+        })
+    }
+}
+
+/// Metadata of GGUF under the name of an architecture.
+pub struct Metadata {
+    architecture: &'static str,
+    pairs: Vec<(String, Gguf)>,
+}
+
+impl Metadata {
+    fn general(&mut self, key: &str, value: Gguf) {
+        self.pairs.push((format!("general.{key}"), value));
+    }
+
+    fn set(&mut self, key: &str, value: Gguf) {
+        self.pairs.push((format!("{}.{key}", self.architecture), value));
+    }
+
+    pub fn count(&mut self, key: &str, value: usize) -> Result<(), CheckpointError> {
+        let value = u32::try_from(value).map_err(|_| refuse(key, format!("{value} is no size")))?;
+        self.set(key, Gguf::U32(value));
+        Ok(())
+    }
+
+    pub fn number(&mut self, key: &str, value: f32) {
+        self.set(key, Gguf::F32(value));
+    }
+
+    fn text(&mut self, key: &str, value: &str) {
+        self.set(key, Gguf::String(value.to_owned()));
+    }
+}
+
+impl Fields {
+    /// A field with a value; one that is `null` is as one that is not there.
+    pub fn take(&self, name: &str) -> Option<&Value> {
+        self.taken.borrow_mut().insert(name.to_owned());
+        self.values.get(name).filter(|value| !value.is_null())
+    }
+
+    pub fn text(&self, name: &str) -> Result<Option<String>, CheckpointError> {
+        let wrong = || refuse(name, "is not text");
+        self.take(name).map(|value| value.as_str().map(str::to_owned).ok_or_else(wrong)).transpose()
+    }
+
+    pub fn flag(&self, name: &str) -> Result<Option<bool>, CheckpointError> {
+        self.take(name).map(|value| value.as_bool().ok_or_else(|| refuse(name, "is not true or false"))).transpose()
+    }
+
+    /// At least 1.
+    pub fn optional_count(&self, name: &str) -> Result<Option<usize>, CheckpointError> {
+        let count = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0);
+        self.take(name).map(|value| count(value).ok_or_else(|| refuse(name, "is not a number from 1 on"))).transpose()
+    }
+
+    pub fn count(&self, name: &str) -> Result<usize, CheckpointError> {
+        self.optional_count(name)?.ok_or_else(|| refuse(name, "is missing"))
+    }
+
+    pub fn optional_number(&self, name: &str) -> Result<Option<f32>, CheckpointError> {
+        self.take(name).map(|value| number(name, value)).transpose()
+    }
+
+    pub fn number(&self, name: &str) -> Result<f32, CheckpointError> {
+        self.optional_number(name)?.ok_or_else(|| refuse(name, "is missing"))
+    }
+
+    /// Refuses a field that is there with another value than these.
+    pub fn must_be(&self, name: &str, accepted: &[Value]) -> Result<(), CheckpointError> {
+        match self.take(name) {
+            Some(value) if !accepted.contains(value) => Err(refuse(name, format!("{value} is not served"))),
+            _ => Ok(()),
+        }
+    }
+
+    /// One id or a list of them.
+    fn ids(&self, name: &str) -> Result<Vec<u32>, CheckpointError> {
+        self.take(name).map_or(Ok(Vec::new()), |value| ids(value).ok_or_else(|| refuse(name, "is no token id")))
+    }
+
+    /// What is left must be without effect, or be off.
+    fn refuse_the_rest(&self) -> Result<(), CheckpointError> {
+        let taken = self.taken.borrow();
+        let is_off = |value: &Value| match value {
+            Value::Null | Value::Bool(false) => true,
+            Value::Array(list) => list.is_empty(),
+            Value::Object(map) => map.is_empty(),
+            _ => false,
+        };
+        let left = self
+            .values
+            .iter()
+            .find(|(name, value)| !taken.contains(*name) && !WITHOUT_EFFECT.contains(&name.as_str()) && !is_off(value));
+        match left {
+            Some((name, value)) => {
+                Err(refuse(name, format!("{value} is not known, and may change what the model computes")))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// One token id or a list of them.
+pub fn ids(value: &Value) -> Option<Vec<u32>> {
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match value {
+        Value::Array(list) => list.iter().map(id).collect(),
+        value => Some(vec![id(value)?]),
+    }
+}
+
+fn number(name: &str, value: &Value) -> Result<f32, CheckpointError> {
+    let number = value.as_f64().map(|n| n as f32).filter(|n| n.is_finite());
+    number.ok_or_else(|| refuse(name, format!("{value} is not a number")))
+}
+
+/// Windows over part of the layers are a matter of some families; see there.
+fn all_attend_fully(fields: &Fields) -> Result<(), CheckpointError> {
+    let is_full =
+        |kinds: &Value| kinds.as_array().is_some_and(|kinds| kinds.iter().all(|kind| kind == "full_attention"));
+    match fields.take("layer_types") {
+        Some(kinds) if !is_full(kinds) => Err(refuse("layer_types", format!("{kinds} is not served"))),
+        _ => Ok(()),
+    }
+}
+
+/// The rotary embedding: what each frequency is divided by where the checkpoint scales them one by one.
+///
+/// Two layouts: `rope_theta` beside `rope_scaling`, and `rope_parameters` with both (transformers 5). The formulas are those of
+/// transformers' `modeling_rope_utils.py`.
+fn rope(fields: &Fields, metadata: &mut Metadata, head_dim: usize) -> Result<Option<Vec<f32>>, CheckpointError> {
+    let (name, scaling) = match fields.take("rope_parameters") {
+        Some(parameters) => ("rope_parameters", Some(parameters)),
+        None => ("rope_scaling", fields.take("rope_scaling")),
+    };
+    let scaling = match scaling {
+        Some(value) => Some(value.as_object().ok_or_else(|| refuse(name, "is no object"))?),
+        None => None,
+    };
+    let of = |part: &str| scaling.and_then(|scaling| scaling.get(part)).filter(|value| !value.is_null());
+    let get = |part: &str| of(part).map(|value| number(&format!("{name}.{part}"), value)).transpose();
+    let require = |part: &str| get(part)?.ok_or_else(|| refuse(&format!("{name}.{part}"), "is missing"));
+    let beside = fields.optional_number("rope_theta")?;
+    let theta = get("rope_theta")?.or(beside).unwrap_or(10_000.0);
+    metadata.number("rope.freq_base", theta);
+    let partial = get("partial_rotary_factor")?.or(fields.optional_number("partial_rotary_factor")?).unwrap_or(1.0);
+    metadata.count("rope.dimension_count", (head_dim as f32 * partial) as usize)?;
+
+    let kind = of("rope_type").or(of("type")).and_then(Value::as_str).unwrap_or("default");
+    let (known, factors): (&[&str], _) = match kind {
+        "default" => (&[], None),
+        "linear" => {
+            metadata.text("rope.scaling.type", "linear");
+            metadata.number("rope.scaling.factor", require("factor")?);
+            (&["factor"], None)
+        }
+        "yarn" => {
+            metadata.text("rope.scaling.type", "yarn");
+            metadata.number("rope.scaling.factor", require("factor")?);
+            let original = require("original_max_position_embeddings")?;
+            metadata.count("rope.scaling.original_context_length", original as usize)?;
+            metadata.number("rope.scaling.yarn_beta_fast", get("beta_fast")?.unwrap_or(32.0));
+            metadata.number("rope.scaling.yarn_beta_slow", get("beta_slow")?.unwrap_or(1.0));
+            (&["factor", "original_max_position_embeddings", "beta_fast", "beta_slow"], None)
+        }
+        "llama3" => {
+            let (factor, original) = (require("factor")?, require("original_max_position_embeddings")?);
+            let (low, high) = (require("low_freq_factor")?, require("high_freq_factor")?);
+            let known = &["factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"];
+            (known, Some(llama3_factors(theta, head_dim, factor, original, low, high)))
+        }
+        other => return Err(refuse(name, format!("rope_type {other:?} is not served"))),
+    };
+    let always = ["rope_type", "type", "rope_theta", "partial_rotary_factor"];
+    let unknown = scaling
+        .into_iter()
+        .flatten()
+        .find(|(part, value)| !value.is_null() && !always.contains(&part.as_str()) && !known.contains(&part.as_str()));
+    match unknown {
+        Some((part, value)) => Err(refuse(&format!("{name}.{part}"), format!("{value} is not served with {kind:?}"))),
+        None => Ok(factors),
+    }
+}
+
+/// Llama 3.1's: long wavelengths are divided by `factor`, short ones not, those between in proportion.
+fn llama3_factors(theta: f32, head_dim: usize, factor: f32, original: f32, low: f32, high: f32) -> Vec<f32> {
+    let frequencies = (0..head_dim / 2).map(|i| theta.powf(-((2 * i) as f32) / head_dim as f32));
+    frequencies
+        .map(|frequency| {
+            let wavelength = 2.0 * std::f32::consts::PI / frequency;
+            if wavelength < original / high {
+                1.0
+            } else if wavelength > original / low {
+                factor
+            } else {
+                let smooth = (original / wavelength - low) / (high - low);
+                1.0 / ((1.0 - smooth) / factor + smooth)
+            }
+        })
+        .collect()
+}
+
+pub fn refuse(field: &str, reason: impl ToString) -> CheckpointError {
+    CheckpointError::file(FILE, format!("{field}: {}", reason.to_string()))
+}

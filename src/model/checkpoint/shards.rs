@@ -1,0 +1,158 @@
+//! The tensors of a checkpoint, in one safetensors file or in several with an index.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Shape, Tensor};
+use candle_nn::Init;
+use candle_nn::var_builder::SimpleBackend;
+use kernels::mapped_file::MappedFile;
+use safetensors::SafeTensors;
+use safetensors::tensor::Dtype;
+use serde::Deserialize;
+
+use super::{CheckpointError, read_json};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// Bytes before the header, which say how long it is.
+const PREFIX_BYTES: usize = 8;
+
+/// The mapped files, shared by all clones; bytes are read when a tensor is.
+#[derive(Clone)]
+pub struct Shards(Arc<Files>);
+
+#[derive(Default)]
+struct Files {
+    maps: Vec<MappedFile>,
+    tensors: BTreeMap<String, Place>,
+}
+
+struct Place {
+    file: usize,
+    dtype: DType,
+    shape: Vec<usize>,
+    bytes: Range<usize>,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Shards {
+    pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
+        let mut names = match read_json::<Index>(folder, INDEX)? {
+            Some(index) => index.weight_map.into_values().collect(),
+            None => vec![SINGLE.to_owned()],
+        };
+        names.sort_unstable();
+        names.dedup();
+        let mut files = Files::default();
+        for name in names {
+            // An index is a file from outside: it names files of its own folder only.
+            if Path::new(&name).components().count() != 1 || name.starts_with('.') {
+                return Err(CheckpointError::file(INDEX, format!("names {name:?}, which is no file beside it")));
+            }
+            files.add(folder, &name)?;
+        }
+        Ok(Self(Arc::new(files)))
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.tensors.keys().map(String::as_str)
+    }
+
+    pub fn contains(&self, name: &str) -> bool {
+        self.0.tensors.contains_key(name)
+    }
+
+    /// A tensor as it is in its file.
+    pub fn tensor(&self, name: &str) -> Result<Tensor, CheckpointError> {
+        let place = self.0.tensors.get(name).ok_or_else(|| CheckpointError::tensor(name, "is missing"))?;
+        let bytes = &self.0.maps[place.file].bytes()[place.bytes.clone()];
+        Tensor::from_raw_buffer(bytes, place.dtype, &place.shape, &Device::Cpu)
+            .map_err(|e| CheckpointError::tensor(name, e))
+    }
+}
+
+impl Files {
+    fn add(&mut self, folder: &Path, name: &str) -> Result<(), CheckpointError> {
+        let path = folder.join(name);
+        if !path.exists() && name == SINGLE {
+            return Err(CheckpointError::file(
+                SINGLE,
+                format!("is not there, and neither is {INDEX}: {}", hint(folder)),
+            ));
+        }
+        let file = MappedFile::open(&path).map_err(|e| CheckpointError::file(name, e))?;
+        // The data must be as long as the header says, to the byte.
+        let (header, metadata) = SafeTensors::read_metadata(file.bytes())
+            .map_err(|e| CheckpointError::file(name, format!("is not a whole safetensors file: {e}")))?;
+        let data_start = PREFIX_BYTES + header;
+        for (tensor, info) in metadata.tensors() {
+            let dtype = dtype(info.dtype).ok_or_else(|| {
+                CheckpointError::tensor(&tensor, format!("has the type {:?}, which is not read", info.dtype))
+            })?;
+            let (start, end) = info.data_offsets;
+            let bytes = data_start + start..data_start + end;
+            let place = Place { file: self.maps.len(), dtype, shape: info.shape.clone(), bytes };
+            if self.tensors.insert(tensor.clone(), place).is_some() {
+                return Err(CheckpointError::tensor(&tensor, "is in two files of the checkpoint"));
+            }
+        }
+        self.maps.push(file);
+        Ok(())
+    }
+}
+
+/// How the quantization library asks for tensors.
+impl SimpleBackend for Shards {
+    fn get(&self, shape: Shape, name: &str, _: Init, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+        let tensor = self.get_unchecked(name, dtype, device)?;
+        if *tensor.shape() != shape {
+            candle_core::bail!("tensor {name} has shape {:?}, expected {shape:?}", tensor.shape());
+        }
+        Ok(tensor)
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+        self.tensor(name).map_err(candle_core::Error::wrap)?.to_device(device)?.to_dtype(dtype)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.contains(name)
+    }
+}
+
+fn dtype(dtype: Dtype) -> Option<DType> {
+    Some(match dtype {
+        Dtype::BF16 => DType::BF16,
+        Dtype::F16 => DType::F16,
+        Dtype::F32 => DType::F32,
+        Dtype::U8 => DType::U8,
+        Dtype::U32 => DType::U32,
+        Dtype::I32 => DType::I32,
+        Dtype::I64 => DType::I64,
+        Dtype::F8_E4M3 => DType::F8E4M3,
+        _ => return None,
+    })
+}
+
+/// What to do where there are no weights in safetensors.
+fn hint(folder: &Path) -> &'static str {
+    let ends = |ending: &str| {
+        let entries = folder.read_dir().into_iter().flatten().filter_map(Result::ok);
+        entries.into_iter().any(|entry| entry.file_name().to_string_lossy().ends_with(ending))
+    };
+    if ends(".gguf") {
+        "name the GGUF file in the folder"
+    } else if ends(".bin") || ends(".pt") || ends(".pth") {
+        "pickles can run code when opened and are not read: save the model as safetensors"
+    } else {
+        "a checkpoint is a folder as save_pretrained of transformers writes it"
+    }
+}
