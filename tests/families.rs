@@ -419,3 +419,14 @@ fn what_the_cuda_device_has_no_kernels_for_is_refused_by_name() {
         }
     }
 }
+
+#[test]
+fn a_window_as_long_as_the_context_is_none_to_the_cuda_device() {
+    let llama = REFERENCE.families.iter().find(|family| family.name == "llama").unwrap();
+    let mut model = Model::of(llama);
+    model.set("attention.sliding_window", Value::U32(255));
+    let refusal = model.load(GgmlDType::Q8_0, Place::EmulatedGpu).map(|_| ()).unwrap_err();
+    assert!(refusal.contains("sliding windows"), "{refusal}");
+    model.set("attention.sliding_window", Value::U32(256));
+    model.load(GgmlDType::Q8_0, Place::EmulatedGpu).unwrap();
+}

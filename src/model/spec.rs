@@ -229,7 +229,9 @@ impl ModelSpec {
                 rotaries.push(rotary);
                 rotaries.len() - 1
             });
-            LayerAttention { rotary, window: window.map(|window| window.size) }
+            // One that holds the longest sequence hides nothing.
+            let window = window.map(|window| window.size).filter(|size| *size < self.context_length);
+            LayerAttention { rotary, window }
         };
         let layers = (0..self.num_layers).map(layer).collect();
         AttentionPlan { rotaries, layers }
