@@ -32,19 +32,13 @@ pub fn add_norm_quantize(
     normed: &mut [f32],
     quantized: &mut QuantizedRows,
 ) {
-    let width = norm.weight.len();
-    let num_rows = hidden.len() / width;
     let isa = cpu.isa();
-    let hidden = DisjointMut::new(hidden);
-    quantized.fill(cpu, num_rows, width, normed, &|row, normed| {
-        // SAFETY: each task takes its own row.
-        let hidden = unsafe { hidden.slice(row * width, width) };
-        let delta = delta.map(|d| &d[row * width..][..width]);
+    quantize_normed(cpu, hidden, delta, norm.weight.len(), normed, quantized, |hidden, delta, normed| {
         dispatch!(isa, add_norm(hidden: &mut [f32], delta: Option<&[f32]>, norm: RmsNorm<'_>, normed: &mut [f32]));
     });
 }
 
-/// `hidden += delta` (where given), then `normed = norm(hidden)`, also as int8. All are `[rows, width]`.
+/// As [`add_norm_quantize`], for norms that center their input.
 pub fn add_layer_norm_quantize(
     cpu: &Cpu,
     hidden: &mut [f32],
@@ -53,18 +47,31 @@ pub fn add_layer_norm_quantize(
     normed: &mut [f32],
     quantized: &mut QuantizedRows,
 ) {
-    let width = norm.weight.len();
-    let num_rows = hidden.len() / width;
     let isa = cpu.isa();
-    let hidden = DisjointMut::new(hidden);
-    quantized.fill(cpu, num_rows, width, normed, &|row, normed| {
-        // SAFETY: each task takes its own row.
-        let hidden = unsafe { hidden.slice(row * width, width) };
-        let delta = delta.map(|d| &d[row * width..][..width]);
+    quantize_normed(cpu, hidden, delta, norm.weight.len(), normed, quantized, |hidden, delta, normed| {
         dispatch!(
             isa,
             layer_norm(hidden: &mut [f32], delta: Option<&[f32]>, norm: LayerNorm<'_>, normed: &mut [f32])
         );
+    });
+}
+
+/// Rows of `width` as `norm_row` makes them of a row of `hidden` and of `delta`, also as int8.
+fn quantize_normed(
+    cpu: &Cpu,
+    hidden: &mut [f32],
+    delta: Option<&[f32]>,
+    width: usize,
+    normed: &mut [f32],
+    quantized: &mut QuantizedRows,
+    norm_row: impl Fn(&mut [f32], Option<&[f32]>, &mut [f32]) + Sync,
+) {
+    let num_rows = hidden.len() / width;
+    let hidden = DisjointMut::new(hidden);
+    quantized.fill(cpu, num_rows, width, normed, &|row, normed| {
+        // SAFETY: each task takes its own row.
+        let hidden = unsafe { hidden.slice(row * width, width) };
+        norm_row(hidden, delta.map(|delta| &delta[row * width..][..width]), normed);
     });
 }
 
