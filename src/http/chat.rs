@@ -346,9 +346,8 @@ mod tests {
     }
 
     #[test]
-    fn the_new_name_of_the_length_wins_and_alternatives_need_logprobs() {
+    fn alternatives_need_logprobs() {
         let options_of = |json| options(&fields(json));
-        assert_eq!(options_of(r#"{"max_tokens": 1, "max_completion_tokens": 2}"#).unwrap().max_tokens, Some(2));
         assert_eq!(options_of(r#"{"logprobs": true}"#).unwrap().top_logprobs, Some(0));
         assert_eq!(options_of(r#"{"logprobs": true, "top_logprobs": 3}"#).unwrap().top_logprobs, Some(3));
         assert!(refusal(options_of(r#"{"top_logprobs": 3}"#)).contains("top_logprobs"));

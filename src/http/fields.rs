@@ -103,14 +103,25 @@ impl Fields {
         self.fields.get(name).filter(|value| !value.is_null())
     }
 
-    /// Of several names for the same, the value of the first that is there; whatever else is there must make sense, too.
-    pub fn first_of<T>(
+    /// What is asked for under any of several names for the same.
+    ///
+    /// # Errors
+    /// 400 where two of them ask for different things.
+    pub fn one_of<T: PartialEq>(
         &self,
         names: &[&str],
         read: impl Fn(&str) -> Result<Option<T>, ApiError>,
     ) -> Result<Option<T>, ApiError> {
-        let values = names.iter().map(|name| read(name)).collect::<Result<Vec<_>, _>>()?;
-        Ok(values.into_iter().flatten().next())
+        let mut found: Option<(&str, T)> = None;
+        for name in names {
+            let Some(value) = read(name)? else { continue };
+            match &found {
+                None => found = Some((name, value)),
+                Some((_, same)) if *same == value => {}
+                Some((other, _)) => return Err(two_values(name, other)),
+            }
+        }
+        Ok(found.map(|(_, value)| value))
     }
 
     pub fn string(&self, name: &str) -> Result<Option<&str>, ApiError> {
@@ -185,6 +196,11 @@ pub fn wrong_type(name: &str, expected: &str, value: &Value) -> ApiError {
         Value::Object(_) => "an object",
     };
     ApiError::invalid(name, format!("`{name}` must be {expected}, not {got}"))
+}
+
+/// 400 for two fields that are names of the same and ask for different things.
+pub fn two_values(name: &str, other: &str) -> ApiError {
+    ApiError::invalid(name, format!("`{name}` and `{other}` are the same here and differ: leave one out"))
 }
 
 fn out_of_range<T: std::fmt::Display>(name: &str, min: T, max: T, got: impl std::fmt::Display) -> ApiError {

@@ -13,7 +13,7 @@ use crate::generation::{BeamOptions, GenerationOptions};
 /// Most choices per prompt, as in OpenAI's interface.
 pub const MAX_CHOICES: u32 = 128;
 const MAX_BEAMS: u32 = 16;
-/// The most tokens to generate: OpenAI's names, and those of llama.cpp, TGI and Ollama. The first that is given counts.
+/// The most tokens to generate: OpenAI's names, and those of llama.cpp, TGI and Ollama.
 pub const LENGTH_NAMES: [&str; 5] =
     ["max_completion_tokens", "max_tokens", "n_predict", "max_new_tokens", "num_predict"];
 /// As many tokens as there is room for.
@@ -40,7 +40,7 @@ pub fn parse_options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
         return Err(ApiError::invalid(param, format!("`{param}` does not go with `use_beam_search`: leave one out")));
     }
     let repetition_penalty =
-        fields.first_of(&["repetition_penalty", "repeat_penalty"], |name| fields.number(name, 0.01..=10.0))?;
+        fields.one_of(&["repetition_penalty", "repeat_penalty"], |name| fields.number(name, 0.01..=10.0))?;
     let mut options = GenerationOptions {
         num_choices,
         max_tokens: parse_max_tokens(fields)?,
@@ -81,7 +81,7 @@ pub fn default_to_no_limit(fields: &mut Map<String, Value>) {
 }
 
 fn parse_max_tokens(fields: &Fields) -> Result<Option<usize>, ApiError> {
-    fields.first_of(&LENGTH_NAMES, |name| match name {
+    fields.one_of(&LENGTH_NAMES, |name| match name {
         // -1 and -2 are "as many as there is room for".
         "n_predict" | "num_predict" => {
             let count = fields.integer(name, -2..=i64::from(u32::MAX))?;
@@ -93,12 +93,12 @@ fn parse_max_tokens(fields: &Fields) -> Result<Option<usize>, ApiError> {
 
 /// `None` where it is to be drawn.
 pub fn parse_seed(fields: &Fields) -> Result<Option<i64>, ApiError> {
-    let seed = fields.first_of(&SEED_NAMES, |name| fields.integer(name, i64::MIN..=i64::MAX))?;
+    let seed = fields.one_of(&SEED_NAMES, |name| fields.integer(name, i64::MIN..=i64::MAX))?;
     Ok(seed.filter(|seed| *seed != RANDOM_SEED))
 }
 
 fn parse_stops(fields: &Fields) -> Result<Vec<String>, ApiError> {
-    let stops = fields.first_of(&STOP_NAMES, |name| match fields.get(name) {
+    let stops = fields.one_of(&STOP_NAMES, |name| match fields.get(name) {
         None => Ok(None),
         // Before any of them is copied.
         Some(Value::Array(stops)) if stops.len() > MAX_STOPS => {
@@ -267,18 +267,23 @@ mod tests {
             assert_eq!(options(&format!(r#"{{"{name}": 9}}"#)).max_tokens, Some(9), "{name}");
         }
         assert_eq!(options(r#"{"n_predict": -1}"#).max_tokens, Some(usize::MAX));
-        assert_eq!(options(r#"{"max_completion_tokens": null, "max_tokens": 2, "n_predict": 3}"#).max_tokens, Some(2));
+        assert_eq!(options(r#"{"max_completion_tokens": null, "max_tokens": 2, "n_predict": 2}"#).max_tokens, Some(2));
         assert_eq!(options(r#"{"stop_sequences": ["a"]}"#).stop, ["a"]);
         assert_eq!(options(r#"{"stop_token_ids": [7, 9]}"#).stop_token_ids, [7, 9]);
     }
 
     #[test]
-    fn what_has_no_effect_must_make_sense_too() {
+    fn a_second_name_must_make_sense_and_say_the_same() {
         for (json, name) in [
             (r#"{"max_tokens": 2, "num_predict": 4294967296}"#, "num_predict"),
             (r#"{"seed": 2, "random_seed": "x"}"#, "random_seed"),
             (r#"{"stop": "a", "stop_sequences": [1]}"#, "stop_sequences"),
             (r#"{"repetition_penalty": 1, "repeat_penalty": 0}"#, "repeat_penalty"),
+            (r#"{"repetition_penalty": 1, "repeat_penalty": 1.1}"#, "repeat_penalty"),
+            (r#"{"max_tokens": 2, "num_predict": 3}"#, "num_predict"),
+            (r#"{"max_tokens": 2, "max_completion_tokens": 0}"#, "max_tokens"),
+            (r#"{"seed": 2, "random_seed": -1}"#, "random_seed"),
+            (r#"{"stop": "a", "stop_sequences": ["b"]}"#, "stop_sequences"),
             (r#"{"early_stopping": {}}"#, "early_stopping"),
             (r#"{"length_penalty": 11}"#, "length_penalty"),
         ] {

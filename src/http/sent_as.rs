@@ -1,7 +1,9 @@
 //! The client's own names for the fields that its request was read as: an error names what the client sent.
 
+use serde_json::{Map, Value};
+
 use super::error::ApiError;
-use super::fields::Fields;
+use super::fields::{Fields, two_values};
 
 /// Another interface's request in OpenAI's fields.
 #[derive(Debug)]
@@ -18,6 +20,25 @@ impl SentAs {
     /// What was read as `read` came as `sent`.
     pub fn add(&mut self, read: impl Into<String>, sent: impl Into<String>) {
         self.0.push((read.into(), sent.into()));
+    }
+
+    /// Puts what the client sent as `sent` into the field `read` of `fields`.
+    ///
+    /// # Errors
+    /// 400 where the client sent `read` itself, too, and asks for something else by it.
+    pub fn set(
+        &mut self,
+        fields: &mut Map<String, Value>,
+        read: &str,
+        sent: &str,
+        value: Value,
+    ) -> Result<(), ApiError> {
+        if fields.get(read).is_some_and(|given| !given.is_null() && *given != value) {
+            return Err(two_values(read, sent));
+        }
+        fields.insert(read.to_owned(), value);
+        self.add(read, sent);
+        Ok(())
     }
 
     /// `error` in the client's words: the nearest name is told, and the paths in its message with it.

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::http::error::ApiError;
-use crate::http::fields::{Fields, wrong_type};
+use crate::http::fields::{Fields, two_values, wrong_type};
 use crate::http::sent_as::{SentAs, Translated};
 use crate::http::unsupported::{Route, refuse_unsupported};
 
@@ -36,8 +36,6 @@ pub fn read_messages(fields: &Fields) -> Result<Translated, ApiError> {
     check_context_management(fields)?;
     let mut converted = fields.without(&OWN_FIELDS);
     let mut sent_as = SentAs::default();
-    let mut set = |name: &str, value: Value| drop(converted.insert(name.to_owned(), value));
-
     let mut messages = Messages { said: read_system(fields)?.into_iter().collect(), sent_as: &mut sent_as };
     if !messages.said.is_empty() {
         messages.sent_as.add("messages[0].content", "system");
@@ -48,16 +46,15 @@ pub fn read_messages(fields: &Fields) -> Result<Translated, ApiError> {
     }
     let messages = messages.said;
     if messages.last().is_some_and(|message| message["role"] == "assistant") {
-        sent_as.add("continue_final_message", format!("messages[{}]", given.len() - 1));
-        set("continue_final_message", true.into());
+        let at = format!("messages[{}]", given.len() - 1);
+        sent_as.set(&mut converted, "continue_final_message", &at, true.into())?;
     }
-    set("messages", Value::Array(messages));
+    converted.insert("messages".to_owned(), Value::Array(messages));
     if let Some(temperature) = fields.number("temperature", 0.0..=1.0)? {
-        set("temperature", temperature.into());
+        converted.insert("temperature".to_owned(), temperature.into());
     }
     if let Some(user) = fields.object("metadata")?.and_then(|metadata| metadata.get("user_id")) {
-        sent_as.add("user", "metadata.user_id");
-        set("user", user.clone());
+        sent_as.set(&mut converted, "user", "metadata.user_id", user.clone())?;
     }
     if let Some(tools) = fields.array("tools")? {
         for index in 0..tools.len() {
@@ -66,19 +63,23 @@ pub fn read_messages(fields: &Fields) -> Result<Translated, ApiError> {
             sent_as.add(format!("{at}.function.parameters"), format!("{at}.input_schema"));
         }
         let tools = tools.iter().enumerate().map(|(index, tool)| read_tool(&format!("tools[{index}]"), tool));
-        set("tools", tools.collect::<Result<_, _>>()?);
+        converted.insert("tools".to_owned(), tools.collect::<Result<_, _>>()?);
     }
     if let Some(choice) = fields.object("tool_choice")? {
         sent_as.add("tool_choice.function", "tool_choice");
-        set("tool_choice", read_tool_choice(choice)?);
+        converted.insert("tool_choice".to_owned(), read_tool_choice(choice)?);
         if choice.get("disable_parallel_tool_use") == Some(&Value::Bool(true)) {
-            set("parallel_tool_calls", Value::Bool(false));
+            sent_as.set(
+                &mut converted,
+                "parallel_tool_calls",
+                "tool_choice.disable_parallel_tool_use",
+                false.into(),
+            )?;
         }
     }
     if let Some((at, format)) = read_output_format(fields)? {
         sent_as.add("response_format.json_schema", at);
-        sent_as.add("response_format", at);
-        set("response_format", format);
+        sent_as.set(&mut converted, "response_format", at, format)?;
     }
     Ok(Translated { fields: converted.into(), sent_as })
 }
@@ -107,10 +108,15 @@ fn read_output_format(fields: &Fields) -> Result<Option<(&'static str, Value)>, 
         return Err(ApiError::invalid(&at, format!("`{at}` is not served: leave it out")));
     }
     let of_config = config.and_then(|config| config.get("format")).filter(|format| !format.is_null());
-    let (at, format) = match (of_config, fields.object("output_format")?) {
-        (Some(format), _) => ("output_config.format", format.clone()),
-        (None, Some(format)) if !format.is_empty() => ("output_format", Value::Object(format.clone())),
-        _ => return Ok(None),
+    fields.object("output_format")?;
+    let of_field = fields.get("output_format").filter(|format| **format != json!({}));
+    let (at, format) = match (of_config, of_field) {
+        (Some(format), Some(other)) if format != other => {
+            return Err(two_values("output_format", "output_config.format"));
+        }
+        (Some(format), _) => ("output_config.format", format),
+        (None, Some(format)) => ("output_format", format),
+        (None, None) => return Ok(None),
     };
     if format["type"] != "json_schema" {
         let at = format!("{at}.type");
@@ -377,6 +383,8 @@ mod tests {
     fn what_is_not_served_is_refused_by_its_place() {
         let user = json!([{"role": "user", "content": "a"}]);
         let content = |block: Value| json!({"messages": [{"role": "user", "content": [block]}]});
+        let format = json!({"type": "json_schema", "schema": {"type": "object"}});
+        let other = json!({"type": "json_schema", "schema": {"type": "array"}});
         for (body, place) in [
             (json!({}), "messages"),
             (json!({"messages": [{"role": "system", "content": "a"}]}), "messages[0].role"),
@@ -388,6 +396,9 @@ mod tests {
             (json!({"messages": user, "thinking": {"type": "enabled", "budget_tokens": 9}}), "thinking"),
             (json!({"messages": user, "temperature": 1.5}), "temperature"),
             (json!({"messages": user, "mcp_servers": [{"url": "x"}]}), "mcp_servers"),
+            (json!({"messages": user, "user": "a", "metadata": {"user_id": "b"}}), "user"),
+            (json!({"messages": user, "output_format": format, "output_config": {"format": other}}), "output_format"),
+            (json!({"messages": user, "output_format": format, "response_format": {}}), "response_format"),
             (json!({"messages": user, "output_config": {"effort": "high"}}), "output_config.effort"),
             (json!({"messages": user, "output_config": {"format": {"type": "xml"}}}), "output_config.format.type"),
             (

@@ -12,7 +12,8 @@ use crate::http::sampling::{MAX_CHOICES, default_to_no_limit};
 use crate::http::sent_as::SentAs;
 use crate::http::unsupported::{Route, refuse_unsupported};
 
-const INFILL: [&str; 4] = ["prompt", "input_prefix", "input_suffix", "input_extra"];
+const INFILL: [&str; 5] = ["prompt", "input_prefix", "input_suffix", "suffix", "input_extra"];
+const SUFFIX_NAMES: [&str; 2] = ["input_suffix", "suffix"];
 const EXTRA: ItemFields = ItemFields { name: "filename", text: "text", unnamed: "tmp" };
 
 pub fn read_completion(fields: &Fields) -> Result<(GenerationRequest, SentAs), ApiError> {
@@ -25,12 +26,12 @@ pub fn read_completion(fields: &Fields) -> Result<(GenerationRequest, SentAs), A
 pub fn read_infill(fields: &Fields) -> Result<(GenerationRequest, SentAs), ApiError> {
     let text = |name| Ok::<_, ApiError>(fields.string(name)?.unwrap_or_default());
     let prefix = [text("input_prefix")?, text("prompt")?].concat();
+    let suffix = fields.one_of(&SUFFIX_NAMES, |name| fields.string(name))?.unwrap_or_default();
     let extra = fields.array("input_extra")?.map_or(&[] as &[Value], Vec::as_slice);
     let extra = context_files("input_extra", extra, &EXTRA)?;
     let (mut converted, mut sent_as) = converted(fields, &INFILL)?;
-    sent_as.add("suffix", "input_suffix");
     converted.insert("prompt".to_owned(), prefix.into());
-    converted.insert("suffix".to_owned(), text("input_suffix")?.into());
+    sent_as.set(&mut converted, "suffix", "input_suffix", suffix.into())?;
     let mut request = CompletionShape::parse(&converted.into()).map_err(|error| sent_as.word(error))?;
     set_context(&mut request, &extra);
     Ok((request, sent_as))
@@ -47,8 +48,7 @@ fn converted(fields: &Fields, own: &[&str]) -> Result<(Map<String, Value>, SentA
     let (mut converted, mut sent_as) = (fields.without(own), SentAs::default());
     converted.remove("n_cmpl");
     if let Some(num_choices) = fields.count("n_cmpl", 1..=MAX_CHOICES)? {
-        converted.insert("n".to_owned(), num_choices.into());
-        sent_as.add("n", "n_cmpl");
+        sent_as.set(&mut converted, "n", "n_cmpl", num_choices.into())?;
     }
     default_to_no_limit(&mut converted);
     // Records of the tokens have their ids.

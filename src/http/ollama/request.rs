@@ -97,7 +97,7 @@ pub fn read_chat(fields: &Fields, model: &str) -> Result<Asked, ApiError> {
 
 /// The name under `model`, or as older clients send it.
 pub fn read_model(fields: &Fields) -> Result<Option<&str>, ApiError> {
-    fields.first_of(&["model", "name"], |name| fields.string(name))
+    fields.one_of(&["model", "name"], |name| fields.string(name))
 }
 
 /// Whether the model is to be unloaded. What stays in memory is decided by the server; a client that unloads is told
@@ -126,17 +126,15 @@ fn converted(fields: &Fields, model: &str) -> Result<(Map<String, Value>, SentAs
                 None => error,
             }
         })?;
-        for name in SAMPLING.iter().filter(|name| options.contains_key(**name)) {
-            sent_as.add(*name, of_options(name));
+        let is_sampling = |(name, value): &(&String, &Value)| SAMPLING.contains(&name.as_str()) && !value.is_null();
+        for (name, value) in options.iter().filter(is_sampling) {
+            sent_as.set(&mut converted, name, &of_options(name), value.clone())?;
         }
-        let sampling = options.iter().filter(|(name, value)| SAMPLING.contains(&name.as_str()) && !value.is_null());
-        converted.extend(sampling.map(|(name, value)| (name.clone(), value.clone())));
     }
     default_to_no_limit(&mut converted);
     converted.insert("model".to_owned(), model.into());
     if let Some(format) = response_format(fields)? {
-        converted.insert("response_format".to_owned(), format);
-        sent_as.add("response_format", "format");
+        sent_as.set(&mut converted, "response_format", "format", format)?;
         sent_as.add("response_format.json_schema.schema", "format");
     }
     Ok((converted, sent_as))
@@ -260,6 +258,24 @@ mod tests {
         ] {
             assert_eq!(read.sent_as.word(ApiError::invalid(read_as, "no")).param(), Some(sent));
         }
+    }
+
+    #[test]
+    fn a_field_in_two_places_says_the_same_in_both() {
+        let object = json!({"type": "json_object"});
+        for (body, name) in [
+            (json!({"prompt": "a", "format": {}, "response_format": object}), "response_format"),
+            (json!({"prompt": "a", "options": {"temperature": 0}, "temperature": 1}), "temperature"),
+            (json!({"prompt": "a", "options": {"stop": ["x"]}, "stop": "x"}), "stop"),
+            (json!({"prompt": "a", "model": "b", "name": "c"}), "name"),
+        ] {
+            let fields = fields(body.clone());
+            let read = read_model(&fields).and_then(|_| read_generate(&fields, "m", true));
+            assert_eq!(read.err().unwrap().param(), Some(name), "{body}");
+        }
+        let same = json!({"prompt": "a", "format": "json", "response_format": object,
+            "options": {"temperature": 0}, "temperature": 0});
+        assert_eq!(generate(same).unwrap().1["response_format"], object);
     }
 
     #[test]

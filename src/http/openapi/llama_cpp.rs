@@ -32,6 +32,7 @@ pub fn describe(document: &mut Document) {
         "prompt": text("The line up to the cursor."),
         "input_prefix": text("What is before that line."),
         "input_suffix": text("What is behind the cursor."),
+        "suffix": text("As `input_suffix`."),
         "input_extra": array(extra, "Text from other files."),
     })));
     let examples = [

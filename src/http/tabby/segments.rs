@@ -46,16 +46,14 @@ pub fn read(fields: &Fields) -> Result<(GenerationRequest, SentAs), ApiError> {
         .ok_or_else(|| ApiError::invalid("segments.prefix", "`segments.prefix` is required"))?;
     let suffix = text(segments, "segments", "suffix")?.unwrap_or_default();
     let mut completion = fields.without(&OWN);
-    completion.insert("prompt".to_owned(), prefix.into());
-    completion.insert("suffix".to_owned(), suffix.into());
+    let mut sent_as = SentAs::default();
+    sent_as.set(&mut completion, "prompt", "segments.prefix", prefix.into())?;
+    sent_as.set(&mut completion, "suffix", "segments.suffix", suffix.into())?;
     for (name, default) in
         [("max_tokens", MAX_TOKENS.into()), ("temperature", TEMPERATURE.into()), ("stop", STOP.into())]
     {
         completion.entry(name).or_insert(default);
     }
-    let mut sent_as = SentAs::default();
-    sent_as.add("prompt", "segments.prefix");
-    sent_as.add("suffix", "segments.suffix");
     let mut request = CompletionShape::parse(&completion.into()).map_err(|error| sent_as.word(error))?;
     let indent = indent_of_last_line(prefix);
     request.options.min_indent = request.options.min_indent.max(indent);

@@ -42,6 +42,9 @@ async fn an_infill_is_the_gap_of_a_completion_with_the_line_at_the_end_of_its_pr
         (&stopped["content"], &stopped["stop_type"], &stopped["stopping_word"]),
         (&json!("abc"), &json!("word"), &json!("d"))
     );
+    let named_otherwise = json!({"input_prefix": "x", "suffix": "s", "temperature": 0, "n_predict": 1});
+    let filled = reply(&server, "/infill", named_otherwise).await;
+    assert_eq!(filled["prompt"], "<|fim_prefix|>x<|fim_suffix|>s<|fim_middle|>");
     let ended = reply(&server, "/infill", json!({"input_prefix": "x", "temperature": 0})).await;
     assert_eq!(ended["stop_type"], "eos", "to the end where no length is given");
 }
@@ -134,6 +137,8 @@ async fn what_cannot_be_served_says_so() {
         ("/infill", json!({"input_prefix": 1}), "input_prefix"),
         ("/infill", json!({"prompt": [1]}), "prompt"),
         ("/infill", json!({"n_cmpl": 9}), "n_cmpl"),
+        ("/infill", json!({"n_cmpl": 2, "n": 1}), "n"),
+        ("/infill", json!({"input_suffix": "a", "suffix": "b"}), "suffix"),
         ("/infill", json!({"samplers": ["top_p", "temperature"], "top_p": 0.5}), "samplers"),
         ("/infill", json!({"response_fields": "content"}), "response_fields"),
         ("/completion", json!({"prompt": "a", "mirostat": 2}), "mirostat"),
