@@ -5,7 +5,7 @@
 mod tiny;
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
@@ -19,9 +19,11 @@ use kernels::device::Logits;
 use lorry::adapter::canonical::Adapter;
 use lorry::adapter::loader;
 use lorry::model::base_weights::GgufWeights;
+use lorry::model::checkpoint::quantized;
 use lorry::model::{AdapterGroup, ForwardBatch, SequenceRows};
+use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde::Deserialize;
-use serde_json::Value as Json;
+use serde_json::{Value as Json, json};
 use tiny::peft::{PeftAdapter, with_virtual_tokens};
 use tiny::{Loaded, Place, logits_alone, place};
 
@@ -38,6 +40,8 @@ struct Family {
     name: String,
     architecture: String,
     metadata: BTreeMap<String, Json>,
+    /// `config.json` of the same model.
+    config: Json,
     tensors: BTreeMap<String, Drawn>,
     logits: Vec<f32>,
     adapters: Vec<PeftCase>,
@@ -49,6 +53,7 @@ struct Family {
 struct Variant {
     name: String,
     metadata: BTreeMap<String, Json>,
+    config: Json,
     tensors: BTreeMap<String, Drawn>,
     without: Vec<String>,
     logits: Vec<f32>,
@@ -66,6 +71,8 @@ struct PeftCase {
 #[derive(Deserialize, Clone)]
 struct Drawn {
     shape: Vec<usize>,
+    /// The parameter of transformers that it is, where it is one.
+    parameter: Option<String>,
     #[serde(default)]
     mean: f32,
     #[serde(default)]
@@ -164,6 +171,103 @@ impl Model {
         let path = dir.path().join("tiny.gguf");
         self.write(&path, dtype);
         place.load(&path, usize::MAX).map_err(|e| e.to_string())
+    }
+}
+
+/// Writes the checkpoint that transformers would save of a family's tensors.
+fn write_checkpoint(folder: &Path, family: &Family, config: &Json, without: &[String]) {
+    let is_interleaved = ["llama", "smollm3", "granite"].contains(&family.name.as_str());
+    let adds_one = family.name.starts_with("gemma");
+    let tensors = family.tensors.iter().filter(|(name, _)| !without.contains(name)).map(|(name, drawn)| {
+        let mut values = drawn.values(name);
+        if adds_one && name.ends_with("norm.weight") {
+            values.iter_mut().for_each(|value| *value -= 1.0);
+        }
+        if is_interleaved && (name.ends_with("attn_q.weight") || name.ends_with("attn_k.weight")) {
+            let (columns, head_dim) = (drawn.shape[1], config["head_dim"].as_u64().unwrap() as usize);
+            // Row 2i + j of a head in the file is row j · head_dim/2 + i of the model.
+            let row = |row: usize| row / head_dim * head_dim + row % 2 * head_dim / 2 + row % head_dim / 2;
+            let file = values.clone();
+            for (at, rows) in file.chunks(columns).enumerate() {
+                values[row(at) * columns..][..columns].copy_from_slice(rows);
+            }
+        }
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        (drawn.parameter.clone().unwrap(), drawn.shape.clone(), bytes)
+    });
+    let tensors: Vec<_> = tensors.collect();
+    let views =
+        tensors.iter().map(|(name, shape, bytes)| (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
+    fs::write(folder.join("model.safetensors"), serialize(views, None).unwrap()).unwrap();
+    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let tokenizer = json!({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}});
+    fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+}
+
+/// The other form of the same: what `config.json` says of it, instead of a file's metadata.
+#[test]
+fn every_checkpoint_has_the_logits_of_transformers() {
+    for family in &REFERENCE.families {
+        let plain = ("as it is", &family.config, &[][..], &family.logits);
+        let variants = family.variants.iter().map(|v| (v.name.as_str(), &v.config, &v.without[..], &v.logits));
+        for (name, config, without, expected) in [plain].into_iter().chain(variants) {
+            let (folder, home) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+            write_checkpoint(folder.path(), family, config, without);
+            for (quantization, bound) in [("none", MAX_EXACT_DISTANCE), ("q8_0", MAX_QUANTIZED_DISTANCE)] {
+                let path = quantized(folder.path(), quantization.parse().unwrap(), home.path());
+                let path = path.unwrap_or_else(|e| panic!("{}, {name}: {e}", family.name));
+                let mut decoder = Place::Host(Isa::detect(), 2).load(&path, usize::MAX).unwrap();
+                let distance = distance(&kept_logits(&mut *decoder, None), expected);
+                println!("{}, {name}, {quantization}: {distance:.6}", family.name);
+                assert!(distance < bound, "{}, {name}, in {quantization}: {distance}", family.name);
+            }
+        }
+    }
+}
+
+/// `config.json` as transformers before 5 wrote it, and as most checkpoints have it: what turns heads beside the other fields, and
+/// windows by their period.
+fn in_older_layout(config: &Json) -> Json {
+    let mut older = config.clone();
+    let fields = older.as_object_mut().unwrap();
+    let mut rope = fields.remove("rope_parameters").unwrap();
+    if let Some(with_window) = rope.get("sliding_attention") {
+        fields.insert("rope_local_base_freq".to_owned(), with_window["rope_theta"].clone());
+        rope = rope["full_attention"].clone();
+        fields.remove("layer_types");
+        let period = fields.remove("_sliding_window_pattern").unwrap();
+        fields.insert("sliding_window_pattern".to_owned(), period);
+    }
+    let rope = rope.as_object_mut().unwrap();
+    for name in ["rope_theta", "partial_rotary_factor"] {
+        fields.extend(rope.remove_entry(name));
+    }
+    let kind = rope.remove("rope_type").unwrap();
+    if kind == "longrope" {
+        fields.extend(rope.remove_entry("original_max_position_embeddings"));
+    }
+    if kind != "default" {
+        rope.insert("type".to_owned(), kind);
+        fields.insert("rope_scaling".to_owned(), Json::Object(rope.clone()));
+    }
+    older
+}
+
+#[test]
+fn the_older_layout_of_a_configuration_says_the_same() {
+    for family in &REFERENCE.families {
+        let variants = family.variants.iter().map(|variant| (&variant.config, &variant.without[..]));
+        for (config, without) in [(&family.config, &[][..])].into_iter().chain(variants) {
+            let logits = |config: &Json| {
+                let (folder, home) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+                write_checkpoint(folder.path(), family, config, without);
+                let path = quantized(folder.path(), "none".parse().unwrap(), home.path());
+                let path = path.unwrap_or_else(|e| panic!("{}, {config}: {e}", family.name));
+                kept_logits(&mut *Place::Host(Isa::detect(), 2).load(&path, usize::MAX).unwrap(), None)
+            };
+            let older = in_older_layout(config);
+            assert!(logits(&older) == logits(config), "{}: {older}", family.name);
+        }
     }
 }
 

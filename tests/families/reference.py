@@ -1,8 +1,8 @@
 """Writes reference.json: what transformers and PEFT compute, in float32, of a tiny model of every decoder family.
 
 Weights are not kept: both sides draw them from the names of their tensors (`draw`), as whole numbers of a byte times a step, so that
-Q8_0 holds them exactly. What is kept of a model is what its GGUF file says, and logits of a few positions. Variants change one
-thing that a file may say.
+Q8_0 holds them exactly. What is kept of a model is what its GGUF file and its `config.json` say, and logits of a few positions.
+Variants change one thing that a file may say.
 
     python -m venv /tmp/venv && /tmp/venv/bin/pip install -r tests/families/requirements.txt
     /tmp/venv/bin/python tests/families/reference.py
@@ -113,7 +113,7 @@ class Model:
                 is_norm = "norm" in in_file and in_file.endswith("weight")
                 shape = list(parameter.shape)
                 tensor = {"shape": shape, "mean": float(is_norm), "step": step(deviation(in_file, shape))}
-                self.tensors[in_file] = tensor
+                self.tensors[in_file] = tensor | {"parameter": name}
                 weight = values(in_file, tensor)
                 if family in INTERLEAVED and in_file.endswith(("attn_q.weight", "attn_k.weight")):
                     halves = weight.reshape(-1, HEAD_DIM // 2, 2, HIDDEN).swapaxes(1, 2)
@@ -398,6 +398,11 @@ def config_of(model_type, *changes):
     return transformers.AutoConfig.for_model(model_type, **settings)
 
 
+def saved(config):
+    """As save_pretrained writes it."""
+    return json.loads(config.to_json_string(use_diff=True))
+
+
 def more_tensors(name, config):
     if name.startswith("rope_freqs"):
         return {"rope_freqs.weight": {"shape": [HEAD_DIM // 2], "values": llama3_factors(config)}}
@@ -418,11 +423,13 @@ def main():
         if "attention.layer_norm_epsilon" in keys:
             del base["attention.layer_norm_rms_epsilon"]
         case = {"name": family, "architecture": family, "metadata": base, "tensors": model.tensors}
+        case["config"] = saved(config)
         case |= {"logits": packed(logits(model.model)), "adapters": adapters(family, config), "variants": []}
         for name, config_changes, key_changes in variants:
             config = config_of(model_type, changes, config_changes)
             model = Model(family, config)
             variant = {"name": name, "metadata": key_changes, "tensors": more_tensors(name, config)}
+            variant["config"] = saved(config)
             variant["without"] = sorted(set(case["tensors"]) - set(model.tensors))
             case["variants"].append(variant | {"logits": packed(logits(model.model))})
         cases.append(case)

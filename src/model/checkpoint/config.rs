@@ -11,6 +11,7 @@ use candle_core::quantized::gguf_file::Value as Gguf;
 use serde_json::{Map, Value};
 
 use super::family::Family;
+use super::rope::{self, RopeFactors};
 use super::{CheckpointError, read_json};
 
 pub const FILE: &str = "config.json";
@@ -41,6 +42,7 @@ const WITHOUT_EFFECT: &[&str] = &[
     "label2id",
     "max_window_layers",
     "mlp_bias",
+    "original_max_position_embeddings",
     "output_attentions",
     "output_hidden_states",
     "pad_token_id",
@@ -78,8 +80,7 @@ pub struct Config {
     pub ties_embedding: Option<bool>,
     /// How the matrices were quantized by another program.
     pub quantization: Option<Value>,
-    /// What each frequency of the rotary embedding is divided by, `[head_dim / 2]`.
-    pub rope_factors: Option<Vec<f32>>,
+    pub rope_factors: RopeFactors,
     pub bos_token_id: Option<u32>,
     pub eos_token_ids: Vec<u32>,
 }
@@ -112,11 +113,18 @@ impl Config {
         metadata.count("attention.head_count_kv", num_kv_heads)?;
         metadata.count("attention.key_length", head_dim)?;
         metadata.count("attention.value_length", head_dim)?;
-        metadata.number("attention.layer_norm_rms_epsilon", fields.number("rms_norm_eps")?);
-        fields.must_be("hidden_act", &["silu".into()])?;
+        if family.centers_norms {
+            metadata.number("attention.layer_norm_epsilon", fields.number("norm_epsilon")?);
+            fields.take("rms_norm_eps");
+        } else {
+            metadata.number("attention.layer_norm_rms_epsilon", fields.number("rms_norm_eps")?);
+        }
+        let activations: Vec<Value> = family.activations.iter().map(|name| Value::from(*name)).collect();
+        // Gemma has both, and means the second.
+        fields.must_be("hidden_act", &activations)?;
+        fields.must_be("hidden_activation", &activations[..1])?;
         (family.carry_over)(&fields, &mut metadata)?;
-        all_attend_fully(&fields)?;
-        let rope_factors = rope(&fields, &mut metadata, head_dim)?;
+        let rope_factors = rope::carry_over(&fields, &mut metadata, head_dim)?;
 
         let vocab_size = fields.count("vocab_size")?;
         metadata.count("vocab_size", vocab_size)?;
@@ -150,7 +158,10 @@ impl Config {
             "k_proj" | "v_proj" => (kv, hidden),
             "o_proj" => (hidden, q),
             "gate_proj" | "up_proj" => (intermediate, hidden),
-            "down_proj" => (hidden, intermediate),
+            "down_proj" | "c_proj" => (hidden, intermediate),
+            "c_fc" => (intermediate, hidden),
+            "qkv_proj" => (q + 2 * kv, hidden),
+            "gate_up_proj" => (2 * intermediate, hidden),
             _ => return None,
         })
     }
@@ -181,8 +192,12 @@ impl Metadata {
         self.set(key, Gguf::F32(value));
     }
 
-    fn text(&mut self, key: &str, value: &str) {
+    pub fn text(&mut self, key: &str, value: &str) {
         self.set(key, Gguf::String(value.to_owned()));
+    }
+
+    pub fn flags(&mut self, key: &str, values: &[bool]) {
+        self.set(key, Gguf::Array(values.iter().copied().map(Gguf::Bool).collect()));
     }
 }
 
@@ -264,95 +279,9 @@ pub fn ids(value: &Value) -> Option<Vec<u32>> {
     }
 }
 
-fn number(name: &str, value: &Value) -> Result<f32, CheckpointError> {
+pub fn number(name: &str, value: &Value) -> Result<f32, CheckpointError> {
     let number = value.as_f64().map(|n| n as f32).filter(|n| n.is_finite());
     number.ok_or_else(|| refuse(name, format!("{value} is not a number")))
-}
-
-/// Windows over part of the layers are a matter of some families; see there.
-fn all_attend_fully(fields: &Fields) -> Result<(), CheckpointError> {
-    let is_full =
-        |kinds: &Value| kinds.as_array().is_some_and(|kinds| kinds.iter().all(|kind| kind == "full_attention"));
-    match fields.take("layer_types") {
-        Some(kinds) if !is_full(kinds) => Err(refuse("layer_types", format!("{kinds} is not served"))),
-        _ => Ok(()),
-    }
-}
-
-/// The rotary embedding: what each frequency is divided by where the checkpoint scales them one by one.
-///
-/// Two layouts: `rope_theta` beside `rope_scaling`, and `rope_parameters` with both (transformers 5). The formulas are those of
-/// transformers' `modeling_rope_utils.py`.
-fn rope(fields: &Fields, metadata: &mut Metadata, head_dim: usize) -> Result<Option<Vec<f32>>, CheckpointError> {
-    let (name, scaling) = match fields.take("rope_parameters") {
-        Some(parameters) => ("rope_parameters", Some(parameters)),
-        None => ("rope_scaling", fields.take("rope_scaling")),
-    };
-    let scaling = match scaling {
-        Some(value) => Some(value.as_object().ok_or_else(|| refuse(name, "is no object"))?),
-        None => None,
-    };
-    let of = |part: &str| scaling.and_then(|scaling| scaling.get(part)).filter(|value| !value.is_null());
-    let get = |part: &str| of(part).map(|value| number(&format!("{name}.{part}"), value)).transpose();
-    let require = |part: &str| get(part)?.ok_or_else(|| refuse(&format!("{name}.{part}"), "is missing"));
-    let beside = fields.optional_number("rope_theta")?;
-    let theta = get("rope_theta")?.or(beside).unwrap_or(10_000.0);
-    metadata.number("rope.freq_base", theta);
-    let partial = get("partial_rotary_factor")?.or(fields.optional_number("partial_rotary_factor")?).unwrap_or(1.0);
-    metadata.count("rope.dimension_count", (head_dim as f32 * partial) as usize)?;
-
-    let kind = of("rope_type").or(of("type")).and_then(Value::as_str).unwrap_or("default");
-    let (known, factors): (&[&str], _) = match kind {
-        "default" => (&[], None),
-        "linear" => {
-            metadata.text("rope.scaling.type", "linear");
-            metadata.number("rope.scaling.factor", require("factor")?);
-            (&["factor"], None)
-        }
-        "yarn" => {
-            metadata.text("rope.scaling.type", "yarn");
-            metadata.number("rope.scaling.factor", require("factor")?);
-            let original = require("original_max_position_embeddings")?;
-            metadata.count("rope.scaling.original_context_length", original as usize)?;
-            metadata.number("rope.scaling.yarn_beta_fast", get("beta_fast")?.unwrap_or(32.0));
-            metadata.number("rope.scaling.yarn_beta_slow", get("beta_slow")?.unwrap_or(1.0));
-            (&["factor", "original_max_position_embeddings", "beta_fast", "beta_slow"], None)
-        }
-        "llama3" => {
-            let (factor, original) = (require("factor")?, require("original_max_position_embeddings")?);
-            let (low, high) = (require("low_freq_factor")?, require("high_freq_factor")?);
-            let known = &["factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"];
-            (known, Some(llama3_factors(theta, head_dim, factor, original, low, high)))
-        }
-        other => return Err(refuse(name, format!("rope_type {other:?} is not served"))),
-    };
-    let always = ["rope_type", "type", "rope_theta", "partial_rotary_factor"];
-    let unknown = scaling
-        .into_iter()
-        .flatten()
-        .find(|(part, value)| !value.is_null() && !always.contains(&part.as_str()) && !known.contains(&part.as_str()));
-    match unknown {
-        Some((part, value)) => Err(refuse(&format!("{name}.{part}"), format!("{value} is not served with {kind:?}"))),
-        None => Ok(factors),
-    }
-}
-
-/// Llama 3.1's: long wavelengths are divided by `factor`, short ones not, those between in proportion.
-fn llama3_factors(theta: f32, head_dim: usize, factor: f32, original: f32, low: f32, high: f32) -> Vec<f32> {
-    let frequencies = (0..head_dim / 2).map(|i| theta.powf(-((2 * i) as f32) / head_dim as f32));
-    frequencies
-        .map(|frequency| {
-            let wavelength = 2.0 * std::f32::consts::PI / frequency;
-            if wavelength < original / high {
-                1.0
-            } else if wavelength > original / low {
-                factor
-            } else {
-                let smooth = (original / wavelength - low) / (high - low);
-                1.0 / ((1.0 - smooth) / factor + smooth)
-            }
-        })
-        .collect()
 }
 
 pub fn refuse(field: &str, reason: impl ToString) -> CheckpointError {

@@ -1,6 +1,6 @@
 //! The families of checkpoints: what GGUF calls them, their modules, and what their configuration says beyond the common.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::CheckpointError;
 use super::config::{Fields, Metadata, refuse};
@@ -12,17 +12,64 @@ pub struct Family {
     pub gguf: &'static str,
     /// Whether GGUF has the two halves of every query and key head interleaved.
     pub interleaves_heads: bool,
+    /// Whether norms multiply by 1 and their weight; GGUF has the sum.
+    pub adds_one_to_norms: bool,
+    /// Whether norms subtract the mean.
+    pub centers_norms: bool,
+    /// What `hidden_act` may be: names of one function, its own first.
+    pub activations: &'static [&'static str],
+    /// Modules that are named otherwise than in [`MODULES`].
+    modules: &'static [(&'static str, &'static str)],
     /// Carries the fields over that only this family has.
     pub carry_over: fn(&Fields, &mut Metadata) -> Result<(), CheckpointError>,
 }
 
-const FAMILIES: [Family; 6] = [
-    Family { model_type: "llama", gguf: "llama", interleaves_heads: true, carry_over: nothing },
-    Family { model_type: "mistral", gguf: "llama", interleaves_heads: true, carry_over: mistral },
-    Family { model_type: "qwen2", gguf: "qwen2", interleaves_heads: false, carry_over: qwen },
-    Family { model_type: "qwen3", gguf: "qwen3", interleaves_heads: false, carry_over: qwen },
-    Family { model_type: "granite", gguf: "granite", interleaves_heads: true, carry_over: granite },
-    Family { model_type: "smollm3", gguf: "smollm3", interleaves_heads: true, carry_over: smollm3 },
+const PLAIN: Family = Family {
+    model_type: "",
+    gguf: "",
+    interleaves_heads: false,
+    adds_one_to_norms: false,
+    centers_norms: false,
+    activations: &["silu"],
+    modules: &[],
+    carry_over: full_attention,
+};
+
+/// The tanh approximation; Gemma's first checkpoints call it by the name of the exact function.
+const GEMMA: Family = Family { adds_one_to_norms: true, activations: &["gelu_pytorch_tanh", "gelu"], ..PLAIN };
+
+const GEMMA_NORMS: &[(&str, &str)] = &[
+    ("post_attention_layernorm", "post_attention_norm"),
+    ("pre_feedforward_layernorm", "ffn_norm"),
+    ("post_feedforward_layernorm", "post_ffw_norm"),
+];
+
+const FAMILIES: [Family; 11] = [
+    Family { model_type: "llama", gguf: "llama", interleaves_heads: true, ..PLAIN },
+    Family { model_type: "mistral", gguf: "llama", interleaves_heads: true, carry_over: one_window, ..PLAIN },
+    Family { model_type: "qwen2", gguf: "qwen2", carry_over: unused_window, ..PLAIN },
+    Family { model_type: "qwen3", gguf: "qwen3", carry_over: unused_window, ..PLAIN },
+    Family { model_type: "granite", gguf: "granite", interleaves_heads: true, carry_over: granite, ..PLAIN },
+    Family { model_type: "smollm3", gguf: "smollm3", interleaves_heads: true, carry_over: smollm3, ..PLAIN },
+    Family {
+        model_type: "phi3",
+        gguf: "phi3",
+        modules: &[("self_attn.qkv_proj", "attn_qkv"), ("mlp.gate_up_proj", "ffn_up")],
+        carry_over: one_window,
+        ..PLAIN
+    },
+    Family {
+        model_type: "starcoder2",
+        gguf: "starcoder2",
+        centers_norms: true,
+        activations: &["gelu_pytorch_tanh"],
+        modules: &[("mlp.c_fc", "ffn_up"), ("mlp.c_proj", "ffn_down")],
+        carry_over: starcoder2,
+        ..PLAIN
+    },
+    Family { model_type: "gemma", gguf: "gemma", ..GEMMA },
+    Family { model_type: "gemma2", gguf: "gemma2", modules: GEMMA_NORMS, carry_over: gemma2, ..GEMMA },
+    Family { model_type: "gemma3_text", gguf: "gemma3", modules: GEMMA_NORMS, carry_over: gemma3, ..GEMMA },
 ];
 
 /// Modules of a layer, and GGUF's names for them.
@@ -57,7 +104,7 @@ impl Family {
         }
         let (layer, module) = module.strip_prefix("model.layers.")?.split_once('.')?;
         let layer: usize = layer.parse().ok()?;
-        let (_, name) = MODULES.iter().find(|(of, _)| *of == module)?;
+        let (_, name) = self.modules.iter().chain(&MODULES).find(|(of, _)| *of == module)?;
         Some(format!("blk.{layer}.{name}"))
     }
 
@@ -65,24 +112,42 @@ impl Family {
     pub fn interleaves(&self, module: &str) -> bool {
         self.interleaves_heads && (module.ends_with(".self_attn.q_proj") || module.ends_with(".self_attn.k_proj"))
     }
-}
 
-fn nothing(_: &Fields, _: &mut Metadata) -> Result<(), CheckpointError> {
-    Ok(())
-}
-
-fn mistral(fields: &Fields, metadata: &mut Metadata) -> Result<(), CheckpointError> {
-    match fields.optional_count("sliding_window")? {
-        Some(window) => metadata.count("attention.sliding_window", window),
-        None => Ok(()),
+    /// Whether GGUF has this weight with 1 added.
+    pub fn adds_one(&self, name: &str) -> bool {
+        self.adds_one_to_norms && name.ends_with("norm.weight")
     }
 }
 
-fn qwen(fields: &Fields, _: &mut Metadata) -> Result<(), CheckpointError> {
-    // Only with `use_sliding_window` does the window say anything.
+/// No layer has a window.
+fn full_attention(fields: &Fields, _: &mut Metadata) -> Result<(), CheckpointError> {
+    layers_are(fields, "full_attention")
+}
+
+fn layers_are(fields: &Fields, kind: &str) -> Result<(), CheckpointError> {
+    let are_all = |kinds: &Value| kinds.as_array().is_some_and(|kinds| kinds.iter().all(|found| found == kind));
+    match fields.take("layer_types") {
+        Some(kinds) if !are_all(kinds) => Err(refuse("layer_types", format!("{kinds} is not served"))),
+        _ => Ok(()),
+    }
+}
+
+/// Every layer has the window, where there is one.
+fn one_window(fields: &Fields, metadata: &mut Metadata) -> Result<(), CheckpointError> {
+    match fields.optional_count("sliding_window")? {
+        Some(window) => {
+            layers_are(fields, "sliding_attention")?;
+            metadata.count("attention.sliding_window", window)
+        }
+        None => layers_are(fields, "full_attention"),
+    }
+}
+
+/// Only with `use_sliding_window` does the window say anything.
+fn unused_window(fields: &Fields, metadata: &mut Metadata) -> Result<(), CheckpointError> {
     fields.must_be("use_sliding_window", &[json!(false)])?;
     fields.take("sliding_window");
-    Ok(())
+    full_attention(fields, metadata)
 }
 
 fn granite(fields: &Fields, metadata: &mut Metadata) -> Result<(), CheckpointError> {
@@ -94,20 +159,75 @@ fn granite(fields: &Fields, metadata: &mut Metadata) -> Result<(), CheckpointErr
     ] {
         metadata.number(key, fields.number(field)?);
     }
-    Ok(())
+    full_attention(fields, metadata)
 }
 
 /// Every fourth layer goes without rotary positions; GGUF says so by the architecture alone.
-fn smollm3(fields: &Fields, _: &mut Metadata) -> Result<(), CheckpointError> {
+fn smollm3(fields: &Fields, metadata: &mut Metadata) -> Result<(), CheckpointError> {
     fields.must_be("no_rope_layer_interval", &[json!(4)])?;
-    fields.must_be("use_sliding_window", &[json!(false)])?;
-    let every_fourth = |layers: &Vec<serde_json::Value>| {
-        (1..).zip(layers).all(|(number, rotates)| *rotates == json!(u32::from(number % 4 != 0)))
-    };
+    let every_fourth =
+        |layers: &Vec<Value>| (1..).zip(layers).all(|(number, turns)| *turns == json!(u32::from(number % 4 != 0)));
     match fields.take("no_rope_layers") {
         Some(layers) if !layers.as_array().is_some_and(every_fourth) => {
-            Err(refuse("no_rope_layers", format!("{layers} is not served: every fourth layer goes without")))
+            return Err(refuse("no_rope_layers", format!("{layers} is not served: every fourth layer goes without")));
         }
-        _ => Ok(()),
+        _ => {}
     }
+    unused_window(fields, metadata)
+}
+
+fn starcoder2(fields: &Fields, metadata: &mut Metadata) -> Result<(), CheckpointError> {
+    fields.must_be("mlp_type", &[json!("default")])?;
+    fields.must_be("norm_type", &[json!("layer_norm")])?;
+    // The biases are there or not; their tensors say it.
+    fields.take("use_bias");
+    one_window(fields, metadata)
+}
+
+/// Attention is scaled by `query_pre_attn_scalar`^(-1/2); windows are those of the architecture, which GGUF knows by it, unless
+/// `layer_types` says otherwise.
+fn gemma_attention(fields: &Fields, metadata: &mut Metadata, full_every: usize) -> Result<(), CheckpointError> {
+    metadata.number("attention.scale", fields.number("query_pre_attn_scalar")?.powf(-0.5));
+    metadata.count("attention.sliding_window", fields.count("sliding_window")?)?;
+    let layers = fields.count("num_hidden_layers")?;
+    let patterns =
+        [fields.optional_count("sliding_window_pattern")?, fields.optional_count("_sliding_window_pattern")?];
+    let every = patterns.into_iter().flatten().next().unwrap_or(full_every);
+    let has_window = match fields.take("layer_types") {
+        None => (1..=layers).map(|number| !number.is_multiple_of(every)).collect::<Vec<_>>(),
+        Some(kinds) => {
+            let has_window = |kind: &Value| match kind.as_str()? {
+                "sliding_attention" => Some(true),
+                "full_attention" => Some(false),
+                _ => None,
+            };
+            let flags = kinds.as_array().and_then(|kinds| kinds.iter().map(has_window).collect());
+            flags.ok_or_else(|| refuse("layer_types", format!("{kinds} is not served")))?
+        }
+    };
+    metadata.flags("attention.sliding_window_pattern", &has_window);
+    fields.must_be("use_bidirectional_attention", &[json!(false)])
+}
+
+fn gemma2(fields: &Fields, metadata: &mut Metadata) -> Result<(), CheckpointError> {
+    soft_caps(fields, metadata)?;
+    gemma_attention(fields, metadata, 2)
+}
+
+fn gemma3(fields: &Fields, metadata: &mut Metadata) -> Result<(), CheckpointError> {
+    soft_caps(fields, metadata)?;
+    gemma_attention(fields, metadata, 6)?;
+    if let Some(theta) = fields.optional_number("rope_local_base_freq")? {
+        metadata.number("rope.freq_base_swa", theta);
+    }
+    Ok(())
+}
+
+fn soft_caps(fields: &Fields, metadata: &mut Metadata) -> Result<(), CheckpointError> {
+    for name in ["attn_logit_softcapping", "final_logit_softcapping"] {
+        if let Some(cap) = fields.optional_number(name)? {
+            metadata.number(name, cap);
+        }
+    }
+    Ok(())
 }

@@ -7,6 +7,7 @@
 mod config;
 mod family;
 mod quantize;
+mod rope;
 mod shards;
 mod tokenizer;
 
@@ -133,9 +134,9 @@ fn convert(
 
     let mut tensors =
         Converter { config: &config, shards: &shards, prequantized: &prequantized, quantization }.all()?;
-    if let Some(factors) = &config.rope_factors {
+    for (name, factors) in &config.rope_factors {
         let packed = Tensor::new(factors.as_slice(), &Device::Cpu).and_then(|t| quantize::keep(&t));
-        tensors.push(("rope_freqs.weight".to_owned(), packed.map_err(CheckpointError::Gguf)?));
+        tensors.push(((*name).to_owned(), packed.map_err(CheckpointError::Gguf)?));
     }
     let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
     let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
@@ -203,7 +204,12 @@ impl Converter<'_> {
         let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
         let is_vocabulary = matches!(module, "model.embed_tokens" | "lm_head");
         if tensor.rank() == 1 {
-            return self.in_gguf_order(module, tensor).and_then(|t| quantize::keep(&t)).map_err(in_tensor);
+            let vector = if self.config.family.adds_one(name) {
+                tensor.to_dtype(DType::F32).and_then(|weight| weight + 1.0)
+            } else {
+                self.in_gguf_order(module, tensor)
+            };
+            return vector.and_then(|vector| quantize::keep(&vector)).map_err(in_tensor);
         }
         let matrix =
             self.matrix(module, tensor).and_then(|matrix| self.in_gguf_order(module, matrix)).map_err(in_tensor)?;
