@@ -61,6 +61,8 @@ pub struct ServerConfig {
     pub body_timeout_seconds: u64,
     pub keep_alive_seconds: u64,
     pub write_timeout_seconds: u64,
+    /// 0 for none.
+    pub sse_keep_alive_seconds: u32,
     pub cors: bool,
     pub admin_key: Secret,
     pub keys: Vec<KeyConfig>,

@@ -52,7 +52,9 @@ pub async fn answer<S: ReplyShape>(state: &AppState, caller: &Caller, fields: &F
     let head = |object| reply_head(state, id, object, &generated);
     match delivery {
         Delivery::Plain => plain(shape, head(S::OBJECT), generated, trial).await,
-        Delivery::Stream { include_usage } => Ok(stream(shape, head(S::CHUNK_OBJECT), generated, trial, include_usage)),
+        Delivery::Stream { include_usage } => {
+            Ok(stream(state, shape, head(S::CHUNK_OBJECT), generated, trial, include_usage))
+        }
     }
 }
 
@@ -110,6 +112,7 @@ pub async fn complete(sequences: Vec<TextStream>, trial: &mut Trial) -> Result<V
 }
 
 fn stream<S: ReplyShape>(
+    state: &AppState,
     shape: S,
     head: ReplyHead,
     generated: Generated,
@@ -129,7 +132,7 @@ fn stream<S: ReplyShape>(
         state: ChunkState::Choices,
         _model: generated.model,
     };
-    sse::respond(futures::stream::unfold(chunks, async |mut chunks| Some((chunks.next().await?, chunks))))
+    sse::respond(state, futures::stream::unfold(chunks, async |mut chunks| Some((chunks.next().await?, chunks))))
 }
 
 fn reply_head(state: &AppState, id: String, object: &'static str, generated: &Generated) -> ReplyHead {

@@ -1,34 +1,46 @@
-//! Server-sent events: `data: {json}` and nothing else. No comments to keep the connection alive, which several clients
-//! cannot read.
+//! Server-sent events: `data: {json}` and nothing else, but for comments to keep the connection alive where
+//! `server.sse_keep_alive_seconds` asks for them: several clients cannot read those.
 
 use std::convert::Infallible;
+use std::time::Duration;
 
 use axum::http::{HeaderName, HeaderValue};
-use axum::response::sse::{Event, Sse};
+use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::{Stream, StreamExt};
 use serde::Serialize;
 
+use super::AppState;
 use super::error::ApiError;
 
 /// The data of the last event; the connection's body ends right after it.
 pub const DONE: &str = "[DONE]";
 
 /// Each event is sent as soon as `data` has it.
-pub fn respond(data: impl Stream<Item = String> + Send + 'static) -> Response {
-    respond_events(data.map(|data| Event::default().data(data)))
+pub fn respond(state: &AppState, data: impl Stream<Item = String> + Send + 'static) -> Response {
+    respond_events(state, data.map(|data| Event::default().data(data)))
 }
 
-fn respond_events(events: impl Stream<Item = Event> + Send + 'static) -> Response {
-    let mut response = Sse::new(events.map(Ok::<_, Infallible>)).into_response();
+fn respond_events(state: &AppState, events: impl Stream<Item = Event> + Send + 'static) -> Response {
+    let events = Sse::new(events.map(Ok::<_, Infallible>));
+    let mut response = match state.config.server.sse_keep_alive_seconds {
+        0 => events.into_response(),
+        seconds => {
+            let keep_alive = KeepAlive::new().interval(Duration::from_secs(seconds.into())).text("keep-alive");
+            events.keep_alive(keep_alive).into_response()
+        }
+    };
     // Proxies that buffer would hold tokens back.
     response.headers_mut().insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
     response
 }
 
 /// As [`respond`], of events that have names.
-pub fn respond_named(events: impl Stream<Item = (&'static str, String)> + Send + 'static) -> Response {
-    respond_events(events.map(|(name, data)| Event::default().event(name).data(data)))
+pub fn respond_named(
+    state: &AppState,
+    events: impl Stream<Item = (&'static str, String)> + Send + 'static,
+) -> Response {
+    respond_events(state, events.map(|(name, data)| Event::default().event(name).data(data)))
 }
 
 /// `value` on one line. `data:` inside is escaped: there are clients that split events at every occurrence.

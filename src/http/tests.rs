@@ -7,6 +7,7 @@ mod contract;
 mod gaps;
 mod grammar;
 mod icl;
+mod keep_alive;
 mod llama_cpp;
 mod logprobs;
 mod mutations;

@@ -48,7 +48,7 @@ pub async fn messages(
     };
     let (stops, run) = start().await.map_err(|error| sent_as.word(error))?;
     if is_streamed {
-        return Ok(stream::respond(id, run, stops));
+        return Ok(stream::respond(&state, id, run, stops));
     }
     Ok(Json(message::whole(id, run, &stops).await?).into_response())
 }

@@ -6,14 +6,15 @@ use axum::response::Response;
 use serde_json::{Value, json};
 
 use super::message::{Message, Stop, Usage, tool_use_id};
+use crate::http::AppState;
 use crate::http::dialect::anthropic_error;
 use crate::http::run::{Run, RunEvent};
 use crate::http::sse;
 
 /// The generation lives in the response: dropping that cancels it.
-pub fn respond(id: String, run: Run, stops: Vec<String>) -> Response {
+pub fn respond(state: &AppState, id: String, run: Run, stops: Vec<String>) -> Response {
     let events = Events { id, run, stops, block: None, num_blocks: 0, has_begun: false, ready: VecDeque::new() };
-    sse::respond_named(futures::stream::unfold(events, async |mut events| Some((events.next().await?, events))))
+    sse::respond_named(state, futures::stream::unfold(events, async |mut events| Some((events.next().await?, events))))
 }
 
 struct Events {

@@ -72,7 +72,7 @@ pub async fn compare(
         written: VecDeque::new(),
         has_ended: false,
     };
-    if is_streamed { Ok(run.stream(refused)) } else { run.collect(refused).await }
+    if is_streamed { Ok(run.stream(state, refused)) } else { run.collect(refused).await }
 }
 
 /// All that an arm needs before it can start.
@@ -134,7 +134,7 @@ impl Run {
         Ok(Json(reply).into_response())
     }
 
-    fn stream(mut self, refused: Vec<Option<ApiError>>) -> Response {
+    fn stream(mut self, state: &AppState, refused: Vec<Option<ApiError>>) -> Response {
         for (index, error) in refused.into_iter().enumerate() {
             match (self.heads[index].clone(), error) {
                 (Some(head), _) => self.write(index, ChunkEvent::Start(head)),
@@ -142,7 +142,7 @@ impl Run {
                 (None, None) => {}
             }
         }
-        sse::respond(futures::stream::unfold(self, async |mut run| Some((run.next().await?, run))))
+        sse::respond(state, futures::stream::unfold(self, async |mut run| Some((run.next().await?, run))))
     }
 
     /// The data of the next event.

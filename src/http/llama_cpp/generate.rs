@@ -60,7 +60,7 @@ async fn answer(
         let sequence = Sequence::start(state, caller, user, &id, request).await?;
         let settings = settings(&options, sequence.seed);
         let prompt = text_of(state, &sequence.prompt_tokens);
-        return Ok(stream(Events { sequence, prompt, settings, selected, has_new_line: false }));
+        return Ok(stream(state, Events { sequence, prompt, settings, selected, has_new_line: false }));
     }
     let (generated, mut trial) = begin(state, caller, user, &id, request).await?;
     let Generated { model, prompts, sequences, seed, num_choices, .. } = generated;
@@ -112,8 +112,8 @@ impl Events {
 }
 
 /// Nothing comes after the last event.
-fn stream(events: Events) -> Response {
-    sse::respond(unfold(events, async |mut events| Some((events.next().await?, events))))
+fn stream(state: &AppState, events: Events) -> Response {
+    sse::respond(state, unfold(events, async |mut events| Some((events.next().await?, events))))
 }
 
 fn json(reply: &Reply<'_>) -> Result<Value, ApiError> {

@@ -47,7 +47,7 @@ pub async fn create(
         messages: request.messages,
     };
     if fields.boolean("stream")?.unwrap_or(false) {
-        return Ok(reply::stream(run, writer, turn));
+        return Ok(reply::stream(&state, run, writer, turn));
     }
     reply::whole(run, writer, turn).await
 }

@@ -10,6 +10,7 @@ use super::kept::Turn;
 use super::tools::{OfferedTools, ToolKind, custom_arguments, custom_input, function_name};
 use crate::engine::request::FinishReason;
 use crate::generation::SequenceUsage;
+use crate::http::AppState;
 use crate::http::error::ApiError;
 use crate::http::reply::{random_id, unix_seconds};
 use crate::http::run::{Ending, Run, RunEvent};
@@ -299,13 +300,14 @@ pub async fn whole(mut run: Run, mut writer: Writer, turn: Turn) -> Result<Respo
 }
 
 /// The generation lives in the response: dropping that cancels it.
-pub fn stream(run: Run, mut writer: Writer, turn: Turn) -> Response {
+pub fn stream(state: &AppState, run: Run, mut writer: Writer, turn: Turn) -> Response {
     let events = VecDeque::from(writer.begin());
     let stream = Stream { run, writer, turn: Some(turn), events };
-    sse::respond_named(futures::stream::unfold(stream, async |mut stream| {
+    let named = futures::stream::unfold(stream, async |mut stream| {
         let (name, data) = stream.next().await?;
         Some(((name, sse::json(&data)), stream))
-    }))
+    });
+    sse::respond_named(state, named)
 }
 
 struct Stream {
