@@ -63,6 +63,9 @@ pub struct ServerConfig {
     pub write_timeout_seconds: u64,
     /// 0 for none.
     pub sse_keep_alive_seconds: u32,
+    /// Files in PEM; both are empty where connections are not encrypted.
+    pub tls_certificate: PathBuf,
+    pub tls_key: PathBuf,
     pub cors: bool,
     pub admin_key: Secret,
     pub keys: Vec<KeyConfig>,

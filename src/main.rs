@@ -174,11 +174,11 @@ fn serve(config: Config) -> Result<(), Box<dyn Error>> {
     let runtime = Runtime::new()?;
     let server = runtime.block_on(async {
         let listener = TcpListener::from_std(listener)?;
-        Ok::<_, std::io::Error>(http::Server::start(listener, &config.server))
+        Ok::<_, Box<dyn Error>>(http::Server::start(listener, &config.server)?)
     })?;
     let app = App::load(config)?;
     runtime.block_on(async {
-        info!("serving {} on http://{address}", app.state.generation.base_id());
+        info!("serving {} on {}://{address}", app.state.generation.base_id(), server.scheme);
         let (stopping, mut stopped) = tokio::sync::watch::channel(false);
         let shutdown = async move {
             shutdown_signal().await;

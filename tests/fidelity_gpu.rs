@@ -64,7 +64,7 @@ async fn log_probabilities_are_within_their_bounds_of_those_of_peft() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let (stop, stopped) = oneshot::channel::<()>();
-    let server = http::Server::start(listener, &app.state.config.server);
+    let server = http::Server::start(listener, &app.state.config.server).unwrap();
     let served = tokio::spawn(server.serve(app.state, async move { drop(stopped.await) }));
     let bounds: Value = serde_json::from_slice(&std::fs::read(fixtures.join("bounds.json")).unwrap()).unwrap();
     for kind in std::iter::once("base").chain(KINDS) {

@@ -51,7 +51,7 @@ fn start() -> Server {
     let served = {
         let _within = runtime.enter();
         let listener = TcpListener::from_std(listener).expect("tokio can use it");
-        http::Server::start(listener, &state.config.server).serve(state, std::future::pending())
+        http::Server::start(listener, &state.config.server).unwrap().serve(state, std::future::pending())
     };
     std::thread::spawn(move || runtime.block_on(served));
     Server { url, engine, adapters }

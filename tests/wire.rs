@@ -52,7 +52,7 @@ impl Server {
         socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let listener = socket.listen(1024).unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let server = http::Server::start(listener, &app.state.config.server);
+        let server = http::Server::start(listener, &app.state.config.server).unwrap();
         tokio::spawn(server.serve(app.state, std::future::pending()));
         Self { address, client: Client::builder().no_proxy().build().unwrap(), _dir: dir }
     }

@@ -2,6 +2,7 @@
 //! asked what they want: probes are answered, so that a full server is not taken for a dead one.
 
 mod client;
+mod tls;
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -19,14 +20,18 @@ use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
 #[cfg(unix)]
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::AbortHandle;
+use tokio_rustls::TlsAcceptor;
 
 use super::error::ApiError;
 use super::tidy;
 use crate::config::ServerConfig;
 use client::{ClientStream, Clock, Patience};
+
+pub use tls::{TlsError, acceptor as tls};
 
 /// What is answered on any connection.
 const PROBES: [&str; 2] = ["/health", "/metrics"];
@@ -41,9 +46,10 @@ const UNADMITTED_PATIENCE: Duration = Duration::from_secs(1);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Serves until `shutdown` resolves, and returns when every connection has ended. A request goes to the router that
-/// there is when it comes.
+/// there is when it comes. With `tls`, connections are encrypted.
 pub async fn serve(
     listener: TcpListener,
+    tls: Option<TlsAcceptor>,
     router: watch::Receiver<Router>,
     config: ServerConfig,
     shutdown: impl Future<Output = ()>,
@@ -56,6 +62,7 @@ pub async fn serve(
     allow_open_files(config.max_connections);
     let places = Arc::new(Semaphore::new(config.max_connections));
     let connections = GracefulShutdown::new();
+    let (accepting, stopping) = watch::channel(());
     let mut unadmitted: VecDeque<AbortHandle> = VecDeque::new();
     let mut shutdown = std::pin::pin!(shutdown);
     loop {
@@ -75,8 +82,12 @@ pub async fn serve(
         let _ = stream.set_nodelay(true);
         let place = places.clone().try_acquire_owned().ok();
         let is_admitted = place.is_some();
-        let connection = Connection { router: router.clone(), place, patience };
-        let task = tokio::spawn(connection.run(stream, connections.watcher()));
+        let (router, watcher, stopping) = (router.clone(), connections.watcher(), stopping.clone());
+        let connection = Connection { router, place, patience, watcher };
+        let task = match tls.clone() {
+            None => tokio::spawn(connection.run(stream)),
+            Some(tls) => tokio::spawn(connection.run_encrypted(stream, tls, stopping)),
+        };
         if !is_admitted {
             unadmitted.retain(|task| !task.is_finished());
             if unadmitted.len() == MAX_UNADMITTED {
@@ -85,7 +96,7 @@ pub async fn serve(
             unadmitted.push_back(task.abort_handle());
         }
     }
-    drop(listener);
+    drop((listener, accepting));
     connections.shutdown().await;
     Ok(())
 }
@@ -113,17 +124,41 @@ struct Connection {
     /// `None` where all are taken.
     place: Option<OwnedSemaphorePermit>,
     patience: Patience,
+    watcher: Watcher,
 }
 
 impl Connection {
-    async fn run(self, stream: TcpStream, watcher: Watcher) {
-        let Self { router, place, mut patience } = self;
-        let is_admitted = place.is_some();
-        if !is_admitted {
+    async fn run(self, stream: TcpStream) {
+        let clock = self.start_clock();
+        let stream = ClientStream::new(stream, clock.clone());
+        self.serve(stream, clock).await;
+    }
+
+    /// The clock runs from before the handshake, which ends with `stopping`: nobody has asked for anything yet.
+    async fn run_encrypted(self, stream: TcpStream, tls: TlsAcceptor, mut stopping: watch::Receiver<()>) {
+        let clock = self.start_clock();
+        let stream = ClientStream::new(stream, clock.clone());
+        let encrypted = tokio::select! {
+            encrypted = tls.accept(stream) => encrypted,
+            _ = stopping.changed() => return,
+        };
+        match encrypted {
+            Ok(stream) => self.serve(stream, clock).await,
+            Err(error) => tracing::debug!("a connection has ended in its TLS handshake: {error}"),
+        }
+    }
+
+    fn start_clock(&self) -> Clock {
+        let mut patience = self.patience;
+        if self.place.is_none() {
             patience.header = patience.header.min(UNADMITTED_PATIENCE);
         }
-        let clock = Clock::start(patience);
-        let stream = TokioIo::new(ClientStream::new(stream, clock.clone()));
+        Clock::start(patience)
+    }
+
+    async fn serve(self, stream: impl AsyncRead + AsyncWrite + Unpin + 'static, clock: Clock) {
+        let Self { router, place, watcher, .. } = self;
+        let is_admitted = place.is_some();
         let service = service_fn(move |request: hyper::Request<Incoming>| {
             let answering = clock.answer();
             let is_served = is_admitted || PROBES.contains(&tidy(request.uri().path()).as_str());
@@ -136,6 +171,7 @@ impl Connection {
                 Ok::<_, Infallible>(answering.with(reply))
             }
         });
+        let stream = TokioIo::new(stream);
         let connection = http1::Builder::new().keep_alive(is_admitted).serve_connection(stream, service);
         // Clients that leave, or are left, are no news.
         if let Err(error) = watcher.watch(connection).await {

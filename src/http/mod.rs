@@ -76,6 +76,8 @@ use dialect::word_errors;
 use error::{ApiError, Rejection};
 use responses::KeptResponses;
 
+pub use listener::TlsError;
+
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// What every handler may use; clones are cheap.
@@ -110,6 +112,8 @@ impl AppState {
 /// A port that is answered on: with 503 while the model is loading, so that who waits for it knows what for.
 #[derive(Debug)]
 pub struct Server {
+    /// Of its address.
+    pub scheme: &'static str,
     router: watch::Sender<Router>,
     stop: oneshot::Sender<()>,
     served: JoinHandle<std::io::Result<()>>,
@@ -117,14 +121,19 @@ pub struct Server {
 
 impl Server {
     /// Must be called within a runtime, on which it then runs.
-    pub fn start(listener: TcpListener, config: &ServerConfig) -> Self {
+    ///
+    /// # Errors
+    /// TLS is asked for, and what it needs is not in the files that are named.
+    pub fn start(listener: TcpListener, config: &ServerConfig) -> Result<Self, TlsError> {
+        let tls = listener::tls(config)?;
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let loading = Router::new().fallback(loading);
         let (router, routers) = watch::channel(behind_shared_layers(loading, config));
         let (stop, stopped) = oneshot::channel();
         // Who drops the server has stopped it too.
         let stopped = async move { stopped.await.unwrap_or_default() };
-        let served = tokio::spawn(listener::serve(listener, routers, config.clone(), stopped));
-        Self { router, stop, served }
+        let served = tokio::spawn(listener::serve(listener, tls, routers, config.clone(), stopped));
+        Ok(Self { scheme, router, stop, served })
     }
 
     /// Serves `state` from now on. The result, when it is polled, waits until `shutdown` resolves, then refuses new
@@ -134,7 +143,7 @@ impl Server {
         state: AppState,
         shutdown: impl Future<Output = ()>,
     ) -> impl Future<Output = std::io::Result<()>> {
-        let Self { router: routers, stop, served } = self;
+        let Self { router: routers, stop, served, .. } = self;
         let generation = state.generation.clone();
         drop(routers.send_replace(router(state)));
         async move {

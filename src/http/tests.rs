@@ -213,7 +213,7 @@ impl Server {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (shutdown, stopped) = oneshot::channel();
         let stopped = async move { stopped.await.unwrap_or_default() };
-        let served = super::Server::start(listener, &state.config.server);
+        let served = super::Server::start(listener, &state.config.server).unwrap();
         let served = tokio::spawn(served.serve(state.clone(), stopped));
         let client = Client::builder().no_proxy().build().unwrap();
         Self { url, client, metrics, experiments, state, engine, shutdown, served, dir }
@@ -409,7 +409,7 @@ async fn a_server_without_its_model_says_so_and_becomes_one_with_it() {
     let (generation, config) = (with_model.state.generation.clone(), with_model.state.config.clone());
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let loading = super::Server::start(listener, &config.server);
+    let loading = super::Server::start(listener, &config.server).unwrap();
     for path in ["/health", "/v1/models", "/v1/messages", "/api/tags", "/nothing"] {
         let reply = with_model.client.get(format!("{url}{path}")).send().await.unwrap();
         assert_eq!((reply.status().as_u16(), reply.headers()["retry-after"].to_str().unwrap()), (503, "1"), "{path}");

@@ -76,7 +76,7 @@ impl Server {
         let app = tokio::task::spawn_blocking(|| App::load(config).unwrap()).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let server = http::Server::start(listener, &app.state.config.server);
+        let server = http::Server::start(listener, &app.state.config.server).unwrap();
         tokio::spawn(server.serve(app.state, std::future::pending()));
         Self { url, client: Client::builder().no_proxy().build().unwrap(), dir }
     }

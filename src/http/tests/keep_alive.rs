@@ -14,7 +14,7 @@ async fn a_stream_that_waits_says_that_it_is_alive_where_that_is_asked_for_and_l
     state.config = Arc::new(config);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let alive = super::super::Server::start(listener, &state.config.server);
+    let alive = super::super::Server::start(listener, &state.config.server).unwrap();
     let _served = tokio::spawn(alive.serve(state, std::future::pending()));
     // The others wait in the queue for the end of a step in which they have no part.
     let first = json!({"prompt": "a", "max_tokens": 2, "stream": true});
