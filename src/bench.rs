@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 
 use crate::adapter::canonical::Adapter;
 use crate::config::EngineConfig;
+use crate::engine::fairness::Account;
 use crate::engine::request::{Event, PromptOutput, Request, SamplingParams};
 use crate::engine::{EngineHandle, EngineStopped, Overloaded};
 use crate::metrics::Metrics;
@@ -221,6 +222,7 @@ async fn run_once(
             prompt_tokens,
             num_pinned_tokens: 0,
             adapter,
+            account: Account::default(),
             sampling: SamplingParams::GREEDY,
             max_tokens,
             stop_tokens: Arc::new([]),

@@ -3,6 +3,7 @@
 mod secret;
 
 use std::collections::{BTreeMap, HashMap};
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -82,12 +83,19 @@ pub struct KeyConfig {
     pub key: Secret,
     /// Names of adapters; one that ends in `*` stands for all that begin so.
     pub adapters: Vec<String>,
+    /// How much of the machine it gets beside another that wants as much.
+    #[serde(default = "one")]
+    pub weight: NonZeroU32,
     /// 0 sets no limit.
     #[serde(default)]
     pub requests_per_minute: u32,
     /// Of prompts and outputs; 0 sets no limit.
     #[serde(default)]
     pub tokens_per_minute: u32,
+}
+
+fn one() -> NonZeroU32 {
+    NonZeroU32::MIN
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -124,6 +132,7 @@ pub struct EngineConfig {
     pub max_queued: usize,
     pub context_length: usize,
     pub max_draft_tokens: usize,
+    pub max_inter_token_ms: u64,
 }
 
 /// Where the base is to run.

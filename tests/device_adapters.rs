@@ -13,6 +13,7 @@ use emulator::Emulator;
 use kernels::cuda::Cuda;
 use kernels::device::{AdapterTier, Caller, Device, DeviceError, Lease, Placement, StepLimits};
 use lorry::adapter::canonical::Adapter;
+use lorry::engine::fairness::Account;
 use lorry::engine::request::{Event, PromptOutput, Request, SamplingParams};
 use lorry::engine::{EngineConfig, EngineHandle, EngineState};
 use lorry::metrics::Metrics;
@@ -336,6 +337,7 @@ impl Served {
             max_queued: MAX_QUEUED,
             context_length: 256,
             max_draft_tokens: 0,
+            max_inter_token: None,
         };
         let metrics = Arc::new(Metrics::new());
         let engine = EngineHandle::start(Box::new(model), config, metrics.clone());
@@ -348,6 +350,7 @@ impl Served {
             prompt_tokens: prompt.to_vec(),
             num_pinned_tokens: 0,
             adapter: adapter.cloned(),
+            account: Account::default(),
             sampling: SamplingParams { temperature: 0.8, seed: 7, ..SamplingParams::GREEDY },
             max_tokens,
             stop_tokens: Arc::from([]),

@@ -12,6 +12,7 @@ use kernels::attention::{BLOCK_SIZE, BlockId};
 use kernels::cuda::Cuda;
 use kernels::device::{AdapterTier, Caller, DeviceError, Lease, Logits, Placement, StepLimits, Summary};
 use lorry::adapter::canonical::Adapter;
+use lorry::engine::fairness::Account;
 use lorry::engine::request::{Event, PromptOutput, Request, SamplingParams};
 use lorry::engine::{EngineConfig, EngineHandle};
 use lorry::metrics::Metrics;
@@ -322,6 +323,7 @@ fn a_summary_of_the_logits_draws_what_all_of_them_draw() {
             max_queued: 64,
             context_length: 64,
             max_draft_tokens: 0,
+            max_inter_token: None,
         };
         (EngineHandle::start(Box::new(model), config, Arc::new(Metrics::new())), num_rows_read)
     });
@@ -332,6 +334,7 @@ fn a_summary_of_the_logits_draws_what_all_of_them_draw() {
                 prompt_tokens: random_tokens(&tiny.spec, 8, seed as u64),
                 num_pinned_tokens: 0,
                 adapter: Some(adapter.clone()).filter(|_| seed % 3 == 0),
+                account: Account::default(),
                 sampling: SamplingParams { seed: seed as u64, ..sampling.clone() },
                 max_tokens: 12,
                 stop_tokens: Arc::from([]),

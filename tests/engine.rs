@@ -10,6 +10,7 @@ use events::next_event;
 use kernels::attention::{BLOCK_SIZE, BlockId};
 use kernels::device::{Caller, DeviceError, HostLogits, Logits};
 use lorry::adapter::canonical::{Adapter, AdapterWeights, Prelude};
+use lorry::engine::fairness::Account;
 use lorry::engine::request::{Event, FinishReason, PromptOutput, Request, SamplingParams};
 use lorry::engine::{EngineConfig, EngineHandle, EngineState, EngineStopped, Overloaded};
 use lorry::metrics::Metrics;
@@ -136,8 +137,14 @@ fn start_stepwise(num_steps: usize) -> (EngineHandle, channel::Sender<()>) {
     (EngineHandle::start(Box::new(model), CONFIG, Arc::new(Metrics::new())), step)
 }
 
-const CONFIG: EngineConfig =
-    EngineConfig { max_batch_rows: 256, max_sequences: 16, max_queued: 64, context_length: 1024, max_draft_tokens: 0 };
+const CONFIG: EngineConfig = EngineConfig {
+    max_batch_rows: 256,
+    max_sequences: 16,
+    max_queued: 64,
+    context_length: 1024,
+    max_draft_tokens: 0,
+    max_inter_token: None,
+};
 
 fn start(max_batch_rows: usize, num_blocks: usize, metrics: &Arc<Metrics>) -> EngineHandle {
     start_gated(max_batch_rows, num_blocks, metrics, Arc::default())
@@ -197,6 +204,7 @@ impl Ask {
             prompt_tokens: self.prompt_tokens.clone(),
             num_pinned_tokens: 0,
             adapter: self.adapter.clone(),
+            account: Account::default(),
             sampling: SamplingParams {
                 temperature: self.temperature,
                 top_k: 0,

@@ -3,6 +3,7 @@
 mod tiny;
 
 use std::io::Write;
+use std::sync::Arc;
 use std::time::Duration;
 
 use candle_core::quantized::GgmlDType;
@@ -18,6 +19,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use tiny::TinyModel;
@@ -446,4 +448,36 @@ async fn the_tokens_of_prompt_and_output_are_counted_and_the_request_that_takes_
     }
     // What is refused takes nothing.
     assert_eq!(post_as(&server, "plain", "/v1/completions", &json!({})).await.status(), StatusCode::TOO_MANY_REQUESTS);
+}
+
+/// Of the first so many replies, how many each key has got with eight clients.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_keys_get_replies_by_their_weights() {
+    const NUM_REPLIES: usize = 240;
+    let key = |name: &str, weight: u32| {
+        format!("[[server.keys]]\nname = '{name}'\nkey = '{name}'\nadapters = []\nweight = {weight}\n")
+    };
+    let keys = [key("three", 3), key("one", 1)].concat();
+    let server = Arc::new(Server::start(&format!("{keys}[engine]\nmax_sequences = 4"), None).await);
+    let (replied, mut replies) = mpsc::unbounded_channel();
+    for name in ["three", "one"].repeat(8) {
+        let (server, replied) = (server.clone(), replied.clone());
+        tokio::spawn(async move {
+            let body = json!({"prompt": "def f(x):", "max_tokens": 24, "ignore_eos": true});
+            loop {
+                let status = post_as(&server, name, "/v1/completions", &body).await.status();
+                if replied.send((name, status)).is_err() {
+                    return;
+                }
+            }
+        });
+    }
+    let mut num_three = 0;
+    for _ in 0..NUM_REPLIES {
+        let (name, status) = replies.recv().await.unwrap();
+        assert_eq!(status, StatusCode::OK);
+        num_three += usize::from(name == "three");
+    }
+    let ratio = num_three as f64 / (NUM_REPLIES - num_three) as f64;
+    assert!((2.4..3.6).contains(&ratio), "{ratio}");
 }

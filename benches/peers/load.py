@@ -53,10 +53,11 @@ def prompt(num_words: int, seed: int) -> str:
     return f"# task {seed}\n" + " ".join(words.choice(WORDS) for _ in range(num_words))
 
 
-async def complete(session: aiohttp.ClientSession, url: str, body: dict) -> Reply:
+async def complete(session: aiohttp.ClientSession, url: str, body: dict, key: str = "") -> Reply:
     start = time.perf_counter()
     arrivals, num_tokens = [], 0
-    async with session.post(f"{url}/v1/completions", json=body) as response:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    async with session.post(f"{url}/v1/completions", json=body, headers=headers) as response:
         if response.status != 200:
             raise RuntimeError(f"{url} answered {response.status}: {(await response.text())[:500]}")
         async for line in response.content:

@@ -32,10 +32,11 @@ class Lorry:
     model: str
 
     @contextlib.contextmanager
-    def serve(self, root: Path | None) -> Iterator[Server]:
+    def serve(self, root: Path | None, config: Path | None = None) -> Iterator[Server]:
         """Serves the PEFT folders of `root`."""
         with _folder(root) as folder:
             command = [self.binary, "serve", "--model", self.model, "--adapters", folder]
+            command += ["--config", config] if config else []
             with _running(command) as url:
                 yield Server(url, {"model": self.model}, [{"model": path.name} for path in adapters.folders(folder)])
 

@@ -1,6 +1,7 @@
 //! The engine: one thread that owns model and scheduler. tokio talks to it only through [`EngineHandle`].
 
 mod client;
+pub mod fairness;
 mod forward;
 pub mod kv_blocks;
 mod outbox;
@@ -11,6 +12,7 @@ pub mod scheduler;
 pub mod sequence;
 pub mod speculate;
 mod step;
+mod step_cost;
 
 use std::any::Any;
 use std::fmt;
@@ -18,7 +20,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kernels::attention::BLOCK_SIZE;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -40,6 +42,8 @@ pub struct EngineConfig {
     pub context_length: usize,
     /// Most tokens guessed ahead for one sequence in one step; 0 guesses none.
     pub max_draft_tokens: usize,
+    /// The most that a stream should wait for its next token because others prefill; `None` is no limit.
+    pub max_inter_token: Option<Duration>,
 }
 
 /// What the engine holds at this moment.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
+use super::fairness::Account;
 use crate::adapter::canonical::Adapter;
 use crate::grammar::Matcher;
 
@@ -17,6 +18,8 @@ pub struct Request {
     pub num_pinned_tokens: usize,
     /// The adapter generation this request holds until it ends; `None` is the base.
     pub adapter: Option<Arc<Adapter>>,
+    /// Whose share of the machine it takes.
+    pub account: Account,
     pub sampling: SamplingParams,
     /// What the output must follow, at its beginning.
     pub grammar: Option<Matcher>,

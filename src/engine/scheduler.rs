@@ -1,11 +1,13 @@
 //! Which rows the next step computes. Pure bookkeeping: it plans, others execute.
 //!
 //! There are no modes. Every sequence has tokens that are not computed yet: one for a decode row, more for a prefill
-//! chunk, and the rows of a step hold both. Sequences come first come, first served; both queues are in order of arrival.
+//! chunk, and the rows of a step hold both. Both queues are in order of arrival; those of one flow come first come, first
+//! served, and which flow is next is a matter of fairness (docs/decisions/0011).
 
 use std::collections::VecDeque;
 use std::ops::Range;
 
+use super::fairness::Fairness;
 use super::kv_blocks::BlockPool;
 use super::sequence::{LogitsUse, Sequence, SequenceId};
 use crate::model::{AdapterGroup, BlockCopy};
@@ -13,6 +15,10 @@ use crate::model::{AdapterGroup, BlockCopy};
 /// Rows of a step up to which guessing is worth its rows: about where the arithmetic of the rows begins to take longer
 /// than reading the weights (docs/performance.md).
 const MAX_SPECULATED_ROWS: usize = 16;
+/// Until it is known how long steps take.
+const UNCONTESTED_ROWS: usize = 8;
+/// Least rows of a step for prefilling, so that it goes on beside any number of streams.
+const MIN_CHUNK_ROWS: usize = 16;
 
 #[derive(Debug)]
 pub struct Scheduler {
@@ -20,15 +26,35 @@ pub struct Scheduler {
     max_sequences: usize,
     max_draft_tokens: usize,
     pool: BlockPool,
-    /// Oldest first; all are younger than every running sequence.
+    fairness: Fairness,
+    step_rows: StepRows,
+    /// Oldest first.
     waiting: VecDeque<Sequence>,
     /// Oldest first. Each holds blocks for all its tokens once [`Scheduler::schedule`] has run.
     running: Vec<Sequence>,
+    /// Those that the plan in the making starts, whose first block may still have to be copied: none of them is preempted.
+    starting: Vec<Sequence>,
     num_preempted: usize,
     plan: Plan,
-    /// Rows per running sequence, and the running sequences in row order; kept to reuse their memory.
+    /// Rows per running sequence, and the running sequences in the order in which they get and have them; kept to reuse their memory.
     shares: Vec<usize>,
+    turns: Vec<usize>,
     row_order: Vec<usize>,
+}
+
+/// How many rows a step should have, as far as that depends on how long they take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepRows {
+    /// Up to so many, nobody's row is worth leaving out for the sake of others.
+    pub uncontested: usize,
+    /// The most while somebody's stream would wait for more.
+    pub beside_decoding: usize,
+}
+
+impl Default for StepRows {
+    fn default() -> Self {
+        Self { uncontested: UNCONTESTED_ROWS, beside_decoding: usize::MAX }
+    }
 }
 
 /// One step: its rows, in the order of [`crate::model::ForwardBatch`].
@@ -60,11 +86,15 @@ impl Scheduler {
             max_sequences: max_sequences.clamp(1, max_batch_rows),
             max_draft_tokens: 0,
             pool: BlockPool::new(num_blocks),
+            fairness: Fairness::default(),
+            step_rows: StepRows::default(),
             waiting: VecDeque::new(),
             running: Vec::new(),
+            starting: Vec::new(),
             num_preempted: 0,
             plan: Plan::default(),
             shares: Vec::new(),
+            turns: Vec::new(),
             row_order: Vec::new(),
         }
     }
@@ -75,22 +105,28 @@ impl Scheduler {
         Self { max_draft_tokens, ..self }
     }
 
+    /// What the steps from now on should hold.
+    pub fn set_step_rows(&mut self, step_rows: StepRows) {
+        self.step_rows = step_rows;
+    }
+
     /// Adds a sequence that is younger than all others and fits into the pool alone.
     pub fn enqueue(&mut self, sequence: Sequence) {
+        self.fairness.enter(sequence.flow());
         self.waiting.push_back(sequence);
     }
 
     /// Ends a sequence in any state and returns its blocks.
     pub fn remove(&mut self, id: SequenceId) {
         let removed = match self.running_index(id) {
-            Some(index) => Some(self.running.remove(index)),
+            Some(index) => Some(self.stop(index)),
             None => {
                 let index = self.waiting.binary_search_by_key(&id, Sequence::id).ok();
                 index.and_then(|index| self.waiting.remove(index))
             }
         };
-        if let Some(mut sequence) = removed {
-            sequence.release(&mut self.pool);
+        if let Some(sequence) = removed {
+            self.fairness.leave(sequence.flow());
         }
     }
 
@@ -151,6 +187,8 @@ impl Scheduler {
             let sequence = &mut self.running[planned.index];
             let num_rows = planned.rows.len() - sequence.draft().len();
             sequence.advance(num_rows, &mut self.pool);
+            let num_promised = sequence.take_promised(num_rows);
+            self.fairness.serve(sequence.flow(), num_rows, num_promised);
         }
         for copy in self.plan.copies.drain(..) {
             self.pool.release_shared(copy.from);
@@ -163,6 +201,7 @@ impl Scheduler {
     pub fn accept(&mut self, id: SequenceId) {
         if let Some(index) = self.running_index(id) {
             self.running[index].accept(&mut self.pool);
+            self.fairness.serve(self.running[index].flow(), 1, 0);
         }
     }
 
@@ -183,61 +222,138 @@ impl Scheduler {
                 index += 1;
             } else if let Some(block) = self.pool.allocate() {
                 self.running[index].push_block(block);
-            } else if let Some(mut youngest) = self.running.pop() {
-                youngest.release(&mut self.pool);
-                self.waiting.push_front(youngest);
-                self.num_preempted += 1;
+            } else {
+                self.preempt(self.running.len() - 1);
             }
         }
     }
 
-    /// Starts waiting sequences, none before its elders, while their blocks leave one spare for each running sequence:
-    /// without it the next decode rows would throw the newcomer out again.
+    /// Ends the running of a sequence, whose blocks go back.
+    fn stop(&mut self, index: usize) -> Sequence {
+        let mut sequence = self.running.remove(index);
+        sequence.release(&mut self.pool);
+        let num_promised = sequence.take_promised(usize::MAX);
+        self.fairness.stop(sequence.flow(), num_promised);
+        sequence
+    }
+
+    /// Puts a running sequence back to waiting.
+    fn preempt(&mut self, index: usize) {
+        let sequence = self.stop(index);
+        self.wait(sequence);
+        self.num_preempted += 1;
+    }
+
+    fn wait(&mut self, sequence: Sequence) {
+        let place = self.waiting.partition_point(|other| other.id() < sequence.id());
+        self.waiting.insert(place, sequence);
+    }
+
+    /// Who is to run next: the oldest of the flow that has been served least.
+    fn next_waiting(&self) -> Option<usize> {
+        let standing = |index: &usize| (self.fairness.expected_standing(self.waiting[*index].flow()), *index);
+        (0..self.waiting.len()).min_by_key(standing)
+    }
+
+    /// Makes room for `sequence` by preempting the youngest one of the flow that runs most above its share, if that is
+    /// more than that of `sequence` would.
+    fn preempt_for(&mut self, sequence: &Sequence) -> bool {
+        let excess = |index: usize| {
+            self.fairness.excess(self.running[index].flow(), sequence.flow()).map(|excess| (index, excess))
+        };
+        let most = (0..self.running.len()).filter_map(excess).max_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
+        most.map(|(index, _)| self.preempt(index)).is_some()
+    }
+
+    /// Starts waiting sequences, while their blocks leave one spare for each running sequence: without it the next decode
+    /// rows would throw the newcomer out again. None overtakes the next one because it is smaller.
     fn admit(&mut self) {
-        while self.running.len() < self.max_sequences && self.pool.blocks_available() > self.running.len() {
-            let Some(mut sequence) = self.waiting.pop_front() else { return };
-            let mut partial = sequence.match_prefix(&mut self.pool);
-            let num_blocks = BlockPool::num_blocks_for(sequence.tokens().len()) - sequence.block_table().len();
-            let is_room = |pool: &BlockPool| num_blocks + self.running.len() <= pool.blocks_available();
-            // The share in a block to copy from must not be what keeps the sequence waiting.
-            if let Some((shared, _)) = partial.take_if(|_| !is_room(&self.pool)) {
-                self.pool.release_shared(shared);
-            }
-            if !is_room(&self.pool) {
-                sequence.release(&mut self.pool);
-                self.waiting.push_front(sequence);
-                return;
-            }
-            for block in std::iter::repeat_with(|| self.pool.allocate()).take(num_blocks).flatten() {
-                match partial.take() {
-                    Some((from, num_positions)) => {
-                        self.plan.copies.push(BlockCopy { from, to: block });
-                        sequence.push_copy(block, num_positions);
-                    }
-                    None => sequence.push_block(block),
+        while let Some(index) = self.next_waiting()
+            && let Some(mut sequence) = self.waiting.remove(index)
+        {
+            while let Some(refused) = self.try_start(sequence) {
+                if !self.preempt_for(&refused) {
+                    self.wait(refused);
+                    return self.run_started();
                 }
+                sequence = refused;
             }
-            self.running.push(sequence);
         }
+        self.run_started();
     }
 
-    /// One row for each decoding sequence; of the rest, each prefilling sequence in turn gets up to half as long as
-    /// others wait behind it, so that a short prompt gets past a long one. What is left goes to the oldest.
+    /// Gives the sequence back where there is no room for it.
+    fn try_start(&mut self, mut sequence: Sequence) -> Option<Sequence> {
+        let num_running = self.running.len() + self.starting.len();
+        if num_running >= self.max_sequences || self.pool.blocks_available() <= num_running {
+            return Some(sequence);
+        }
+        let mut partial = sequence.match_prefix(&mut self.pool);
+        let num_blocks = BlockPool::num_blocks_for(sequence.tokens().len()) - sequence.block_table().len();
+        let is_room = |pool: &BlockPool| num_blocks + num_running <= pool.blocks_available();
+        // The share in a block to copy from must not be what keeps the sequence waiting.
+        if let Some((shared, _)) = partial.take_if(|_| !is_room(&self.pool)) {
+            self.pool.release_shared(shared);
+        }
+        if !is_room(&self.pool) {
+            sequence.release(&mut self.pool);
+            return Some(sequence);
+        }
+        for block in std::iter::repeat_with(|| self.pool.allocate()).take(num_blocks).flatten() {
+            match partial.take() {
+                Some((from, num_positions)) => {
+                    self.plan.copies.push(BlockCopy { from, to: block });
+                    sequence.push_copy(block, num_positions);
+                }
+                None => sequence.push_block(block),
+            }
+        }
+        let num_promised = sequence.promise();
+        self.fairness.admit(sequence.flow(), num_promised);
+        self.starting.push(sequence);
+        None
+    }
+
+    fn run_started(&mut self) {
+        self.running.append(&mut self.starting);
+        self.running.sort_unstable_by_key(Sequence::id);
+    }
+
+    /// One row for each decoding sequence; of the rest, each prefilling sequence in turn gets up to half as long as others
+    /// wait behind it, so that a short prompt gets past a long one. What is left goes to the first. In a step with rows
+    /// enough, those get none before whom others should be served.
     fn share_rows(&mut self) {
         self.shares.clear();
-        self.shares.extend(self.running.iter().map(|s| usize::from(s.num_uncomputed_tokens() == 1)));
-        let num_decoding: usize = self.shares.iter().sum();
-        let mut num_prefilling = self.running.len() - num_decoding;
-        let mut rows_left = self.max_batch_rows - num_decoding;
-        for (share, sequence) in self.shares.iter_mut().zip(&self.running).filter(|(share, _)| **share == 0) {
+        self.shares.resize(self.running.len(), 0);
+        self.turns.clear();
+        self.turns.extend(0..self.running.len());
+        self.turns.sort_by_cached_key(|&index| (self.fairness.standing(self.running[index].flow()), index));
+        let is_decoding = |index: &usize| self.running[*index].num_uncomputed_tokens() == 1;
+        let mut num_decoding = 0;
+        for &index in self.turns.iter().filter(|index| is_decoding(index)) {
+            let is_contested = num_decoding >= self.step_rows.uncontested;
+            if !(is_contested && self.fairness.is_ahead(self.running[index].flow())) {
+                self.shares[index] = 1;
+                num_decoding += 1;
+            }
+        }
+        let is_waited_for = |index: &usize| {
+            num_decoding < self.step_rows.uncontested || !self.fairness.is_ahead(self.running[*index].flow())
+        };
+        let prefilling = || self.turns.iter().copied().filter(|index| !is_decoding(index) && is_waited_for(index));
+        let mut num_prefilling = prefilling().count();
+        let most = if num_decoding == 0 { usize::MAX } else { self.step_rows.beside_decoding };
+        let most = most.max(num_decoding + MIN_CHUNK_ROWS).min(self.max_batch_rows);
+        let mut rows_left = most - num_decoding;
+        for index in prefilling() {
             num_prefilling -= 1;
             let cap = if num_prefilling > 0 { rows_left.div_ceil(2) } else { rows_left };
-            *share = sequence.num_uncomputed_tokens().min(cap);
-            rows_left -= *share;
+            self.shares[index] = self.running[index].num_uncomputed_tokens().min(cap);
+            rows_left -= self.shares[index];
         }
-        for (share, sequence) in self.shares.iter_mut().zip(&self.running) {
-            let extra = rows_left.min(sequence.num_uncomputed_tokens() - *share);
-            *share += extra;
+        for index in prefilling() {
+            let extra = rows_left.min(self.running[index].num_uncomputed_tokens() - self.shares[index]);
+            self.shares[index] += extra;
             rows_left -= extra;
         }
     }
@@ -313,5 +429,7 @@ impl Plan {
     }
 }
 
+#[cfg(test)]
+mod fairness_tests;
 #[cfg(test)]
 mod tests;

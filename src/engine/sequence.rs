@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use kernels::attention::{BLOCK_SIZE, BlockId};
 
+use super::fairness::{Account, Flow};
 use super::kv_blocks::BlockPool;
 use super::prefix_cache::ChainHash;
 use super::request::PromptOutput;
@@ -19,6 +20,9 @@ pub struct SequenceId(pub u64);
 pub struct Sequence {
     id: SequenceId,
     adapter: Option<Arc<Adapter>>,
+    flow: Flow,
+    /// Tokens that it was admitted for and that are not computed yet.
+    num_promised_tokens: usize,
     /// The positions of the adapter's prelude, the prompt, then the output.
     tokens: Vec<u32>,
     num_virtual_tokens: usize,
@@ -57,7 +61,9 @@ impl Sequence {
         Self {
             id,
             chain: ChainHash::root(adapter.as_ref().map(|adapter| adapter.generation.as_str())),
+            flow: Flow::new(Account::default(), adapter.as_deref()),
             adapter,
+            num_promised_tokens: 0,
             block_table: Vec::with_capacity(BlockPool::num_blocks_for(num_prompt_tokens + max_tokens)),
             tokens,
             num_virtual_tokens,
@@ -79,6 +85,12 @@ impl Sequence {
         Self { num_pinned_tokens: self.num_virtual_tokens + num_tokens, ..self }
     }
 
+    /// Charges what is computed to `account`.
+    #[must_use]
+    pub fn for_account(self, account: Account) -> Self {
+        Self { flow: Flow::new(account, self.adapter.as_deref()), ..self }
+    }
+
     pub fn id(&self) -> SequenceId {
         self.id
     }
@@ -90,6 +102,11 @@ impl Sequence {
     /// The adapter's generation; the base is `None`, which sorts first.
     pub fn generation(&self) -> Option<&str> {
         self.adapter.as_ref().map(|adapter| adapter.generation.as_str())
+    }
+
+    /// Whose share its rows are of.
+    pub fn flow(&self) -> &Flow {
+        &self.flow
     }
 
     pub fn tokens(&self) -> &[u32] {
@@ -131,6 +148,19 @@ impl Sequence {
 
     fn num_tokens_left(&self) -> usize {
         (self.num_prompt_tokens + self.max_tokens).saturating_sub(self.tokens.len())
+    }
+
+    /// It runs from now on, with all its tokens to compute.
+    pub(super) fn promise(&mut self) -> usize {
+        self.num_promised_tokens = self.num_uncomputed_tokens();
+        self.num_promised_tokens
+    }
+
+    /// Of `num_rows` computed ones and those to come no more, how many tokens it was admitted for.
+    pub(super) fn take_promised(&mut self, num_rows: usize) -> usize {
+        let num_taken = num_rows.min(self.num_promised_tokens);
+        self.num_promised_tokens -= num_taken;
+        num_taken
     }
 
     /// Adds a generated token.

@@ -18,6 +18,7 @@ use super::request::{Event, FinishReason, Request};
 use super::sampler::{Sampler, Scratch};
 use super::scheduler::Scheduler;
 use super::sequence::{Sequence, SequenceId};
+use super::step_cost::StepCost;
 use crate::adapter::canonical::Adapter;
 use crate::metrics::Metrics;
 use crate::model::{ForwardBatch, Model, SequenceRows};
@@ -36,6 +37,8 @@ pub(super) struct Engine {
     metrics: Arc<Metrics>,
     tokens: TokenCounters,
     buffers: Buffers,
+    step_cost: StepCost,
+    max_inter_token: Option<Duration>,
 }
 
 /// A request that waits for its adapter.
@@ -90,6 +93,8 @@ impl Engine {
             },
             metrics,
             buffers: Buffers::default(),
+            step_cost: StepCost::default(),
+            max_inter_token: config.max_inter_token,
         }
     }
 
@@ -153,7 +158,7 @@ impl Engine {
         let max_tokens =
             request.max_tokens.min(self.context_length - num_positions(&prompt_tokens, adapter.as_deref()));
         let sequence = Sequence::new(id, &prompt_tokens, max_tokens, adapter, prompt_output);
-        self.scheduler.enqueue(sequence.with_pinned_prefix(num_pinned_tokens));
+        self.scheduler.enqueue(sequence.with_pinned_prefix(num_pinned_tokens).for_account(request.account));
     }
 
     /// One pass of the model over the rows of this step. After an error the engine can only be aborted.
@@ -161,6 +166,7 @@ impl Engine {
         self.drop_cancelled();
         self.start_arrived();
         let num_preempted = self.scheduler.num_preempted();
+        self.scheduler.set_step_rows(self.step_cost.step_rows(self.max_inter_token));
         self.scheduler.schedule();
         self.metrics.preemptions_total.inc_by((self.scheduler.num_preempted() - num_preempted) as u64);
         self.tokens.guessed.inc_by(self.scheduler.num_drafted() as u64);
@@ -176,7 +182,9 @@ impl Engine {
             }
             return Ok(());
         }
+        let (num_rows, begin) = (self.scheduler.plan().tokens.len(), Instant::now());
         self.forward()?;
+        self.step_cost.observe(num_rows, begin.elapsed());
         self.scheduler.commit();
         self.emit();
         self.end_scored();

@@ -12,6 +12,7 @@ use super::GenerationError;
 use super::beam_search::{Beam, BeamSearch, Hypothesis};
 use crate::adapter::canonical::Adapter;
 use crate::engine::EngineHandle;
+use crate::engine::fairness::Account;
 use crate::engine::request::{Event, PromptOutput, Request, SamplingParams, TokenLogprob};
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::detokenize::{Detokenizer, StopOutcome, StopStrings};
@@ -23,6 +24,7 @@ pub(super) struct BeamRun {
     pub prompt_tokens: Vec<u32>,
     pub num_pinned_tokens: usize,
     pub adapter: Option<Arc<Adapter>>,
+    pub account: Account,
     pub tokenizer: Arc<Tokenizer>,
     /// Strings that end an output.
     pub stop: Vec<String>,
@@ -92,6 +94,7 @@ impl BeamRun {
             prompt_tokens: [self.prompt_tokens.as_slice(), &beam.tokens].concat(),
             num_pinned_tokens: self.num_pinned_tokens,
             adapter: self.adapter.clone(),
+            account: self.account.clone(),
             sampling: SamplingParams::GREEDY,
             max_tokens: 1,
             stop_tokens: Arc::from([]),

@@ -33,6 +33,7 @@ pub use text_stream::{Completed, SequenceUsage, TextDelta, TextEvent, TextStream
 use crate::adapter::registry::AdapterRegistry;
 use crate::config::Config;
 use crate::engine::EngineHandle;
+use crate::engine::fairness::Account;
 use crate::grammar::{Constraint, GrammarCompiler};
 use crate::icl::{self, IclStores};
 use crate::metrics::Metrics;
@@ -90,6 +91,13 @@ pub struct GenerationRequest {
 }
 
 impl GenerationRequest {
+    /// Charges it to the key of `caller`, with the priority that it asks for.
+    pub fn charge_to(&mut self, caller: &Account) {
+        let Account { key, weight, .. } = caller.clone();
+        let priority = self.options.account.priority;
+        self.options.account = Account { key, weight, priority };
+    }
+
     /// Places in the queue that it takes.
     pub fn num_sequences(&self) -> usize {
         let GenerationOptions { num_choices, beams, .. } = &self.options;
@@ -131,6 +139,8 @@ pub struct GenerationOptions {
     pub constraint_param: &'static str,
     /// Repeat the prompt before the output.
     pub echo: bool,
+    /// Whose share of the machine it takes.
+    pub account: Account,
     /// What a chat offers the model to call.
     pub tools: Option<Arc<Tools>>,
     /// What every output begins with; not for prompts of tokens.

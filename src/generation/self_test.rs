@@ -10,6 +10,7 @@ use super::Generation;
 use crate::adapter::canonical::Adapter;
 use crate::adapter::registry::SelfTest;
 use crate::engine::EngineHandle;
+use crate::engine::fairness::Account;
 use crate::engine::request::{Event, PromptOutput, Request, SamplingParams};
 use crate::tokenizer::Specials;
 
@@ -88,6 +89,7 @@ async fn logits(
         prompt_tokens: prompt.to_vec(),
         num_pinned_tokens: 0,
         adapter,
+        account: Account::default(),
         sampling: SamplingParams::GREEDY,
         max_tokens: 0,
         stop_tokens: Arc::from([]),

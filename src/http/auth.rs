@@ -14,6 +14,7 @@ use super::AppState;
 use super::error::ApiError;
 use super::key_limits::KeyLimits;
 use crate::config::{Secret, ServerConfig};
+use crate::engine::fairness::Account;
 use crate::generation::Access;
 use crate::hexadecimal::hexadecimal;
 use crate::rate_limit::RateLimit;
@@ -31,6 +32,7 @@ pub struct Keys {
 struct Client {
     key: Secret,
     access: Access,
+    account: Account,
     limits: KeyLimits,
 }
 
@@ -49,6 +51,8 @@ pub struct Caller {
     pub access: Access,
     /// Tells callers apart: a digest of the key they send, needed or not.
     pub identity: Option<String>,
+    /// What its requests are charged to.
+    pub account: Account,
     /// `None` for whoever may use as much as there is.
     pub limits: Option<KeyLimits>,
 }
@@ -65,25 +69,30 @@ impl Keys {
         let clients = config.keys.iter().map(|key| Client {
             key: key.key.clone(),
             access: Access::Only(Arc::from(key.adapters.as_slice())),
+            account: Account { key: Arc::from(key.name.as_str()), weight: key.weight, ..Account::default() },
             limits: KeyLimits::new(key),
         });
         Self { admin: config.admin_key.clone(), clients: clients.collect() }
     }
 
     fn caller(&self, given: Option<&str>) -> Result<Caller, ApiError> {
-        let identity = given.map(identity);
+        let (identity, account) = (given.map(identity), Account::default());
         if given.is_some_and(|given| self.admin.matches(given)) {
-            return Ok(Caller { role: Role::Admin, access: Access::All, identity, limits: None });
+            return Ok(Caller { role: Role::Admin, access: Access::All, identity, account, limits: None });
         }
         if self.clients.is_empty() {
             // Clients send a key whether one is needed or not.
-            return Ok(Caller { role: Role::Anyone, access: Access::All, identity, limits: None });
+            return Ok(Caller { role: Role::Anyone, access: Access::All, identity, account, limits: None });
         }
         let client = given.and_then(|given| self.clients.iter().find(|client| client.key.matches(given)));
         match client {
-            Some(Client { access, limits, .. }) => {
-                Ok(Caller { role: Role::Client, access: access.clone(), identity, limits: Some(limits.clone()) })
-            }
+            Some(Client { access, account, limits, .. }) => Ok(Caller {
+                role: Role::Client,
+                access: access.clone(),
+                identity,
+                account: account.clone(),
+                limits: Some(limits.clone()),
+            }),
             None => Err(ApiError::unauthorized("this server needs a key: send `Authorization: Bearer KEY`")),
         }
     }

@@ -13,6 +13,7 @@ use super::auth::Caller;
 use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
 use super::logprobs::chat_logprobs;
+use super::priority::parse_priority;
 use super::reply::{ReplyShape, answer, random_id};
 use super::sampling::parse_options;
 use super::selection::parse_selection;
@@ -21,6 +22,7 @@ use super::types::{
     ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs, ChatMessage, FunctionCall, ToolCall, reason_name,
 };
 use super::unsupported::{Route, refuse_unsupported};
+use crate::engine::fairness::Priority;
 use crate::engine::request::FinishReason;
 use crate::generation::{Completed, Generation, GenerationOptions, GenerationRequest, Prompt, TextDelta, TokenRecord};
 use crate::tokenizer::Tokenizer;
@@ -48,7 +50,8 @@ fn options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
         return Err(ApiError::invalid("tools", "`tools` do not go with `use_beam_search`: leave one of them out"));
     }
     let top_logprobs = logprobs.then(|| top_logprobs.unwrap_or(0));
-    Ok(GenerationOptions { top_logprobs, tools, ..parse_options(fields)? })
+    let account = parse_priority(fields, Priority::Chat)?;
+    Ok(GenerationOptions { top_logprobs, tools, account, ..parse_options(fields)? })
 }
 
 fn messages(fields: &Fields) -> Result<Vec<Value>, ApiError> {

@@ -12,12 +12,14 @@ use super::auth::Caller;
 use super::error::ApiError;
 use super::fields::{Fields, wrong_type};
 use super::logprobs::completion_logprobs;
+use super::priority::parse_priority;
 use super::reply::{ReplyShape, answer};
 use super::sampling::parse_options;
 use super::selection::parse_selection;
 use super::tabby;
 use super::types::CompletionChoice;
 use super::unsupported::{Route, refuse_unsupported};
+use crate::engine::fairness::Priority;
 use crate::engine::request::FinishReason;
 use crate::generation::{Completed, Generation, GenerationOptions, GenerationRequest, Prompt, TextDelta, TokenRecord};
 use crate::tokenizer::Tokenizer;
@@ -43,6 +45,7 @@ fn options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
         // As in vLLM; clients that score a prompt cut off the one token behind it, whatever that is.
         records_stop_token: true,
         echo: fields.boolean("echo")?.unwrap_or(false),
+        account: parse_priority(fields, Priority::Completion)?,
         output_prefix: fields.string("prefix")?.unwrap_or_default().to_owned(),
         ..parse_options(fields)?
     })

@@ -26,6 +26,7 @@ mod models;
 mod ollama;
 mod openapi;
 mod page;
+mod priority;
 mod probes;
 mod reply;
 mod responses;

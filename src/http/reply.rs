@@ -71,6 +71,7 @@ pub async fn begin(
         Some(assignment) => Trial::assigned(state, id, assignment, &request)?,
         None => Trial::default(),
     };
+    request.charge_to(&caller.account);
     match state.generation.start(request, &caller.access).await {
         Ok(mut generated) => {
             if let Some(tokens) = caller.token_limit() {

@@ -173,6 +173,7 @@ impl Server {
             max_batch_rows: 32,
             max_sequences: 8,
             max_draft_tokens: 0,
+            max_inter_token: None,
             max_queued: MAX_QUEUED,
             context_length: CONTEXT_LENGTH,
         };

@@ -11,6 +11,7 @@ use super::AppState;
 use super::auth::Caller;
 use super::error::ApiError;
 use super::reply::random_id;
+use crate::engine::fairness::{Account, Priority};
 use crate::experiments::{Assignment, Experiments, Outcome, Record, Shadow, prompt_hash};
 use crate::generation::{
     Access, Completed, Generated, Generation, GenerationError, GenerationRequest, Prompt, ResolvedModel, SequenceUsage,
@@ -96,6 +97,7 @@ impl Trial {
         let shadows = shadows.into_iter().map(|Shadow { arm, model }| {
             let mut request = request.clone();
             set_model(&mut request, &model)?;
+            request.options.account = Account { priority: Priority::Batch, ..Account::default() };
             Ok(ShadowRun {
                 generation: state.generation.clone(),
                 metrics: state.metrics.clone(),

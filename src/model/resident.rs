@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kernels::attention::BLOCK_SIZE;
 use kernels::cuda::Cuda;
@@ -72,6 +72,7 @@ impl Resident {
             max_queued: config.max_queued,
             context_length: self.model.spec().context_length,
             max_draft_tokens: config.max_draft_tokens,
+            max_inter_token: Some(config.max_inter_token_ms).filter(|ms| *ms > 0).map(Duration::from_millis),
         };
         EngineHandle::start(self.model, engine_config, metrics)
     }

@@ -15,6 +15,7 @@ use lorry::adapter::files::AdapterFiles;
 use lorry::adapter::loader;
 use lorry::app::App;
 use lorry::config::{self, Config, Overrides};
+use lorry::engine::fairness::Account;
 use lorry::engine::request::{Event, PromptOutput, Request, SamplingParams};
 use lorry::engine::{EngineConfig, EngineHandle, EngineState};
 use lorry::generation::{Access, GenerationError, GenerationOptions, GenerationRequest, Selection};
@@ -199,6 +200,7 @@ fn start_guessing(
         max_queued: MAX_QUEUED,
         context_length: 256,
         max_draft_tokens,
+        max_inter_token: None,
     };
     let mut decoder = model.load(engine_place());
     decoder.reserve(num_blocks);
@@ -230,6 +232,7 @@ impl Ask {
             prompt_tokens: self.prompt_tokens.clone(),
             num_pinned_tokens: 0,
             adapter: self.adapter.clone(),
+            account: Account::default(),
             sampling,
             max_tokens: self.max_tokens,
             stop_tokens: Arc::from([]),

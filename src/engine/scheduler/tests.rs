@@ -9,7 +9,7 @@ use super::*;
 use crate::adapter::canonical::Adapter;
 use crate::engine::request::PromptOutput;
 
-fn adapter(generation: &str) -> Arc<Adapter> {
+pub(super) fn adapter(generation: &str) -> Arc<Adapter> {
     Arc::new(Adapter { name: generation.to_owned(), generation: generation.to_owned(), ..Adapter::default() })
 }
 
@@ -19,12 +19,12 @@ fn sequence(id: u64, num_prompt_tokens: usize, max_tokens: usize) -> Sequence {
 }
 
 /// Executes the plan as the engine would, the model saying 7 and sometimes 8. Returns the sequences that ended.
-fn step(scheduler: &mut Scheduler) -> Vec<SequenceId> {
+pub(super) fn step(scheduler: &mut Scheduler) -> Vec<SequenceId> {
     scheduler.schedule();
     finish_step(scheduler)
 }
 
-fn finish_step(scheduler: &mut Scheduler) -> Vec<SequenceId> {
+pub(super) fn finish_step(scheduler: &mut Scheduler) -> Vec<SequenceId> {
     scheduler.commit();
     let logits = scheduler.plan().logits.clone();
     let mut ended: Vec<SequenceId> = Vec::new();

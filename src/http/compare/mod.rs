@@ -86,6 +86,7 @@ async fn prepare(
     let mut request = arm.request.clone()?;
     // An experiment's arm takes part as the model it is: what is compared here is no traffic of the experiment.
     choose_arm(state, caller, user, &mut request)?;
+    request.charge_to(&caller.account);
     Ok(state.generation.prepare(request, &caller.access, places).await?)
 }
 

@@ -6,6 +6,7 @@ use super::document::Document;
 use super::schema::{
     Properties, array, boolean, count, integer, item, not_null, number, object, one_of, properties, required_text, text,
 };
+use crate::engine::fairness::Priority;
 use crate::http::constraint::{CONSTRAINT_NAMES, MAX_CHOICES as MAX_TEXTS};
 use crate::http::sampling::{LENGTH_NAMES, MAX_CHOICES, MAX_INDENT, MAX_STOP_BYTES, MAX_STOPS, SEED_NAMES, STOP_NAMES};
 use crate::http::selection::{ADAPTER_FIELDS, LISTS, MAX_ADAPTERS, MAX_SCALE};
@@ -138,6 +139,7 @@ fn sampling() -> Properties {
         "early_stopping": boolean("Of beam search: ends with as many finished beams as were asked for."),
         "temperature": number(0.0, 2.0, "0 takes the likeliest token."),
         "top_k": integer(-1, i32::MAX.into(), "Draws from so many tokens; 0 and -1 from all."),
+        "priority": priority(),
         "top_p": number(0.0, 1.0, "Draws from the likeliest tokens that have this probability together."),
         "min_p": number(0.0, 1.0, "Draws from tokens at least so likely, against the likeliest."),
         "presence_penalty": number(-2.0, 2.0, "Taken off tokens that have occurred."),
@@ -174,6 +176,13 @@ fn sampling() -> Properties {
         fields.insert(name.to_owned(), stops);
     }
     fields
+}
+
+fn priority() -> Value {
+    json!({"description": "How urgent it is beside others of the same key; as a number, less is more urgent.", "anyOf": [
+        {"enum": Priority::ALL.map(Priority::name)},
+        {"type": ["integer", "null"], "minimum": i64::MIN, "maximum": i64::MAX},
+    ]})
 }
 
 fn constraints() -> Properties {

@@ -1,0 +1,214 @@
+//! Who gets how much of a busy machine.
+
+use std::collections::{HashMap, HashSet};
+use std::num::NonZeroU32;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::tests::{adapter, finish_step, step};
+use super::*;
+use crate::engine::fairness::{Account, Priority};
+use crate::engine::request::PromptOutput;
+
+const MAX_SEQUENCES: usize = 32;
+
+fn account(key: &str, weight: u32, priority: Priority) -> Account {
+    Account { key: Arc::from(key), weight: NonZeroU32::new(weight).unwrap(), priority }
+}
+
+fn scheduler() -> Scheduler {
+    Scheduler::new(256, MAX_SEQUENCES, 1024)
+}
+
+/// A load: sequences of one account, of which a new one comes as soon as one has ended.
+struct Clients {
+    account: Account,
+    adapter: Option<&'static str>,
+    num_prompt_tokens: usize,
+    max_tokens: usize,
+    ids: Vec<SequenceId>,
+    /// Tokens of the sequences that have ended, and how many those are.
+    num_tokens: usize,
+    num_ended: usize,
+    /// Of each sequence that has begun to run, the steps that it waited.
+    waits: Vec<usize>,
+}
+
+impl Clients {
+    fn new(account: Account, adapter: Option<&'static str>, num_prompt_tokens: usize, max_tokens: usize) -> Self {
+        Self {
+            account,
+            adapter,
+            num_prompt_tokens,
+            max_tokens,
+            ids: Vec::new(),
+            num_tokens: 0,
+            num_ended: 0,
+            waits: Vec::new(),
+        }
+    }
+
+    fn send(&mut self, scheduler: &mut Scheduler, next_id: &mut u64) {
+        let prompt: Vec<u32> = (0..self.num_prompt_tokens as u32).map(|at| at + 1000 * *next_id as u32).collect();
+        let id = SequenceId(*next_id);
+        *next_id += 1;
+        let adapter = self.adapter.map(adapter);
+        let sequence = Sequence::new(id, &prompt, self.max_tokens, adapter, PromptOutput::Nothing);
+        scheduler.enqueue(sequence.for_account(self.account.clone()));
+        self.ids.push(id);
+    }
+}
+
+/// So many clients of each kind, one request after the other.
+fn run(scheduler: &mut Scheduler, loads: &mut [(usize, Clients)], num_steps: usize) {
+    let mut next_id = 0;
+    for (num_clients, clients) in &mut *loads {
+        (0..*num_clients).for_each(|_| clients.send(scheduler, &mut next_id));
+    }
+    let (mut waited, mut has_begun): (HashMap<SequenceId, usize>, HashSet<SequenceId>) = Default::default();
+    for _ in 0..num_steps {
+        scheduler.schedule();
+        let begun: Vec<_> = scheduler.plan().sequences.iter().map(|planned| planned.id).collect();
+        for (_, clients) in &mut *loads {
+            for id in &clients.ids {
+                if has_begun.contains(id) {
+                    continue;
+                }
+                if begun.contains(id) {
+                    has_begun.insert(*id);
+                    clients.waits.push(waited.remove(id).unwrap_or(0));
+                } else {
+                    *waited.entry(*id).or_default() += 1;
+                }
+            }
+        }
+        let ended = finish_step(scheduler);
+        for (_, clients) in &mut *loads {
+            let num_before = clients.ids.len();
+            clients.ids.retain(|id| !ended.contains(id));
+            for _ in clients.ids.len()..num_before {
+                clients.num_tokens += clients.num_prompt_tokens + clients.max_tokens;
+                clients.num_ended += 1;
+                clients.send(scheduler, &mut next_id);
+            }
+        }
+    }
+}
+
+#[test]
+fn two_keys_get_tokens_by_their_weights_whether_slots_or_rows_are_what_is_short() {
+    for (num_clients, weights) in [(12, [3, 1]), (60, [3, 1]), (24, [1, 1]), (16, [1, 7])] {
+        let keys = ["a", "b"].into_iter().zip(weights);
+        let clients = keys
+            .map(|(key, weight)| (num_clients, Clients::new(account(key, weight, Priority::Completion), None, 20, 30)));
+        let mut loads: Vec<_> = clients.collect();
+        run(&mut scheduler(), &mut loads, 4000);
+        let ratio = loads[0].1.num_tokens as f64 / loads[1].1.num_tokens as f64;
+        let expected = f64::from(weights[0]) / f64::from(weights[1]);
+        assert!((ratio / expected - 1.0).abs() < 0.1, "{num_clients} clients each, {weights:?}: {ratio}");
+    }
+}
+
+#[test]
+fn a_key_with_many_adapters_gets_no_more_than_one_with_none() {
+    let adapters = ["p", "q", "r", "s"].map(Some);
+    let one = (16, Clients::new(account("one", 1, Priority::Completion), None, 20, 30));
+    let many = adapters.map(|adapter| (4, Clients::new(account("many", 1, Priority::Completion), adapter, 20, 30)));
+    let mut loads: Vec<_> = [one].into_iter().chain(many).collect();
+    run(&mut scheduler(), &mut loads, 3000);
+    let tokens: Vec<_> = loads.iter().map(|(_, clients)| clients.num_tokens as f64).collect();
+    let of_many: f64 = tokens[1..].iter().sum();
+    assert!((tokens[0] / of_many - 1.0).abs() < 0.1, "{tokens:?}");
+    assert!(tokens[1..].iter().all(|tokens| (tokens * 4.0 / of_many - 1.0).abs() < 0.1), "{tokens:?}");
+}
+
+#[test]
+fn a_flood_for_one_adapter_keeps_no_other_waiting() {
+    let load =
+        |num_clients, adapter| (num_clients, Clients::new(account("", 1, Priority::Completion), Some(adapter), 20, 30));
+    let mut loads = vec![load(200, "flood"), load(1, "b"), load(1, "c"), load(1, "d")];
+    run(&mut scheduler(), &mut loads, 2000);
+    for (_, quiet) in &loads[1..] {
+        assert!(quiet.waits.iter().all(|steps| *steps <= 1), "{:?}", quiet.waits);
+        // One step for the prompt, one for each token after its first.
+        assert!(quiet.num_ended >= 2000 / 32, "{}", quiet.num_ended);
+    }
+    assert!(loads[0].1.num_ended > 100, "and the flood goes on: {}", loads[0].1.num_ended);
+}
+
+#[test]
+fn completions_go_before_chats_and_chats_before_batches_and_all_go_on() {
+    let load = |priority| (24, Clients::new(account("", 1, priority), None, 64, 16));
+    let mut loads: Vec<_> = Priority::ALL.into_iter().map(load).collect();
+    run(&mut scheduler(), &mut loads, 4000);
+    let tokens: Vec<_> = loads.iter().map(|(_, clients)| clients.num_tokens).collect();
+    assert!(tokens[0] > 3 * tokens[1] && tokens[1] > 3 * tokens[2] && tokens[2] > 0, "{tokens:?}");
+}
+
+#[test]
+fn who_was_away_is_not_owed_for_it_and_owes_what_it_took() {
+    let mut scheduler = scheduler();
+    let (a, b) = (account("a", 1, Priority::Completion), account("b", 1, Priority::Completion));
+    let mut loads = vec![(40, Clients::new(a, None, 20, 30))];
+    run(&mut scheduler, &mut loads, 500);
+    let before = loads[0].1.num_tokens;
+    let mut next_id = 1_000_000;
+    let mut late = Clients::new(b, None, 20, 30);
+    (0..40).for_each(|_| late.send(&mut scheduler, &mut next_id));
+    let mut ended = 0;
+    for _ in 0..60 {
+        ended += step(&mut scheduler).iter().filter(|id| id.0 < 1_000_000).count();
+    }
+    assert!(before > 0 && ended > 4, "the one that was there goes on beside it: {ended}");
+}
+
+#[test]
+fn prefilling_beside_streams_is_cut_to_what_they_may_wait_for() {
+    let mut scheduler = Scheduler::new(256, 8, 256);
+    let mut next_id = 0;
+    Clients::new(Account::default(), None, 1, 90).send(&mut scheduler, &mut next_id);
+    step(&mut scheduler);
+    for (beside_decoding, expected) in [(usize::MAX, 256), (40, 40), (0, 17)] {
+        scheduler.set_step_rows(StepRows { beside_decoding, ..StepRows::default() });
+        let mut long = Clients::new(Account::default(), None, 300, 1);
+        long.send(&mut scheduler, &mut next_id);
+        scheduler.schedule();
+        assert_eq!(scheduler.plan().tokens.len(), expected);
+        finish_step(&mut scheduler);
+        scheduler.remove(long.ids[0]);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Of any accounts under any load, whoever waits is served before the others have had much more than their shares.
+    #[test]
+    fn nobody_waits_beyond_the_bound(
+        weights in prop::collection::vec(1..=8u32, 2..5),
+        num_clients in prop::collection::vec(1..=40usize, 5),
+        num_prompt_tokens in prop::collection::vec(1..=60usize, 5),
+        max_tokens in prop::collection::vec(1..=40usize, 5),
+    ) {
+        const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
+        let mut loads: Vec<_> = weights.iter().enumerate().map(|(index, &weight)| {
+            let account = account(NAMES[index], weight, Priority::Completion);
+            (num_clients[index], Clients::new(account, None, num_prompt_tokens[index], max_tokens[index]))
+        }).collect();
+        let mut scheduler = scheduler();
+        run(&mut scheduler, &mut loads, 600);
+        let total: usize = loads.iter().map(|(_, clients)| clients.num_tokens).sum();
+        let sum: u32 = weights.iter().sum();
+        for (index, (num_clients, clients)) in loads.iter().enumerate() {
+            // With so many clients it always wants more than it gets.
+            if *num_clients < MAX_SEQUENCES {
+                prop_assert!(clients.num_ended > 0);
+                continue;
+            }
+            let share = total as f64 * f64::from(weights[index]) / f64::from(sum);
+            let bound = ((num_prompt_tokens[index] + max_tokens[index]) * MAX_SEQUENCES) as f64;
+            prop_assert!(clients.num_tokens as f64 > 0.9 * share - bound, "{} of {share}", clients.num_tokens);
+        }
+    }
+}

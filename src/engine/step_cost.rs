@@ -1,0 +1,114 @@
+//! How long a step of so many rows takes, learned from the steps before: `base + rows * per_row`, by least squares over the
+//! last few dozen.
+
+use std::time::Duration;
+
+use super::scheduler::StepRows;
+
+/// What a step's weight becomes with each one after it.
+const DECAY: f64 = 0.97;
+/// Least variance of the rows from which anything can be said of one row, and least steps.
+const MIN_VARIANCE: f64 = 4.0;
+const MIN_STEPS: f64 = 8.0;
+/// A step that took so many times what was expected says something of the machine and nothing of its rows.
+const MAX_SURPRISE: f64 = 8.0;
+
+#[derive(Debug, Default)]
+pub struct StepCost {
+    steps: f64,
+    rows: f64,
+    seconds: f64,
+    rows_squared: f64,
+    rows_seconds: f64,
+    /// Of the last steps of different sizes.
+    line: Option<Line>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Line {
+    base: f64,
+    per_row: f64,
+}
+
+impl StepCost {
+    pub fn observe(&mut self, num_rows: usize, time: Duration) {
+        let (rows, seconds) = (num_rows as f64, time.as_secs_f64());
+        if self.line.is_some_and(|line| seconds > MAX_SURPRISE * (line.base + rows * line.per_row)) {
+            return;
+        }
+        for (sum, value) in [
+            (&mut self.steps, 1.0),
+            (&mut self.rows, rows),
+            (&mut self.seconds, seconds),
+            (&mut self.rows_squared, rows * rows),
+            (&mut self.rows_seconds, rows * seconds),
+        ] {
+            *sum = *sum * DECAY + value;
+        }
+        let mean = |sum: f64| sum / self.steps;
+        let (mean_rows, mean_seconds) = (mean(self.rows), mean(self.seconds));
+        let variance = mean(self.rows_squared) - mean_rows * mean_rows;
+        let per_row = (mean(self.rows_seconds) - mean_rows * mean_seconds) / variance;
+        if self.steps >= MIN_STEPS && variance >= MIN_VARIANCE && per_row > 0.0 {
+            self.line = Some(Line { base: (mean_seconds - mean_rows * per_row).max(0.0), per_row });
+        }
+    }
+
+    /// What steps should hold; `max_inter_token` is the most that a stream is to wait for its next token.
+    pub fn step_rows(&self, max_inter_token: Option<Duration>) -> StepRows {
+        let Some(Line { base, per_row }) = self.line else { return StepRows::default() };
+        // Where the rows take twice what every step takes, one more is two thirds of its price.
+        let uncontested = ((2.0 * base / per_row) as usize).max(1);
+        let within = |limit: Duration| ((limit.as_secs_f64() - base) / per_row).max(0.0) as usize;
+        StepRows { uncontested, beside_decoding: max_inter_token.map_or(usize::MAX, within) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Option<Duration> = Some(Duration::from_millis(200));
+
+    fn observe(cost: &mut StepCost, rows: impl IntoIterator<Item = usize>, base: f64, per_row: f64) {
+        for num_rows in rows {
+            cost.observe(num_rows, Duration::from_secs_f64(base + per_row * num_rows as f64));
+        }
+    }
+
+    #[test]
+    fn rows_are_known_once_steps_of_different_sizes_were_seen() {
+        let mut cost = StepCost::default();
+        assert_eq!(cost.step_rows(LIMIT), StepRows::default());
+        observe(&mut cost, [4; 100], 0.014, 0.0034);
+        assert_eq!(cost.step_rows(LIMIT), StepRows::default(), "all alike");
+        observe(&mut cost, (0..20).map(|step| 4 + step % 13), 0.014, 0.0034);
+        assert_eq!(cost.step_rows(LIMIT), StepRows { uncontested: 8, beside_decoding: 54 });
+        assert_eq!(cost.step_rows(None).beside_decoding, usize::MAX);
+    }
+
+    #[test]
+    fn what_a_step_takes_is_that_of_late() {
+        let mut cost = StepCost::default();
+        observe(&mut cost, (0..50).map(|step| step % 9), 0.014, 0.0034);
+        observe(&mut cost, (0..500).map(|step| step % 9), 0.028, 0.0068);
+        let StepRows { uncontested, beside_decoding } = cost.step_rows(LIMIT);
+        assert!((7..=8).contains(&uncontested) && (24..=26).contains(&beside_decoding), "{beside_decoding}");
+    }
+
+    #[test]
+    fn a_machine_that_stood_still_says_nothing_of_rows() {
+        let mut cost = StepCost::default();
+        observe(&mut cost, (0..50).map(|step| step % 9), 0.014, 0.0034);
+        let before = cost.step_rows(LIMIT);
+        cost.observe(3, Duration::from_secs(5));
+        assert_eq!(cost.step_rows(LIMIT), before);
+    }
+
+    #[test]
+    fn a_step_that_takes_longer_than_a_stream_may_wait_leaves_no_rows() {
+        let mut cost = StepCost::default();
+        observe(&mut cost, (0..50).map(|step| step % 9), 0.5, 0.1);
+        assert_eq!(cost.step_rows(LIMIT).beside_decoding, 0);
+    }
+}
