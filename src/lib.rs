@@ -23,5 +23,6 @@ pub mod metrics;
 pub mod model;
 pub mod prompt;
 mod rate_limit;
+pub mod terminal;
 pub mod tokenizer;
 pub mod tools;

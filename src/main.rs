@@ -4,7 +4,7 @@
 #![deny(clippy::unwrap_used)]
 
 use std::error::Error;
-use std::io::{IsTerminal, Write, stdout};
+use std::io::{self, IsTerminal, Write, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -14,11 +14,14 @@ use lorry::adapter::check;
 use lorry::adapter::import::{self, ImportError};
 use lorry::app::App;
 use lorry::bench::{self, BenchArgs, Subject};
-use lorry::compare::terminal::{self, CompareArgs};
 use lorry::config::{self, Config, Overrides};
 use lorry::http;
 use lorry::model::base_file::BaseFile;
 use lorry::model::base_weights::GgufWeights;
+use lorry::terminal::TerminalError;
+use lorry::terminal::chat::{self, ChatArgs};
+use lorry::terminal::compare::{self, CompareArgs};
+use lorry::terminal::generate::{self, GenerateArgs};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tracing::{info, warn};
@@ -47,6 +50,10 @@ enum Command {
         /// Catalogue id, hf:owner/repo/file.gguf or hf:owner/repo.
         model: String,
     },
+    /// Let a running server go on with a prompt, and print what it writes as it comes.
+    Generate(GenerateArgs),
+    /// Talk with a running server: each line is a message. Ctrl-C ends a reply, Ctrl-D the conversation.
+    Chat(ChatArgs),
     /// Put one prompt to several arms of a running server and show the outcome as a table.
     Compare(CompareArgs),
     /// Look at adapters without serving them.
@@ -102,11 +109,21 @@ fn main() -> ExitCode {
         .init();
     match run(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(e) if is_closed_output(&*e) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("lorry: {e}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// Whoever read the output has enough of it, such as `head`.
+fn is_closed_output(error: &(dyn Error + 'static)) -> bool {
+    let cause = match error.downcast_ref() {
+        Some(TerminalError::Output(cause)) => Some(cause),
+        _ => error.downcast_ref::<io::Error>(),
+    };
+    cause.is_some_and(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
 }
 
 fn run(command: Command) -> Result<(), Box<dyn Error>> {
@@ -118,7 +135,9 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
             writeln!(stdout(), "{}", path.display())?;
             Ok(())
         }
-        Command::Compare(args) => Ok(terminal::run(&args)?),
+        Command::Generate(args) => Ok(generate::run(&args)?),
+        Command::Chat(args) => Ok(chat::run(&args)?),
+        Command::Compare(args) => Ok(compare::run(&args)?),
         Command::Adapters { command: AdaptersCommand::Check { dir, model } } => {
             let base = base_weights(&Config::load(None, &Overrides { model, ..Overrides::default() })?)?;
             let report = check::check(&dir, &base).map_err(|cause| format!("adapter {}: {cause}", dir.display()))?;

@@ -2,7 +2,6 @@
 //! touches what it computes.
 
 mod agreement;
-pub mod terminal;
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -1,24 +1,19 @@
 //! `lorry compare`: a comparison on a running server, as a table.
 
 use std::fmt::Write;
-use std::io::{self, Read, Write as _, stdout};
 use std::str::FromStr;
 
 use clap::Args;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-/// Most bytes of a reply that are read.
-const MAX_REPLY_BYTES: u64 = 64 << 20;
+use super::generate::print;
+use super::server::{ServerArgs, TerminalError};
 
 #[derive(Debug, Args)]
 pub struct CompareArgs {
-    /// Address of a running server.
-    #[arg(long, default_value = "http://127.0.0.1:8080")]
-    url: String,
-    /// Key, where the server needs one.
-    #[arg(long, env = "LORRY_API_KEY", hide_env_values = true)]
-    api_key: Option<String>,
+    #[command(flatten)]
+    server: ServerArgs,
     /// What every arm is asked.
     #[arg(long, short)]
     prompt: String,
@@ -36,7 +31,7 @@ pub struct CompareArgs {
     max_tokens: u32,
     #[arg(long, default_value_t = 0.0)]
     temperature: f32,
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     seed: Option<i64>,
     /// Text that ends an output; may be repeated.
     #[arg(long)]
@@ -44,18 +39,6 @@ pub struct CompareArgs {
     /// Print the server's reply as it is.
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Debug, thiserror::Error)]
-pub enum TerminalError {
-    #[error("the server at {url} cannot be reached: {source}")]
-    Unreachable { url: String, source: Box<ureq::Transport> },
-    #[error("the server refuses the comparison with status {status}: {message}")]
-    Refused { status: u16, message: String },
-    #[error("the server's reply is no comparison: {0}")]
-    Reply(#[from] serde_json::Error),
-    #[error("the comparison cannot be written: {0}")]
-    Output(#[from] io::Error),
 }
 
 /// An arm as the command line names it: the fields of the request.
@@ -139,9 +122,9 @@ struct CachedReply {
 /// # Errors
 /// No server, or one that refuses the comparison; nobody who reads the table.
 pub fn run(args: &CompareArgs) -> Result<(), TerminalError> {
-    let reply = ask(args)?;
+    let reply: Value = serde_json::from_reader(args.server.post("/v1/compare", &request(args))?)?;
     let text = if args.json { format!("{reply:#}\n") } else { table(&serde_json::from_value(reply)?) };
-    Ok(stdout().write_all(text.as_bytes())?)
+    print(&text)
 }
 
 fn request(args: &CompareArgs) -> Value {
@@ -162,25 +145,6 @@ fn request(args: &CompareArgs) -> Value {
         request["stop"] = args.stop.as_slice().into();
     }
     request
-}
-
-fn ask(args: &CompareArgs) -> Result<Value, TerminalError> {
-    let mut post = ureq::post(&format!("{}/v1/compare", args.url.trim_end_matches('/')));
-    if let Some(key) = &args.api_key {
-        post = post.set("Authorization", &format!("Bearer {key}"));
-    }
-    let body = post.send_json(request(args)).map_err(|error| match error {
-        ureq::Error::Status(status, response) => {
-            let body = response.into_string().unwrap_or_default();
-            let envelope = serde_json::from_str(&body).unwrap_or(Value::Null);
-            let message = envelope["error"]["message"].as_str().map_or(body, str::to_owned);
-            TerminalError::Refused { status, message }
-        }
-        ureq::Error::Transport(source) => {
-            TerminalError::Unreachable { url: args.url.clone(), source: Box::new(source) }
-        }
-    })?;
-    Ok(serde_json::from_reader(body.into_reader().take(MAX_REPLY_BYTES))?)
 }
 
 /// The figures side by side, then each output.
