@@ -10,7 +10,7 @@ use lorry::model::checkpoint::{Quantization, quantized};
 use lorry::model::gguf::GgufFile;
 use lorry::model::spec::Module;
 use lorry::model::{BaseWeights, VocabularyMatrix};
-use lorry::prompt::chat::ChatTemplate;
+use lorry::prompt::chat::{ChatTemplate, Ending};
 use lorry::tokenizer::{Specials, Tokenizer};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde_json::{Value, json};
@@ -233,7 +233,10 @@ fn text_becomes_the_tokens_that_the_checkpoint_s_tokenizer_gives() {
     assert_eq!(ours.eos(), Some(259));
     assert!(ours.is_special(259) && !ours.is_special(260) && ours.is_special(299));
     let template = ChatTemplate::from_gguf(&gguf, &ours).unwrap();
-    assert_eq!(template.render(&[json!({"role": "user", "content": "hi"})], false, None).unwrap(), "hi<|end|>");
+    assert_eq!(
+        template.render(&[json!({"role": "user", "content": "hi"})], Ending::LastMessage, None).unwrap(),
+        "hi<|end|>"
+    );
 }
 
 #[test]

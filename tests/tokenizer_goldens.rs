@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use lorry::model::gguf::GgufFile;
-use lorry::prompt::chat::ChatTemplate;
+use lorry::prompt::chat::{ChatTemplate, Ending};
 use lorry::prompt::fim::FillInMiddle;
 use lorry::tokenizer::detokenize::Detokenizer;
 use lorry::tokenizer::{Specials, Tokenizer};
@@ -115,15 +115,16 @@ fn chat_templates_render_as_the_models_were_trained() {
         let template = ChatTemplate::from_gguf(&gguf, &tokenizer).expect("has a template that compiles");
         let expected = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n\
                         <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n";
-        assert_eq!(template.render(&messages, true, None).expect("renders"), expected);
+        assert_eq!(template.render(&messages, Ending::Prompt, None).expect("renders"), expected);
         let tools = json!([{"type": "function", "function": {"name": "f<a>"}}]);
-        let with_tools = template.render(&messages, true, Some(tools.as_array().expect("a list"))).expect("renders");
+        let with_tools =
+            template.render(&messages, Ending::Prompt, Some(tools.as_array().expect("a list"))).expect("renders");
         assert!(with_tools.contains(r#""name": "f<a>""#), "{with_tools}");
     }
     if let Some((gguf, tokenizer)) = open(SMOLLM.0) {
         let template = ChatTemplate::from_gguf(&gguf, &tokenizer).expect("has a template that compiles");
         let expected = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n\
                         <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n";
-        assert_eq!(template.render(&messages, true, None).expect("renders"), expected);
+        assert_eq!(template.render(&messages, Ending::Prompt, None).expect("renders"), expected);
     }
 }

@@ -6,6 +6,7 @@ use super::{Base, GenerationError, Prompt};
 use crate::adapter::canonical::Adapter;
 use crate::config::GenerationConfig;
 use crate::icl::{self, Example, IclError, IclStores, Select, TokenBudget};
+use crate::prompt::chat::Ending;
 use crate::prompt::fim::ContextFile;
 use crate::prompt::fim::foreign::{self, TextAround};
 use crate::prompt::formats::{PromptFormat, Reader, Rendered, with_example_turns};
@@ -190,6 +191,10 @@ impl Encoder<'_> {
         examples: &[&Example],
     ) -> Result<(Vec<u32>, usize), GenerationError> {
         match wording {
+            // The template words an answer that was begun, too.
+            Wording::Messages(_) | Wording::Format { format: PromptFormat::Chat, .. } => {
+                self.prompt_tokens(prompt, wording, examples)
+            }
             // Words go over the seam.
             Wording::Text(text) if !self.output_prefix.is_empty() => {
                 let text = [text, self.output_prefix].concat();
@@ -226,7 +231,8 @@ impl Encoder<'_> {
             Wording::Messages(messages) => {
                 let messages = with_example_turns(messages, examples);
                 let tools = self.tools.map_or(&[] as &[Value], |tools| &tools.definitions);
-                let literal = Literal::of_values(tokenizer, messages.iter().chain(tools));
+                let begun = Value::from(self.output_prefix);
+                let literal = Literal::of_values(tokenizer, messages.iter().chain(tools).chain([&begun]));
                 let messages: Vec<_> = messages.iter().map(|message| literal.message(message)).collect();
                 self.encode_messages(prompt, &messages, literal)?
             }
@@ -346,7 +352,9 @@ impl Encoder<'_> {
         // The template writes every special token itself, the first one included.
         let tools =
             self.tools.map(|tools| tools.definitions.iter().map(|tool| literal.value(tool)).collect::<Vec<_>>());
-        let text = template.render(messages, true, tools.as_deref()).map_err(|error| prompt.invalid(error))?;
+        let begun = literal.text(self.output_prefix);
+        let ending = if begun.is_empty() { Ending::Prompt } else { Ending::Begun(&begun) };
+        let text = template.render(messages, ending, tools.as_deref()).map_err(|error| prompt.invalid(error))?;
         literal.encode(&text).map_err(|error| prompt.invalid(error))
     }
 

@@ -1,21 +1,29 @@
 //! The model's own chat template, rendered as Hugging Face renders it.
 
-use std::fmt::Write;
+use minijinja::value::Serde;
+use minijinja::{Environment, Error, context};
+use serde_json::{Value, json};
 
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Kwargs;
-use minijinja::{Environment, Error, ErrorKind, context};
-use regex::{Captures, Regex};
-use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
-
-use super::PromptError;
-use crate::hexadecimal::hexadecimal;
+use super::messages::{CallForm, for_template, shorten_ids};
+use super::{PromptError, environment};
 use crate::model::gguf::GgufFile;
 use crate::tokenizer::Tokenizer;
 use crate::tools::CallFormat;
 
 const KEY: &str = "tokenizer.chat_template";
+/// Ends the answer that is gone on with, where it is rendered: a noncharacter, which no template looks for.
+const END_OF_BEGUN: char = '\u{fffe}';
+
+/// What a prompt ends with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending<'a> {
+    /// The end of the last message.
+    LastMessage,
+    /// What the assistant's answer stands behind.
+    Prompt,
+    /// An answer that was begun, for the model to go on with: all of it that a template gives.
+    Begun(&'a str),
+}
 
 /// A compiled chat template; shared by all requests.
 #[derive(Debug)]
@@ -25,6 +33,7 @@ pub struct ChatTemplate {
     bos_token: String,
     eos_token: String,
     call_format: Option<CallFormat>,
+    call_form: CallForm,
 }
 
 impl ChatTemplate {
@@ -47,20 +56,16 @@ impl ChatTemplate {
     /// As those of [`Self::from_gguf`], of a template.
     pub fn new(source: &str, bos_token: String, eos_token: String) -> Result<Self, PromptError> {
         let invalid = |error: Error| PromptError::ChatTemplate(error.to_string());
-        let mut environment = Environment::new();
-        environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(invalid)?);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("tojson", to_json);
-        environment.add_function("raise_exception", raise_exception);
-        environment.add_function("strftime_now", strftime_now);
-        environment.add_template_owned(KEY, without_training_marks(source)).map_err(invalid)?;
-        Ok(Self {
-            environment,
-            source: source.to_owned(),
-            bos_token,
-            eos_token,
-            call_format: CallFormat::of_template(source),
-        })
+        let environment = environment::with_template(KEY, source).map_err(invalid)?;
+        let (source, call_format) = (source.to_owned(), CallFormat::of_template(source));
+        let template = Self { environment, source, bos_token, eos_token, call_format, call_form: CallForm::default() };
+        let shows = |call_form: &CallForm| {
+            let probe = CallForm::probe();
+            let text = template.render_in(&probe, Ending::LastMessage, None, *call_form);
+            text.is_ok_and(|text| CallForm::is_shown(&text))
+        };
+        let call_form = CallForm::ALL.into_iter().find(shows).unwrap_or_default();
+        Ok(Self { call_form, ..template })
     }
 
     /// As the model's file has it.
@@ -76,170 +81,64 @@ impl ChatTemplate {
     /// The prompt text for OpenAI `messages`, to be encoded with special tokens parsed and nothing put before it: what the
     /// messages say is marked before as [`Literal`](super::literal::Literal). `tools` is OpenAI's list of tools.
     ///
-    /// Contents of several text parts are joined, the role `developer` is `system`, and a tool call's arguments are
-    /// given to the template as an object.
+    /// # Errors
+    /// The messages are malformed, or the template refuses them.
     pub fn render(
         &self,
         messages: &[Value],
-        add_generation_prompt: bool,
+        ending: Ending<'_>,
         tools: Option<&[Value]>,
     ) -> Result<String, PromptError> {
-        let mut messages = normalize(messages)?;
+        self.render_in(messages, ending, tools, self.call_form)
+    }
+
+    fn render_in(
+        &self,
+        messages: &[Value],
+        ending: Ending<'_>,
+        tools: Option<&[Value]>,
+        call_form: CallForm,
+    ) -> Result<String, PromptError> {
+        let mut messages = for_template(messages, call_form)?;
+        if let Ending::Begun(answer) = ending {
+            messages.push(json!({"role": "assistant", "content": format!("{answer}{END_OF_BEGUN} ")}));
+        }
         if matches!(self.call_format, Some(CallFormat::Mistral | CallFormat::MistralNamed)) {
             messages.iter_mut().for_each(shorten_ids);
         }
         let context = context! {
-            messages => messages.iter().map(template_value).collect::<Vec<_>>(),
-            tools => tools.map(|tools| tools.iter().map(template_value).collect::<Vec<_>>()),
-            add_generation_prompt,
+            messages => Serde(&messages),
+            tools => Serde(tools),
+            add_generation_prompt => ending == Ending::Prompt,
             bos_token => &self.bos_token,
             eos_token => &self.eos_token,
         };
         let template = self.environment.get_template(KEY).map_err(refused)?;
-        template.render(context).map_err(refused)
+        let rendered = template.render(context).map_err(refused)?;
+        match ending {
+            Ending::Begun(answer) => up_to_begun(rendered, answer),
+            Ending::LastMessage | Ending::Prompt => Ok(rendered),
+        }
     }
 }
 
-/// Hugging Face's `{% generation %}` marks what is trained on, and renders as what is in it.
-fn without_training_marks(source: &str) -> String {
-    let mark = Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").expect("a literal that is tested");
-    let replace = |found: &Captures<'_>| {
-        let statement = if found.get(2).is_some() { "endif" } else { "if true" };
-        format!("{{%{} {statement} {}%}}", &found[1], &found[3])
-    };
-    mark.replace_all(source, replace).into_owned()
+/// What of a rendered prompt the model goes on from. A template that trims answers trims this one too, or the model would see
+/// the space where its training had none.
+fn up_to_begun(mut rendered: String, answer: &str) -> Result<String, PromptError> {
+    let end = rendered.rfind(END_OF_BEGUN).filter(|end| rendered[..*end].contains(answer.trim()));
+    let end = end.ok_or_else(|| {
+        PromptError::Refused("it does not give the last answer as it is, so that nothing can go on from it".to_owned())
+    })?;
+    let is_trimmed = !rendered[end + END_OF_BEGUN.len_utf8()..].starts_with(' ');
+    rendered.truncate(end);
+    if is_trimmed {
+        rendered.truncate(rendered.trim_end().len());
+    }
+    Ok(rendered)
 }
 
 fn refused(error: Error) -> PromptError {
     PromptError::Refused(error.detail().map_or_else(|| error.kind().to_string(), str::to_string))
-}
-
-fn malformed(field: String, reason: &'static str) -> PromptError {
-    PromptError::Messages { field, reason }
-}
-
-/// Messages with a string `role` and a string `content` each, as templates expect them.
-fn normalize(messages: &[Value]) -> Result<Vec<Value>, PromptError> {
-    if messages.is_empty() {
-        return Err(malformed("messages".into(), "must hold at least one message"));
-    }
-    messages.iter().enumerate().map(|(i, message)| normalize_message(i, message)).collect()
-}
-
-fn normalize_message(index: usize, message: &Value) -> Result<Value, PromptError> {
-    let field = format!("messages[{index}]");
-    let Value::Object(message) = message else {
-        return Err(malformed(field, "must be an object with role and content"));
-    };
-    let mut message = message.clone();
-    let role = match message.get("role").and_then(Value::as_str) {
-        Some("developer") => "system",
-        Some(role) => role,
-        None => return Err(malformed(format!("{field}.role"), "must be a string")),
-    };
-    let role = Value::from(role);
-    let content = Value::from(content_text(&field, message.get("content"))?);
-    message.insert("role".into(), role);
-    message.insert("content".into(), content);
-    for call in message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten() {
-        parse_arguments(call);
-    }
-    Ok(Value::Object(message))
-}
-
-/// Absent content is empty, as in an assistant's message that only calls tools.
-fn content_text(message: &str, content: Option<&Value>) -> Result<String, PromptError> {
-    let field = || format!("{message}.content");
-    match content {
-        None | Some(Value::Null) => Ok(String::new()),
-        Some(Value::String(text)) => Ok(text.clone()),
-        Some(Value::Array(parts)) => {
-            let texts = parts.iter().enumerate().map(|(i, part)| {
-                let text = match part.get("type").and_then(Value::as_str) {
-                    Some("text") => part.get("text").and_then(Value::as_str),
-                    _ => None,
-                };
-                text.ok_or_else(|| {
-                    malformed(format!("{}[{i}]", field()), "must be a part of type text with a string text")
-                })
-            });
-            texts.collect()
-        }
-        Some(_) => Err(malformed(field(), "must be a string or a list of text parts")),
-    }
-}
-
-/// OpenAI sends arguments as JSON in a string; templates write them with `tojson`, which would quote it again.
-fn parse_arguments(call: &mut Value) {
-    if let Some(arguments) = call.pointer_mut("/function/arguments")
-        && let Some(object) = arguments.as_str().and_then(|json| serde_json::from_str::<Map<String, Value>>(json).ok())
-    {
-        *arguments = Value::Object(object);
-    }
-}
-
-/// Mistral's templates refuse ids of calls that are not nine letters and digits, whoever made them.
-fn shorten_ids(message: &mut Value) {
-    const NUM_CHARS: usize = 9;
-    let shorten = |id: &mut Value| {
-        let Some(long) = id.as_str() else { return };
-        if long.len() != NUM_CHARS || !long.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
-            *id = hexadecimal(Sha256::new_with_prefix(long))[..NUM_CHARS].into();
-        }
-    };
-    message.get_mut("tool_call_id").into_iter().for_each(shorten);
-    let calls = message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten();
-    calls.filter_map(|call| call.get_mut("id")).for_each(shorten);
-}
-
-fn template_value(value: &Value) -> minijinja::Value {
-    match value {
-        Value::Null => minijinja::Value::from(()),
-        Value::Bool(b) => minijinja::Value::from(*b),
-        Value::Number(number) => match (number.as_i64(), number.as_u64()) {
-            (Some(integer), _) => minijinja::Value::from(integer),
-            (None, Some(integer)) => minijinja::Value::from(integer),
-            (None, None) => minijinja::Value::from(number.as_f64()),
-        },
-        Value::String(text) => minijinja::Value::from(text.as_str()),
-        Value::Array(items) => items.iter().map(template_value).collect(),
-        Value::Object(map) => {
-            minijinja::Value::from_pairs(map.iter().map(|(key, value)| (key.as_str(), template_value(value))))
-        }
-    }
-}
-
-/// Hugging Face's `tojson` is Python's `json.dumps`: unlike the built-in filter it escapes nothing for HTML.
-fn to_json(value: &minijinja::Value, indent: Option<minijinja::Value>, options: Kwargs) -> Result<String, Error> {
-    let html_safe = minijinja::filters::tojson(value, indent, options)?.to_string();
-    let mut json = String::with_capacity(html_safe.len());
-    let mut rest = html_safe.as_str();
-    while let Some(backslash) = rest.find('\\') {
-        json.push_str(&rest[..backslash]);
-        rest = &rest[backslash..];
-        let escapes = [("\\u003c", "<"), ("\\u003e", ">"), ("\\u0026", "&"), ("\\u0027", "'")];
-        let (escape, plain) = match escapes.into_iter().find(|(escape, _)| rest.starts_with(escape)) {
-            Some(found) => found,
-            // Another escape: two characters of ASCII, kept together so that `\\u003c` stays what it is.
-            None => rest.split_at_checked(2).map_or((rest, rest), |(escape, _)| (escape, escape)),
-        };
-        json.push_str(plain);
-        rest = &rest[escape.len()..];
-    }
-    json.push_str(rest);
-    Ok(json)
-}
-
-fn raise_exception(message: String) -> Result<String, Error> {
-    Err(Error::new(ErrorKind::InvalidOperation, message))
-}
-
-/// Local time by a `strftime` format.
-fn strftime_now(format: &str) -> Result<String, Error> {
-    let mut text = String::new();
-    write!(text, "{}", chrono::Local::now().format(format))
-        .map_err(|_| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: bad format {format:?}")))?;
-    Ok(text)
 }
 
 #[cfg(test)]
@@ -255,7 +154,7 @@ mod tests {
     }
 
     fn render(source: &str, messages: Value) -> Result<String, PromptError> {
-        template(source).render(messages.as_array().expect("a list"), true, None)
+        template(source).render(messages.as_array().expect("a list"), Ending::Prompt, None)
     }
 
     #[test]
@@ -297,10 +196,43 @@ mod tests {
     }
 
     #[test]
-    fn tojson_escapes_as_python_does() {
-        let messages = json!([{"role": "user", "content": "<a href='x'>&\n\"\\u003c é"}]);
-        let json = render("{{ messages[0].content | tojson }}", messages).unwrap();
-        assert_eq!(json, r#""<a href='x'>&\n\"\\u003c é""#);
+    fn an_answer_that_was_begun_is_worded_by_the_template() {
+        let question = [json!({"role": "user", "content": "q"})];
+        let render = |source: &str, answer| template(source).render(&question, Ending::Begun(answer), None);
+        let source = "{% for m in messages %}{{ m.role }}: {{ m.content CONTENT }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
+        let (kept, trimmed) = (source.replace(" CONTENT", ""), source.replace("CONTENT", "| trim"));
+        assert_eq!(render(&kept, " fn f() { ").unwrap(), "user: q<|im_end|>assistant:  fn f() { ");
+        assert_eq!(render(&trimmed, " fn f() { ").unwrap(), "user: q<|im_end|>assistant: fn f() {");
+        assert_eq!(render(&trimmed, "a").unwrap(), "user: q<|im_end|>assistant: a");
+        for source in [source.replace("CONTENT", "| upper"), source.replace("CONTENT", "| length")] {
+            assert!(render(&source, "fn").unwrap_err().to_string().contains("nothing can go on"));
+        }
+    }
+
+    #[test]
+    fn a_call_is_given_in_the_form_in_which_the_template_shows_it() {
+        let call = json!({"id": "c", "type": "function", "function": {"name": "f", "arguments": "{\"a\":1}"}});
+        let called = json!([{"role": "assistant", "content": null, "tool_calls": [call]}]);
+        for (form, expected) in [
+            ("{{ m.content }}{{ c.name }}{{ c.arguments | tojson }}", "f{\"a\": 1}"),
+            ("{{ c.name + c.arguments }}", "f{\"a\":1}"),
+            ("{% if m.content is none %}{{ c.name }}{{ c.arguments | tojson }}{% endif %}", "f{\"a\": 1}"),
+            ("{% if m.content is none %}{{ c.name + c.arguments }}{% endif %}", "f{\"a\":1}"),
+            ("{{ m.content }} is no call", " is no call"),
+        ] {
+            let source = format!(
+                "{{% for m in messages %}}{{% set c = m.tool_calls[0].function if m.tool_calls else {{}} %}}{{% if c %}}{form}{{% endif %}}{{% endfor %}}"
+            );
+            assert_eq!(render(&source, called.clone()).unwrap(), expected, "{form}");
+        }
+    }
+
+    #[test]
+    fn fields_that_are_null_are_not_there_and_thoughts_have_the_names_of_templates() {
+        let messages = json!([{"role": "assistant", "content": "a", "tool_calls": null, "name": null, "reasoning": "r"},
+            {"role": "assistant", "content": "b", "tool_calls": []}]);
+        let source = "{% for m in messages %}{{ 'tool_calls' in m }} {{ m.name is defined }} {{ m.thinking }}{{ m.reasoning_content }} {% endfor %}";
+        assert_eq!(render(source, messages).unwrap(), "False False rr False False  ");
     }
 
     #[test]
@@ -309,7 +241,7 @@ mod tests {
             json!({"type": "function", "function": {"name": "f", "description": "d", "parameters": {"z": 1, "a": 2}}});
         let tools = [tool.clone()];
         let messages = [json!({"role": "user", "content": "hi"})];
-        let text = template("{{ tools[0] | tojson }}").render(&messages, true, Some(&tools)).unwrap();
+        let text = template("{{ tools[0] | tojson }}").render(&messages, Ending::Prompt, Some(&tools)).unwrap();
         let expected =
             r#"{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"z": 1, "a": 2}}}"#;
         assert_eq!(text, expected);

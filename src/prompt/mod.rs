@@ -2,10 +2,12 @@
 //! fill-in-the-middle.
 
 pub mod chat;
+mod environment;
 pub mod fim;
 pub mod formats;
 pub mod instruction;
 pub mod literal;
+mod messages;
 
 #[derive(Debug, thiserror::Error)]
 pub enum PromptError {
