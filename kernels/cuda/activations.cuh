@@ -28,22 +28,38 @@ struct NormArgs {
     f32* hidden;         // [rows][width]; += delta, unless there is a row list
     const f32* delta;    // the same, or null
     const f32* weight;   // [width]
+    const f32* bias;     // [width], or null
     f32* normed;         // [rows][width]
     const i32* row_list; // [rows]: row i of the outputs is made of row row_list[i] of hidden and delta. Null: of row i
     Activations activations;
     i32 width;
     f32 eps;
 };
-static_assert(sizeof(NormArgs) == 72, "as in activations.rs");
+static_assert(sizeof(NormArgs) == 80, "as in activations.rs");
 
-// h = hidden + delta, normed = h / sqrt(mean(h²) + eps) · weight, and that as int8. A block a row.
+// The sum over a block of NORM_THREADS, the same in every thread.
+DEVICE f32 norm_sum(f32* of_warps, f32 v) {
+    v = warp_sum(v);
+    sync_block(); // what was there before has been read
+    if (lane_index() == 0) of_warps[warp_index()] = v;
+    sync_block();
+    f32 total = 0.0f;
+    for (i32 i = 0; i < NORM_THREADS / 32; i++) total += of_warps[i];
+    return total;
+}
+DEVICE f32 norm_scale(f32 squares, i32 width, f32 eps) {
+    return divide(1.0f, square_root(divide(squares, (f32)width) + eps));
+}
+
+// h = hidden + delta, normed = h / sqrt(mean(h²) + eps) · weight, and that as int8; with a bias, (h - mean(h)) in place of h,
+// and that added. A block a row.
 KERNEL(add_norm_quantize, NormArgs, NORM_THREADS) {
     SHARED f32 sums[NORM_THREADS / 32];
     i64 row = block_x(), source = args.row_list ? args.row_list[row] : row;
     f32* hidden = args.hidden + source * args.width;
     const f32* delta = args.delta + source * args.width;
     f32* normed = args.normed + row * args.width;
-    f32 squares = 0.0f;
+    f32 squares = 0.0f, sum = 0.0f, mean = 0.0f;
     for (i32 k = thread_index(); k < args.width; k += NORM_THREADS) {
         f32 h = hidden[k];
         if (args.delta) {
@@ -51,22 +67,66 @@ KERNEL(add_norm_quantize, NormArgs, NORM_THREADS) {
             if (!args.row_list) hidden[k] = h;
         }
         normed[k] = h;
+        sum += h;
         squares = fmaf(h, h, squares);
     }
-    squares = warp_sum(squares);
-    if (lane_index() == 0) sums[warp_index()] = squares;
-    sync_block();
-    f32 total = 0.0f;
-    for (i32 i = 0; i < NORM_THREADS / 32; i++) total += sums[i];
-    f32 scale = divide(1.0f, square_root(divide(total, (f32)args.width) + args.eps));
+    if (args.bias) {
+        mean = divide(norm_sum(sums, sum), (f32)args.width);
+        squares = 0.0f;
+        for (i32 k = thread_index(); k < args.width; k += NORM_THREADS) {
+            f32 h = normed[k] - mean;
+            squares = fmaf(h, h, squares);
+        }
+    }
+    f32 scale = norm_scale(norm_sum(sums, squares), args.width, args.eps);
     i8* values = values_of(args.activations, row);
     BlockMeta* meta = meta_of(args.activations, row);
     // Each thread reads again what it wrote.
     for (i32 k = thread_index(); k < args.activations.stride; k += NORM_THREADS) {
         f32 x = 0.0f;
-        if (k < args.width) normed[k] = x = normed[k] * scale * args.weight[k];
+        if (k < args.width) {
+            x = args.bias ? fmaf((normed[k] - mean) * scale, args.weight[k], args.bias[k]) : normed[k] * scale * args.weight[k];
+            normed[k] = x;
+        }
         quantize_lane(x, values, meta, k);
     }
+}
+
+// ---- Norms in place ----------------------------------------------------------------------------------------------------------
+
+struct InPlaceArgs {
+    f32* x;            // [vectors][width]
+    const f32* weight; // [width], or null: no norm
+    i32 num_vectors;
+    i32 width;
+    f32 eps;
+    f32 scale;
+};
+static_assert(sizeof(InPlaceArgs) == 32, "as in activations.rs");
+
+// x = x / sqrt(mean(x²) + eps) · weight · scale. A block a vector.
+KERNEL(norm_rows, InPlaceArgs, NORM_THREADS) {
+    SHARED f32 sums[NORM_THREADS / 32];
+    f32* x = args.x + (i64)block_x() * args.width;
+    f32 inverse = 1.0f;
+    if (args.weight) {
+        f32 squares = 0.0f;
+        for (i32 k = thread_index(); k < args.width; k += NORM_THREADS) squares = fmaf(x[k], x[k], squares);
+        inverse = norm_scale(norm_sum(sums, squares), args.width, args.eps);
+    }
+    for (i32 k = thread_index(); k < args.width; k += NORM_THREADS)
+        x[k] = (args.weight ? x[k] * inverse * args.weight[k] : x[k]) * args.scale;
+}
+
+// The same of heads, which are small: a warp each, eight to a block.
+KERNEL(norm_heads, InPlaceArgs, 256) {
+    i32 head = block_x() * 8 + warp_index();
+    if (head >= args.num_vectors) return;
+    f32* x = args.x + (i64)head * args.width;
+    f32 squares = 0.0f;
+    for (i32 k = lane_index(); k < args.width; k += 32) squares = fmaf(x[k], x[k], squares);
+    f32 inverse = norm_scale(warp_sum(squares), args.width, args.eps);
+    for (i32 k = lane_index(); k < args.width; k += 32) x[k] = x[k] * inverse * args.weight[k];
 }
 
 // ---- Element by element: a block takes 1024 inputs of a row -------------------------------------------------------------------
@@ -74,18 +134,30 @@ KERNEL(add_norm_quantize, NormArgs, NORM_THREADS) {
 constexpr i32 SLICE = 1024;
 constexpr i32 SLICE_THREADS = 256;
 
-struct SwigluArgs {
-    const f32* gate; // [rows][width]
+// What stands between the projections of a feed-forward, by number.
+enum Activation : i32 { GATED_SILU, GATED_GELU, GELU };
+
+struct ActivateArgs {
+    const f32* gate; // [rows][width]; not read where there is no gate
     const f32* up;
     f32* activated;
     Activations activations;
     i32 width;
-    i32 unused;
+    Activation activation;
 };
-static_assert(sizeof(SwigluArgs) == 56, "as in activations.rs");
+static_assert(sizeof(ActivateArgs) == 56, "as in activations.rs");
 
-// activated = silu(gate) ∘ up, and that as int8. Blocks: slices, rows.
-KERNEL(swiglu_quantize, SwigluArgs, SLICE_THREADS) {
+// GELU by its approximation with tanh, as `gelu` of the CPU kernels.
+DEVICE f32 gelu(f32 g) { return g * sigmoid(g * fmaf(g * g, 0.044715f * 1.595769f, 1.595769f)); }
+
+DEVICE f32 activated(const ActivateArgs& args, i64 at) {
+    if (args.activation == GELU) return gelu(args.up[at]);
+    f32 gate = args.gate[at];
+    return (args.activation == GATED_GELU ? gelu(gate) : gate * sigmoid(gate)) * args.up[at];
+}
+
+// activated = silu(gate) ∘ up or what else the activation is, and that as int8. Blocks: slices, rows.
+KERNEL(activate_quantize, ActivateArgs, SLICE_THREADS) {
     i64 row = block_y();
     i8* values = values_of(args.activations, row);
     BlockMeta* meta = meta_of(args.activations, row);
@@ -93,11 +165,7 @@ KERNEL(swiglu_quantize, SwigluArgs, SLICE_THREADS) {
 #pragma unroll 4
     for (i32 k = block_x() * SLICE + thread_index(); k < last; k += SLICE_THREADS) {
         f32 x = 0.0f;
-        if (k < args.width) {
-            f32 gate = args.gate[row * args.width + k];
-            f32 sigmoid = divide(1.0f, 1.0f + exponential(-gate));
-            args.activated[row * args.width + k] = x = gate * sigmoid * args.up[row * args.width + k];
-        }
+        if (k < args.width) args.activated[row * args.width + k] = x = activated(args, row * args.width + k);
         quantize_lane(x, values, meta, k);
     }
 }

@@ -79,7 +79,7 @@ constexpr u32 FIRST_VIRTUAL_TOKEN = 1u << 31; // token FIRST_VIRTUAL_TOKEN + i: 
 struct AttendTile {
     i32 first_row;
     i32 num_rows;
-    i32 first_position; // of first_row; row first_row + i sees positions 0..=first_position + i
+    i32 first_position; // of first_row; row first_row + i sees positions up to first_position + i
     i32 block_table;    // where the sequence's blocks begin in the step's block tables
 };
 
@@ -88,6 +88,8 @@ struct AttendTile {
 DEVICE i32 unit_start(i32 unit) {
     return unit < 16 ? unit * 64 : unit < 32 ? 1024 + (unit - 16) * 256 : 5120 + (unit - 32) * 1024;
 }
+// The first position that the row at `position` sees.
+DEVICE i32 first_seen(i32 position, i32 window) { return position < window ? 0 : position - window + 1; }
 // Units that hold `positions` positions.
 DEVICE i32 num_units(i32 positions) {
     return positions <= 1024 ? (positions + 63) / 64

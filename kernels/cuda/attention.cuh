@@ -1,7 +1,8 @@
 // Grouped-query attention over the KV store with an online softmax (Milakov and Gimelshein 2018; Dao et al. 2022), and the
 // division of a long context among warps (Dao et al. 2023, "Flash-Decoding") into units that depend on positions alone.
 //
-// Scores are powers of two: log2(e) is in their scale.
+// Scores are powers of two: log2(e) is in their scale. A unit of which a row sees nothing leaves its sums as they are, bit for
+// bit, so that work may begin with any unit that is not behind the first one that it sees.
 #pragma once
 #include "activations.cuh"
 #include "args.cuh"
@@ -23,10 +24,11 @@ DEVICE f32 power_of_two(f32 x) {
 }
 
 // What two parts of a softmax are multiplied with to become one: the part with the smaller maximum is scaled down.
-// A part that a row sees nothing of is zeros below the least maximum, and leaves the total as it is.
+// A part that a row sees nothing of is zeros below the least maximum, and leaves the total as it is; so does a total of nothing
+// the part.
 struct Merging { f32 max, total, part; };
 DEVICE Merging merging(f32 total_max, f32 part_max) {
-    f32 smaller = power_of_two(-absolute(total_max - part_max));
+    f32 smaller = total_max == part_max ? 1.0f : power_of_two(-absolute(total_max - part_max));
     return total_max >= part_max ? Merging{total_max, 1.0f, smaller} : Merging{part_max, smaller, 1.0f};
 }
 DEVICE f32 merge(const Merging& m, f32 total, f32 part) { return fmaf(total, m.total, part * m.part); }
@@ -38,14 +40,16 @@ struct AttendArgs {
     const AttendTile* tiles; // [num_tiles]
     const i32* block_tables; // of all sequences of the step
     f32* partials;           // [rows · num_heads][partials_per_row][head_dim + 2]: weighted values, maximum, sum of weights
-    f32 scale;               // log2(e) / sqrt(head_dim)
+    f32 scale;               // of the products of queries and keys, times log2(e); with a cap, of what that leaves
+    f32 cap_scale;           // score = scale · tanh(product · cap_scale); 0: no cap
     i32 num_tiles;
     i32 num_heads;
     i32 num_kv_heads;
     i32 partials_per_row;
     i32 num_slots; // warps that share the units of a tile, one partial each unit; 0: a warp merges all of its tile's units
+    i32 window;    // positions that a row sees, its own among them
 };
-static_assert(sizeof(AttendArgs) == 72, "as in attention.rs");
+static_assert(sizeof(AttendArgs) == 80, "as in attention.rs");
 
 // Heads above 128 are summed in two parts, so that the sums stay in registers.
 template <i32 DIM> constexpr i32 PARTS = DIM > 128 ? 2 : 1;
@@ -89,10 +93,11 @@ template <i32 DIM> DEVICE void score(f32 (&s)[4], const u32 (&q)[DIM / 16][4], c
     }
 }
 
-// Adds a block's 16 positions. `visible` of this lane's four positions are seen by each of its two queries.
+// Adds a block's 16 positions. Of this lane's four positions, each of its two queries sees hidden..visible.
 template <i32 DIM>
-DEVICE void add_block(Softmax<DIM>& part, const u32 (&q)[DIM / 16][4], const f16* keys, const f16* values, f32 scale,
-                      const i32 (&visible)[2]) {
+DEVICE void add_block(Softmax<DIM>& part, const u32 (&q)[DIM / 16][4], const f16* keys, const f16* values,
+                      const AttendArgs& args, const i32 (&hidden)[2], const i32 (&visible)[2]) {
+    f32 scale = args.scale;
     i32 group = lane_index() / 4, quad = lane_index() % 4;
     // Columns 2t and 2t + 1 of both products of scores are positions 4t..4t + 4: values are read four positions at a time.
     const f16* key = keys + (group / 2 * 4 + group % 2) * DIM;
@@ -108,7 +113,10 @@ DEVICE void add_block(Softmax<DIM>& part, const u32 (&q)[DIM / 16][4], const f16
     for (i32 i = 0; i < 2; i++) {
         f32 x[4] = {s[0][i * 2], s[0][i * 2 + 1], s[1][i * 2], s[1][i * 2 + 1]};
 #pragma unroll
-        for (i32 e = 0; e < 4; e++) x[e] = e < visible[i] ? x[e] : minus_infinity();
+        for (i32 e = 0; e < 4; e++) {
+            if (args.cap_scale != 0.0f) x[e] = hyperbolic_tangent(x[e] * args.cap_scale);
+            x[e] = e < visible[i] && e >= hidden[i] ? x[e] : minus_infinity();
+        }
         f32 max = maximum(maximum(x[0], x[1]), maximum(x[2], x[3]));
         max = maximum(max, shuffle_xor(max, 1));
         max = maximum(max, shuffle_xor(max, 2));
@@ -170,26 +178,28 @@ template <i32 DIM> struct TileWork {
     const f16* values; // the same, from this part's columns on
     const i32* table;
     i32 block_len; // of a KV block, in elements
-    f32 scale;
     i32 last[2]; // position of each of the lane's queries: what it sees ends there
     i32 num_positions;
     u32 q[DIM / 16][4];
 };
 
-template <i32 DIM> DEVICE void sum_unit(Softmax<DIM>& part, const TileWork<DIM>& work, i32 unit) {
+template <i32 DIM>
+DEVICE void sum_unit(Softmax<DIM>& part, const TileWork<DIM>& work, const AttendArgs& args, i32 unit) {
 #pragma unroll
     for (i32 n = 0; n < COLUMNS<DIM> / 8; n++)
         for (i32 i = 0; i < 4; i++) part.out[n][i] = 0.0f;
     for (i32 i = 0; i < 2; i++) part.max[i] = minus_infinity(), part.sum[i] = 0.0f;
     i32 first = unit_start(unit) / KV_BLOCK;
     i32 end = (minimum(unit_start(unit + 1), work.num_positions) + KV_BLOCK - 1) / KV_BLOCK;
-    i32 first_seen = lane_index() % 4 * 4 - 1;
+    i32 of_lane = lane_index() % 4 * 4;
     i32 next = work.table[first];
     for (i32 b = first; b < end; b++) {
         i64 start = (i64)next * work.block_len;
         if (b + 1 < end) next = work.table[b + 1];
-        i32 visible[2] = {work.last[0] - b * KV_BLOCK - first_seen, work.last[1] - b * KV_BLOCK - first_seen};
-        add_block<DIM>(part, work.q, work.keys + start, work.values + start, work.scale, visible);
+        i32 lane_first = b * KV_BLOCK + of_lane;
+        i32 hidden[2] = {first_seen(work.last[0], args.window) - lane_first, first_seen(work.last[1], args.window) - lane_first};
+        i32 visible[2] = {work.last[0] + 1 - lane_first, work.last[1] + 1 - lane_first};
+        add_block<DIM>(part, work.q, work.keys + start, work.values + start, args, hidden, visible);
     }
     for (i32 i = 0; i < 2; i++) {
         part.sum[i] += shuffle_xor(part.sum[i], 1);
@@ -223,8 +233,10 @@ template <i32 DIM> DEVICE void attend(const AttendArgs& args) {
     AttendTile tile = args.tiles[index];
     TileWork<DIM> work;
     work.num_positions = tile.first_position + tile.num_rows;
+    // What lies before the window of the tile's first row is before those of all.
+    i32 first_unit = num_units(first_seen(tile.first_position, args.window) + 1) - 1;
     i32 units = num_units(work.num_positions);
-    if (tile.num_rows == 0 || slot >= units) return;
+    if (tile.num_rows == 0 || first_unit + slot >= units) return;
 
     i32 kv_head = block_y() / PARTS<DIM>, column = block_y() % PARTS<DIM> * COLUMNS<DIM>;
     i32 heads = args.num_heads / args.num_kv_heads;
@@ -241,16 +253,15 @@ template <i32 DIM> DEVICE void attend(const AttendArgs& args) {
     work.keys = args.keys + (i64)kv_head * KV_BLOCK * DIM;
     work.values = args.values + ((i64)kv_head * DIM + column) * KV_BLOCK;
     work.table = args.block_tables + tile.block_table;
-    work.scale = args.scale;
 
     SHARED Total<DIM> totals[4];
     Softmax<DIM> part;
-    for (i32 unit = slot; unit < units; unit += is_split ? args.num_slots : 1) {
-        sum_unit<DIM>(part, work, unit);
+    for (i32 unit = first_unit + slot; unit < units; unit += is_split ? args.num_slots : 1) {
+        sum_unit<DIM>(part, work, args, unit);
         if (is_split) {
             write_partial<DIM>(args, query, unit, column, part);
         } else {
-            merge_unit<DIM>(totals[warp_index()], part, unit == 0);
+            merge_unit<DIM>(totals[warp_index()], part, unit == first_unit);
         }
     }
     if (!is_split) write_partial<DIM>(args, query, 0, column, part);
@@ -258,7 +269,7 @@ template <i32 DIM> DEVICE void attend(const AttendArgs& args) {
 
 #define ATTEND(DIM, BLOCKS) KERNEL(attend_##DIM, AttendArgs, 128, BLOCKS) { attend<DIM>(args); }
 ATTEND(16, 8)
-ATTEND(32, 6)
+ATTEND(32, 5)
 ATTEND(64, 4)
 ATTEND(80, 3)
 ATTEND(96, 3)
@@ -275,13 +286,13 @@ struct CombineArgs {
     i32 partials_per_row;
     i32 num_heads;
     i32 head_dim;
-    i32 unused;
+    i32 window;
 };
 static_assert(sizeof(CombineArgs) == 64, "as in attention.rs");
 
-DEVICE f32 combined(const CombineArgs& args, i64 query, i32 column, i32 count) {
+DEVICE f32 combined(const CombineArgs& args, i64 query, i32 column, i32 first, i32 count) {
     i32 stride = args.head_dim + 2;
-    const f32* partial = args.partials + query * args.partials_per_row * stride;
+    const f32* partial = args.partials + (query * args.partials_per_row + first) * stride;
     f32 value = partial[column], max = partial[args.head_dim], sum = partial[args.head_dim + 1];
 #pragma unroll 4
     for (i32 unit = 1; unit < count; unit++) {
@@ -302,8 +313,9 @@ KERNEL(combine_quantize, CombineArgs, 256) {
     if (k - lane_index() >= stride) return;
     f32 value = 0.0f;
     if (k < width) {
-        i32 count = args.positions ? num_units(args.positions[row] + 1) : 1;
-        value = combined(args, (i64)row * args.num_heads + k / args.head_dim, k % args.head_dim, count);
+        i32 first = args.positions ? num_units(first_seen(args.positions[row], args.window) + 1) - 1 : 0;
+        i32 count = args.positions ? num_units(args.positions[row] + 1) - first : 1;
+        value = combined(args, (i64)row * args.num_heads + k / args.head_dim, k % args.head_dim, first, count);
         args.attended[(i64)row * width + k] = value;
     }
     quantize_lane(value, (i8*)args.activations.values + (i64)row * stride,

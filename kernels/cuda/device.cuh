@@ -148,3 +148,6 @@ DEVICE f32 exponential(f32 x) {
     f32 y = fmaf(p, r * r, r + 1.0f);
     return y * as_f32((u32)((i32)n + 127) << 23);
 }
+
+DEVICE f32 sigmoid(f32 x) { return divide(1.0f, 1.0f + exponential(-x)); }
+DEVICE f32 hyperbolic_tangent(f32 x) { return 1.0f - divide(2.0f, 1.0f + exponential(x + x)); }

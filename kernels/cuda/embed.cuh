@@ -11,8 +11,10 @@ struct EmbedArgs {
     i64 row_bytes;
     RowType row_type;
     i32 hidden_size;
+    f32 scale;         // of embeddings of the vocabulary
+    f32 virtual_scale; // of those of a prelude
 };
-static_assert(sizeof(EmbedArgs) == 48, "as in embed.rs");
+static_assert(sizeof(EmbedArgs) == 56, "as in embed.rs");
 
 // Input k of a position of a prelude: nothing when it has keys and values in place of rows, since then no other row reads it.
 DEVICE f32 virtual_value(const AdapterTable* adapter, i64 position, i32 hidden_size, i32 k) {
@@ -37,7 +39,8 @@ KERNEL(embed, EmbedArgs, 256) {
     const AdapterTable* adapter = adapter_of(args.adapters, row);
     f32* hidden = args.hidden + (i64)row * args.hidden_size;
     for (i32 k = thread_index(); k < args.hidden_size; k += 256) {
-        hidden[k] = token >= FIRST_VIRTUAL_TOKEN ? virtual_value(adapter, token - FIRST_VIRTUAL_TOKEN, args.hidden_size, k)
-                                                 : real_value(args, adapter, token, k);
+        hidden[k] = token >= FIRST_VIRTUAL_TOKEN
+            ? virtual_value(adapter, token - FIRST_VIRTUAL_TOKEN, args.hidden_size, k) * args.virtual_scale
+            : real_value(args, adapter, token, k) * args.scale;
     }
 }

@@ -135,6 +135,20 @@ template <i32 THREADS> DEVICE void select(Selection<THREADS>& shared, i32& turn,
     sync_block();
 }
 
+struct CapArgs {
+    f32* logits; // [count]
+    i64 count;
+    f32 cap;
+    i32 unused;
+};
+static_assert(sizeof(CapArgs) == 24, "as in head.rs");
+
+// logit = cap · tanh(logit / cap)
+KERNEL(cap_logits, CapArgs, HEAD_THREADS) {
+    for (i64 i = (i64)block_x() * HEAD_THREADS + thread_index(); i < args.count; i += (i64)grid_x() * HEAD_THREADS)
+        args.logits[i] = hyperbolic_tangent(divide(args.logits[i], args.cap)) * args.cap;
+}
+
 // Grid: slices, rows.
 KERNEL(head_slices, HeadArgs, HEAD_THREADS) {
     SHARED Selection<HEAD_THREADS> shared;

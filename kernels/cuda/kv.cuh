@@ -6,7 +6,7 @@ struct RotateArgs {
     const f32* q;         // [rows][num_heads · head_dim]
     const f32* k;         // [rows][num_kv_heads · head_dim]
     const f32* v;         // the same
-    const f32* cos;       // [position][head_dim / 2]
+    const f32* cos;       // [position][turned_pairs]
     const f32* sin;       // the same
     const i32* positions; // [rows]
     const i32* slots;     // [rows]: block · KV_BLOCK + offset; negative: the row is not stored
@@ -19,8 +19,10 @@ struct RotateArgs {
     i32 num_kv_heads;
     i32 head_dim;
     i32 layer;
+    i32 turned_pairs; // dimensions i and i + turned_pairs turn together; those beyond twice as many stay as they are
+    i32 unused;
 };
-static_assert(sizeof(RotateArgs) == 112, "as in kv.rs");
+static_assert(sizeof(RotateArgs) == 120, "as in kv.rs");
 
 // Dimensions i and i + half of a head, turned. Roundings as on the CPU.
 struct Turned { f32 first, second; };
@@ -42,8 +44,9 @@ DEVICE bool is_finite(f16 h) { return (h & 0x7c00) != 0x7c00; }
 
 // A warp stores one head. A masked position counts 0 · its value, which would be NaN for every row that must not see it if
 // the value were NaN or infinite. Such values are stored as zeros, and the key as NaN: only rows that see it get NaN.
-DEVICE void store_head(const HeadSource& source, const f32* cos, const f32* sin, i32 head_dim, f16* keys, f16* values) {
-    i32 half = head_dim / 2, lane = lane_index();
+DEVICE void store_head(const HeadSource& source, const f32* cos, const f32* sin, i32 half, i32 head_dim, f16* keys,
+                       f16* values) {
+    i32 lane = lane_index();
     i32 broken = 0;
     for (i32 d = lane; d < head_dim; d += 32) {
         f16 value = value_of(source, d);
@@ -64,6 +67,10 @@ DEVICE void store_head(const HeadSource& source, const f32* cos, const f32* sin,
         keys[i] = broken ? (f16)0x7e00 : first;
         keys[i + half] = broken ? (f16)0x7e00 : second;
     }
+    for (i32 d = 2 * half + lane; d < head_dim; d += 32) {
+        f16 key = source.prelude_k ? source.prelude_k[d] : to_f16(source.k[d]);
+        keys[d] = broken ? (f16)0x7e00 : key;
+    }
 }
 
 DEVICE HeadSource head_source(const RotateArgs& args, i32 row, i32 kv_head) {
@@ -83,7 +90,7 @@ DEVICE HeadSource head_source(const RotateArgs& args, i32 row, i32 kv_head) {
 
 // Grid: rows, then the heads of queries and of keys, a warp each.
 KERNEL(rotate_and_store, RotateArgs, 256) {
-    i32 row = block_x(), head = block_y() * 8 + warp_index(), half = args.head_dim / 2;
+    i32 row = block_x(), head = block_y() * 8 + warp_index(), half = args.turned_pairs;
     const f32* cos = args.cos + (i64)args.positions[row] * half;
     const f32* sin = args.sin + (i64)args.positions[row] * half;
     if (head < args.num_heads) {
@@ -93,13 +100,14 @@ KERNEL(rotate_and_store, RotateArgs, 256) {
             args.q_half[at + i] = to_f16(turned.first);
             args.q_half[at + i + half] = to_f16(turned.second);
         }
+        for (i32 d = 2 * half + lane_index(); d < args.head_dim; d += 32) args.q_half[at + d] = to_f16(args.q[at + d]);
         return;
     }
     i32 kv_head = head - args.num_heads, slot = args.slots[row];
     if (kv_head >= args.num_kv_heads || slot < 0) return;
     i64 start = ((i64)(slot / KV_BLOCK) * args.num_kv_heads + kv_head) * KV_BLOCK * args.head_dim;
     i32 offset = slot % KV_BLOCK;
-    store_head(head_source(args, row, kv_head), cos, sin, args.head_dim, args.keys + start + offset * args.head_dim,
+    store_head(head_source(args, row, kv_head), cos, sin, half, args.head_dim, args.keys + start + offset * args.head_dim,
                args.values + start + offset);
 }
 

@@ -111,24 +111,4 @@ impl DecoderShape {
     pub fn default_attention_scale(head_dim: usize) -> f32 {
         1.0 / (head_dim as f32).sqrt()
     }
-
-    /// The first thing that this decoder has beyond the plain one, which is Llama's, in words.
-    pub fn beyond_plain(&self, plan: &AttentionPlan) -> Option<&'static str> {
-        let turns_whole_heads = |rotary: &Rotary| rotary.frequencies.len() * 2 == self.head_dim;
-        let parts = [
-            (self.centers_norms, "LayerNorm"),
-            (self.activation != Activation::GatedSilu, "GELU"),
-            (self.norms_heads, "norms of queries and keys"),
-            (self.norms_residuals, "norms after attention and feed-forward"),
-            (self.embedding_scale != 1.0, "a multiplier of embeddings"),
-            (self.residual_scale != 1.0, "a multiplier of residuals"),
-            (self.attention_scale != Self::default_attention_scale(self.head_dim), "a multiplier of attention"),
-            (self.attention_soft_cap.is_some(), "a soft cap of attention"),
-            (self.logit_soft_cap.is_some(), "a soft cap of logits"),
-            (plan.layers.iter().any(|layer| layer.window.is_some()), "sliding windows"),
-            (plan.rotaries.len() != 1, "layers that turn their heads differently"),
-            (!plan.rotaries.iter().all(turns_whole_heads), "heads that are turned in part"),
-        ];
-        parts.into_iter().find(|(is_there, _)| *is_there).map(|(_, words)| words)
-    }
 }

@@ -4,13 +4,14 @@ mod arrays;
 
 use emulator::{Emulator, Memory};
 use kernels::cuda::activations::{
-    NormArgs, ScaleArgs, SwigluArgs, activation_stride, add_norm_quantize, quantize_rows, scale_quantize,
-    swiglu_quantize,
+    ActivateArgs, InPlaceArgs, NormArgs, ScaleArgs, activate_quantize, activation_stride, add_norm_quantize,
+    norm_heads, norm_rows, quantize_rows, scale_quantize,
 };
 use kernels::cuda::args::{Activations, AdapterTable, BlockMeta, Site, activation_place};
-use kernels::cuda::driver::{DeviceMemory, Driver};
-use kernels::elementwise::{self, RmsNorm};
+use kernels::cuda::driver::{DeviceMemory, Driver, DriverError};
+use kernels::elementwise::{self, LayerNorm, RmsNorm};
 use kernels::quantized::{BlockFormat, PackedMatrix};
+use kernels::shape::Activation;
 use kernels::{Cpu, Isa, activations::QuantizedRows, gemm};
 use proptest::prelude::*;
 
@@ -126,7 +127,12 @@ fn some_rows(numbers: &mut Numbers, num_rows: usize, width: usize) -> Vec<f32> {
 }
 
 fn near(a: &[f32], b: &[f32], bound: f32) -> bool {
-    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() <= bound * b.abs().max(1e-3))
+    near_above(a, b, bound, 1e-3)
+}
+
+/// `bound` is of each number of `b`, or of `least` if that is more.
+fn near_above(a: &[f32], b: &[f32], bound: f32, least: f32) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() <= bound * b.abs().max(least))
 }
 
 /// Runs the norm over `num_rows` rows of `hidden`: hidden, normed and int8 after it.
@@ -134,13 +140,13 @@ fn norm(
     device: &Emulator,
     hidden: &[f32],
     delta: Option<&[f32]>,
-    weight: &[f32],
+    (weight, bias): (&[f32], Option<&[f32]>),
     row_list: Option<&[i32]>,
 ) -> (Vec<f32>, Vec<f32>, Vec<Row>) {
     let width = weight.len();
     let num_rows = row_list.map_or(hidden.len() / width, <[i32]>::len);
     let (hidden, weight) = (floats(device, hidden), floats(device, weight));
-    let delta = delta.map(|delta| floats(device, delta));
+    let [delta, bias] = [delta, bias].map(|values| values.map(|values| floats(device, values)));
     let row_list = row_list.map(|rows| bytes(device, &rows.iter().flat_map(|r| r.to_le_bytes()).collect::<Vec<_>>()));
     let normed = floats(device, &vec![f32::NAN; num_rows * width]);
     let to = Rounded::new(device, num_rows, width);
@@ -148,6 +154,7 @@ fn norm(
         hidden: hidden.address(),
         delta: delta.as_ref().map_or(0, DeviceMemory::address),
         weight: weight.address(),
+        bias: bias.as_ref().map_or(0, DeviceMemory::address),
         normed: normed.address(),
         row_list: row_list.as_ref().map_or(0, DeviceMemory::address),
         activations: to.activations(num_rows),
@@ -178,26 +185,34 @@ proptest! {
     }
 
     #[test]
-    fn a_norm_is_the_cpus_within_rounding_and_a_row_alone_has_its_bits(num_rows in 1usize..5, blocks in 1usize..70, has_delta: bool, seed: u64) {
+    fn a_norm_is_the_cpus_within_rounding_and_a_row_alone_has_its_bits(num_rows in 1usize..5, blocks in 1usize..70, has_delta: bool, centers: bool, seed: u64) {
         let (device, width, mut numbers) = (device(), blocks * 32, Numbers::new(seed));
         let before = some_rows(&mut numbers, num_rows, width);
-        let (delta, weight) = (numbers.any(num_rows * width), numbers.any(width));
+        let (delta, weight, bias) = (numbers.any(num_rows * width), numbers.any(width), numbers.any(width));
         let delta = has_delta.then_some(delta.as_slice());
-        let (hidden, normed, rows) = norm(&device, &before, delta, &weight, None);
+        let weights = (weight.as_slice(), centers.then_some(bias.as_slice()));
+        let (hidden, normed, rows) = norm(&device, &before, delta, weights, None);
         let (mut expected_hidden, mut expected, mut quantized) = (before.clone(), vec![0.0; before.len()], QuantizedRows::default());
-        let rms = RmsNorm { weight: &weight, eps: 1e-6 };
         let cpu = Cpu::new(Isa::Portable, 1);
-        elementwise::add_norm_quantize(&cpu, &mut expected_hidden, delta, rms, &mut expected, &mut quantized);
+        if centers {
+            let norm = LayerNorm { weight: &weight, bias: &bias, eps: 1e-6 };
+            elementwise::add_layer_norm_quantize(&cpu, &mut expected_hidden, delta, norm, &mut expected, &mut quantized);
+        } else {
+            let norm = RmsNorm { weight: &weight, eps: 1e-6 };
+            elementwise::add_norm_quantize(&cpu, &mut expected_hidden, delta, norm, &mut expected, &mut quantized);
+        }
         prop_assert!(same_bits(&hidden, &expected_hidden));
-        prop_assert!(near(&normed, &expected, 1e-5));
+        // What a mean is taken from leaves less than it was.
+        let least = if centers { 1.0 } else { 1e-3 };
+        prop_assert!(near_above(&normed, &expected, 1e-5, least));
         prop_assert_eq!(&rows, &all_rounded(&normed, width));
         let row = numbers.below(num_rows);
         let at = row * width..(row + 1) * width;
-        let alone = norm(&device, &before[at.clone()], delta.map(|delta| &delta[at.clone()]), &weight, None);
+        let alone = norm(&device, &before[at.clone()], delta.map(|delta| &delta[at.clone()]), weights, None);
         prop_assert!(same_bits(&alone.1, &normed[at]));
         // Listed rows are the same ones, and leave what they are made of.
         let list = [row as i32, 0, row as i32];
-        let (kept, listed, _) = norm(&device, &before, delta, &weight, Some(&list));
+        let (kept, listed, _) = norm(&device, &before, delta, weights, Some(&list));
         prop_assert!(same_bits(&kept, &before));
         for (row, listed) in list.iter().zip(listed.chunks_exact(width)) {
             prop_assert!(same_bits(listed, &normed[*row as usize * width..][..width]));
@@ -205,24 +220,57 @@ proptest! {
     }
 
     #[test]
-    fn swiglu_is_the_cpus_within_rounding(num_rows in 1usize..5, blocks in 1usize..80, seed: u64) {
+    fn norms_in_place_are_the_cpus_within_rounding(
+        num_vectors in 1usize..20, blocks in 1usize..40, has_norm: bool, scale in 0.1f32..3.0, seed: u64,
+    ) {
+        let (device, width, mut numbers) = (device(), blocks * 8, Numbers::new(seed));
+        let (before, weight) = (some_rows(&mut numbers, num_vectors, width), numbers.any(width));
+        let weights = floats(&device, &weight);
+        let run = |kernel: fn(&Emulator, &InPlaceArgs) -> Result<(), DriverError>, weight: u64, scale: f32| {
+            let x = floats(&device, &before);
+            let (num_vectors, width) = (num_vectors as i32, width as i32);
+            kernel(&device, &InPlaceArgs { x: x.address(), weight, num_vectors, width, eps: 1e-6, scale }).unwrap();
+            read_floats(&device, &x)
+        };
+        let expected = |norm: Option<RmsNorm<'_>>, scale: f32| {
+            let mut x = before.clone();
+            elementwise::norm_in_place(&Cpu::new(Isa::Portable, 1), &mut x, width, norm, scale);
+            x
+        };
+        let norm = Some(RmsNorm { weight: &weight, eps: 1e-6 });
+        let rows = run(norm_rows, if has_norm { weights.address() } else { 0 }, scale);
+        prop_assert!(near(&rows, &expected(norm.filter(|_| has_norm), scale), 1e-5));
+        prop_assert!(near(&run(norm_heads, weights.address(), 1.0), &expected(norm, 1.0), 1e-5));
+    }
+
+    #[test]
+    fn activations_are_the_cpus_within_rounding(
+        num_rows in 1usize..5, blocks in 1usize..80, code in 0usize..3, seed: u64,
+    ) {
+        let activation = [Activation::GatedSilu, Activation::GatedGelu, Activation::Gelu][code];
+
         let (device, width, mut numbers) = (device(), blocks * 32, Numbers::new(seed));
         let gate: Vec<f32> = numbers.any(num_rows * width).iter().map(|x| x * 100.0).collect();
         let up = some_rows(&mut numbers, num_rows, width);
         let (g, u) = (floats(&device, &gate), floats(&device, &up));
         let (a, to) = (floats(&device, &vec![f32::NAN; gate.len()]), Rounded::new(&device, num_rows, width));
-        let args = SwigluArgs {
-            gate: g.address(),
+        let args = ActivateArgs {
+            gate: if activation.is_gated() { g.address() } else { 0 },
             up: u.address(),
             activated: a.address(),
             activations: to.activations(num_rows),
             width: width as i32,
-            unused: 0,
+            activation: activation.into(),
         };
-        swiglu_quantize(&device, &args).unwrap();
+        activate_quantize(&device, &args).unwrap();
         let activated = read_floats(&device, &a);
         let (mut expected, mut quantized) = (vec![0.0; gate.len()], QuantizedRows::default());
-        elementwise::swiglu_quantize(&Cpu::new(Isa::Portable, 1), num_rows, &gate, &up, &mut expected, &mut quantized);
+        let cpu = Cpu::new(Isa::Portable, 1);
+        match activation {
+            Activation::GatedSilu => elementwise::swiglu_quantize(&cpu, num_rows, &gate, &up, &mut expected, &mut quantized),
+            Activation::GatedGelu => elementwise::gelu_quantize(&cpu, num_rows, &gate, Some(&up), &mut expected, &mut quantized),
+            Activation::Gelu => elementwise::gelu_quantize(&cpu, num_rows, &up, None, &mut expected, &mut quantized),
+        }
         prop_assert!(near(&activated, &expected, 2e-6));
         prop_assert_eq!(to.rows(&device), all_rounded(&activated, width));
     }
@@ -272,11 +320,11 @@ proptest! {
 fn what_is_not_a_number_stays_in_its_row_and_is_seen_there() {
     let (device, width, mut numbers) = (device(), 160, Numbers::new(5));
     let (weight, whole) = (numbers.any(width), numbers.any(3 * width));
-    let (_, normed, rows) = norm(&device, &whole, None, &weight, None);
+    let (_, normed, rows) = norm(&device, &whole, None, (&weight, None), None);
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let mut hidden = whole.clone();
         hidden[width + 40] = bad;
-        let (_, spoilt, spoilt_rows) = norm(&device, &hidden, None, &weight, None);
+        let (_, spoilt, spoilt_rows) = norm(&device, &hidden, None, (&weight, None), None);
         for row in [0, 2] {
             assert!(same_bits(&spoilt[row * width..][..width], &normed[row * width..][..width]));
             assert_eq!(spoilt_rows[row], rows[row]);

@@ -4,7 +4,7 @@ mod arrays;
 mod contexts;
 
 use half::f16;
-use kernels::attention::{BlockId, KvSlot, KvStore, Queries, RotaryTable, rotate_and_store};
+use kernels::attention::{BlockId, KvSlot, KvStore, Queries, RotaryTable, Scoring, rotate_and_store};
 use kernels::cuda::args::{activation_place, num_units, unit_start};
 use kernels::cuda::attention::{AttentionShape, MAX_SPLIT_ROWS};
 use kernels::cuda::driver::DriverError;
@@ -18,7 +18,7 @@ use contexts::{Attended, BLOCK, Context, Heads, Rows};
 const WHOLE: usize = MAX_SPLIT_ROWS + 1;
 
 fn heads(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> Heads {
-    Heads { num_heads, num_kv_heads, head_dim }
+    Heads { num_heads, num_kv_heads, head_dim, scoring: Scoring::plain(head_dim) }
 }
 
 fn bits(rows: &[f32]) -> Vec<u32> {
@@ -33,8 +33,14 @@ fn last_rows(heads: Heads, context: &Context, rows: usize, bucket: usize, seed: 
 
 fn any_heads() -> impl Strategy<Value = Heads> {
     let dims = prop::sample::select(vec![16, 32, 64, 80, 96, 112, 128, 256]);
-    (1..=2_usize, prop::sample::select(vec![1, 2, 3, 4, 7, 8, 16]), dims)
-        .prop_map(|(num_kv_heads, group, head_dim)| heads(num_kv_heads * group, num_kv_heads, head_dim))
+    let groups = prop::sample::select(vec![1, 2, 3, 4, 7, 8, 16]);
+    let windows = prop::option::of(prop::sample::select(vec![1, 5, 16, 17, 64, 90, 150, 1000]));
+    (1..=2_usize, groups, dims, 0.5..2.0_f32, prop::option::of(1.0..50.0_f32), windows).prop_map(
+        |(num_kv_heads, group, head_dim, scale, soft_cap, window)| {
+            let heads = heads(num_kv_heads * group, num_kv_heads, head_dim);
+            Heads { scoring: Scoring { scale: heads.scoring.scale * scale, soft_cap, window }, ..heads }
+        },
+    )
 }
 
 proptest! {
@@ -85,8 +91,18 @@ proptest! {
 
 #[test]
 fn long_contexts_have_the_same_bits_divided_and_whole() {
-    let heads = heads(4, 1, 64);
-    for positions in [1024, 1025, 1279, 5120, 5121, 6200] {
+    let all = heads(4, 1, 64);
+    let window = |window| Heads { scoring: Scoring { window: Some(window), ..all.scoring }, ..all };
+    for (heads, positions) in [
+        (all, 1024),
+        (all, 1025),
+        (all, 1279),
+        (all, 5120),
+        (all, 5121),
+        (all, 6200),
+        (window(1024), 5200),
+        (window(4096), 6200),
+    ] {
         let context = heads.context(positions, &mut Numbers::new(positions as u64), 4.0);
         let divided = last_rows(heads, &context, 3, 3, 1);
         let whole = last_rows(heads, &context, 3, WHOLE, 2);
@@ -112,7 +128,9 @@ fn units_are_shared_among_fewer_warps_when_there_are_many_tiles() {
 #[test]
 fn rows_attend_as_on_the_cpu() {
     let cpu = Cpu::new(Isa::Portable, 1);
-    for (heads, positions) in [(heads(14, 2, 64), 150), (heads(8, 2, 128), 70), (heads(3, 3, 80), 40)] {
+    let narrow = Scoring { scale: 0.2, soft_cap: Some(5.0), window: Some(30) };
+    let narrow = Heads { scoring: narrow, ..heads(4, 2, 64) };
+    for (heads, positions) in [(heads(14, 2, 64), 150), (heads(8, 2, 128), 70), (heads(3, 3, 80), 40), (narrow, 150)] {
         let mut context = heads.context(positions, &mut Numbers::new(9), 2.0);
         let floats = |x: &[f16]| -> Vec<f32> { x.iter().map(|x| x.to_f32()).collect() };
         let [mut q, mut k, mut v] = [&context.q, &context.k, &context.v].map(|x| floats(x));
@@ -125,8 +143,7 @@ fn rows_attend_as_on_the_cpu() {
         rotate_and_store(&cpu, &mut store, 0, &rotary, &slots, [&mut q, &mut k, &mut v]);
         let queries = Queries { first_row: 0, num_rows: positions, first_position: 0, block_table: &table };
         let mut out = vec![0.0; q.len()];
-        let scoring = kernels::attention::Scoring::plain(heads.head_dim);
-        kernels::attention::attend(&cpu, &store, (0, scoring), 1, &|_| queries, &q, &mut out);
+        kernels::attention::attend(&cpu, &store, (0, heads.scoring), 1, &|_| queries, &q, &mut out);
 
         let halves = |x: &[f32]| -> Vec<f16> { x.iter().map(|x| f16::from_f32(*x)).collect() };
         (context.q, context.k) = (halves(&q), halves(&k));

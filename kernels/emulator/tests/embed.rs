@@ -54,6 +54,16 @@ impl Table {
 
     /// Hidden states of `tokens`, whose adapters' tables are at `adapters`.
     fn embed(&self, device: &Emulator, tokens: &[u32], adapters: Option<&[u64]>) -> Vec<f32> {
+        self.embed_scaled(device, tokens, adapters, [1.0, 1.0])
+    }
+
+    fn embed_scaled(
+        &self,
+        device: &Emulator,
+        tokens: &[u32],
+        adapters: Option<&[u64]>,
+        [scale, virtual_scale]: [f32; 2],
+    ) -> Vec<f32> {
         let table = arrays::bytes(device, &self.bytes);
         let words = arrays::bytes(device, &tokens.iter().flat_map(|t| t.to_le_bytes()).collect::<Vec<_>>());
         let rows: Memory = arrays::addresses(device, adapters.unwrap_or(&[]));
@@ -66,6 +76,8 @@ impl Table {
             row_bytes: self.row_bytes as i64,
             row_type: self.weight_type.try_into().unwrap(),
             hidden_size: self.hidden_size as i32,
+            scale,
+            virtual_scale,
         };
         embed(device, tokens.len(), args).unwrap();
         arrays::read_floats(device, &hidden)
@@ -143,4 +155,18 @@ fn each_row_gets_what_its_own_adapter_adds_or_has_in_its_place() {
         }
         assert_eq!(bits(hidden), bits(&expected), "row {i}");
     }
+}
+
+#[test]
+fn embeddings_and_positions_of_preludes_are_multiplied_each_by_their_own() {
+    let (device, mut numbers) = (arrays::device(), Numbers::new(3));
+    let table = Table::new(WeightType::F32, 64, 4, &mut numbers);
+    let rows = numbers.any(2 * 64);
+    let rows_memory = arrays::floats(&device, &rows);
+    let prelude = AdapterTable { prelude_rows: rows_memory.address(), num_virtual: 2, ..Default::default() };
+    let prelude = arrays::adapter(&device, &prelude, &[]);
+    let adapters = [prelude.address(); 2];
+    let hidden = table.embed_scaled(&device, &[FIRST_VIRTUAL_TOKEN + 1, 3], Some(&adapters), [8.0, 0.5]);
+    let scaled = |row: &[f32], factor: f32| row.iter().map(|x| x * factor).collect::<Vec<_>>();
+    assert_eq!(bits(&hidden), bits(&[scaled(&rows[64..], 0.5), scaled(&table.row(3), 8.0)].concat()));
 }

@@ -4,10 +4,10 @@ mod arrays;
 
 use emulator::Emulator;
 use kernels::cuda::driver::{DeviceMemory, Driver};
-use kernels::cuda::head::{HeadRows, NUM_CANDIDATES, RowSummary, scratch_bytes, summarize};
+use kernels::cuda::head::{HeadRows, NUM_CANDIDATES, RowSummary, cap, scratch_bytes, summarize};
 use proptest::prelude::*;
 
-use arrays::{Numbers, device, floats};
+use arrays::{Numbers, device, floats, read_floats};
 
 fn summaries(device: &Emulator, logits: &[f32], vocab: usize) -> Vec<RowSummary> {
     let num_rows = logits.len() / vocab;
@@ -145,4 +145,16 @@ fn the_sum_of_a_row_with_an_infinite_logit_is_infinite() {
     }
     let summary = summaries(&device(), &[0.0, f32::INFINITY, -3.0], 3).remove(0);
     assert_eq!((summary.candidates().next(), summary.log_sum()), (Some((1, f32::INFINITY)), f64::INFINITY));
+}
+
+#[test]
+fn capped_logits_follow_their_formula_to_the_last() {
+    let (device, mut numbers) = (device(), Numbers::new(2));
+    let logits: Vec<f32> = numbers.any(300_001).into_iter().map(|x| x * 100.0).collect();
+    let memory = floats(&device, &logits);
+    cap(&device, memory.address(), logits.len(), 30.0).unwrap();
+    for (capped, logit) in read_floats(&device, &memory).iter().zip(&logits) {
+        let expected = 30.0 * (f64::from(*logit) / 30.0).tanh();
+        assert!((f64::from(*capped) - expected).abs() < 2e-5, "{capped} is not {expected}");
+    }
 }

@@ -8,6 +8,7 @@ use kernels::attention::{BlockId, KvSlot, KvStore, RotaryTable};
 use kernels::cuda::args::AdapterTable;
 use kernels::cuda::driver::{DeviceMemory, Driver};
 use kernels::cuda::kv::{CopyArgs, RotateArgs, block_bytes, copy_blocks, rotate_and_store};
+use kernels::shape::Rotary;
 use kernels::{Cpu, Isa};
 use proptest::prelude::*;
 
@@ -15,15 +16,18 @@ use arrays::Numbers;
 
 const BLOCK: usize = 16;
 const THETA: f32 = 1e4;
+const NUM_POSITIONS: usize = 500;
 const FIRST_VIRTUAL_TOKEN: u32 = 1 << 31;
 const NAN: u16 = 0x7e00;
 
 /// Rows of one layer, and where they go.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct Layer {
     num_heads: usize,
     num_kv_heads: usize,
     head_dim: usize,
+    rotary: RotaryTable,
+    turned_pairs: usize,
     num_blocks: usize,
     q: Vec<f32>,
     k: Vec<f32>,
@@ -51,21 +55,16 @@ fn read_halves(device: &Emulator, memory: &Memory) -> Vec<u16> {
     bytes.as_chunks().0.iter().map(|b| u16::from_le_bytes(*b)).collect()
 }
 
-/// As [`RotaryTable`] has them.
-fn angles(num_positions: usize, head_dim: usize) -> [Vec<f32>; 2] {
-    let half = head_dim / 2;
-    let angle = |i: usize| (i / half) as f64 * f64::from(THETA).powf(-((i % half) as f64) / half as f64);
-    let of = |f: fn(f64) -> f64| (0..num_positions * half).map(|i| f(angle(i)) as f32).collect();
-    [of(f64::cos), of(f64::sin)]
-}
-
 impl Layer {
     fn new(heads: (usize, usize), head_dim: usize, num_rows: usize, seed: u64) -> Self {
         let mut numbers = Numbers::new(seed);
         let num_blocks = num_rows / BLOCK + 3;
         let mut free: Vec<i32> = (0..(num_blocks * BLOCK) as i32).collect();
         let (num_heads, num_kv_heads) = heads;
+        let rotary = RotaryTable::new(NUM_POSITIONS, head_dim, THETA);
         Self {
+            rotary,
+            turned_pairs: head_dim / 2,
             num_heads,
             num_kv_heads,
             head_dim,
@@ -73,10 +72,16 @@ impl Layer {
             q: numbers.any(num_rows * num_heads * head_dim),
             k: numbers.any(num_rows * num_kv_heads * head_dim),
             v: numbers.any(num_rows * num_kv_heads * head_dim),
-            positions: (0..num_rows).map(|_| numbers.below(500)).collect(),
+            positions: (0..num_rows).map(|_| numbers.below(NUM_POSITIONS)).collect(),
             slots: (0..num_rows).map(|_| free.swap_remove(numbers.below(free.len()))).collect(),
             tokens: (0..num_rows).map(|_| numbers.below(1000) as u32).collect(),
         }
+    }
+
+    /// Of every head these dimensions turn, and the others stay as they are.
+    fn turning(self, dims: usize) -> Self {
+        let rotary = RotaryTable::of(NUM_POSITIONS, &Rotary::plain(dims, THETA));
+        Self { rotary, turned_pairs: dims / 2, ..self }
     }
 
     fn kv_width(&self) -> usize {
@@ -85,7 +90,6 @@ impl Layer {
 
     /// On the device; the table of each row's adapter is one of `adapters` or none.
     fn store(&self, device: &Emulator, layer: i32, adapters: Option<&[u64]>) -> Stored {
-        let [cos, sin] = angles(500, self.head_dim);
         let positions: Vec<i32> = self.positions.iter().map(|p| *p as i32).collect();
         let tokens: Vec<i32> = self.tokens.iter().map(|t| t.cast_signed()).collect();
         let store_bytes = self.num_blocks * block_bytes(self.num_kv_heads, self.head_dim);
@@ -93,8 +97,8 @@ impl Layer {
             arrays::floats(device, &self.q),
             arrays::floats(device, &self.k),
             arrays::floats(device, &self.v),
-            arrays::floats(device, &cos),
-            arrays::floats(device, &sin),
+            arrays::floats(device, self.rotary.cos()),
+            arrays::floats(device, self.rotary.sin()),
             integers(device, &positions),
             integers(device, &self.slots),
             integers(device, &tokens),
@@ -122,6 +126,8 @@ impl Layer {
             num_kv_heads: self.num_kv_heads as i32,
             head_dim: self.head_dim as i32,
             layer,
+            turned_pairs: self.turned_pairs as i32,
+            unused: 0,
         };
         rotate_and_store(device, self.slots.len(), args).unwrap();
         let [.., keys, values, q_half] = memory.each_ref().map(|memory| read_halves(device, memory));
@@ -136,9 +142,8 @@ impl Layer {
         let slot =
             |(row, position): (usize, &usize)| KvSlot { block: BlockId(row as u32), offset: 0, position: *position };
         let slots: Vec<KvSlot> = self.positions.iter().enumerate().map(slot).collect();
-        let rotary = RotaryTable::new(500, self.head_dim, THETA);
         let (mut q, mut k, mut v) = (self.q.clone(), self.k.clone(), self.v.clone());
-        kernels::attention::rotate_and_store(&cpu, &mut store, 0, &rotary, &slots, [&mut q, &mut k, &mut v]);
+        kernels::attention::rotate_and_store(&cpu, &mut store, 0, &self.rotary, &slots, [&mut q, &mut k, &mut v]);
         [q, k]
     }
 
@@ -167,9 +172,11 @@ proptest! {
     #[test]
     fn rows_are_turned_as_on_the_cpu_and_lie_where_their_slots_say(
         num_kv_heads in 1..4_usize, group in 1..8_usize,
-        head_dim in prop::sample::select(vec![16, 64, 80, 128, 256]), num_rows in 1..40_usize, seed: u64,
+        head_dim in prop::sample::select(vec![16, 64, 80, 128, 256]), turned in prop::sample::select(vec![2, 16, 40, 256]),
+        num_rows in 1..40_usize, seed: u64,
     ) {
-        let mut layer = Layer::new((num_kv_heads * group, num_kv_heads), head_dim, num_rows, seed);
+        let layer = Layer::new((num_kv_heads * group, num_kv_heads), head_dim, num_rows, seed);
+        let mut layer = layer.turning(turned.min(head_dim));
         layer.slots.iter_mut().step_by(5).for_each(|slot| *slot = -1);
         let [q, k] = layer.turned();
         prop_assert_eq!(layer.store(&arrays::device(), 0, None), layer.expected(&q, &k, &layer.v));

@@ -2,6 +2,7 @@
 
 use super::args::{Activations, SUPER};
 use super::driver::{Driver, DriverError, KernelArgs, bytes_of};
+use crate::shape::Activation;
 
 /// Inputs of a row that a block takes.
 const SLICE: usize = 1024;
@@ -11,7 +12,8 @@ pub fn activation_stride(width: usize) -> usize {
     width.next_multiple_of(SUPER)
 }
 
-/// `hidden += delta` (where given), then `normed = norm(hidden)`, also as int8. All rows are `[width]`.
+/// `hidden += delta` (where given), then `normed = norm(hidden)`, also as int8. All rows are `[width]`. With a bias, the norm
+/// centers its input (LayerNorm).
 ///
 /// With a row list, row `i` of the outputs is made of row `row_list[i]` of `hidden` and `delta`, and `hidden` stays as it is.
 #[repr(C)]
@@ -20,6 +22,8 @@ pub struct NormArgs {
     pub hidden: u64,
     pub delta: u64,
     pub weight: u64,
+    /// Or 0.
+    pub bias: u64,
     pub normed: u64,
     pub row_list: u64,
     pub activations: Activations,
@@ -27,16 +31,50 @@ pub struct NormArgs {
     pub eps: f32,
 }
 
-/// `activated = silu(gate) ∘ up`, also as int8. All are `[rows][width]`.
+/// `x = norm(x) · scale` in place, of `[num_vectors][width]`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
-pub struct SwigluArgs {
+pub struct InPlaceArgs {
+    pub x: u64,
+    /// Or 0, for no norm; not in [`norm_heads`].
+    pub weight: u64,
+    pub num_vectors: i32,
+    pub width: i32,
+    pub eps: f32,
+    /// Of [`norm_rows`] alone.
+    pub scale: f32,
+}
+
+/// [`Activation`] by number.
+#[repr(i32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ActivationCode {
+    GatedSilu = 0,
+    GatedGelu = 1,
+    Gelu = 2,
+}
+
+impl From<Activation> for ActivationCode {
+    fn from(activation: Activation) -> Self {
+        match activation {
+            Activation::GatedSilu => Self::GatedSilu,
+            Activation::GatedGelu => Self::GatedGelu,
+            Activation::Gelu => Self::Gelu,
+        }
+    }
+}
+
+/// `activated` = what the activation makes of `gate` and `up`, also as int8. All are `[rows][width]`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct ActivateArgs {
+    /// Not read where there is no gate.
     pub gate: u64,
     pub up: u64,
     pub activated: u64,
     pub activations: Activations,
     pub width: i32,
-    pub unused: i32,
+    pub activation: ActivationCode,
 }
 
 /// `input_scale ∘ x` as int8, for each product with what the row's adapter has at the product's site, and `x` itself where
@@ -54,15 +92,18 @@ pub struct ScaleArgs {
 }
 
 const _: () = {
-    assert!(size_of::<NormArgs>() == 72);
-    assert!(size_of::<SwigluArgs>() == 56);
+    assert!(size_of::<NormArgs>() == 80);
+    assert!(size_of::<InPlaceArgs>() == 32);
+    assert!(size_of::<ActivateArgs>() == 56);
     assert!(size_of::<ScaleArgs>() == 64);
 };
 
 // SAFETY: 8-byte fields, then 4-byte ones in pairs: no padding. That the addresses are valid is promised by who fills them in.
 unsafe impl KernelArgs for NormArgs {}
 // SAFETY: as above.
-unsafe impl KernelArgs for SwigluArgs {}
+unsafe impl KernelArgs for InPlaceArgs {}
+// SAFETY: as above.
+unsafe impl KernelArgs for ActivateArgs {}
 // SAFETY: as above.
 unsafe impl KernelArgs for ScaleArgs {}
 
@@ -76,8 +117,22 @@ pub fn add_norm_quantize<D: Driver>(driver: &D, args: &NormArgs) -> Result<(), D
 
 /// # Errors
 /// When the device refuses the launch.
-pub fn swiglu_quantize<D: Driver>(driver: &D, args: &SwigluArgs) -> Result<(), DriverError> {
-    launch(driver, "swiglu_quantize", slices(&args.activations, 1), args)
+pub fn norm_rows<D: Driver>(driver: &D, args: &InPlaceArgs) -> Result<(), DriverError> {
+    launch(driver, "norm_rows", [args.num_vectors as u32, 1, 1], args)
+}
+
+/// For short vectors, the heads of a row.
+///
+/// # Errors
+/// When the device refuses the launch.
+pub fn norm_heads<D: Driver>(driver: &D, args: &InPlaceArgs) -> Result<(), DriverError> {
+    launch(driver, "norm_heads", [(args.num_vectors as u32).div_ceil(8), 1, 1], args)
+}
+
+/// # Errors
+/// When the device refuses the launch.
+pub fn activate_quantize<D: Driver>(driver: &D, args: &ActivateArgs) -> Result<(), DriverError> {
+    launch(driver, "activate_quantize", slices(&args.activations, 1), args)
 }
 
 /// `num_products` of `args.sites` count.

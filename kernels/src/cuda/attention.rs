@@ -1,9 +1,11 @@
 //! Attention over the KV store: `kernels/cuda/attention.cuh`.
 
+use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 use super::args::{Activations, AttendTile, num_units};
 use super::driver::{Driver, DriverError, Grid, KernelArgs, bytes_of};
+use crate::attention::Scoring;
 
 /// Queries of a tile: the rows of a tensor core's product.
 const TILE_QUERIES: usize = 16;
@@ -58,11 +60,13 @@ struct AttendArgs {
     block_tables: u64,
     partials: u64,
     scale: f32,
+    cap_scale: f32,
     num_tiles: i32,
     num_heads: i32,
     num_kv_heads: i32,
     partials_per_row: i32,
     num_slots: i32,
+    window: i32,
 }
 
 #[repr(C)]
@@ -75,11 +79,11 @@ struct CombineArgs {
     partials_per_row: i32,
     num_heads: i32,
     head_dim: i32,
-    unused: i32,
+    window: i32,
 }
 
 const _: () = {
-    assert!(size_of::<AttendArgs>() == 72);
+    assert!(size_of::<AttendArgs>() == 80);
     assert!(size_of::<CombineArgs>() == 64);
 };
 
@@ -157,8 +161,8 @@ impl AttentionShape {
         if num_rows <= MAX_SPLIT_ROWS { num_units(self.max_positions).max(1) } else { 1 }
     }
 
-    /// Writes `softmax(q·Kᵀ / sqrt(head_dim)) V` of every row that a tile has, as f32 and as int8; rows of `num_rows` that
-    /// no tile has get something, or nothing that is a number.
+    /// Writes `softmax(scores) V` of every row that a tile has, with scores as `scoring` says, as f32 and as int8; rows of
+    /// `num_rows` that no tile has get something, or nothing that is a number.
     ///
     /// All that depends on the step is in device memory, so that the launches may be replayed with other tiles.
     ///
@@ -167,11 +171,13 @@ impl AttentionShape {
     pub fn attend<D: Driver>(
         &self,
         driver: &D,
+        scoring: Scoring,
         num_rows: usize,
         num_tiles: usize,
         memory: &AttendMemory,
     ) -> Result<(), DriverError> {
         let is_split = num_rows <= MAX_SPLIT_ROWS;
+        let window = scoring.window.map_or(i32::MAX, |window| i32::try_from(window).unwrap_or(i32::MAX));
         let partials_per_row = self.partials_per_row(num_rows) as i32;
         // Heads above 128 are two parts.
         let heads = self.num_kv_heads * if self.head_dim > 128 { 2 } else { 1 };
@@ -183,12 +189,14 @@ impl AttentionShape {
             tiles: memory.tiles,
             block_tables: memory.block_tables,
             partials: memory.workspace,
-            scale: std::f32::consts::LOG2_E / (self.head_dim as f32).sqrt(),
+            scale: LOG2_E * scoring.soft_cap.unwrap_or(scoring.scale),
+            cap_scale: scoring.soft_cap.map_or(0.0, |cap| scoring.scale / cap),
             num_tiles: num_tiles as i32,
             num_heads: self.num_heads as i32,
             num_kv_heads: self.num_kv_heads as i32,
             partials_per_row,
             num_slots: (slot_blocks * BLOCK_WARPS) as i32,
+            window,
         };
         let grid: Grid = if is_split {
             [num_tiles as u32, heads as u32, slot_blocks as u32]
@@ -205,7 +213,7 @@ impl AttentionShape {
             partials_per_row,
             num_heads: args.num_heads,
             head_dim: self.head_dim as i32,
-            unused: 0,
+            window,
         };
         let blocks = (memory.activations.stride as u32).div_ceil(256);
         // SAFETY: `KernelArgs`; written are attended and activations.

@@ -2,14 +2,16 @@
 
 use std::sync::Arc;
 
-use crate::attention::RotaryTable;
+use crate::attention::Scoring;
 use crate::canonical::{AdapterWeights, LAYERS_PER_BLOCK};
 use crate::device::{AdapterTier, Caller, Device, DeviceError, Layer, MatrixSource, Peaks, Placement, StepLimits};
 use crate::mapped_file::MappedRows;
 use crate::shape::{AttentionPlan, DecoderShape};
 use crate::step::Step;
 
-use super::activations::{NormArgs, SwigluArgs, add_norm_quantize, swiglu_quantize};
+use super::activations::{
+    ActivateArgs, InPlaceArgs, NormArgs, activate_quantize, add_norm_quantize, norm_heads, norm_rows,
+};
 use super::adapters::Adapters;
 use super::attention::{AttendMemory, AttentionShape};
 use super::buffers::{Buffer, Buffers, LOGITS_ROWS};
@@ -20,20 +22,13 @@ use super::kv::{RotateArgs, rotate_and_store};
 use super::linear::CudaLinear;
 use super::step_data::{self, StepData};
 use super::{
-    Cuda, CudaEmbedding, FIRST_RANK_STRIDE, HEADROOM_BYTES, Kv, PEAK_BYTES, PEAK_ROUNDS, PreparedDecoder, StepMemory,
-    Way, attention_of, head, not_reserved, peak,
+    Cuda, CudaEmbedding, CudaNorm, FIRST_RANK_STRIDE, HEADROOM_BYTES, Kv, PEAK_BYTES, PEAK_ROUNDS, PreparedDecoder,
+    StepMemory, Turning, Way, attention_of, head, not_reserved, peak,
 };
-
-/// A decoder that this device has no kernels for.
-fn lacks(feature: &str) -> DeviceError {
-    DeviceError::Unsupported(format!(
-        "the CUDA device has no kernels for {feature}, which this model has; run it with engine.device = \"cpu\""
-    ))
-}
 
 impl<D: Driver> Device for Cuda<D> {
     type Linear = CudaLinear<D>;
-    type Norm = D::Memory;
+    type Norm = CudaNorm<D>;
     type Embedding = CudaEmbedding<D>;
 
     const IS_BESIDE_HOST: bool = true;
@@ -43,10 +38,6 @@ impl<D: Driver> Device for Cuda<D> {
     }
 
     fn prepare(&mut self, shape: &DecoderShape, plan: &AttentionPlan) -> Result<(), DeviceError> {
-        if let Some(feature) = shape.beyond_plain(plan) {
-            return Err(lacks(feature));
-        }
-        let [rotary] = &plan.rotaries[..] else { return Err(lacks("layers that turn their heads differently")) };
         let DecoderShape { num_layers, num_heads, num_kv_heads, head_dim, context_length, vocab_size, .. } = *shape;
         if vocab_size > head::MAX_VOCAB {
             let most = head::MAX_VOCAB;
@@ -55,9 +46,9 @@ impl<D: Driver> Device for Cuda<D> {
             )));
         }
         let attention = AttentionShape::new(num_heads, num_kv_heads, head_dim, context_length)?;
-        let table = RotaryTable::of(context_length, rotary);
-        let (cos, sin) = (self.driver.upload_floats(table.cos())?, self.driver.upload_floats(table.sin())?);
-        self.decoder = Some(PreparedDecoder { shape: *shape, attention, cos, sin });
+        let rotaries = plan.rotaries.iter().map(|rotary| Turning::new(&self.driver, rotary, context_length));
+        let rotaries = rotaries.collect::<Result<_, _>>()?;
+        self.decoder = Some(PreparedDecoder { shape: *shape, attention, layers: plan.layers.clone(), rotaries });
         self.adapters = Adapters::new(num_layers, self.adapter_budget);
         Ok(())
     }
@@ -66,11 +57,9 @@ impl<D: Driver> Device for Cuda<D> {
         CudaLinear::load(&self.driver, &self.cpu, source, bias)
     }
 
-    fn load_norm(&mut self, weight: Vec<f32>, bias: Option<Vec<f32>>) -> Result<D::Memory, DeviceError> {
-        if bias.is_some() {
-            return Err(lacks("LayerNorm"));
-        }
-        Ok(self.driver.upload_floats(&weight)?)
+    fn load_norm(&mut self, weight: Vec<f32>, bias: Option<Vec<f32>>) -> Result<CudaNorm<D>, DeviceError> {
+        let bias = bias.map(|bias| self.driver.upload_floats(&bias)).transpose()?;
+        Ok(CudaNorm { weight: self.driver.upload_floats(&weight)?, bias })
     }
 
     fn load_embedding(&mut self, rows: MappedRows) -> Result<CudaEmbedding<D>, DeviceError> {
@@ -171,11 +160,13 @@ impl<D: Driver> Device for Cuda<D> {
             row_bytes: embedding.row_bytes as i64,
             row_type: embedding.row_type,
             hidden_size: shape.hidden_size as i32,
+            scale: shape.embedding_scale,
+            virtual_scale: shape.prompt_scale,
         };
         Ok(embed(&self.driver, rows, args)?)
     }
 
-    fn add_norm(&mut self, _step: &Step<'_>, norm: &D::Memory, add_residual: bool) -> Result<(), DeviceError> {
+    fn add_norm(&mut self, _step: &Step<'_>, norm: &CudaNorm<D>, add_residual: bool) -> Result<(), DeviceError> {
         let shape = self.shape();
         self.set_input_width(shape.hidden_size);
         if self.is_replaying() {
@@ -185,7 +176,8 @@ impl<D: Driver> Device for Cuda<D> {
         let args = NormArgs {
             hidden: buffers.address(Buffer::Hidden),
             delta: if add_residual { buffers.address(Buffer::Residual) } else { 0 },
-            weight: norm.address(),
+            weight: norm.weight.address(),
+            bias: norm.bias_address(),
             normed: buffers.address(Buffer::Exact),
             row_list: 0,
             activations: self.activations(*rows, shape.hidden_size),
@@ -195,12 +187,41 @@ impl<D: Driver> Device for Cuda<D> {
         Ok(add_norm_quantize(&self.driver, &args)?)
     }
 
-    fn adjust_residual(&mut self, _step: &Step<'_>, _norm: Option<&D::Memory>) -> Result<(), DeviceError> {
-        Err(lacks("what is done to attention or feed-forward before it is added"))
+    fn adjust_residual(&mut self, _step: &Step<'_>, norm: Option<&CudaNorm<D>>) -> Result<(), DeviceError> {
+        if self.is_replaying() {
+            return Ok(());
+        }
+        let DecoderShape { hidden_size, residual_scale, norm_eps: eps, .. } = self.shape();
+        let StepMemory { buffers, rows, .. } = self.step();
+        let args = InPlaceArgs {
+            x: buffers.address(Buffer::Residual),
+            weight: norm.map_or(0, |norm| norm.weight.address()),
+            num_vectors: *rows as i32,
+            width: hidden_size as i32,
+            eps,
+            scale: residual_scale,
+        };
+        Ok(norm_rows(&self.driver, &args)?)
     }
 
-    fn norm_heads(&mut self, _step: &Step<'_>, _norms: [&D::Memory; 2]) -> Result<(), DeviceError> {
-        Err(lacks("norms of queries and keys"))
+    fn norm_heads(&mut self, _step: &Step<'_>, norms: [&CudaNorm<D>; 2]) -> Result<(), DeviceError> {
+        if self.is_replaying() {
+            return Ok(());
+        }
+        let DecoderShape { num_heads, num_kv_heads, head_dim, norm_eps: eps, .. } = self.shape();
+        let StepMemory { buffers, rows, .. } = self.step();
+        for ((buffer, num_heads), norm) in [(Buffer::Q, num_heads), (Buffer::K, num_kv_heads)].into_iter().zip(norms) {
+            let args = InPlaceArgs {
+                x: buffers.address(buffer),
+                weight: norm.weight.address(),
+                num_vectors: (rows * num_heads) as i32,
+                width: head_dim as i32,
+                eps,
+                scale: 1.0,
+            };
+            norm_heads(&self.driver, &args)?;
+        }
+        Ok(())
     }
 
     fn linears<const N: usize>(
@@ -224,7 +245,8 @@ impl<D: Driver> Device for Cuda<D> {
         if self.is_replaying() {
             return Ok(());
         }
-        let PreparedDecoder { shape, cos, sin, .. } = self.decoder();
+        let PreparedDecoder { shape, layers, rotaries, .. } = self.decoder();
+        let Turning { cos, sin, pairs } = &rotaries[layers[block].rotary];
         let StepMemory { buffers, kv, rows, .. } = self.step();
         let addresses = self.addresses();
         let (keys, values) = kv.layer(block);
@@ -245,6 +267,8 @@ impl<D: Driver> Device for Cuda<D> {
             num_kv_heads: shape.num_kv_heads as i32,
             head_dim: shape.head_dim as i32,
             layer: block as i32,
+            turned_pairs: *pairs as i32,
+            unused: 0,
         };
         Ok(rotate_and_store(&self.driver, *rows, args)?)
     }
@@ -271,31 +295,34 @@ impl<D: Driver> Device for Cuda<D> {
         };
         // Recorded launches are for as many tiles as rows: those of a later step may be more.
         let num_tiles = if self.way == Way::Eager { data.num_tiles } else { *rows };
-        Ok(self.decoder().attention.attend(&self.driver, *rows, num_tiles, &memory)?)
+        let PreparedDecoder { shape, attention, layers, .. } = self.decoder();
+        let scoring =
+            Scoring { scale: shape.attention_scale, soft_cap: shape.attention_soft_cap, window: layers[block].window };
+        Ok(attention.attend(&self.driver, scoring, *rows, num_tiles, &memory)?)
     }
 
     fn activate(&mut self, _step: &Step<'_>) -> Result<(), DeviceError> {
-        let width = self.shape().intermediate_size;
+        let DecoderShape { intermediate_size: width, activation, .. } = self.shape();
         self.set_input_width(width);
         if self.is_replaying() {
             return Ok(());
         }
         let StepMemory { buffers, rows, .. } = self.step();
-        let args = SwigluArgs {
+        let args = ActivateArgs {
             gate: buffers.address(Buffer::Gate),
             up: buffers.address(Buffer::Up),
             activated: buffers.address(Buffer::Exact),
             activations: self.activations(*rows, width),
             width: width as i32,
-            unused: 0,
+            activation: activation.into(),
         };
-        Ok(swiglu_quantize(&self.driver, &args)?)
+        Ok(activate_quantize(&self.driver, &args)?)
     }
 
     fn logits(
         &mut self,
         step: &Step<'_>,
-        norm: &D::Memory,
+        norm: &CudaNorm<D>,
         head: &CudaLinear<D>,
         caller: &mut dyn Caller,
     ) -> Result<(), DeviceError> {

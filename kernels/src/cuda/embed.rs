@@ -64,9 +64,13 @@ pub struct EmbedArgs {
     pub row_bytes: i64,
     pub row_type: RowType,
     pub hidden_size: i32,
+    /// Of embeddings of the vocabulary.
+    pub scale: f32,
+    /// Of those of a prelude.
+    pub virtual_scale: f32,
 }
 
-const _: () = assert!(size_of::<EmbedArgs>() == 48);
+const _: () = assert!(size_of::<EmbedArgs>() == 56);
 
 // SAFETY: no padding; whoever fills it in vouches for the addresses.
 unsafe impl KernelArgs for EmbedArgs {}

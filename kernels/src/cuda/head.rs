@@ -6,6 +6,9 @@ use super::driver::{Driver, DriverError, KernelArgs, bytes_of};
 pub const NUM_CANDIDATES: usize = 64;
 /// Logits of a slice.
 const SLICE: usize = 4096;
+/// Threads of a block that caps logits, and the most blocks: each thread takes several.
+const CAP_THREADS: usize = 256;
+const MAX_CAP_BLOCKS: usize = 1024;
 /// The largest vocabulary that can be summarized.
 pub const MAX_VOCAB: usize = 128 * SLICE;
 
@@ -66,10 +69,24 @@ struct HeadArgs {
     unused: i32,
 }
 
-const _: () = assert!(size_of::<RowSummary>() == 528 && size_of::<HeadArgs>() == 40);
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct CapArgs {
+    logits: u64,
+    count: i64,
+    cap: f32,
+    unused: i32,
+}
+
+const _: () = {
+    assert!(size_of::<RowSummary>() == 528 && size_of::<HeadArgs>() == 40);
+    assert!(size_of::<CapArgs>() == 24);
+};
 
 // SAFETY: no padding; whoever calls `summarize` vouches for the addresses.
 unsafe impl KernelArgs for HeadArgs {}
+// SAFETY: no padding; whoever calls `cap` vouches for the address.
+unsafe impl KernelArgs for CapArgs {}
 
 /// Where the logits of a step lie and what becomes of them.
 #[derive(Debug, Clone, Copy)]
@@ -87,6 +104,20 @@ pub struct HeadRows {
 /// Device memory that [`summarize`] needs beside its result.
 pub fn scratch_bytes(num_rows: usize, vocab: usize) -> usize {
     num_rows * vocab.div_ceil(SLICE) * RowSummary::BYTES
+}
+
+/// Makes each of `count` logits `cap · tanh(logit / cap)`.
+///
+/// # Errors
+/// When the driver fails.
+pub fn cap<D: Driver>(driver: &D, logits: u64, count: usize, cap: f32) -> Result<(), DriverError> {
+    let args = CapArgs { logits, count: count as i64, cap, unused: 0 };
+    let blocks = count.div_ceil(CAP_THREADS).min(MAX_CAP_BLOCKS);
+    if blocks == 0 {
+        return Ok(());
+    }
+    // SAFETY: `KernelArgs`; the logits alone are written.
+    unsafe { driver.launch("cap_logits", [blocks as u32, 1, 1], bytes_of(&args)) }
 }
 
 /// Summarizes each row of logits.

@@ -15,7 +15,7 @@ pub struct RotateArgs {
     pub k: u64,
     /// As `k`.
     pub v: u64,
-    /// f32 `[position, head_dim / 2]`, see [`RotaryTable`](crate::attention::RotaryTable).
+    /// f32 `[position, turned_pairs]`, see [`RotaryTable`](crate::attention::RotaryTable).
     pub cos: u64,
     /// As `cos`.
     pub sin: u64,
@@ -37,9 +37,12 @@ pub struct RotateArgs {
     pub num_kv_heads: i32,
     pub head_dim: i32,
     pub layer: i32,
+    /// Dimensions `i` and `i + turned_pairs` turn together; those beyond twice as many stay as they are.
+    pub turned_pairs: i32,
+    pub unused: i32,
 }
 
-const _: () = assert!(size_of::<RotateArgs>() == 112);
+const _: () = assert!(size_of::<RotateArgs>() == 120);
 
 // SAFETY: no padding; whoever fills it in vouches for the addresses.
 unsafe impl KernelArgs for RotateArgs {}

@@ -29,9 +29,10 @@ mod worker;
 
 use std::thread;
 
+use crate::attention::RotaryTable;
 use crate::canonical::LAYERS_PER_BLOCK;
 use crate::device::{DeviceError, StepLimits};
-use crate::shape::DecoderShape;
+use crate::shape::{DecoderShape, LayerAttention, Rotary};
 use crate::step::Step;
 use crate::{Cpu, Isa};
 
@@ -88,9 +89,42 @@ enum Way {
 struct PreparedDecoder<D: Driver> {
     shape: DecoderShape,
     attention: AttentionShape,
-    /// f32 `[position, head_dim / 2]`
+    /// `[num_layers]`
+    layers: Vec<LayerAttention>,
+    /// Those that the layers name.
+    rotaries: Vec<Turning<D>>,
+}
+
+/// How heads turn.
+#[derive(Debug)]
+struct Turning<D: Driver> {
+    /// f32 `[position, pairs]`
     cos: D::Memory,
     sin: D::Memory,
+    pairs: usize,
+}
+
+impl<D: Driver> Turning<D> {
+    fn new(driver: &D, rotary: &Rotary, context_length: usize) -> Result<Self, DriverError> {
+        let table = RotaryTable::of(context_length, rotary);
+        // Heads that do not turn have no angles, and there is no memory of no bytes.
+        let upload = |angles: &[f32]| driver.upload_floats(if angles.is_empty() { &[0.0] } else { angles });
+        Ok(Self { cos: upload(table.cos())?, sin: upload(table.sin())?, pairs: rotary.frequencies.len() })
+    }
+}
+
+/// The weights of a norm, with the bias of one that centers its input.
+#[derive(Debug)]
+pub struct CudaNorm<D: Driver> {
+    weight: D::Memory,
+    bias: Option<D::Memory>,
+}
+
+impl<D: Driver> CudaNorm<D> {
+    /// 0 for none.
+    fn bias_address(&self) -> u64 {
+        self.bias.as_ref().map_or(0, DeviceMemory::address)
+    }
 }
 
 /// What steps work in.
@@ -242,7 +276,13 @@ impl<D: Driver> Cuda<D> {
     }
 
     /// Norm, head and summary of `num` rows of the list of rows whose logits are wanted, from number `first` on.
-    fn launch_head(&self, norm: &D::Memory, head: &CudaLinear<D>, first: usize, num: usize) -> Result<(), DeviceError> {
+    fn launch_head(
+        &self,
+        norm: &CudaNorm<D>,
+        head: &CudaLinear<D>,
+        first: usize,
+        num: usize,
+    ) -> Result<(), DeviceError> {
         let shape = self.shape();
         let StepMemory { buffers, .. } = self.step();
         let addresses = self.addresses();
@@ -254,7 +294,8 @@ impl<D: Driver> Cuda<D> {
         let args = NormArgs {
             hidden: buffers.address(Buffer::Hidden),
             delta: buffers.address(Buffer::Residual),
-            weight: norm.address(),
+            weight: norm.weight.address(),
+            bias: norm.bias_address(),
             normed: buffers.address(Buffer::Exact),
             row_list: addresses.logits_rows + 4 * first as u64,
             activations,
@@ -267,6 +308,9 @@ impl<D: Driver> Cuda<D> {
         self.run_linears(&[(head, site, logits)], num, shape.hidden_size, adapters)?;
         if self.step().data.needs.replaces_head {
             self.replace_heads(num, adapters)?;
+        }
+        if let Some(cap) = shape.logit_soft_cap {
+            head::cap(&self.driver, logits, num * shape.vocab_size, cap)?;
         }
         let rows = HeadRows {
             logits,

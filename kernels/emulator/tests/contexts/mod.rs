@@ -1,6 +1,7 @@
 //! Sequences whose keys and values lie in an emulated KV store, and attention over them.
 
 use half::f16;
+use kernels::attention::Scoring;
 use kernels::cuda::args::{Activations, AttendTile, BlockMeta};
 use kernels::cuda::attention::{AttendMemory, AttentionShape};
 use kernels::cuda::driver::{DeviceMemory, Driver};
@@ -14,6 +15,7 @@ pub struct Heads {
     pub num_heads: usize,
     pub num_kv_heads: usize,
     pub head_dim: usize,
+    pub scoring: Scoring,
 }
 
 /// Positions of one sequence, f16: queries `[positions, num_heads, head_dim]`, keys and values alike.
@@ -110,7 +112,7 @@ impl Heads {
         let activations = Activations { values: bytes, meta, stride: self.stride() as i32, num_rows: bucket as i32 };
         let addresses =
             AttendMemory { q_half, keys, values, tiles, block_tables, positions, workspace, attended, activations };
-        shape.attend(&device, bucket, num_tiles, &addresses).unwrap();
+        shape.attend(&device, self.scoring, bucket, num_tiles, &addresses).unwrap();
         let mut rows = arrays::read_floats(&device, &memory[7]);
         rows.truncate(num_rows * self.q_width());
         let mut read = [vec![0; num_rows * self.stride()], vec![0; num_rows * self.stride() / 4]];
@@ -140,7 +142,9 @@ impl Heads {
 
     /// Softmax attention of one row in f64.
     pub fn reference(&self, context: &Context, position: usize) -> Vec<f64> {
-        let Self { num_heads, num_kv_heads, head_dim } = *self;
+        let Self { num_heads, num_kv_heads, head_dim, scoring: Scoring { scale, soft_cap, window } } = *self;
+        let capped = |score: f64| soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
+        let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
         let at = |x: &[f16], index: usize| -> Vec<f64> {
             x[index * head_dim..][..head_dim].iter().map(|x| x.to_f64()).collect()
         };
@@ -148,14 +152,14 @@ impl Heads {
         for head in 0..num_heads {
             let kv_head = head / (num_heads / num_kv_heads);
             let query = at(&context.q, position * num_heads + head);
-            let scores: Vec<f64> = (0..=position)
+            let scores: Vec<f64> = (first..=position)
                 .map(|t| at(&context.k, t * num_kv_heads + kv_head))
-                .map(|key| query.iter().zip(&key).map(|(a, b)| a * b).sum::<f64>() / (head_dim as f64).sqrt())
+                .map(|key| capped(query.iter().zip(&key).map(|(a, b)| a * b).sum::<f64>() * f64::from(scale)))
                 .collect();
             let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
             let mut sums = vec![0.0; head_dim];
-            for (t, weight) in weights.iter().enumerate() {
+            for (t, weight) in (first..).zip(&weights) {
                 let value = at(&context.v, t * num_kv_heads + kv_head);
                 sums.iter_mut().zip(value).for_each(|(sum, v)| *sum += weight * v);
             }
