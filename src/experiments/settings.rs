@@ -73,8 +73,8 @@ impl ExperimentsConfig {
     /// # Errors
     /// The first key that makes no sense; `base_id` is the id of the base.
     pub fn validate(&self, base_id: &str) -> Result<(), String> {
-        if self.max_mib == 0 || self.max_queued == 0 {
-            return Err("experiments.max_mib and experiments.max_queued must be at least 1".to_owned());
+        if self.max_mib == 0 {
+            return Err("experiments.max_mib must be at least 1".to_owned());
         }
         for (index, experiment) in self.run.iter().enumerate() {
             let at = format!("experiments.run[{index}]");

@@ -26,7 +26,7 @@ fn respond_events(state: &AppState, events: impl Stream<Item = Event> + Send + '
     let mut response = match state.config.server.sse_keep_alive_seconds {
         0 => events.into_response(),
         seconds => {
-            let keep_alive = KeepAlive::new().interval(Duration::from_secs(seconds.into())).text("keep-alive");
+            let keep_alive = KeepAlive::new().interval(Duration::from_secs(seconds)).text("keep-alive");
             events.keep_alive(keep_alive).into_response()
         }
     };
