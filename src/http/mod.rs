@@ -49,12 +49,12 @@ mod vllm;
 
 use std::any::Any;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{OriginalUri, Request, State};
-use axum::http::{HeaderName, Method, Uri};
+use axum::http::{HeaderName, Method, StatusCode, Uri};
 use axum::middleware::{Next, from_fn, from_fn_with_state, map_request};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -62,10 +62,12 @@ use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::classify::ServerErrorsFailureClass;
 use tower_http::cors::{self, AllowHeaders, AllowMethods, CorsLayer};
 use tower_http::decompression::RequestDecompressionLayer;
 use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
 use tower_http::trace::TraceLayer;
+use tracing::Span;
 
 use crate::config::{Config, ServerConfig};
 use crate::experiments::Experiments;
@@ -226,9 +228,24 @@ fn behind_shared_layers(routes: Router, config: &ServerConfig) -> Router {
         router = router.layer(any_origin());
     }
     router
-        .layer(TraceLayer::new_for_http())
+        .layer(TraceLayer::new_for_http().on_failure(log_failure))
         .layer(PropagateRequestIdLayer::new(REQUEST_ID))
         .layer(SetRequestIdLayer::new(REQUEST_ID, MakeRequestUuid))
+}
+
+/// Only what went wrong here is an error: a client that asks for what is not served is no news, as in every refusal below
+/// 500, and one that is told to come back later is a warning.
+fn log_failure(failure: ServerErrorsFailureClass, latency: Duration, _: &Span) {
+    let milliseconds = latency.as_millis();
+    match failure {
+        ServerErrorsFailureClass::StatusCode(StatusCode::NOT_IMPLEMENTED) => {
+            tracing::debug!(milliseconds, "a request asks for what is not served");
+        }
+        ServerErrorsFailureClass::StatusCode(StatusCode::SERVICE_UNAVAILABLE) => {
+            tracing::warn!(milliseconds, "a request is refused for now");
+        }
+        failure => tracing::error!(milliseconds, %failure, "a request has failed"),
+    }
 }
 
 /// `routes` that generate, which is what keys may do only so much of; behind the layer that authenticates.

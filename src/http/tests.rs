@@ -9,6 +9,7 @@ mod grammar;
 mod icl;
 mod keep_alive;
 mod llama_cpp;
+mod logged;
 mod logprobs;
 mod mutations;
 mod ollama;
