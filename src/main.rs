@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use kernels::heap::give_back_large_blocks;
 use lorry::adapter::check;
 use lorry::adapter::import::{self, ImportError};
 use lorry::app::App;
@@ -184,6 +185,8 @@ fn base_weights(config: &Config) -> Result<GgufWeights, Box<dyn Error>> {
 }
 
 fn serve(config: Config) -> Result<(), Box<dyn Error>> {
+    // Request bodies may be large, and few are.
+    give_back_large_blocks();
     // Before the model, so that a taken port is known at once.
     let address = (config.server.host.clone(), config.server.port);
     let listener = std::net::TcpListener::bind(&address)

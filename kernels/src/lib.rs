@@ -13,6 +13,7 @@ pub mod device;
 pub mod elementwise;
 pub mod gemm;
 pub mod half_matrix;
+pub mod heap;
 pub mod host;
 pub mod linear;
 pub mod low_rank;
