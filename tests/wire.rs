@@ -246,6 +246,81 @@ async fn three_hundred_half_open_requests_leave_the_server_its_others() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_header_that_is_too_large_is_431() {
+    let server = Server::start("", None).await;
+    for (num_bytes, status) in [(50_000, "HTTP/1.1 200 "), (200_000, "HTTP/1.1 431 ")] {
+        let filling = "x".repeat(num_bytes);
+        let request = format!("GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx-much: {filling}\r\n\r\n");
+        let said = rest(&mut open(&server, request.as_bytes()).await).await;
+        assert!(said.starts_with(status), "{num_bytes}: {said}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_many_hostile_clients_ask_at_once_is_refused_by_name_while_probes_are_answered() {
+    let limits = "max_connections = 150\nmax_body_bytes = 2_000_000\nmax_body_bytes_in_flight = 8_000_000";
+    let server =
+        Server::start(&format!("{limits}\nheader_timeout_seconds = 600\nbody_timeout_seconds = 3"), None).await;
+    // They stand until the end.
+    let mut silent = Vec::new();
+    for _ in 0..50 {
+        silent.push(open(&server, b"GET /v1/models HTTP/1.1\r\nhost").await);
+    }
+    let ask = async |body: Value| {
+        let body = body.to_string();
+        let head = post_head(body.len()).replacen("\r\n", "\r\nconnection: close\r\n", 1);
+        rest(&mut open(&server, (head + &body).as_bytes()).await).await
+    };
+    let large = json!({"prompt": "def f(x): ".repeat(190_000), "max_tokens": 1});
+    let stops = json!({"prompt": "def", "stop": (0..100_000).map(|stop| format!("stop {stop}")).collect::<Vec<_>>()});
+    let mut hostile = std::pin::pin!(futures::future::join_all(
+        (0..16).map(|index| ask(if index == 0 { &stops } else { &large }.clone()))
+    ));
+    let mut num_probes = 0;
+    let probe = async || {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        health(&server).await
+    };
+    let said = loop {
+        tokio::select! {
+            said = &mut hostile => break said,
+            health = probe() => {
+                assert!(health.starts_with("HTTP/1.1 200 "), "{health}");
+                num_probes += 1;
+            }
+        }
+    };
+    assert!(num_probes > 0, "nothing was asked meanwhile: this shows nothing");
+    for (index, said) in said.iter().enumerate() {
+        let error = &body_of(said)["error"];
+        let message = error["message"].as_str().unwrap();
+        let is_refused = match index {
+            0 => message.contains("`stop` has 100000 strings"),
+            _ => error["code"] == "context_length_exceeded",
+        };
+        assert!(is_refused || message.contains("max_body_bytes_in_flight"), "{index}: {said:.300}");
+    }
+    // More than there are places.
+    let cut = post_head(1000) + "{\"prompt\"";
+    let mut half_open = Vec::new();
+    for _ in 0..120 {
+        half_open.push(open(&server, cut.as_bytes()).await);
+    }
+    assert!(health(&server).await.starts_with("HTTP/1.1 200 "));
+    let mut num_beyond = 0;
+    for stream in &mut half_open {
+        let said = rest(stream).await;
+        match body_of(&said)["error"]["code"].as_str() {
+            Some("request_timeout") => {}
+            Some("overloaded") => num_beyond += 1,
+            _ => panic!("{said}"),
+        }
+    }
+    assert!((20..120).contains(&num_beyond), "{num_beyond}");
+    drop(silent);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_body_that_the_budget_has_no_room_for_is_503_until_the_others_are_gone() {
     let server = Server::start("max_body_bytes = 100_000\nmax_body_bytes_in_flight = 100_000", None).await;
     // Announced, and not sent: they hold nothing.

@@ -21,8 +21,8 @@ use crate::config::ServerConfig;
 const MAX_INLINE_BYTES: usize = 1 << 18;
 /// About what a value, such as a number of one digit, takes when it is parsed.
 const VALUE_BYTES: usize = 64;
-/// Large bodies that are parsed at once: the others wait, so that probes find a processor.
-const MAX_PARSED: usize = 2;
+/// Large bodies that are parsed at once: the others wait, so that probes find a processor also where there are two.
+const MAX_PARSED: usize = 1;
 
 /// Bytes for the bodies of all requests together.
 #[derive(Debug, Clone)]

@@ -35,13 +35,20 @@ pub use tls::{TlsError, acceptor as tls};
 
 /// What is answered on any connection.
 const PROBES: [&str; 2] = ["/health", "/metrics"];
-/// Connections beyond the limit that are held to hear what they want; the oldest makes room for the next.
-const MAX_UNADMITTED: usize = 64;
+/// Connections beyond the limit that are held to hear what they want; the oldest makes room for the next. More than are
+/// accepted in one go, so that each is heard before it has to.
+const MAX_UNADMITTED: usize = 256;
+/// For such a connection to say it.
+const UNADMITTED_PATIENCE: Duration = Duration::from_secs(1);
+/// Connections that the system keeps until they are accepted; it may keep fewer. A client that finds no room among them tries
+/// again after a second.
+#[cfg(unix)]
+const BACKLOG: i32 = 4096;
 /// Open files of everything but connections: models, adapters, databases.
 #[cfg(unix)]
 const OTHER_FILES: usize = 256;
-/// For such a connection to say it.
-const UNADMITTED_PATIENCE: Duration = Duration::from_secs(1);
+/// Of a connection's buffer, so of a header and of what is read of a body before others have their turn.
+const BUFFER_BYTES: usize = 64 << 10;
 /// Before the next try, when the system refuses a connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -59,6 +66,7 @@ pub async fn serve(
         keep_alive: Duration::from_secs(config.keep_alive_seconds),
         write: Duration::from_secs(config.write_timeout_seconds),
     };
+    lengthen_backlog(&listener);
     allow_open_files(config.max_connections);
     let places = Arc::new(Semaphore::new(config.max_connections));
     let connections = GracefulShutdown::new();
@@ -100,6 +108,17 @@ pub async fn serve(
     connections.shutdown().await;
     Ok(())
 }
+
+/// Of a listener that has one already: the standard library's has room for 128.
+#[cfg(unix)]
+fn lengthen_backlog(listener: &TcpListener) {
+    if let Err(error) = rustix::net::listen(listener, BACKLOG) {
+        tracing::warn!("many connections at once may have to wait: {error}");
+    }
+}
+
+#[cfg(not(unix))]
+fn lengthen_backlog(_: &TcpListener) {}
 
 /// A connection is an open file, of which many systems allow 1024 unless asked for more.
 #[cfg(unix)]
@@ -172,7 +191,8 @@ impl Connection {
             }
         });
         let stream = TokioIo::new(stream);
-        let connection = http1::Builder::new().keep_alive(is_admitted).serve_connection(stream, service);
+        let mut http = http1::Builder::new();
+        let connection = http.max_buf_size(BUFFER_BYTES).keep_alive(is_admitted).serve_connection(stream, service);
         // Clients that leave, or are left, are no news.
         if let Err(error) = watcher.watch(connection).await {
             tracing::debug!("a connection has ended: {error}");
