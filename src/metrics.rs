@@ -34,6 +34,7 @@ pub struct Metrics {
     pub inter_token_latency_seconds: HistogramVec,
     pub time_per_output_token_seconds: HistogramVec,
     pub request_seconds: HistogramVec,
+    pub grammars_compiled_total: IntCounter,
     pub adapter_loads_total: IntCounter,
     pub adapter_load_seconds: Histogram,
     pub adapter_evictions_total: IntCounter,
@@ -122,6 +123,10 @@ impl Metrics {
                 "Per request: (end - first token) / (output tokens - 1).",
             ),
             request_seconds: histograms("lorry_request_seconds", "From accepted by HTTP to the end."),
+            grammars_compiled_total: counter(
+                "lorry_grammars_compiled_total",
+                "Schemas and grammars compiled; one that was used lately is not compiled again.",
+            ),
             adapter_loads_total: counter("lorry_adapter_loads_total", "Adapters loaded into memory."),
             adapter_load_seconds: Histogram::with_opts(opts(
                 "lorry_adapter_load_seconds",
@@ -162,6 +167,7 @@ impl Metrics {
             Box::new(m.inter_token_latency_seconds.clone()),
             Box::new(m.time_per_output_token_seconds.clone()),
             Box::new(m.request_seconds.clone()),
+            Box::new(m.grammars_compiled_total.clone()),
             Box::new(m.adapter_loads_total.clone()),
             Box::new(m.adapter_load_seconds.clone()),
             Box::new(m.adapter_evictions_total.clone()),

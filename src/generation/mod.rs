@@ -188,7 +188,7 @@ impl Generation {
     ) -> Self {
         let in_flight = watch::Sender::new(());
         Self {
-            grammars: Arc::new(GrammarCompiler::new(base.tokenizer.clone())),
+            grammars: Arc::new(GrammarCompiler::new(base.tokenizer.clone(), metrics.grammars_compiled_total.clone())),
             base: Arc::new(base),
             adapters,
             icl,

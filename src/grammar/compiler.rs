@@ -1,9 +1,10 @@
 //! Constraints compiled for one vocabulary.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use llguidance::ParserFactory;
 use llguidance::api::{ParserLimits, TopLevelGrammar};
+use prometheus::IntCounter;
 use serde_json::{Value, json};
 use toktrie::{TokEnv, TokRxInfo, TokTrie, TokenId, TokenizerEnv};
 
@@ -12,6 +13,8 @@ use crate::tokenizer::Tokenizer;
 
 /// The most of a constraint, as JSON or text.
 const MAX_BYTES: usize = 128 * 1024;
+/// Constraints that are kept compiled: clients send the same schemas again and again.
+const MAX_KEPT: usize = 32;
 /// The most of an error that goes on to the client.
 const MAX_ERROR_CHARS: usize = 400;
 /// Between the parts of JSON: enough to be indented, and an end to blanks without end.
@@ -22,6 +25,10 @@ const JSON_WHITESPACE: &str = r"[\x20]|\x0A{1,2}[\x20\x09]{0,20}";
 pub struct GrammarCompiler {
     tokenizer: Arc<Tokenizer>,
     parsers: OnceLock<Result<Parsers, GrammarError>>,
+    /// The last used ones first, each at the beginning of an output, with their constraints as text: the order of a schema's
+    /// properties is that of the output, and equality of JSON does not see it.
+    kept: Mutex<Vec<(String, Matcher)>>,
+    num_compiled: IntCounter,
 }
 
 struct Parsers(ParserFactory);
@@ -33,15 +40,42 @@ impl std::fmt::Debug for Parsers {
 }
 
 impl GrammarCompiler {
-    pub fn new(tokenizer: Arc<Tokenizer>) -> Self {
-        Self { tokenizer, parsers: OnceLock::new() }
+    /// Counts in `num_compiled` what was not kept.
+    pub fn new(tokenizer: Arc<Tokenizer>, num_compiled: IntCounter) -> Self {
+        Self { tokenizer, parsers: OnceLock::new(), kept: Mutex::default(), num_compiled }
     }
 
-    /// A matcher at the beginning of an output. Takes milliseconds, the first time of all a second.
+    /// A matcher at the beginning of an output. What is not kept takes milliseconds, the first of all a second.
     ///
     /// # Errors
     /// What is wrong with the constraint, or goes beyond the limits.
     pub fn compile(&self, constraint: &Constraint) -> Result<Matcher, GrammarError> {
+        let text = format!("{constraint:?}");
+        if let Some(kept) = self.kept(&text) {
+            return Ok(kept);
+        }
+        let matcher = self.compile_anew(constraint)?;
+        self.num_compiled.inc();
+        let mut kept = self.lock();
+        // Another request may have compiled it meanwhile.
+        kept.retain(|(of, _)| *of != text);
+        kept.truncate(MAX_KEPT - 1);
+        kept.insert(0, (text, matcher.clone()));
+        Ok(matcher)
+    }
+
+    fn kept(&self, constraint: &str) -> Option<Matcher> {
+        let mut kept = self.lock();
+        let place = kept.iter().position(|(of, _)| of == constraint)?;
+        kept[..=place].rotate_right(1);
+        Some(kept[0].1.clone())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<(String, Matcher)>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn compile_anew(&self, constraint: &Constraint) -> Result<Matcher, GrammarError> {
         let grammar = grammar(constraint)?;
         let parsers = self.parsers.get_or_init(|| Parsers::new(&self.tokenizer)).as_ref().map_err(Clone::clone)?;
         let parser = parsers.0.create_parser(grammar).map_err(|error| GrammarError::Invalid(worded(&error)))?;

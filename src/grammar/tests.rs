@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use prometheus::IntCounter;
 use serde_json::json;
 
 use super::*;
@@ -12,7 +13,45 @@ fn compile(constraint: &Constraint) -> Result<Matcher, GrammarError> {
 }
 
 fn compiler() -> GrammarCompiler {
-    GrammarCompiler::new(Arc::new(Tokenizer::tiny(&["<|end|>"])))
+    compiler_counting().0
+}
+
+fn compiler_counting() -> (GrammarCompiler, IntCounter) {
+    let count = IntCounter::new("compiled", "Compiled.").unwrap();
+    (GrammarCompiler::new(Arc::new(Tokenizer::tiny(&["<|end|>"])), count.clone()), count)
+}
+
+#[test]
+fn what_was_used_lately_is_not_compiled_again() {
+    let (compiler, count) = compiler_counting();
+    let regex = |number: usize| Constraint::Regex(format!("a{{{}}}", number + 1));
+    for _ in 0..3 {
+        // Each is at the beginning, however far the one before has come.
+        let mut matcher = compiler.compile(&regex(0)).unwrap();
+        assert!(accepts(&matcher, "a") && !accepts(&matcher, "aa"));
+        matcher.consume(u32::from(b'a')).unwrap();
+    }
+    assert_eq!(count.get(), 1);
+    (1..32).for_each(|number| drop(compiler.compile(&regex(number)).unwrap()));
+    drop(compiler.compile(&regex(0)).unwrap());
+    assert_eq!(count.get(), 32);
+    // The one that was not used for longest has made room.
+    drop(compiler.compile(&regex(32)).unwrap());
+    drop(compiler.compile(&regex(0)).unwrap());
+    assert_eq!(count.get(), 33);
+    drop(compiler.compile(&regex(1)).unwrap());
+    assert_eq!(count.get(), 34);
+    assert!(compiler.compile(&Constraint::Regex("(".to_owned())).is_err());
+    assert_eq!(count.get(), 34);
+    // The same properties in another order are another output.
+    let schema = |text| Constraint::JsonSchema(serde_json::from_str(text).unwrap());
+    for (text, good) in [
+        (r#"{"properties": {"a": {"const": 1}, "b": {"const": 2}}, "required": ["a", "b"]}"#, r#"{"a": 1, "b": 2}"#),
+        (r#"{"properties": {"b": {"const": 2}, "a": {"const": 1}}, "required": ["a", "b"]}"#, r#"{"b": 2, "a": 1}"#),
+    ] {
+        assert!(accepts(&compiler.compile(&schema(text)).unwrap(), good), "{text}");
+    }
+    assert_eq!(count.get(), 36);
 }
 
 /// Which of the tokens may come next.

@@ -214,7 +214,8 @@ mod tests {
         let Ok(Some(Constraint::Lark(grammar))) = tools.constraint(format, |text| tokenizer.special_id(text)) else {
             panic!("a grammar");
         };
-        let compiled = GrammarCompiler::new(tokenizer.clone()).compile(&Constraint::Lark(grammar.clone()));
+        let count = prometheus::IntCounter::new("compiled", "Compiled.").unwrap();
+        let compiled = GrammarCompiler::new(tokenizer.clone(), count).compile(&Constraint::Lark(grammar.clone()));
         let mut matcher = compiled.unwrap_or_else(|error| panic!("{error}: {grammar}"));
         let (vocab_size, end) = (tokenizer.vocab_size(), tokenizer.special_id("<|end|>").unwrap());
         let mut may_follow = |token: u32| {
