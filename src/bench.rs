@@ -228,6 +228,7 @@ async fn run_once(
             stop_tokens: Arc::new([]),
             top_logprobs: None,
             grammar: None,
+            prediction: None,
             prompt_output: PromptOutput::Nothing,
             events,
             permit: handle.try_permit()?,

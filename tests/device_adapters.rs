@@ -356,6 +356,7 @@ impl Served {
             stop_tokens: Arc::from([]),
             top_logprobs: Some(2),
             grammar: None,
+            prediction: None,
             prompt_output: PromptOutput::Nothing,
             events,
             permit: self.engine.try_permit().unwrap(),

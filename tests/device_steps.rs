@@ -340,6 +340,7 @@ fn a_summary_of_the_logits_draws_what_all_of_them_draw() {
                 stop_tokens: Arc::from([]),
                 top_logprobs: Some(seed % 6),
                 grammar: None,
+                prediction: None,
                 prompt_output: PromptOutput::Nothing,
                 events,
                 permit: engine.try_permit().unwrap(),

@@ -11,6 +11,7 @@ use kernels::attention::{BLOCK_SIZE, BlockId};
 use kernels::device::{Caller, DeviceError, HostLogits, Logits};
 use lorry::adapter::canonical::{Adapter, AdapterWeights, Prelude};
 use lorry::engine::fairness::Account;
+use lorry::engine::prediction::Prediction;
 use lorry::engine::request::{Event, FinishReason, PromptOutput, Request, SamplingParams};
 use lorry::engine::{EngineConfig, EngineHandle, EngineState, EngineStopped, Overloaded};
 use lorry::metrics::Metrics;
@@ -177,6 +178,7 @@ struct Ask {
     top_logprobs: Option<usize>,
     prompt_logprobs: bool,
     logit_bias: Vec<(u32, f32)>,
+    prediction: Option<Prediction>,
 }
 
 impl Ask {
@@ -191,6 +193,7 @@ impl Ask {
             top_logprobs: None,
             prompt_logprobs: false,
             logit_bias: Vec::new(),
+            prediction: None,
         }
     }
 
@@ -220,6 +223,7 @@ impl Ask {
             stop_tokens: self.stop_tokens.clone().into(),
             top_logprobs: self.top_logprobs,
             grammar: None,
+            prediction: self.prediction.clone(),
             prompt_output: if self.prompt_logprobs { PromptOutput::Logprobs } else { PromptOutput::Nothing },
             events,
             permit: handle.try_permit().expect("the queue has room"),
@@ -301,6 +305,37 @@ fn guessing_ahead_changes_no_event_and_returns_everything() {
         assert!(tokens("accepted") > 100, "{}", tokens("accepted"));
         assert!(tokens("guessed") > tokens("accepted"), "some guesses are wrong");
     }
+}
+
+#[test]
+fn a_prediction_right_or_wrong_changes_no_event() {
+    let asks = mixed_asks();
+    let expected: Vec<Vec<Event>> = asks.iter().map(|ask| collect(ask.submit(&start_roomy()))).collect();
+    let guess = |is_right: bool| {
+        let metrics = Arc::new(Metrics::new());
+        let config = EngineConfig { max_draft_tokens: 9, max_sequences: 4, ..CONFIG };
+        let handle = start_with(config, 64, &metrics, Arc::default());
+        let submit = |(ask, events): (&Ask, &Vec<Event>)| {
+            let mut tokens = output_tokens(events);
+            // One token is another, and the rest is found again.
+            tokens.iter_mut().skip(9).step_by(if is_right { 60 } else { 2 }).for_each(|token| *token = 60 - *token);
+            let prediction = Some(Prediction::new(tokens));
+            Ask { prediction, ..ask.clone() }.submit(&handle)
+        };
+        let receivers: Vec<_> = asks.iter().zip(&expected).map(submit).collect();
+        for (index, receiver) in receivers.into_iter().enumerate() {
+            assert_eq!(collect(receiver), expected[index], "request {index}, right: {is_right}");
+        }
+        // Gone in the middle of its guesses, it leaves nothing behind.
+        let expected_of_first = Some(Prediction::new(output_tokens(&expected[0])));
+        drop(Ask { prediction: expected_of_first, ..asks[0].clone() }.submit(&handle));
+        wait_until_empty(&handle);
+        let tokens = |kind| metrics.tokens_total.with_label_values(&[kind]).get();
+        (tokens("accepted"), tokens("guessed"))
+    };
+    let (right, wrong) = (guess(true), guess(false));
+    assert!(right.0 > 2 * wrong.0 && right.0 > 200, "{right:?} {wrong:?}");
+    assert!(wrong.1 > wrong.0, "some guesses are wrong");
 }
 
 #[test]

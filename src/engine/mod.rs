@@ -5,6 +5,7 @@ pub mod fairness;
 mod forward;
 pub mod kv_blocks;
 mod outbox;
+pub mod prediction;
 pub mod prefix_cache;
 pub mod request;
 pub mod sampler;

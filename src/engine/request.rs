@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::fairness::Account;
+use super::prediction::Prediction;
 use crate::adapter::canonical::Adapter;
 use crate::grammar::Matcher;
 
@@ -23,6 +24,8 @@ pub struct Request {
     pub sampling: SamplingParams,
     /// What the output must follow, at its beginning.
     pub grammar: Option<Matcher>,
+    /// What the client expects of the output, at its beginning: it makes it faster, never another.
+    pub prediction: Option<Prediction>,
     /// Most tokens to generate; 0 only scores the prompt.
     pub max_tokens: usize,
     /// Tokens that end the sequence; they are not reported as output.

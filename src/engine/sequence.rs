@@ -6,6 +6,7 @@ use kernels::attention::{BLOCK_SIZE, BlockId};
 
 use super::fairness::{Account, Flow};
 use super::kv_blocks::BlockPool;
+use super::prediction::Prediction;
 use super::prefix_cache::ChainHash;
 use super::request::PromptOutput;
 use super::speculate::Speculation;
@@ -41,6 +42,7 @@ pub struct Sequence {
     /// Prompt tokens whose log-probability has been asked for, virtual ones included.
     num_scored_tokens: usize,
     speculation: Speculation,
+    prediction: Option<Prediction>,
 }
 
 impl Sequence {
@@ -76,6 +78,7 @@ impl Sequence {
             // Nothing that was said predicts the first token.
             num_scored_tokens: num_virtual_tokens + 1,
             speculation: Speculation::default(),
+            prediction: None,
         }
     }
 
@@ -89,6 +92,12 @@ impl Sequence {
     #[must_use]
     pub fn for_account(self, account: Account) -> Self {
         Self { flow: Flow::new(account, self.adapter.as_deref()), ..self }
+    }
+
+    /// Guesses the output from what the client expects of it.
+    #[must_use]
+    pub fn with_prediction(self, prediction: Option<Prediction>) -> Self {
+        Self { prediction, ..self }
     }
 
     pub fn id(&self) -> SequenceId {
@@ -166,6 +175,9 @@ impl Sequence {
     /// Adds a generated token.
     pub fn push(&mut self, token: u32) {
         self.tokens.push(token);
+        if let Some(prediction) = &mut self.prediction {
+            prediction.follow(token);
+        }
     }
 
     /// What the logits at `position` are for; positions past the last token are those of the draft.
@@ -190,7 +202,8 @@ impl Sequence {
         let room = self.block_table.len() * BLOCK_SIZE - self.tokens.len();
         // The row of the last token draws one already.
         let most = most.min(room).min(self.num_tokens_left().saturating_sub(1));
-        self.speculation.propose(&self.tokens, most);
+        let expected = self.prediction.as_ref().map_or(&[][..], Prediction::expected);
+        self.speculation.propose(&self.tokens, expected, most);
     }
 
     /// The next guess came true: its row counts. It has become the last token.

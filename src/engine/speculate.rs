@@ -35,16 +35,18 @@ impl Speculation {
         &self.draft
     }
 
-    /// Guesses at most `most` tokens that follow `tokens`.
-    pub fn propose(&mut self, tokens: &[u32], most: usize) {
+    /// Guesses at most `most` tokens that follow `tokens`: those that the client expects, else from the text itself.
+    pub fn propose(&mut self, tokens: &[u32], expected: &[u32], most: usize) {
         self.draft.clear();
         if self.pause > 0 {
             self.pause -= 1;
             return;
         }
-        let Some(start) = continuation(tokens) else { return };
-        let end = tokens.len().min(start + most.min(self.length));
-        self.draft.extend_from_slice(&tokens[start..end]);
+        let next = match expected {
+            [] => continuation(tokens).map_or(&[][..], |start| &tokens[start..]),
+            expected => expected,
+        };
+        self.draft.extend(next.iter().take(most.min(self.length)));
     }
 
     /// The next guess came true.
@@ -89,7 +91,7 @@ mod tests {
 
     fn proposed(tokens: &[u32], most: usize) -> Vec<u32> {
         let mut speculation = Speculation::default();
-        speculation.propose(tokens, most);
+        speculation.propose(tokens, &[], most);
         speculation.draft().to_vec()
     }
 
@@ -111,11 +113,18 @@ mod tests {
     }
 
     #[test]
+    fn what_the_client_expects_outweighs_the_text() {
+        let mut speculation = Speculation::default();
+        speculation.propose(&[1, 2, 3, 1, 2], &[7, 8, 9, 10], 2);
+        assert_eq!(speculation.draft(), [7, 8]);
+    }
+
+    #[test]
     fn guesses_grow_with_success_and_shrink_with_failure() {
         let text: Vec<u32> = (0..40).chain(0..5).collect();
         let mut speculation = Speculation::default();
         let mut next = |num_accepted: usize| {
-            speculation.propose(&text, 64);
+            speculation.propose(&text, &[], 64);
             let length = speculation.draft().len();
             (0..num_accepted.min(length)).for_each(|_| speculation.accept());
             speculation.settle();
@@ -131,7 +140,7 @@ mod tests {
         let mut steps_between = Vec::new();
         let mut steps = 0;
         while steps_between.len() < 8 {
-            speculation.propose(&text, 4);
+            speculation.propose(&text, &[], 4);
             if speculation.draft().is_empty() {
                 steps += 1;
             } else {

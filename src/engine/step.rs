@@ -154,11 +154,12 @@ impl Engine {
             prompt_output: request.prompt_output,
         };
         self.clients.insert(id, client);
-        let Request { prompt_tokens, num_pinned_tokens, adapter, prompt_output, .. } = request;
+        let Request { prompt_tokens, num_pinned_tokens, adapter, prediction, prompt_output, .. } = request;
         let max_tokens =
             request.max_tokens.min(self.context_length - num_positions(&prompt_tokens, adapter.as_deref()));
         let sequence = Sequence::new(id, &prompt_tokens, max_tokens, adapter, prompt_output);
-        self.scheduler.enqueue(sequence.with_pinned_prefix(num_pinned_tokens).for_account(request.account));
+        let sequence = sequence.with_pinned_prefix(num_pinned_tokens).with_prediction(prediction);
+        self.scheduler.enqueue(sequence.for_account(request.account));
     }
 
     /// One pass of the model over the rows of this step. After an error the engine can only be aborted.

@@ -100,6 +100,7 @@ impl BeamRun {
             stop_tokens: Arc::from([]),
             top_logprobs: Some(num_candidates),
             grammar: None,
+            prediction: None,
             prompt_output: PromptOutput::Nothing,
             events,
             permit: permit.clone(),

@@ -28,7 +28,7 @@ pub use prompt::Prompt;
 pub use recorder::Timing;
 pub use resolve::ResolvedModel;
 pub use selection::{Access, AdapterEntry, AdapterField, AdapterRef, Selection};
-pub use text_stream::{Completed, SequenceUsage, TextDelta, TextEvent, TextStream, TokenRecord};
+pub use text_stream::{Completed, PredictionUsage, SequenceUsage, TextDelta, TextEvent, TextStream, TokenRecord};
 
 use crate::adapter::registry::AdapterRegistry;
 use crate::config::Config;
@@ -137,6 +137,8 @@ pub struct GenerationOptions {
     pub constraint: Option<Constraint>,
     /// The request's field that asks for it, which an error about it names.
     pub constraint_param: &'static str,
+    /// A text that the output is expected to have much of; it makes it faster, never another.
+    pub prediction: Option<String>,
     /// Repeat the prompt before the output.
     pub echo: bool,
     /// Whose share of the machine it takes.

@@ -13,8 +13,10 @@ use super::encoder::{EncodedPrompt, Encoder};
 use super::recorder::Recorder;
 use super::text_stream::{Echo, TextStream, TextStreamOptions};
 use super::{Access, Generated, Generation, GenerationError, GenerationOptions, GenerationRequest, ResolvedModel};
+use crate::engine::prediction::Prediction;
 use crate::engine::request::{Event, PromptOutput, Request, SamplingParams};
 use crate::grammar::{Constraint, Matcher};
+use crate::tokenizer::{Specials, Tokenizer};
 use crate::tools::{CallFormat, ToolChoice};
 
 /// Places in the queue, one a sequence or beam. Dropping gives them back.
@@ -42,6 +44,7 @@ pub struct Prepared {
     prompts: Vec<EncodedPrompt>,
     /// At the beginning of every output.
     grammar: Option<Matcher>,
+    prediction: Option<Prediction>,
     options: GenerationOptions,
     seed: i64,
     places: Places,
@@ -84,9 +87,9 @@ impl Generation {
         let model = self.resolve(&request.selection, access).await?;
         let options = request.options.clone();
         self.check_token_ids(&options)?;
-        let (prompts, grammar) = self.encode(&model, request).await?;
+        let (prompts, grammar, prediction) = self.encode(&model, request).await?;
         let seed = options.seed.unwrap_or_else(random_seed);
-        Ok(Prepared { model, prompts, grammar, options, seed, places })
+        Ok(Prepared { model, prompts, grammar, prediction, options, seed, places })
     }
 
     /// The tokens of the first prompt, as the model reads them.
@@ -100,7 +103,7 @@ impl Generation {
     ) -> Result<Vec<u32>, GenerationError> {
         let model = self.resolve(&request.selection, access).await?;
         request.options.max_tokens = Some(0);
-        let (prompts, _) = self.encode(&model, request).await?;
+        let (prompts, ..) = self.encode(&model, request).await?;
         Ok(prompts.into_iter().next().map_or_else(Vec::new, |prompt| prompt.tokens))
     }
 
@@ -150,7 +153,7 @@ impl Generation {
         &self,
         model: &ResolvedModel,
         request: GenerationRequest,
-    ) -> Result<(Vec<EncodedPrompt>, Option<Matcher>), GenerationError> {
+    ) -> Result<(Vec<EncodedPrompt>, Option<Matcher>, Option<Prediction>), GenerationError> {
         let GenerationRequest { icl, prompt_format, prompts, options, .. } = request;
         if icl.is_some() && prompts.len() != 1 {
             let message = format!("`icl` takes one prompt at a time, not {}", prompts.len());
@@ -183,7 +186,8 @@ impl Generation {
                     message: format!("the output cannot be constrained as `{param}` asks: {error}"),
                 })
             };
-            Ok((encoded, constraint.map(compile).transpose()?))
+            let prediction = options.prediction.as_deref().map(|text| predict(&base.tokenizer, text, context_length));
+            Ok((encoded, constraint.map(compile).transpose()?, prediction.transpose()?))
         };
         match tokio::task::spawn_blocking(encode).await {
             Ok(encoded) => encoded,
@@ -228,7 +232,7 @@ impl Generation {
 
     /// What is sent to the engine, and what comes back from it.
     fn sequences(&self, prepared: Prepared) -> (Generated, Vec<Request>) {
-        let Prepared { model, prompts, grammar, options, seed, places } = prepared;
+        let Prepared { model, prompts, grammar, prediction, options, seed, places } = prepared;
         let Places { permits, accepted, in_flight: _in_flight } = places;
         let (sequences, requests) = match options.beams {
             Some(beams) => {
@@ -243,7 +247,8 @@ impl Generation {
                 let sequence = |((prompt, choice), permit)| {
                     let sampling = self.sampling(&model, prompt, &options, seed.wrapping_add_unsigned(choice as u64));
                     let (stream, request) = self.sequence(&model, prompt, &options, sampling, permit, accepted);
-                    (stream, Request { grammar: grammar.clone(), ..request })
+                    let stream = stream.with_prediction(prediction.clone());
+                    (stream, Request { grammar: grammar.clone(), prediction: prediction.clone(), ..request })
                 };
                 choices.zip(permits).map(sequence).unzip()
             }
@@ -299,6 +304,7 @@ impl Generation {
             stop_tokens: self.stop_tokens(options),
             top_logprobs: options.top_logprobs,
             grammar: None,
+            prediction: None,
             prompt_output: if options.echo && options.top_logprobs.is_some() {
                 PromptOutput::Logprobs
             } else {
@@ -394,4 +400,18 @@ fn stop_strings(model: &ResolvedModel, options: &GenerationOptions) -> Vec<Strin
 /// Below 2^53, which every JSON client reads back exactly.
 pub fn random_seed() -> i64 {
     (rand::random::<u64>() >> 11).cast_signed()
+}
+
+/// The tokens that a client expects. An output cannot be longer than the context, so that a longer prediction is a mistake, and
+/// one that cannot fit is refused before it is tokenized.
+fn predict(tokenizer: &Tokenizer, text: &str, context_length: usize) -> Result<Prediction, GenerationError> {
+    let invalid = |message| GenerationError::InvalidParameter { param: "prediction", message };
+    let too_long =
+        || invalid(format!("`prediction` is longer than the {context_length} tokens of the context: shorten it"));
+    if text.len() > context_length.saturating_mul(tokenizer.max_token_bytes()) {
+        return Err(too_long());
+    }
+    let tokens = tokenizer.encode(text, Specials::AsText);
+    let tokens = tokens.map_err(|error| invalid(format!("`prediction` could not be encoded: {error}")))?;
+    if tokens.len() > context_length { Err(too_long()) } else { Ok(Prediction::new(tokens)) }
 }

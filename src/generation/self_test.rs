@@ -95,6 +95,7 @@ async fn logits(
         stop_tokens: Arc::from([]),
         top_logprobs: None,
         grammar: None,
+        prediction: None,
         prompt_output: PromptOutput::Logits,
         events,
         permit,

@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, watch};
 use self::indented_block::IndentedBlock;
 use super::GenerationError;
 use super::recorder::{Recorder, Timing};
+use crate::engine::prediction::Prediction;
 use crate::engine::request::{Event, FinishReason, TokenLogprob};
 use crate::rate_limit::RateLimit;
 use crate::tokenizer::Tokenizer;
@@ -31,6 +32,7 @@ pub struct TextStream {
     score: Option<f32>,
     /// Whose output it is.
     charged_to: Option<Arc<RateLimit>>,
+    prediction: Option<Prediction>,
     /// While any stream lives, the server has not drained.
     _in_flight: watch::Receiver<()>,
 }
@@ -74,6 +76,17 @@ pub struct SequenceUsage {
     /// Prompt tokens whose KV was found in the prefix cache.
     pub num_cached_tokens: usize,
     pub num_output_tokens: usize,
+    /// Where the client sent a prediction.
+    pub prediction: Option<PredictionUsage>,
+}
+
+/// What came of a prediction, in tokens.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PredictionUsage {
+    /// Those that the output has.
+    pub num_accepted: usize,
+    /// The others.
+    pub num_rejected: usize,
 }
 
 /// A whole sequence: what its [`TextStream`] said until it finished.
@@ -135,8 +148,16 @@ impl TextStream {
             ended: false,
             score: None,
             charged_to: None,
+            prediction: None,
             _in_flight: in_flight,
         }
+    }
+
+    /// Says in the usage how much of it the output has.
+    #[must_use]
+    pub(super) fn with_prediction(mut self, prediction: Option<Prediction>) -> Self {
+        self.prediction = prediction;
+        self
     }
 
     /// From now on, `limit` pays for each token of the output.
@@ -146,7 +167,11 @@ impl TextStream {
 
     /// What is known so far.
     pub fn usage(&self) -> SequenceUsage {
-        self.assembler.usage
+        let prediction = self.prediction.as_ref().map(|prediction| PredictionUsage {
+            num_accepted: prediction.num_accepted(),
+            num_rejected: prediction.num_rejected(),
+        });
+        SequenceUsage { prediction, ..self.assembler.usage }
     }
 
     /// Waits for the end of the sequence.
@@ -174,6 +199,9 @@ impl TextStream {
             Event::PromptToken(logprob) => self.assembler.prompt_logprobs.push(logprob),
             Event::Token { id, logprob } => {
                 self.recorder.token();
+                if let Some(prediction) = &mut self.prediction {
+                    prediction.follow(id);
+                }
                 if let Some(limit) = &self.charged_to {
                     limit.spend(1, Instant::now());
                 }
@@ -219,7 +247,7 @@ impl TextStream {
         let finished = TextEvent::Finished {
             reason,
             stop: self.assembler.found_stop.take(),
-            usage: self.assembler.usage,
+            usage: self.usage(),
             timing: self.recorder.timing(),
             score: self.score,
         };

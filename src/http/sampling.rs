@@ -62,10 +62,34 @@ pub fn parse_options(fields: &Fields) -> Result<GenerationOptions, ApiError> {
         time_limit: fields.integer("t_max_predict_ms", -1..=i64::from(u32::MAX))?.and_then(milliseconds),
         constraint,
         constraint_param: constraint_param.unwrap_or_default(),
+        prediction: parse_prediction(fields, beams.is_some())?,
         ..GenerationOptions::default()
     };
     apply_order(fields, &mut options)?;
     Ok(options)
+}
+
+/// OpenAI's predicted output: `{"type": "content", "content": TEXT}`, the text also in parts.
+fn parse_prediction(fields: &Fields, is_beam_search: bool) -> Result<Option<String>, ApiError> {
+    const CONTENT: &str = "prediction.content";
+    let Some(prediction) = fields.object("prediction")? else { return Ok(None) };
+    if is_beam_search {
+        let message = "`prediction` does not go with `use_beam_search`: leave one out";
+        return Err(ApiError::invalid("prediction", message));
+    }
+    if prediction.get("type").is_none_or(|kind| kind != "content") {
+        return Err(ApiError::invalid("prediction.type", "`prediction.type` must be \"content\""));
+    }
+    match prediction.get("content") {
+        Some(Value::String(text)) => Ok(Some(text.clone())),
+        Some(Value::Array(parts)) => {
+            let text = |part: &Value| part["text"].as_str().filter(|_| part["type"] == "text").map(str::to_owned);
+            let texts: Option<String> = parts.iter().map(text).collect();
+            let message = "`prediction.content` has a part that is not {\"type\": \"text\", \"text\": TEXT}";
+            texts.map(Some).ok_or_else(|| ApiError::invalid(CONTENT, message))
+        }
+        other => Err(wrong_type(CONTENT, "a string or an array of parts", other.unwrap_or(&Value::Null))),
+    }
 }
 
 /// 0 and less are no limit, as in llama.cpp.
@@ -329,5 +353,20 @@ mod tests {
         assert_eq!(streamed, Ok(Delivery::Stream { include_usage: true }));
         let explicit_null = Delivery::parse(&fields(r#"{"stream": false, "stream_options": null}"#));
         assert_eq!(explicit_null, Ok(Delivery::Plain));
+    }
+
+    #[test]
+    fn a_prediction_that_cannot_be_read_is_refused_by_name() {
+        for (body, param) in [
+            (r#"{"prediction": "x"}"#, "prediction"),
+            (r#"{"prediction": {"content": "x"}}"#, "prediction.type"),
+            (r#"{"prediction": {"type": "content"}}"#, "prediction.content"),
+            (r#"{"prediction": {"type": "content", "content": [{"type": "image_url"}]}}"#, "prediction.content"),
+            (r#"{"prediction": {"type": "content", "content": "x"}, "use_beam_search": true, "n": 2}"#, "prediction"),
+        ] {
+            let refusal = parse_options(&Fields::parse(body.as_bytes()).unwrap()).unwrap_err().into_envelope();
+            let refusal = serde_json::to_string(&refusal).unwrap();
+            assert!(refusal.contains(&format!(r#""param":"{param}""#)), "{body}: {refusal}");
+        }
     }
 }

@@ -552,3 +552,25 @@ async fn metrics_are_exposed_as_text() {
     assert!(text.contains(r#"lorry_requests_total{adapter="base",finish_reason="length"} 1"#), "{text}");
     assert!(text.contains("lorry_time_to_first_token_seconds_count{adapter=\"base\"} 1"), "{text}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prediction_changes_no_text_and_the_usage_says_how_much_of_it_came() {
+    let server = Server::quick().await;
+    let body = json!({"prompt": "xyzabc", "max_tokens": 4, "seed": 5, "n": 2});
+    let plain = server.complete(body.clone()).await;
+    assert_eq!(plain["usage"].get("completion_tokens_details"), None);
+    let text_part = |text| json!({"type": "text", "text": text});
+    for (content, accepted, rejected) in [
+        (json!("defg"), 4, 0),
+        (json!("dexyz"), 2, 3),
+        (json!([text_part("d"), text_part("efghi")]), 4, 2),
+        (json!(""), 0, 0),
+    ] {
+        let mut predicted = body.clone();
+        predicted["prediction"] = json!({"type": "content", "content": content});
+        let reply = server.complete(predicted).await;
+        assert_eq!(reply["choices"], plain["choices"]);
+        let details = json!({"accepted_prediction_tokens": 2 * accepted, "rejected_prediction_tokens": 2 * rejected});
+        assert_eq!(reply["usage"]["completion_tokens_details"], details, "{content}");
+    }
+}

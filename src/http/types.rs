@@ -109,6 +109,16 @@ pub struct Usage {
     pub completion_tokens: usize,
     pub total_tokens: usize,
     pub prompt_tokens_details: PromptTokensDetails,
+    /// Of requests with a `prediction`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub completion_tokens_details: Option<CompletionTokensDetails>,
+}
+
+/// How much of the `prediction` the outputs have, and how much not.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, JsonSchema, Serialize)]
+pub struct CompletionTokensDetails {
+    pub accepted_prediction_tokens: usize,
+    pub rejected_prediction_tokens: usize,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, JsonSchema, Serialize)]
@@ -124,6 +134,11 @@ impl Usage {
             self.prompt_tokens_details.cached_tokens += sequence.num_cached_tokens;
         }
         self.completion_tokens += sequence.num_output_tokens;
+        if let Some(prediction) = sequence.prediction {
+            let details = self.completion_tokens_details.get_or_insert_default();
+            details.accepted_prediction_tokens += prediction.num_accepted;
+            details.rejected_prediction_tokens += prediction.num_rejected;
+        }
         self.total_tokens = self.prompt_tokens + self.completion_tokens;
     }
 }
@@ -252,12 +267,18 @@ mod tests {
 
     #[test]
     fn a_prompt_counts_once_whatever_its_choices() {
-        let sequence = SequenceUsage { num_prompt_tokens: 10, num_cached_tokens: 4, num_output_tokens: 3 };
+        let sequence =
+            SequenceUsage { num_prompt_tokens: 10, num_cached_tokens: 4, num_output_tokens: 3, prediction: None };
         let mut usage = Usage::default();
         (0..4).for_each(|index| usage.add(sequence, index % 2 == 0));
         let details = PromptTokensDetails { cached_tokens: 8 };
-        let expected =
-            Usage { prompt_tokens: 20, completion_tokens: 12, total_tokens: 32, prompt_tokens_details: details };
+        let expected = Usage {
+            prompt_tokens: 20,
+            completion_tokens: 12,
+            total_tokens: 32,
+            prompt_tokens_details: details,
+            ..Usage::default()
+        };
         assert_eq!(usage, expected);
     }
 

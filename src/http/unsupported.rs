@@ -300,7 +300,9 @@ type OfRoute = (Route, &'static str, fn(&Value) -> bool, &'static str);
 
 const NO_REASONING: &str = "no model here reasons before it answers: send {\"type\": \"disabled\"}";
 
-const OF_ROUTES: [OfRoute; 15] = [
+const NO_PREDICTION: &str = "/v1/chat/completions and /v1/completions serve it";
+
+const OF_ROUTES: [OfRoute; 19] = [
     (Route::Responses, "background", |value| *value == false, "send `stream`: true, or wait"),
     (
         Route::Responses,
@@ -327,6 +329,11 @@ const OF_ROUTES: [OfRoute; 15] = [
     (Route::Ollama, "context", is_empty, "send the conversation so far as `messages` to /api/chat"),
     (Route::LlamaCpp, "logprobs", |value| *value == false, "/v1/completions serves it"),
     (Route::LlamaCpp, "echo", |value| *value == false, "/v1/completions serves it"),
+    // Their replies have no place for how much of it came true.
+    (Route::Responses, "prediction", |_| false, NO_PREDICTION),
+    (Route::Messages, "prediction", |_| false, NO_PREDICTION),
+    (Route::Ollama, "prediction", |_| false, NO_PREDICTION),
+    (Route::LlamaCpp, "prediction", |_| false, NO_PREDICTION),
 ];
 
 /// What is harmless only at `true`, where there is no other value to compare with.

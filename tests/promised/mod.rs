@@ -238,6 +238,7 @@ impl Ask {
             stop_tokens: Arc::from([]),
             top_logprobs: Some(3),
             grammar: None,
+            prediction: None,
             prompt_output: PromptOutput::Nothing,
             events,
             permit: engine.try_permit().unwrap(),

@@ -105,6 +105,7 @@ fn stream(stop: &[&str]) -> (mpsc::UnboundedSender<Event>, TextStream, Arc<crate
     let recorder = Recorder::new(metrics.clone(), "base", std::time::Instant::now());
     let (_, in_flight) = watch::channel(());
     let stream = TextStream {
+        prediction: None,
         events: receiver,
         assembler,
         recorder,

@@ -154,6 +154,7 @@ fn sampling() -> Properties {
         "ignore_eos": boolean("Goes on where the model would end."),
         "n_indent": integer(-1, MAX_INDENT, "Ends the output before a line that is indented less."),
         "t_max_predict_ms": integer(-1, u32::MAX.into(), "Most milliseconds for the output; 0 and less set no limit."),
+        "prediction": prediction(),
         "samplers": array(required_text(), "llama.cpp's order of sampling, where it comes to the same as the one here."),
     }));
     fields["stop_token_ids"]["maxItems"] = MAX_STOPS.into();
@@ -183,6 +184,15 @@ fn priority() -> Value {
         {"enum": Priority::ALL.map(Priority::name)},
         {"type": ["integer", "null"], "minimum": i64::MIN, "maximum": i64::MAX},
     ]})
+}
+
+fn prediction() -> Value {
+    let part = item(json!({"type": {"const": "text"}, "text": {"type": "string"}}), &["type", "text"]);
+    let content = json!({"anyOf": [{"type": "string"}, {"type": "array", "items": part}]});
+    let mut schema = item(json!({"type": {"const": "content"}, "content": content}), &["type", "content"]);
+    schema["type"] = json!(["object", "null"]);
+    schema["description"] = "What the output is expected to be: it comes sooner, and is the same.".into();
+    schema
 }
 
 fn constraints() -> Properties {

@@ -275,7 +275,7 @@ impl Writer {
 }
 
 fn usage_json(usage: SequenceUsage) -> Value {
-    let SequenceUsage { num_prompt_tokens, num_cached_tokens, num_output_tokens } = usage;
+    let SequenceUsage { num_prompt_tokens, num_cached_tokens, num_output_tokens, .. } = usage;
     json!({
         "input_tokens": num_prompt_tokens,
         "input_tokens_details": {"cached_tokens": num_cached_tokens},

@@ -125,7 +125,7 @@ const REVIEWED: [(&str, &str, &str); 17] = [
 ];
 
 /// What cannot change the text, and why not.
-const HARMLESS: [(&str, &str); 9] = [
+const HARMLESS: [(&str, &str); 8] = [
     (
         "whom and what a request is for",
         "metadata client_metadata prompt_cache_key prompt_cache_retention safety_identifier \
@@ -136,7 +136,6 @@ const HARMLESS: [(&str, &str); 9] = [
         "cache_control cache_prompt cache_salt keep_alive id_slot n_cache_reuse \
         backend_sampling kv_transfer_params ec_transfer_params bootstrap_host bootstrap_port bootstrap_room",
     ),
-    ("guesses of the output, each of which is checked", "prediction"),
     (
         "of contexts that are shifted or cut, which these are not",
         "n_keep n_discard truncation_side auto_max_new_tokens",

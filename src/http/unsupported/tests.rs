@@ -96,7 +96,7 @@ fn no_field_is_listed_twice() {
 fn what_cannot_change_the_text_is_accepted() {
     let body = json!({"user": "u", "metadata": {"a": "b"}, "store": true, "service_tier": "auto", "stream_options": {},
         "cache_prompt": false, "id_slot": 3, "priority": 1, "request_id": "x", "timings_per_token": true,
-        "parallel_tool_calls": true, "prediction": {"type": "content", "content": "x"}, "safety_identifier": "s",
+        "parallel_tool_calls": true, "safety_identifier": "s",
         "prompt_cache_key": "k", "dry_base": 1.75, "xtc_threshold": 0.1, "mirostat_tau": 5, "guided_decoding_backend": "x",
         "keep_alive": "5m", "n_keep": 4, "a_field_of_tomorrow": [1, 2]});
     for route in [Route::Completions, Route::Chat] {
@@ -113,6 +113,10 @@ fn what_one_interface_alone_has_is_refused_there_and_all_else_is_left_to_its_cha
         (Route::Messages, "mcp_servers", json!([{"url": "x"}]), json!([])),
         (Route::Ollama, "context", json!([1]), json!([])),
         (Route::LlamaCpp, "logprobs", json!(1), json!(false)),
+        (Route::Responses, "prediction", json!({"type": "content", "content": "x"}), json!(null)),
+        (Route::Messages, "prediction", json!({"type": "content", "content": "x"}), json!(null)),
+        (Route::Ollama, "prediction", json!({"type": "content", "content": "x"}), json!(null)),
+        (Route::LlamaCpp, "prediction", json!({"type": "content", "content": "x"}), json!(null)),
     ] {
         assert_eq!(refused(json!({name: asking}), route).unwrap()["param"], name);
         assert_eq!(refused(json!({name: neutral}), route), None, "{name}");
