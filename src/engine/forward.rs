@@ -52,6 +52,15 @@ impl UnderWay<'_> {
             }
         }
     }
+
+    /// Where the next token of a grammar is drawn, what it may be follows from the tokens before. After a guess it does not.
+    fn prepare_grammars(&mut self) {
+        for (id, _) in self.scheduler.plan().logits.iter().filter(|(_, logits_use)| *logits_use == LogitsUse::Sample) {
+            if let Some(grammar) = self.clients.get_mut(id).and_then(|client| client.grammar.as_mut()) {
+                grammar.prepare();
+            }
+        }
+    }
 }
 
 impl Caller for UnderWay<'_> {
@@ -59,6 +68,7 @@ impl Caller for UnderWay<'_> {
         self.announce();
         publish(self.metrics, self.scheduler, self.num_arriving);
         self.outbox.deliver(self.clients);
+        self.prepare_grammars();
     }
 
     /// What is found out waits in the outbox, a drawn token for the end of the step.

@@ -1,6 +1,6 @@
 //! Where one sequence is in its grammar.
 
-use toktrie::TokenId;
+use toktrie::{SimpleVob, TokenId};
 
 use super::GrammarError;
 use super::compiler::worded;
@@ -10,6 +10,8 @@ pub struct Matcher {
     parser: llguidance::Matcher,
     /// Stands for the end of the output in masks; behind the vocabulary.
     end: TokenId,
+    /// What may come next, where it was asked for before it is needed.
+    prepared: Option<SimpleVob>,
 }
 
 impl std::fmt::Debug for Matcher {
@@ -21,13 +23,21 @@ impl std::fmt::Debug for Matcher {
 /// A clone shares nothing with its origin.
 impl Clone for Matcher {
     fn clone(&self) -> Self {
-        Self { parser: self.parser.deep_clone(), end: self.end }
+        Self { parser: self.parser.deep_clone(), end: self.end, prepared: self.prepared.clone() }
     }
 }
 
 impl Matcher {
     pub(super) fn new(parser: llguidance::TokenParser, end: TokenId) -> Self {
-        Self { parser: llguidance::Matcher::new(Ok(parser)), end }
+        Self { parser: llguidance::Matcher::new(Ok(parser)), end, prepared: None }
+    }
+
+    /// Computes what may come next before it is needed.
+    pub fn prepare(&mut self) {
+        if self.prepared.is_none() {
+            // A parser that has failed fails again when it is needed.
+            self.prepared = self.parser.compute_mask_or_eos().ok();
+        }
     }
 
     /// Makes the logits of what must not follow −∞. The `stop_tokens` may follow an output that is complete, whatever their
@@ -36,7 +46,10 @@ impl Matcher {
     /// # Errors
     /// When the parser reaches a limit; then nothing more can be asked of it.
     pub fn mask(&mut self, logits: &mut [f32], stop_tokens: &[u32]) -> Result<(), GrammarError> {
-        let mut mask = self.parser.compute_mask_or_eos().map_err(|error| GrammarError::Lost(worded(&error)))?;
+        let mut mask = match self.prepared.take() {
+            Some(prepared) => prepared,
+            None => self.parser.compute_mask_or_eos().map_err(|error| GrammarError::Lost(worded(&error)))?,
+        };
         let may_end = mask.is_allowed(self.end);
         mask.disallow_token(self.end);
         for &token in stop_tokens.iter().filter(|token| **token < self.end) {
@@ -61,6 +74,7 @@ impl Matcher {
     /// # Errors
     /// When it must not, or the parser reaches a limit; then nothing more can be asked of it.
     pub fn consume(&mut self, token: u32) -> Result<(), GrammarError> {
+        self.prepared = None;
         self.parser.consume_token(token).map_err(|error| GrammarError::Lost(worded(&error)))
     }
 

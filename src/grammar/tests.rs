@@ -165,6 +165,18 @@ fn a_broken_grammar_in_gbnf_says_where() {
 }
 
 #[test]
+fn what_was_prepared_holds_for_the_next_token_alone() {
+    let mut matcher = compile(&Constraint::Regex("ab".to_owned())).unwrap();
+    matcher.prepare();
+    assert_eq!(allowed(&mut matcher), [97]);
+    matcher.prepare();
+    matcher.consume(97).unwrap();
+    assert_eq!(allowed(&mut matcher), [98]);
+    matcher.prepare();
+    assert_eq!(allowed(&mut matcher.clone()), [98]);
+}
+
+#[test]
 fn the_end_may_follow_what_is_complete_and_special_tokens_nothing() {
     let mut matcher = compile(&Constraint::Regex("a+".to_owned())).unwrap();
     assert_eq!(allowed(&mut matcher), [97]);
