@@ -448,21 +448,51 @@ fn tokens_are_told_though_the_next_step_fails_at_once() {
     assert_eq!(handle.state(), EngineState::default());
 }
 
+/// Of a request that is sent and waited for.
+fn cached_tokens(ask: &Ask, handle: &EngineHandle) -> usize {
+    let mut receiver = ask.submit(handle);
+    let Some(Event::Started { cached_tokens, .. }) = next_event(&mut receiver) else { panic!("it starts") };
+    collect(receiver);
+    cached_tokens
+}
+
 #[test]
 fn a_repeated_prompt_reports_its_cached_tokens() {
     let handle = start_roomy();
     let ask = Ask::new((0..40).collect(), 1);
-    let cached = || {
-        let mut receiver = ask.submit(&handle);
-        match next_event(&mut receiver) {
-            Some(Event::Started { cached_tokens, .. }) => {
-                collect(receiver);
-                cached_tokens
-            }
-            other => panic!("{other:?} before the start"),
+    assert_eq!([cached_tokens(&ask, &handle), cached_tokens(&ask, &handle)], [0, 39]);
+}
+
+#[test]
+fn the_next_turn_of_a_conversation_computes_what_is_new_in_it() {
+    let handle = start_roomy();
+    let prompt: Vec<u32> = (0..40).collect();
+    let ask = Ask { temperature: 0.8, ..Ask::new(prompt.clone(), 30) };
+    let reply = output_tokens(&collect(ask.submit(&handle)));
+    let next = Ask::new([prompt, reply, vec![7; 5]].concat(), 1);
+    assert_eq!(cached_tokens(&next, &handle), 69, "the reply's last token was drawn and not computed");
+}
+
+#[test]
+fn a_prompt_sent_several_times_at_once_is_computed_once_though_the_first_is_cancelled() {
+    let ask = Ask::new((0..100).map(|position| position % 60).collect(), 5);
+    let alone = collect(ask.submit(&start_roomy()));
+    for (is_cancelled, num_cached) in [(false, 99 + 99), (true, 32 + 99)] {
+        let metrics = Arc::new(Metrics::new());
+        let gate = Arc::new(Mutex::new(()));
+        let closed = gate.lock().expect("nobody panicked with it");
+        let handle = start_gated(32, 64, &metrics, gate.clone());
+        let mut first = ask.submit(&handle);
+        assert!(matches!(next_event(&mut first), Some(Event::Started { .. })), "its first step is held");
+        let others = [(); 2].map(|()| ask.submit(&handle));
+        let first = (!is_cancelled).then_some(first);
+        drop(closed);
+        for receiver in first.into_iter().chain(others) {
+            assert_eq!(collect(receiver), alone);
         }
-    };
-    assert_eq!([cached(), cached()], [0, 39]);
+        assert_eq!(metrics.tokens_total.with_label_values(&["cached"]).get(), num_cached);
+        assert_eq!(handle.state(), EngineState::default());
+    }
 }
 
 #[test]

@@ -63,7 +63,8 @@ impl BlockPool {
         Some((block, num_shared))
     }
 
-    fn share(&mut self, block: BlockId) {
+    /// A share in a block that is cached or in use.
+    pub fn share(&mut self, block: BlockId) {
         let ref_count = &mut self.ref_counts[block.0 as usize];
         if *ref_count == 0 {
             self.cache.mark_used(block);

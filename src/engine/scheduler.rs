@@ -4,6 +4,8 @@
 //! chunk, and the rows of a step hold both. Both queues are in order of arrival; those of one flow come first come, first
 //! served, and which flow is next is a matter of fairness (docs/decisions/0011).
 
+mod admission;
+
 use std::collections::VecDeque;
 use std::ops::Range;
 
@@ -247,76 +249,6 @@ impl Scheduler {
     fn wait(&mut self, sequence: Sequence) {
         let place = self.waiting.partition_point(|other| other.id() < sequence.id());
         self.waiting.insert(place, sequence);
-    }
-
-    /// Who is to run next: the oldest of the flow that has been served least.
-    fn next_waiting(&self) -> Option<usize> {
-        let standing = |index: &usize| (self.fairness.expected_standing(self.waiting[*index].flow()), *index);
-        (0..self.waiting.len()).min_by_key(standing)
-    }
-
-    /// Makes room for `sequence` by preempting the youngest one of the flow that runs most above its share, if that is
-    /// more than that of `sequence` would.
-    fn preempt_for(&mut self, sequence: &Sequence) -> bool {
-        let excess = |index: usize| {
-            self.fairness.excess(self.running[index].flow(), sequence.flow()).map(|excess| (index, excess))
-        };
-        let most = (0..self.running.len()).filter_map(excess).max_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
-        most.map(|(index, _)| self.preempt(index)).is_some()
-    }
-
-    /// Starts waiting sequences, while their blocks leave one spare for each running sequence: without it the next decode
-    /// rows would throw the newcomer out again. None overtakes the next one because it is smaller.
-    fn admit(&mut self) {
-        while let Some(index) = self.next_waiting()
-            && let Some(mut sequence) = self.waiting.remove(index)
-        {
-            while let Some(refused) = self.try_start(sequence) {
-                if !self.preempt_for(&refused) {
-                    self.wait(refused);
-                    return self.run_started();
-                }
-                sequence = refused;
-            }
-        }
-        self.run_started();
-    }
-
-    /// Gives the sequence back where there is no room for it.
-    fn try_start(&mut self, mut sequence: Sequence) -> Option<Sequence> {
-        let num_running = self.running.len() + self.starting.len();
-        if num_running >= self.max_sequences || self.pool.blocks_available() <= num_running {
-            return Some(sequence);
-        }
-        let mut partial = sequence.match_prefix(&mut self.pool);
-        let num_blocks = BlockPool::num_blocks_for(sequence.tokens().len()) - sequence.block_table().len();
-        let is_room = |pool: &BlockPool| num_blocks + num_running <= pool.blocks_available();
-        // The share in a block to copy from must not be what keeps the sequence waiting.
-        if let Some((shared, _)) = partial.take_if(|_| !is_room(&self.pool)) {
-            self.pool.release_shared(shared);
-        }
-        if !is_room(&self.pool) {
-            sequence.release(&mut self.pool);
-            return Some(sequence);
-        }
-        for block in std::iter::repeat_with(|| self.pool.allocate()).take(num_blocks).flatten() {
-            match partial.take() {
-                Some((from, num_positions)) => {
-                    self.plan.copies.push(BlockCopy { from, to: block });
-                    sequence.push_copy(block, num_positions);
-                }
-                None => sequence.push_block(block),
-            }
-        }
-        let num_promised = sequence.promise();
-        self.fairness.admit(sequence.flow(), num_promised);
-        self.starting.push(sequence);
-        None
-    }
-
-    fn run_started(&mut self) {
-        self.running.append(&mut self.starting);
-        self.running.sort_unstable_by_key(Sequence::id);
     }
 
     /// One row for each decoding sequence; of the rest, each prefilling sequence in turn gets up to half as long as others

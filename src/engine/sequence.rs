@@ -17,6 +17,14 @@ use crate::model::FIRST_VIRTUAL_TOKEN;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SequenceId(pub u64);
 
+/// The running sequence that a waiting one follows: it computes what both begin with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Leader {
+    pub id: SequenceId,
+    /// Tokens at the start that both have, virtual ones included.
+    pub num_tokens: usize,
+}
+
 #[derive(Debug)]
 pub struct Sequence {
     id: SequenceId,
@@ -43,6 +51,7 @@ pub struct Sequence {
     num_scored_tokens: usize,
     speculation: Speculation,
     prediction: Option<Prediction>,
+    leader: Option<Leader>,
 }
 
 impl Sequence {
@@ -79,6 +88,7 @@ impl Sequence {
             num_scored_tokens: num_virtual_tokens + 1,
             speculation: Speculation::default(),
             prediction: None,
+            leader: None,
         }
     }
 
@@ -148,6 +158,29 @@ impl Sequence {
 
     pub fn block_table(&self) -> &[BlockId] {
         &self.block_table
+    }
+
+    /// Whom it has waited for last.
+    pub(super) fn leader(&self) -> Option<Leader> {
+        self.leader
+    }
+
+    pub(super) fn follow(&mut self, leader: Leader) {
+        self.leader = Some(leader);
+    }
+
+    /// Tokens at the start whose K and V `other` can take over when they are computed here.
+    pub(super) fn num_shared_tokens(&self, other: &Self) -> usize {
+        if other.needs_all_logits() || self.generation() != other.generation() {
+            return 0;
+        }
+        let wanted = &other.tokens[..other.tokens.len() - 1];
+        wanted.iter().zip(&self.tokens).take_while(|(a, b)| a == b).count()
+    }
+
+    /// A position that is taken over has no logits.
+    fn needs_all_logits(&self) -> bool {
+        self.prompt_output == PromptOutput::Logprobs
     }
 
     /// True when nothing is left to generate.
@@ -234,8 +267,8 @@ impl Sequence {
     /// Takes the longest chain of cached blocks, always leaving at least one token to compute. Returns a block that begins
     /// as the next one would, with a share in it, and for how many positions.
     pub(super) fn match_prefix(&mut self, pool: &mut BlockPool) -> Option<(BlockId, usize)> {
-        if self.prompt_output == PromptOutput::Logprobs {
-            return None; // A cached position has no logits.
+        if self.needs_all_logits() {
+            return None;
         }
         let num_to_match = self.tokens.len() - 1;
         for index in 0..num_to_match / BLOCK_SIZE {

@@ -1,8 +1,9 @@
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use kernels::attention::BLOCK_SIZE;
+use kernels::attention::{BLOCK_SIZE, BlockId};
 use proptest::prelude::*;
 
 use super::*;
@@ -162,6 +163,66 @@ fn a_block_to_copy_from_keeps_nobody_waiting() {
     }
 }
 
+/// The rows of each sequence from now on.
+fn rows_until_all_have_ended(scheduler: &mut Scheduler) -> Vec<(u64, usize)> {
+    let mut num_rows = BTreeMap::new();
+    while !scheduler.is_empty() {
+        scheduler.schedule();
+        shares(scheduler).into_iter().for_each(|(id, rows)| *num_rows.entry(id).or_default() += rows);
+        finish_step(scheduler);
+    }
+    num_rows.into_iter().collect()
+}
+
+#[test]
+fn a_prompt_that_another_is_computing_is_not_computed_again() {
+    let prompt: Vec<u32> = (0..100).collect();
+    for (num_steps, max_tokens) in [(0, 1), (0, 5), (1, 1), (1, 5)] {
+        let mut scheduler = Scheduler::new(36, 8, 64);
+        let new = |id| Sequence::new(SequenceId(id), &prompt, max_tokens, None, PromptOutput::Nothing);
+        scheduler.enqueue(new(0));
+        (0..num_steps).for_each(|_| drop(step(&mut scheduler)));
+        (1..4).for_each(|id| scheduler.enqueue(new(id)));
+        let first = 100 - 36 * num_steps + max_tokens - 1;
+        let expected = [(0, first), (1, max_tokens), (2, max_tokens), (3, max_tokens)];
+        assert_eq!(rows_until_all_have_ended(&mut scheduler), expected, "{num_steps} {max_tokens}");
+        assert_eq!(scheduler.blocks_used(), 0);
+    }
+}
+
+#[test]
+fn whoever_follows_a_cancelled_sequence_goes_on_where_it_was() {
+    let prompt: Vec<u32> = (0..100).collect();
+    let mut scheduler = Scheduler::new(36, 8, 64);
+    (0..3).for_each(|id| {
+        scheduler.enqueue(Sequence::new(SequenceId(id), &prompt, 1, None, PromptOutput::Nothing));
+    });
+    (0..2).for_each(|_| drop(step(&mut scheduler)));
+    assert_eq!((scheduler.num_running(), scheduler.num_waiting()), (1, 2));
+    scheduler.remove(SequenceId(0));
+    assert_eq!(rows_until_all_have_ended(&mut scheduler), [(1, 28), (2, 1)]);
+}
+
+#[test]
+fn none_but_those_who_gain_by_it_wait_for_another() {
+    let prompt: Vec<u32> = (0..100).collect();
+    let like = |id, num_shared: usize, adapter, prompt_output| {
+        let mut prompt = prompt.clone();
+        prompt[num_shared..].fill(7);
+        Sequence::new(SequenceId(id), &prompt, 1, adapter, prompt_output)
+    };
+    let mut scheduler = Scheduler::new(256, 8, 64);
+    scheduler.enqueue(like(0, 100, None, PromptOutput::Nothing));
+    scheduler.enqueue(like(1, 16, None, PromptOutput::Nothing));
+    scheduler.enqueue(like(2, 15, None, PromptOutput::Nothing));
+    scheduler.enqueue(like(3, 100, Some(adapter("a")), PromptOutput::Nothing));
+    scheduler.enqueue(like(4, 100, None, PromptOutput::Logprobs));
+    scheduler.schedule();
+    assert_eq!(shares(&scheduler).iter().map(|(id, _)| *id).collect::<Vec<_>>(), [0, 2, 3, 4]);
+    finish_step(&mut scheduler);
+    assert!(rows_until_all_have_ended(&mut scheduler).contains(&(1, 84)));
+}
+
 #[test]
 fn pinned_prefixes_outlive_prompts_that_came_after_them() {
     let pinned: Vec<u32> = (0..40).collect();
@@ -301,6 +362,42 @@ fn check_plan(
         assert!(group.is_none_or(|group| planned.rows.end <= group.rows.end));
     }
     assert!(plan.logits_rows.is_sorted_by(|a, b| a < b));
+    assert!(scheduler.running.is_sorted_by_key(Sequence::id) && scheduler.waiting.iter().is_sorted_by_key(|s| s.id()));
+}
+
+/// Of each position in the KV store, the hash of all tokens up to it, as plans have them computed.
+#[derive(Default)]
+struct Positions(HashMap<(BlockId, usize), u64>);
+
+impl Positions {
+    /// Checks that every row finds before it what its sequence needs.
+    fn compute(&mut self, scheduler: &Scheduler) {
+        let plan = scheduler.plan();
+        let copied: Vec<BlockId> = plan.copies.iter().map(|copy| copy.to).collect();
+        for copy in &plan.copies {
+            assert!(!copied.contains(&copy.from), "copies may be made in any order");
+            for offset in 0..BLOCK_SIZE {
+                if let Some(hash) = self.0.get(&(copy.from, offset)).copied() {
+                    self.0.insert((copy.to, offset), hash);
+                }
+            }
+        }
+        for planned in &plan.sequences {
+            let sequence = scheduler.sequence(planned);
+            let mut hasher = DefaultHasher::new();
+            sequence.generation().hash(&mut hasher);
+            let tokens = [sequence.tokens(), sequence.draft()].concat();
+            for (position, token) in tokens[..planned.first_position + planned.rows.len()].iter().enumerate() {
+                token.hash(&mut hasher);
+                let slot = (sequence.block_table()[position / BLOCK_SIZE], position % BLOCK_SIZE);
+                if position < planned.first_position {
+                    assert_eq!(self.0.get(&slot), Some(&hasher.finish()), "{:?} at {position}", planned.id);
+                } else {
+                    self.0.insert(slot, hasher.finish());
+                }
+            }
+        }
+    }
 }
 
 proptest! {
@@ -311,6 +408,7 @@ proptest! {
         let adapters = [None, Some(adapter("a")), Some(adapter("b"))];
         let mut scheduler = Scheduler::new(MAX_BATCH_ROWS, 6, NUM_BLOCKS).with_speculation(max_draft_tokens);
         let mut next_positions = HashMap::new();
+        let mut positions = Positions::default();
         let mut live: Vec<SequenceId> = Vec::new();
         let mut next_id = 0;
         let num_actions = actions.len();
@@ -340,6 +438,7 @@ proptest! {
                         next_positions.clear();
                     }
                     check_plan(&scheduler, &mut next_positions, was_preempted);
+                    positions.compute(&scheduler);
                     prop_assert!(live.is_empty() || !scheduler.plan().sequences.is_empty(), "no deadlock");
                     let ended = finish_step(&mut scheduler);
                     live.retain(|id| !ended.contains(id));
