@@ -19,6 +19,7 @@ use lorry::config::{self, Config, Overrides};
 use lorry::http;
 use lorry::model::base_file::BaseFile;
 use lorry::model::base_weights::GgufWeights;
+use lorry::model::listing;
 use lorry::terminal::TerminalError;
 use lorry::terminal::chat::{self, ChatArgs};
 use lorry::terminal::compare::{self, CompareArgs};
@@ -50,6 +51,12 @@ enum Command {
     Pull {
         /// Catalogue id, hf:owner/repo/file.gguf or hf:owner/repo.
         model: String,
+    },
+    /// List the models known by id: what each is served with, and whether it fits into this machine's memory.
+    Models {
+        /// Configuration file (TOML), for the size of the KV store.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
     },
     /// Let a running server go on with a prompt, and print what it writes as it comes.
     Generate(GenerateArgs),
@@ -134,6 +141,11 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
             let config = Config::load(None, &Overrides { model: Some(model), ..Overrides::default() })?;
             let BaseFile { path, .. } = BaseFile::of(&config.model, &config::lorry_home()?)?;
             writeln!(stdout(), "{}", path.display())?;
+            Ok(())
+        }
+        Command::Models { config } => {
+            let config = Config::load(config.as_deref(), &Overrides::default())?;
+            write!(stdout(), "{}", listing::table(&config::lorry_home()?, &config.engine))?;
             Ok(())
         }
         Command::Generate(args) => Ok(generate::run(&args)?),

@@ -8,6 +8,7 @@ use half::bf16;
 use lorry::model::base_weights::GgufWeights;
 use lorry::model::checkpoint::{Quantization, quantized};
 use lorry::model::gguf::GgufFile;
+use lorry::model::memory::{Memory, Mix};
 use lorry::model::spec::Module;
 use lorry::model::{BaseWeights, VocabularyMatrix};
 use lorry::prompt::chat::{ChatTemplate, Ending};
@@ -192,6 +193,14 @@ fn weights_keep_their_order_and_lose_what_the_type_loses() {
             assert!(difference > 0.0 || bound == 0.0, "{model_type} was not quantized to {quantization}");
         }
     }
+}
+
+/// The rows of the tiny model do not divide into the blocks of Q4_K and Q6_K.
+#[test]
+fn the_memory_of_a_checkpoint_is_known_before_it_is_quantized() {
+    let checkpoint = Checkpoint::new("llama");
+    let file = GgufFile::open(&checkpoint.convert("q4k").unwrap()).unwrap();
+    assert_eq!(Memory::of_mix(&file.spec().unwrap(), Mix::Q4K), Memory::of_file(&file).unwrap());
 }
 
 #[test]

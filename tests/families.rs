@@ -20,6 +20,8 @@ use lorry::adapter::canonical::Adapter;
 use lorry::adapter::loader;
 use lorry::model::base_weights::GgufWeights;
 use lorry::model::checkpoint::quantized;
+use lorry::model::gguf::GgufFile;
+use lorry::model::memory::Memory;
 use lorry::model::{AdapterGroup, ForwardBatch, SequenceRows};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde::Deserialize;
@@ -332,6 +334,20 @@ fn what_a_file_says_changes_the_logits_as_it_does_those_of_transformers() {
             assert!(found < MAX_EXACT_DISTANCE, "{}, {}: {found}", family.name, variant.name);
             assert!(on_card < MAX_QUANTIZED_DISTANCE, "{}, {} on a card: {on_card}", family.name, variant.name);
             assert!(change > MIN_CHANGE, "{}, {}: changes too little", family.name, variant.name);
+        }
+    }
+}
+
+#[test]
+fn a_model_takes_the_memory_that_its_file_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tiny.gguf");
+    for family in &REFERENCE.families {
+        for dtype in [GgmlDType::Q8_0, GgmlDType::Q4_1] {
+            Model::of(family).write(&path, dtype);
+            let said = Memory::of_file(&GgufFile::open(&path).unwrap()).unwrap();
+            let decoder = Place::Host(Isa::detect(), 1).load(&path, usize::MAX).unwrap();
+            assert_eq!(said.weight_bytes, decoder.weight_bytes(), "{} in {dtype:?}", family.name);
         }
     }
 }

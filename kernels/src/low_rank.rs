@@ -83,6 +83,12 @@ impl LowRank {
         self.scales.len()
     }
 
+    /// What [`LowRank::bytes`] is of a pair of these sizes.
+    pub const fn bytes_of(rank: usize, in_features: usize, out_features: usize) -> usize {
+        let (rows_of_a, rows_of_b) = (rank.next_multiple_of(LANES), out_features.next_multiple_of(LANES));
+        (rows_of_a * in_features + rows_of_b * rank) * size_of::<f16>() + rows_of_a * size_of::<f32>()
+    }
+
     /// Bytes of the packed weights in memory.
     pub fn bytes(&self) -> usize {
         self.a.bytes() + self.b.bytes() + size_of_val(self.scales.as_slice())

@@ -5,6 +5,11 @@ use std::sync::LazyLock;
 
 use serde::Deserialize;
 
+use super::family::Family;
+use super::memory::{Memory, Mix};
+use super::pull;
+use super::spec::ModelSpec;
+
 static CATALOGUE: LazyLock<Vec<CatalogueModel>> = LazyLock::new(|| {
     let catalogue: Catalogue = toml::from_str(include_str!("../../config/models.toml")).expect("compiled in, tested");
     catalogue.models
@@ -84,27 +89,109 @@ struct Catalogue {
     models: Vec<CatalogueModel>,
 }
 
+/// A model that is known by id, and what is known of it before its file is there.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct CatalogueModel {
-    id: String,
-    file: String,
-    size_bytes: u64,
-    sha256: String,
+pub struct CatalogueModel {
+    pub id: String,
+    /// A checkpoint on the hub, `owner/repo`.
+    repository: Option<String>,
+    /// Else a GGUF file, and where it comes from.
+    file: Option<String>,
+    size_bytes: Option<u64>,
+    sha256: Option<String>,
     hub: Option<String>,
+    #[serde(default)]
     wheels: Vec<Wheel>,
+    #[serde(default)]
+    quantization: Mix,
+    /// As its publisher counts them.
+    pub parameters: u64,
+    /// Whether its vocabulary has sentinels for a gap.
+    #[serde(default)]
+    pub fill_in_middle: bool,
+    #[serde(default)]
+    pub chat: Chat,
+    shape: CatalogueShape,
+}
+
+/// What of chats a model is served with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Chat {
+    #[default]
+    None,
+    Plain,
+    Tools,
+}
+
+/// Out of the model's `config.json`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CatalogueShape {
+    /// As in GGUF.
+    architecture: String,
+    layers: usize,
+    hidden: usize,
+    intermediate: usize,
+    /// Of queries, and of keys and values.
+    heads: [usize; 2],
+    head_dim: usize,
+    vocabulary: usize,
+    context: usize,
 }
 
 impl CatalogueModel {
     fn source(&self) -> ModelSource {
-        let download = Download {
-            file: PathBuf::from(&self.file),
-            digest: Some(Digest { size_bytes: self.size_bytes, sha256: self.sha256.clone() }),
-            hub: self.hub.clone().map(|repo| HubFile { repo, file: self.file.clone(), revision: None }),
+        let digest = self.size_bytes.zip(self.sha256.clone());
+        let download = |file: &String| Download {
+            file: PathBuf::from(file),
+            digest: digest.map(|(size_bytes, sha256)| Digest { size_bytes, sha256 }),
+            hub: self.hub.clone().map(|repo| HubFile { repo, file: file.clone(), revision: None }),
             wheels: self.wheels.clone(),
         };
-        ModelSource { id: self.id.clone(), location: Location::Download(download) }
+        let location = match (&self.repository, &self.file) {
+            (Some(repository), _) => Location::Repository(repository.clone()),
+            (None, file) => Location::Download(download(file.as_ref().expect("compiled in, tested"))),
+        };
+        ModelSource { id: self.id.clone(), location }
     }
+
+    /// Where its file or its checkpoint is, if it has been fetched.
+    pub fn fetched(&self, home: &Path) -> Option<PathBuf> {
+        pull::fetched(&self.source(), home)
+    }
+
+    /// The decoder, as far as it takes memory.
+    pub fn spec(&self) -> ModelSpec {
+        let shape = &self.shape;
+        let family = Family::named(&shape.architecture).expect("compiled in, tested");
+        ModelSpec {
+            architecture: family.architecture,
+            hidden_size: shape.hidden,
+            intermediate_size: shape.intermediate,
+            num_layers: shape.layers,
+            num_heads: shape.heads[0],
+            num_kv_heads: shape.heads[1],
+            head_dim: shape.head_dim,
+            vocab_size: shape.vocabulary,
+            rope_theta: 1e4,
+            norm_eps: 1e-5,
+            context_length: shape.context,
+            features: family.features.clone(),
+        }
+    }
+
+    /// What it takes of the host's memory, as its shape and the usual types of its weights say.
+    pub fn memory(&self) -> Memory {
+        let mix = if self.repository.is_some() { Mix::Q4K } else { self.quantization };
+        Memory::of_mix(&self.spec(), mix)
+    }
+}
+
+/// All of them, in the order of the file.
+pub fn models() -> &'static [CatalogueModel] {
+    &CATALOGUE
 }
 
 /// The ids that [`resolve`] knows without a path.
@@ -168,6 +255,7 @@ fn model_id(path: &Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::spec::Architecture;
 
     fn download(source: ModelSource) -> Download {
         match source.location {
@@ -177,13 +265,47 @@ mod tests {
     }
 
     #[test]
-    fn every_catalogue_model_has_a_digest_and_a_source() {
-        assert_eq!(catalogue_ids(), ["qwen2.5-coder:0.5b", "qwen2.5-coder:1.5b", "smollm2:135m"]);
+    fn every_catalogue_model_has_a_source_and_those_that_wheels_carry_a_digest() {
+        for model in models() {
+            assert!(model.repository.is_some() != model.file.is_some(), "{}", model.id);
+            assert_eq!(model.size_bytes.is_some(), model.sha256.is_some(), "{}", model.id);
+        }
         for id in catalogue_ids() {
-            let download = download(resolve(id).unwrap());
-            let digest = download.digest.unwrap();
-            assert!(digest.sha256.len() == 64 && digest.sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')));
-            assert!(digest.size_bytes > 0 && (download.hub.is_some() || !download.wheels.is_empty()), "{id}");
+            let download = match resolve(id).unwrap().location {
+                Location::Download(download) => download,
+                Location::Repository(repository) => {
+                    assert!(repository.split('/').count() == 2, "{id}: {repository}");
+                    continue;
+                }
+                other => panic!("{id}: {other:?}"),
+            };
+            assert!(download.hub.is_some() || !download.wheels.is_empty(), "{id}");
+            assert!(download.wheels.is_empty() || download.digest.is_some(), "{id}");
+            if let Some(digest) = download.digest {
+                let is_hexadecimal = digest.sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+                assert!(is_hexadecimal && digest.sha256.len() == 64 && digest.size_bytes > 0, "{id}");
+            }
+        }
+    }
+
+    /// Every number of a shape is in the sum, so that one that is wrong shows.
+    #[test]
+    fn shapes_add_up_to_the_parameters_that_publishers_count() {
+        for model in models() {
+            let spec = model.spec();
+            let (hidden, vocab) = (spec.hidden_size, spec.vocab_size);
+            let (q, kv) = (spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim);
+            let centers = usize::from(spec.features.centers_norms);
+            let norms = 2 * hidden * (1 + centers) + 2 * spec.head_dim * usize::from(spec.features.norms_heads);
+            let biases = match spec.architecture {
+                Architecture::Qwen2 => q + 2 * kv,
+                Architecture::StarCoder2 => q + 2 * kv + 2 * hidden + spec.intermediate_size,
+                _ => 0,
+            };
+            let parameters = spec.num_linear_weights() + spec.num_layers * (norms + biases) + hidden * (1 + centers);
+            // The head, which is counted above, may be the embedding.
+            let counts = [parameters, parameters + vocab * hidden].map(|count| count as u64);
+            assert!(counts.contains(&model.parameters), "{}: {counts:?}", model.id);
         }
     }
 

@@ -205,6 +205,11 @@ impl GgufFile {
         Ok(RawTensor { weight_type, shape, bytes })
     }
 
+    /// The type of a tensor's weights.
+    pub fn weight_type(&self, name: &str) -> Result<WeightType, GgufError> {
+        Ok(self.place(name)?.0)
+    }
+
     /// A tensor, and its bytes, which lie within its file.
     fn place(&self, name: &str) -> Result<(WeightType, &Tensor, Range<usize>), GgufError> {
         let tensor = self.tensors.get(name).ok_or_else(|| GgufError::MissingTensor(name.to_string()))?;

@@ -8,6 +8,8 @@ pub mod decoder;
 pub mod family;
 pub mod file;
 pub mod gguf;
+pub mod listing;
+pub mod memory;
 pub mod metadata;
 pub mod pull;
 pub mod random;

@@ -12,6 +12,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::gguf::{GgufError, RawTensor};
+use super::memory::has_six_bits;
 use super::spec::{Architecture, ModelSpec, Module};
 use super::tensors::Tensors;
 use crate::adapter::canonical::{Adapter, Coverage};
@@ -53,8 +54,7 @@ impl FromStr for Shape {
     }
 }
 
-/// Weights in the types that llama.cpp's Q4_K_M has: Q6_K for the head, and for `down` and `v` of half of the blocks, Q4_K for
-/// the rest; where rows do not divide into 256, Q8_0 and Q5_0.
+/// Weights in the types that llama.cpp's Q4_K_M has ([`Mix::Q4KM`](super::memory::Mix)).
 ///
 /// All matrices of a type begin with the same bytes: what they hold does not matter for their speed.
 #[derive(Debug)]
@@ -95,10 +95,7 @@ impl RandomTensors {
     }
 
     fn bytes(&self, name: &str, width: usize) -> &(BlockFormat, MappedFileBytes) {
-        let layer = name.split('.').nth(1).and_then(|number| number.parse::<usize>().ok());
-        let is_long = name.contains("ffn_down") || name.contains("attn_v");
-        let has_six_bits = layer.is_none_or(|layer| is_long && layer < self.num_layers / 2);
-        let bytes = if has_six_bits { &self.six_bits } else { &self.four_bits };
+        let bytes = if has_six_bits(name, self.num_layers) { &self.six_bits } else { &self.four_bits };
         if width.is_multiple_of(256) { &bytes.wide } else { &bytes.narrow }
     }
 }

@@ -12,10 +12,11 @@ use kernels::cuda::nvidia::{Nvidia, OpenError};
 use kernels::device::{Device, DeviceError, StepLimits};
 use kernels::host::Host;
 use kernels::{Cpu, Isa};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::decoder::Decoder;
-use super::gguf::GgufError;
+use super::gguf::{GgufError, GgufFile};
+use super::memory::{self, Memory};
 use super::random::{RandomTensors, Shape};
 use super::spec::ModelSpec;
 use super::{Model, unquantized};
@@ -26,8 +27,6 @@ use crate::metrics::Metrics;
 /// Rows of a step where nobody says otherwise: what keeps the arithmetic of the device busy without keeping others waiting.
 const HOST_ROWS: usize = 128;
 const GPU_ROWS: usize = 1024;
-/// Memory for keys and values on the host where nobody says otherwise.
-const HOST_KV_BYTES: usize = 1 << 30;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ResidentError {
@@ -84,7 +83,10 @@ impl Resident {
 /// When there is no such device, the file cannot be read, or the device does not hold it.
 pub fn load(source: Source<'_>, config: &EngineConfig) -> Result<Resident, ResidentError> {
     match config.device {
-        DeviceChoice::Cpu => load_onto(source, host(config), config, HOST_ROWS),
+        DeviceChoice::Cpu => {
+            warn_of_little_memory(source, config);
+            load_onto(source, host(config), config, HOST_ROWS)
+        }
         DeviceChoice::Cuda(number) => load_onto(source, cuda(Nvidia::open(number)?, config), config, GPU_ROWS),
         DeviceChoice::Auto => match Nvidia::first_usable().and_then(Nvidia::open) {
             Ok(card) => {
@@ -95,9 +97,27 @@ pub fn load(source: Source<'_>, config: &EngineConfig) -> Result<Resident, Resid
             Err(reason) => {
                 let device = host(config);
                 info!("device: {}; no GPU: {reason}", device.name());
+                warn_of_little_memory(source, config);
                 load_onto(source, device, config, HOST_ROWS)
             }
         },
+    }
+}
+
+/// Before the system ends the process without a word.
+fn warn_of_little_memory(source: Source<'_>, config: &EngineConfig) {
+    let (Source::File(path), Some(available)) = (source, memory::available_bytes()) else { return };
+    // A file that cannot be read is refused by who loads it.
+    let needed = GgufFile::open(path)
+        .and_then(|file| Ok(Memory::of_file(&file)?.needed_bytes(&file.spec()?, config)))
+        .unwrap_or_default();
+    if needed > available {
+        warn!(
+            "{} takes about {}, and {} of memory are available: see engine.kv_cache_mib, or take a smaller model",
+            path.display(),
+            memory::readable(needed),
+            memory::readable(available)
+        );
     }
 }
 
@@ -142,18 +162,14 @@ pub fn load_onto<D: Device>(
     );
     let max_rows = if config.max_batch_rows == 0 { default_rows } else { config.max_batch_rows };
     let limits = StepLimits { max_rows, max_sequences: config.max_sequences };
-    // More blocks than all sequences together could fill would never be touched.
-    let most = config.max_sequences.saturating_mul(spec.context_length.div_ceil(BLOCK_SIZE));
     let on_device = |source| ResidentError::Device { device: name.clone(), source };
     let free = decoder.device().max_kv_blocks(limits, config.device_adapters_mib << 20).map_err(on_device)?;
-    let block_bytes = spec.shape().kv_block_bytes();
-    let wanted = match (config.kv_cache_mib, free) {
-        (0, Some(free)) => free,
-        (0, None) => HOST_KV_BYTES / block_bytes,
-        (mib, _) => (mib << 20) / block_bytes,
+    let num_blocks = match free {
+        Some(free) if config.kv_cache_mib == 0 => free.clamp(1, memory::max_kv_blocks(spec, config)),
+        _ => memory::host_kv_blocks(spec, config),
     };
-    let num_blocks = wanted.clamp(1, most);
     decoder.reserve(limits, num_blocks).map_err(on_device)?;
-    info!("KV store: {num_blocks} blocks of {BLOCK_SIZE} tokens");
+    let block_bytes = decoder.spec().shape().kv_block_bytes();
+    info!("KV store: {num_blocks} blocks of {BLOCK_SIZE} tokens, {}", memory::readable(num_blocks * block_bytes));
     Ok(Resident { model: Box::new(decoder), device: name, limits })
 }

@@ -19,12 +19,21 @@ use crate::elementwise::{
     swiglu_quantize,
 };
 use crate::mapped_file::MappedRows;
+use crate::quantized::{PackedMatrix, WeightType};
 use crate::shape::{Activation, AttentionPlan, DecoderShape, LayerAttention};
 use crate::step::Step;
 
 use embedding::VirtualRow;
 pub use linear::{HostLinear, RowProduct, Unquantized};
 use linear::{LinearBuffers, SiteDeltas};
+
+/// Bytes that a matrix of `shape` `(out, in)` takes of memory once it is loaded: packed, or as f32 where it is not quantized.
+pub fn weight_bytes(weight_type: WeightType, shape: (usize, usize)) -> usize {
+    match weight_type {
+        WeightType::Blocks(format) => PackedMatrix::bytes_of(format, shape),
+        WeightType::F16 | WeightType::BF16 | WeightType::F32 => shape.0 * shape.1 * size_of::<f32>(),
+    }
+}
 
 /// Rows whose logits are computed together.
 const LOGITS_ROWS: usize = 16;

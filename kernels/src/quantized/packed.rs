@@ -121,7 +121,7 @@ impl PackedMatrix {
         let num_tiles = out_features.div_ceil(ROWS_PER_TILE);
         let num_blocks = in_features / 32;
         let per_tile = num_blocks * layout.record_bytes() / 32;
-        let mut records = vec![Aligned([0; 32]); num_tiles * per_tile];
+        let mut records = vec![Aligned([0; 32]); Self::bytes_of(format, (out_features, in_features)) / 32];
         let target = DisjointMut::new(&mut records);
         cpu.pool().run(num_tiles, &|tile| {
             // SAFETY: each task takes its own tile.
@@ -145,6 +145,11 @@ impl PackedMatrix {
 
     pub fn in_features(&self) -> usize {
         self.in_features
+    }
+
+    /// Bytes in memory of a matrix `[out_features, in_features]` whose rows divide into blocks.
+    pub fn bytes_of(format: BlockFormat, (out_features, in_features): (usize, usize)) -> usize {
+        out_features.div_ceil(ROWS_PER_TILE) * (in_features / 32) * Layout::of(format).record_bytes()
     }
 
     /// Bytes in memory.

@@ -98,6 +98,16 @@ pub fn pull(source: &ModelSource, home: &Path) -> Result<PathBuf, PullError> {
     }
 }
 
+/// Where [`pull`] would find it without fetching anything.
+pub fn fetched(source: &ModelSource, home: &Path) -> Option<PathBuf> {
+    let models = home.join("models");
+    match &source.location {
+        Location::File(path) | Location::Folder(path) => Some(path.clone()),
+        Location::Repository(repo) => Some(models.join(repo)).filter(|folder| repository::is_complete(folder)),
+        Location::Download(download) => Some(models.join(&download.file)).filter(|file| file.is_file()),
+    }
+}
+
 fn pull_download(download: &Download, home: &Path, transport: &impl Transport) -> Result<PathBuf, PullError> {
     let target = home.join("models").join(&download.file);
     if verified::is_known_good(&target, download.digest.as_ref()) {

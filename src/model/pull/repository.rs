@@ -21,13 +21,13 @@ const FILES: [&str; 6] = [
 /// The folder of `repo` (`owner/repo`) below `home`/models, downloaded on first use.
 pub fn pull(repo: &str, home: &Path, transport: &impl Transport) -> Result<PathBuf, PullError> {
     let target = home.join("models").join(repo);
-    if target.join(COMPLETE).exists() {
+    if is_complete(&target) {
         return Ok(target);
     }
     let io_error = |source| PullError::Io { path: target.clone(), source };
     fs::create_dir_all(&target).map_err(io_error)?;
     let _lock = lock(&target).map_err(io_error)?;
-    if target.join(COMPLETE).exists() {
+    if is_complete(&target) {
         return Ok(target);
     }
     remove_leftovers(&target, PART).map_err(io_error)?;
@@ -38,6 +38,11 @@ pub fn pull(repo: &str, home: &Path, transport: &impl Transport) -> Result<PathB
     fetch_all(repo, &target, transport).map_err(no_source)?;
     info!("{} is complete", target.display());
     Ok(target)
+}
+
+/// Whether all files of a checkpoint are there.
+pub fn is_complete(target: &Path) -> bool {
+    target.join(COMPLETE).exists()
 }
 
 const PART: &str = ".part-";

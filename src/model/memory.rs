@@ -1,0 +1,194 @@
+//! What a model takes of the host's memory, by its shape and the types of its weights.
+
+use std::convert::Infallible;
+use std::fs;
+
+use kernels::attention::BLOCK_SIZE;
+use kernels::host;
+use kernels::low_rank::LowRank;
+use kernels::quantized::{BlockFormat, WeightType};
+use serde::Deserialize;
+
+use super::base_weights::{EMBEDDING_TENSOR, HEAD_TENSOR};
+use super::gguf::{GgufError, GgufFile};
+use super::spec::ModelSpec;
+use crate::config::EngineConfig;
+
+/// Memory for keys and values on the host where nobody says otherwise.
+const DEFAULT_KV_BYTES: usize = 1 << 30;
+/// The rank that adapters are compared at.
+pub const ADAPTER_RANK: usize = 16;
+
+/// Bytes on the host. Beside them, the rows of the embedding that are in use stay in memory as part of the mapped file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    /// Of all linear layers and the head.
+    pub weight_bytes: usize,
+    /// Of the keys and values of one token.
+    pub kv_token_bytes: usize,
+    /// Of a LoRA of rank [`ADAPTER_RANK`] on every linear layer.
+    pub adapter_bytes: usize,
+}
+
+impl Memory {
+    /// `weight_type` says the type of a tensor by its name in GGUF and the length of its rows.
+    ///
+    /// # Errors
+    /// Those of `weight_type`.
+    pub fn of<E>(spec: &ModelSpec, weight_type: impl Fn(&str, usize) -> Result<WeightType, E>) -> Result<Self, E> {
+        let (hidden, vocab) = (spec.hidden_size, spec.vocab_size);
+        let mut weight_bytes = host::weight_bytes(weight_type(HEAD_TENSOR, hidden)?, (vocab, hidden));
+        let mut adapter_bytes = 0;
+        for layer in 0..spec.num_layers {
+            for module in spec.modules() {
+                let (inputs, outputs) = spec.module_shape(module);
+                let name = format!("blk.{layer}.{}.weight", spec.file_rows(module).part);
+                weight_bytes += host::weight_bytes(weight_type(&name, inputs)?, (outputs, inputs));
+                adapter_bytes += LowRank::bytes_of(ADAPTER_RANK, inputs, outputs);
+            }
+        }
+        let kv_token_bytes = spec.shape().kv_block_bytes() / BLOCK_SIZE;
+        Ok(Self { weight_bytes, kv_token_bytes, adapter_bytes })
+    }
+
+    /// # Errors
+    /// The file is of no decoder that is served, or lacks a matrix.
+    pub fn of_file(file: &GgufFile) -> Result<Self, GgufError> {
+        let is_tied = !file.has_tensor(HEAD_TENSOR);
+        Self::of(&file.spec()?, |name, _| {
+            file.weight_type(if is_tied && name == HEAD_TENSOR { EMBEDDING_TENSOR } else { name })
+        })
+    }
+
+    /// Of a file that is not at hand.
+    pub fn of_mix(spec: &ModelSpec, mix: Mix) -> Self {
+        let weight_type = |name: &str, width| {
+            Ok::<_, Infallible>(WeightType::Blocks(mix.format(has_six_bits(name, spec.num_layers), name, width)))
+        };
+        match Self::of(spec, weight_type) {
+            Ok(memory) => memory,
+            Err(never) => match never {},
+        }
+    }
+
+    /// What a server of the base alone takes, with its KV store full.
+    pub fn needed_bytes(&self, spec: &ModelSpec, config: &EngineConfig) -> usize {
+        self.weight_bytes + host_kv_blocks(spec, config) * spec.shape().kv_block_bytes()
+    }
+}
+
+/// Which types a file has its matrices in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+pub enum Mix {
+    /// llama.cpp's: Q6_K for the head, and for `v` and `down` of half of the layers, Q4_K for the rest; where rows do not divide
+    /// into 256, Q8_0 and Q5_0.
+    #[default]
+    #[serde(rename = "q4_k_m")]
+    Q4KM,
+    /// llama.cpp's: Q4_1, but for the head.
+    #[serde(rename = "q4_1")]
+    Q4_1,
+    /// What a checkpoint is quantized to unless `model.quantize` says otherwise: Q4_K, but for the head; Q4_1 where rows do not
+    /// divide.
+    #[serde(rename = "q4k")]
+    Q4K,
+}
+
+impl Mix {
+    fn format(self, has_six_bits: bool, name: &str, width: usize) -> BlockFormat {
+        let is_wide = width.is_multiple_of(256);
+        let has_six_bits = if self == Self::Q4KM { has_six_bits } else { name == HEAD_TENSOR };
+        match (self, has_six_bits) {
+            (_, true) if is_wide => BlockFormat::Q6_K,
+            (_, true) => BlockFormat::Q8_0,
+            (Self::Q4KM | Self::Q4K, false) if is_wide => BlockFormat::Q4_K,
+            (Self::Q4KM, false) => BlockFormat::Q5_0,
+            (Self::Q4K | Self::Q4_1, false) => BlockFormat::Q4_1,
+        }
+    }
+}
+
+/// Whether llama.cpp's Q4_K_M gives a matrix more bits: those outside of layers, and `v` and `down` of the first and the last
+/// eighth of the layers and of every third between (`use_more_bits` in its `llama-quant.cpp`).
+pub fn has_six_bits(name: &str, num_layers: usize) -> bool {
+    let Some(layer) = name.split('.').nth(1).and_then(|number| number.parse::<usize>().ok()) else { return true };
+    let eighth = num_layers / 8;
+    let is_favoured = layer < eighth || layer >= 7 * num_layers / 8 || (layer - eighth) % 3 == 2;
+    is_favoured && (name.contains("ffn_down") || name.contains("attn_v"))
+}
+
+/// Blocks of the host's KV store: more than all sequences together could fill would never be touched.
+pub fn host_kv_blocks(spec: &ModelSpec, config: &EngineConfig) -> usize {
+    let bytes = if config.kv_cache_mib == 0 { DEFAULT_KV_BYTES } else { config.kv_cache_mib << 20 };
+    (bytes / spec.shape().kv_block_bytes()).clamp(1, max_kv_blocks(spec, config))
+}
+
+/// What all sequences together could fill.
+pub fn max_kv_blocks(spec: &ModelSpec, config: &EngineConfig) -> usize {
+    config.max_sequences.saturating_mul(spec.context_length.div_ceil(BLOCK_SIZE))
+}
+
+/// Memory that this process can have without pushing others out: what the system has, or the process's control group leaves.
+/// `None` where the system does not say.
+pub fn available_bytes() -> Option<usize> {
+    let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<usize>().ok();
+    let info = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let system = line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok()? << 10;
+    let group = number("/sys/fs/cgroup/memory.max").zip(number("/sys/fs/cgroup/memory.current"));
+    Some(group.map_or(system, |(max, current)| system.min(max.saturating_sub(current))))
+}
+
+/// A size for people: `1.9 GiB`, `730 MiB`, `12 KiB`.
+pub fn readable(bytes: usize) -> String {
+    match bytes as f64 / 1024.0 {
+        kib if kib >= 1024.0 * 1024.0 => format!("{:.1} GiB", kib / 1024.0 / 1024.0),
+        kib if kib >= 1024.0 => format!("{:.0} MiB", kib / 1024.0),
+        kib => format!("{kib:.0} KiB"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Config, Overrides};
+    use crate::model::random::{Shape, lora};
+
+    #[test]
+    fn an_adapter_takes_what_it_is_said_to_take() {
+        let mut spec = "0.5b".parse::<Shape>().unwrap().spec;
+        spec.num_layers = 2;
+        let memory = Memory::of_mix(&spec, Mix::Q4KM);
+        assert_eq!(memory.adapter_bytes, lora(&spec, ADAPTER_RANK, 1).coverage.resident_bytes);
+    }
+
+    #[test]
+    fn half_of_the_layers_have_more_bits() {
+        for (num_layers, expected) in [(24, 12), (28, 14), (32, 16), (36, 18), (64, 32)] {
+            let favoured =
+                (0..num_layers).filter(|layer| has_six_bits(&format!("blk.{layer}.attn_v.weight"), num_layers));
+            assert_eq!(favoured.count(), expected, "{num_layers}");
+        }
+        assert!(!has_six_bits("blk.0.attn_q.weight", 24) && has_six_bits("output.weight", 24));
+    }
+
+    #[test]
+    fn the_kv_store_is_no_larger_than_what_sequences_fill() {
+        let spec = "0.5b".parse::<Shape>().unwrap().spec;
+        let default = Config::load(None, &Overrides::default()).unwrap().engine;
+        let config = |kv_cache_mib, max_sequences| EngineConfig { kv_cache_mib, max_sequences, ..default.clone() };
+        // 24 layers, 2 heads of 64 dimensions, keys and values, f16.
+        assert_eq!(Memory::of_mix(&spec, Mix::Q4KM).kv_token_bytes, 24 * 2 * 64 * 2 * 2);
+        assert_eq!(host_kv_blocks(&spec, &config(0, 64)), (1 << 30) / (12_288 * 16));
+        assert_eq!(host_kv_blocks(&spec, &config(1, 64)), (1 << 20) / (12_288 * 16));
+        assert_eq!(host_kv_blocks(&spec, &config(1 << 20, 2)), 2 * 32_768 / 16);
+    }
+
+    #[test]
+    fn sizes_are_written_in_their_own_unit() {
+        assert_eq!(
+            [readable(2_040_109_466), readable(765_460_480), readable(12_288)],
+            ["1.9 GiB", "730 MiB", "12 KiB"]
+        );
+    }
+}
