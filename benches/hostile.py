@@ -1,8 +1,8 @@
 """What a lorry with its default limits does under clients that are slow or hostile: half-open requests, very large prompts,
 very many stops. Meanwhile a process of its own asks /health every 10 ms on a new connection.
 
-    benches/hostile.py            all of it, in about two minutes
-    benches/hostile.py --quick    less of everything, in seconds
+    python3 benches/hostile.py            all of it, in about two minutes
+    python3 benches/hostile.py --quick    less of everything, in seconds
 
 One line of JSON for each attack, the first of which is none: how long /health took, what the clients were told, and the server's resident memory before,
 at its most, and after. Ends with 1 where a probe failed or something was not refused as it should be.
