@@ -494,14 +494,14 @@ async fn the_tokens_of_prompt_and_output_are_counted_and_the_request_that_takes_
     let server = Server::start(&limited_keys(&keys), None).await;
     let listed = server.client.get(format!("http://{}/v1/models", server.address)).bearer_auth("plain").send().await;
     let model = listed.unwrap().json::<Value>().await.unwrap()["data"][0]["id"].clone();
-    let text = json!({"prompt": "def f(x):", "max_tokens": 80, "ignore_eos": true});
+    let text = json!({"prompt": "def f(x):", "max_tokens": 110, "ignore_eos": true});
     let with = |field: &str, value: Value| {
         let mut body = text.clone();
         body[field] = value;
         body
     };
     let arms = json!([{"name": "a", "model": model}, {"name": "b", "model": model}]);
-    let options = json!({"num_predict": 80, "ignore_eos": true});
+    let options = json!({"num_predict": 110, "ignore_eos": true});
     let ollama = json!({"model": model, "prompt": "def f(x):", "raw": true, "stream": false, "options": options});
     for (key, path, body) in [
         ("plain", "/v1/completions", text.clone()),
@@ -525,7 +525,8 @@ async fn the_tokens_of_prompt_and_output_are_counted_and_the_request_that_takes_
     assert_eq!(post_as(&server, "plain", "/v1/completions", &json!({})).await.status(), StatusCode::TOO_MANY_REQUESTS);
 }
 
-/// Of the first so many replies, how many each key has got with eight clients.
+/// Of the first so many replies, how many each key has got. The outputs are long and the clients many, so that both keys
+/// always have requests that wait, however slow the clients are.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_keys_get_replies_by_their_weights() {
     const NUM_REPLIES: usize = 240;
@@ -535,10 +536,10 @@ async fn two_keys_get_replies_by_their_weights() {
     let keys = [key("three", 3), key("one", 1)].concat();
     let server = Arc::new(Server::start(&format!("{keys}[engine]\nmax_sequences = 4"), None).await);
     let (replied, mut replies) = mpsc::unbounded_channel();
-    for name in ["three", "one"].repeat(8) {
+    for name in ["three", "one"].repeat(24) {
         let (server, replied) = (server.clone(), replied.clone());
         tokio::spawn(async move {
-            let body = json!({"prompt": "def f(x):", "max_tokens": 24, "ignore_eos": true});
+            let body = json!({"prompt": "def f(x):", "max_tokens": 100, "ignore_eos": true});
             loop {
                 let status = post_as(&server, name, "/v1/completions", &body).await.status();
                 if replied.send((name, status)).is_err() {
