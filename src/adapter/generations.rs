@@ -5,8 +5,9 @@
 
 use std::cmp::Reverse;
 use std::io;
+use std::time::SystemTime;
 
-use cap_std::fs::Dir;
+use cap_std::fs::{Dir, OpenOptions};
 
 use super::files::{FILES, Fingerprint};
 use super::root::Root;
@@ -14,29 +15,35 @@ use super::root::Root;
 const FOLDER: &str = ".lorry/generations";
 const RECORD: &str = "fingerprint.json";
 
-/// Keeps the files in `folder` as `generation` of `name`, and `num_kept` others.
+/// Keeps the files in `folder` as `generation` of `name`, and `num_kept` others. Several servers may do so at once in one
+/// folder of adapters: a generation appears whole.
 pub fn keep(root: &Root, name: &str, generation: &str, folder: &Dir, num_kept: usize) -> io::Result<()> {
     let path = format!("{FOLDER}/{name}/{generation}");
     if root.dir.exists(&path) && !is_intact(&root.dir.open_dir(&path)?) {
         root.dir.remove_dir_all(&path)?;
     }
-    if !root.dir.exists(&path) {
-        root.dir.create_dir_all(&path)?;
-        let kept = root.dir.open_dir(&path)?;
+    if root.dir.exists(&path) {
+        // Its time says when the generation was last in use.
+        let record = root.dir.open_with(format!("{path}/{RECORD}"), OpenOptions::new().write(true))?;
+        record.into_std().set_modified(SystemTime::now())?;
+    } else {
+        root.dir.create_dir_all(format!("{FOLDER}/{name}"))?;
+        let staging = root.staging()?;
+        let kept = staging.dir()?;
         for file in FILES {
             link(folder, file, &kept)?;
         }
+        kept.write(RECORD, serde_json::to_vec(&Fingerprint::of(&kept))?)?;
+        staging.replace(&path)?;
     }
-    // Written even if it is there: its time says when the generation was last in use.
-    let kept = root.dir.open_dir(&path)?;
-    kept.write(RECORD, serde_json::to_vec(&Fingerprint::of(&kept))?)?;
     for (old, _) in list(root, name).iter().filter(|(old, _)| old != generation).skip(num_kept) {
         root.dir.remove_dir_all(format!("{FOLDER}/{name}/{old}"))?;
     }
     Ok(())
 }
 
-/// A link where that is possible, else a copy.
+/// A link where that is possible, else a copy. Nothing is there yet under that name: a copy over a link to the same file would
+/// empty both.
 fn link(from: &Dir, file: &str, to: &Dir) -> io::Result<()> {
     match from.symlink_metadata(file) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -72,6 +79,8 @@ fn is_intact(kept: &Dir) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+
     use super::*;
 
     fn kept(root: &Root, name: &str) -> Vec<String> {
@@ -95,6 +104,29 @@ mod tests {
         assert_eq!(kept(&root, "a"), ["4", "2", "3"]);
         assert_eq!(open(&root, "a", "2").unwrap().read_to_string(FILES[0]).unwrap(), "2");
         assert!(kept(&root, "b").is_empty() && open(&root, "a", "1").is_err());
+    }
+
+    #[test]
+    fn several_servers_keep_one_generation_at_once_and_lose_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::open(dir.path()).unwrap();
+        for generation in 0..40 {
+            let generation = generation.to_string();
+            write(&root, &generation);
+            thread::scope(|scope| {
+                for _ in 0..4 {
+                    scope.spawn(|| {
+                        let root = Root::open(dir.path()).unwrap();
+                        let folder = root.dir.open_dir("a").unwrap();
+                        // Another may be putting the same into its place.
+                        let _ = keep(&root, "a", &generation, &folder, 100);
+                    });
+                }
+            });
+            assert_eq!(root.dir.read_to_string(format!("a/{}", FILES[0])).unwrap(), generation);
+            let of_kept = open(&root, "a", &generation).unwrap().read_to_string(FILES[0]).unwrap();
+            assert_eq!((of_kept, kept(&root, "a")[0].clone()), (generation.clone(), generation));
+        }
     }
 
     #[test]

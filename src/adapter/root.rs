@@ -2,7 +2,6 @@
 
 use std::io;
 use std::path::{Component, Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use cap_std::ambient_authority;
 use cap_std::fs::Dir;
@@ -73,14 +72,10 @@ impl Root {
 
     /// A new empty folder for what is not finished.
     pub fn staging(&self) -> io::Result<Staging<'_>> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
         self.dir.create_dir_all(STAGING)?;
         let all = self.dir.open_dir(STAGING)?;
-        let name = format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        // Left by an earlier process of the same id.
-        if all.exists(&name) {
-            all.remove_dir_all(&name)?;
-        }
+        // Servers that share the folder may have the same process id, each in its own container.
+        let name = format!("{:016x}", rand::random::<u64>());
         all.create_dir(&name)?;
         Ok(Staging { root: self, all, name })
     }
