@@ -9,7 +9,7 @@ use half::f16;
 use half::slice::HalfBitsSliceExt;
 
 use crate::Cpu;
-use crate::shape::{DecoderShape, Rotary};
+use crate::shape::{DecoderShape, LayerAttention, Rotary};
 use crate::simd::{Simd, dispatch};
 use crate::threads::DisjointMut;
 
@@ -222,6 +222,11 @@ pub struct Scoring {
 }
 
 impl Scoring {
+    /// That of one layer of a decoder.
+    pub fn of(shape: &DecoderShape, layer: LayerAttention) -> Self {
+        Self { scale: shape.attention_scale, soft_cap: shape.attention_soft_cap, window: layer.window }
+    }
+
     /// `1 / sqrt(head_dim)`, and nothing else.
     pub fn plain(head_dim: usize) -> Self {
         Self { scale: DecoderShape::default_attention_scale(head_dim), soft_cap: None, window: None }

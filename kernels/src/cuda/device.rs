@@ -296,9 +296,7 @@ impl<D: Driver> Device for Cuda<D> {
         // Recorded launches are for as many tiles as rows: those of a later step may be more.
         let num_tiles = if self.way == Way::Eager { data.num_tiles } else { *rows };
         let PreparedDecoder { shape, attention, layers, .. } = self.decoder();
-        let scoring =
-            Scoring { scale: shape.attention_scale, soft_cap: shape.attention_soft_cap, window: layers[block].window };
-        Ok(attention.attend(&self.driver, scoring, *rows, num_tiles, &memory)?)
+        Ok(attention.attend(&self.driver, Scoring::of(shape, layers[block]), *rows, num_tiles, &memory)?)
     }
 
     fn activate(&mut self, _step: &Step<'_>) -> Result<(), DeviceError> {

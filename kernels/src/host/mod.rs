@@ -301,11 +301,7 @@ impl Device for Host {
         };
         let shape = self.shape();
         let (num_rows, width) = (step.num_rows(), shape.q_width());
-        let scoring = Scoring {
-            scale: shape.attention_scale,
-            soft_cap: shape.attention_soft_cap,
-            window: self.layers[block].window,
-        };
+        let scoring = Scoring::of(&shape, self.layers[block]);
         let Buffers { input, outputs, .. } = &mut self.buffers;
         let attended = &mut input.exact[..num_rows * width];
         attend(
