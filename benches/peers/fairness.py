@@ -38,15 +38,8 @@ class Clients:
         pauses = random.Random(number)
         while not is_over():
             await asyncio.sleep(pauses.uniform(0.5, 1.5) * self.pause)
-            body = {
-                "prompt": load.prompt(self.prompt_words, next(seeds)),
-                "max_tokens": self.max_tokens,
-                "temperature": 0,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-                "ignore_eos": True,
-                **self.bodies[number % len(self.bodies)],
-            }
+            own = self.bodies[number % len(self.bodies)]
+            body = load.body(self.prompt_words, next(seeds), self.max_tokens, own)
             began = asyncio.get_running_loop().time()
             reply = await load.complete(session, url, body, self.key)
             if not is_over():

@@ -53,6 +53,19 @@ def prompt(num_words: int, seed: int) -> str:
     return f"# task {seed}\n" + " ".join(words.choice(WORDS) for _ in range(num_words))
 
 
+def body(num_words: int, seed: int, max_tokens: int, own: dict) -> dict:
+    """What is asked of a server that is to generate all of `max_tokens`; `own` is merged into it."""
+    return {
+        "prompt": prompt(num_words, seed),
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,
+        **own,
+    }
+
+
 async def complete(session: aiohttp.ClientSession, url: str, body: dict, key: str = "") -> Reply:
     start = time.perf_counter()
     arrivals, num_tokens = [], 0
@@ -83,15 +96,7 @@ async def run(url: str, load: Load) -> Result:
     async with aiohttp.ClientSession(timeout=limit, connector=connector) as session:
 
         def request(number: int, max_tokens: int) -> dict:
-            return {
-                "prompt": prompt(load.prompt_words, number),
-                "max_tokens": max_tokens,
-                "temperature": 0,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-                "ignore_eos": True,
-                **load.bodies[number % len(load.bodies)],
-            }
+            return body(load.prompt_words, number, max_tokens, load.bodies[number % len(load.bodies)])
 
         # Memory is touched for the first time outside the measurement; prompts of negative numbers come up only here.
         await asyncio.gather(*(complete(session, url, request(-1 - i, 2)) for i in range(len(load.bodies))))
