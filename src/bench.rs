@@ -27,8 +27,8 @@ pub struct BenchArgs {
     /// Model id or path of a GGUF file; the configured model when absent.
     #[arg(long)]
     pub model: Option<String>,
-    /// Instead of a model, random weights in the shape of Qwen2.5-Coder 0.5b, 7b or 32b at 4 bits, and random rank-16
-    /// adapters on every linear layer.
+    /// Instead of a model, random weights in the shape of Qwen2.5-Coder 0.5b, 7b or 32b, or of Qwen3-Coder 30b-a3b, at 4 bits, and
+    /// random rank-16 adapters on every linear layer.
     #[arg(long, value_name = "SHAPE", conflicts_with_all = ["model", "adapters"])]
     pub random_weights: Option<Shape>,
     /// Folder of adapters; the configured one when absent.

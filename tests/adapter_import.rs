@@ -58,7 +58,7 @@ impl Case {
         let mut add =
             |name: &str, part: &str, tensor: Tensor| tensors.insert(format!("{name}.weight.lora_{part}"), tensor);
         for layer in 0..spec.num_layers {
-            for module in Module::ALL {
+            for module in Module::PLAIN {
                 let path = format!("model.layers.{layer}.{}.{}", module.parent(), module.name());
                 let name = tiny::weight_name(layer, module);
                 let name = name.trim_end_matches(".weight");

@@ -10,6 +10,13 @@ use crate::low_rank::LowRank;
 
 /// Linear layers of a decoder block: q, k, v, o, gate, up, down.
 pub const LAYERS_PER_BLOCK: usize = 7;
+/// In a block with experts, the number of the router, which stands in the place of gate.
+pub const ROUTER: usize = 4;
+
+/// In a block with experts, the number of an expert's gate (`part` 0), up (1) or down (2).
+pub const fn expert_layer(expert: usize, part: usize) -> usize {
+    ROUTER + 1 + 3 * expert + part
+}
 
 /// What an adapter does at one site (a linear layer of one decoder block). Rows are in Hugging Face order.
 #[derive(Debug, Default)]
@@ -108,8 +115,8 @@ impl Prelude {
 /// All that an adapter does to the base's arithmetic.
 #[derive(Debug, Default)]
 pub struct AdapterWeights {
-    /// `[num_layers][LAYERS_PER_BLOCK]`; empty where no layer is changed.
-    pub layers: Vec<[Option<SiteDelta>; LAYERS_PER_BLOCK]>,
+    /// `[num_layers][linear layer of the block]`, no longer than to the last change.
+    pub layers: Vec<Vec<Option<SiteDelta>>>,
     pub embedding: Option<EmbeddingDelta>,
     pub head: Option<HeadDelta>,
     pub prelude: Option<Prelude>,
@@ -118,7 +125,19 @@ pub struct AdapterWeights {
 impl AdapterWeights {
     /// What it does to linear layer `module` of decoder block `layer`.
     pub fn site(&self, layer: usize, module: usize) -> Option<&SiteDelta> {
-        self.layers.get(layer)?[module].as_ref()
+        self.layers.get(layer)?.get(module)?.as_ref()
+    }
+
+    /// Has it do this there.
+    pub fn set_site(&mut self, layer: usize, module: usize, delta: SiteDelta) {
+        if self.layers.len() <= layer {
+            self.layers.resize_with(layer + 1, Vec::new);
+        }
+        let modules = &mut self.layers[layer];
+        if modules.len() <= module {
+            modules.resize_with(module + 1, || None);
+        }
+        modules[module] = Some(delta);
     }
 
     /// Every changed linear layer of a decoder block.

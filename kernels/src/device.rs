@@ -285,6 +285,23 @@ pub trait Device: fmt::Debug + Send + Sized + 'static {
     /// `input = attention` of the queries over the positions that each row sees.
     fn attend(&mut self, step: &Step<'_>, block: usize) -> Result<(), DeviceError>;
 
+    /// The feed-forward of decoder block `block` by experts: `residual` = the sum of what those that `router` chooses for a row make
+    /// of its input, each times its share, with what the adapters of the rows do to router and experts. `experts` are gate, up
+    /// and down of each.
+    ///
+    /// The experts of a row are those of the greatest scores; of equal ones, that of the lower number. They are added up in the
+    /// order of their scores.
+    ///
+    /// # Errors
+    /// When the device has no kernels for it.
+    fn run_experts(
+        &mut self,
+        step: &Step<'_>,
+        block: usize,
+        router: &Self::Linear,
+        experts: &[[Self::Linear; 3]],
+    ) -> Result<(), DeviceError>;
+
     /// `input` = what the shape's activation makes of `gate` and `up`.
     fn activate(&mut self, step: &Step<'_>) -> Result<(), DeviceError>;
 

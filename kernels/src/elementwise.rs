@@ -195,6 +195,31 @@ pub fn scale_quantize<'a>(
     });
 }
 
+/// `out[row] = Σ share · rows[index]` over the `terms` `(index, share)` of the row, in their order: `[rows, terms of each]`. All
+/// rows are `[width]`, a multiple of 8.
+pub fn sum_rows(cpu: &Cpu, width: usize, rows: &[f32], terms: &[(usize, f32)], out: &mut [f32]) {
+    let (num_rows, isa) = (out.len() / width, cpu.isa());
+    let terms_each = terms.len() / num_rows.max(1);
+    let out = DisjointMut::new(out);
+    cpu.pool().run(num_rows, &|row| {
+        // SAFETY: each task takes its own row.
+        let out = unsafe { out.slice(row * width, width) };
+        let terms = &terms[row * terms_each..][..terms_each];
+        dispatch!(isa, sum_row(rows: &[f32], terms: &[(usize, f32)], out: &mut [f32]));
+    });
+}
+
+#[inline(always)]
+fn sum_row<S: Simd>(rows: &[f32], terms: &[(usize, f32)], out: &mut [f32]) {
+    let width = out.len();
+    for (at, out) in out.chunks_exact_mut(8).enumerate() {
+        let sum = terms.iter().fold(S::splat(0.0), |sum, (index, share)| {
+            S::load(&rows[index * width + at * 8..]).mul_add(S::splat(*share), sum)
+        });
+        sum.store(out);
+    }
+}
+
 /// `activated = silu(gate) ∘ up`, also as int8. `gate` and `up` are `[rows, width]`, `width` a multiple of 8.
 pub fn swiglu_quantize(
     cpu: &Cpu,
@@ -363,6 +388,20 @@ mod tests {
                     let expected = g / 2.0 * (1.0 + tanh) * up.map_or(1.0, |up| f64::from(up[i]));
                     assert!((f64::from(activated[i]) - expected).abs() < 1e-5, "{isa}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_sum_of_rows_takes_the_terms_of_each_row_by_their_shares() {
+        for isa in Isa::available() {
+            let (rows, mut out) = (ramp(4 * 64), vec![f32::NAN; 2 * 64]);
+            let terms = [(3, 0.75), (0, 0.25), (1, -2.0), (3, 1.0)];
+            sum_rows(&Cpu::new(isa, 2), 64, &rows, &terms, &mut out);
+            for (i, sum) in out.iter().enumerate() {
+                let [(a, x), (b, y)] = [terms[i / 64 * 2], terms[i / 64 * 2 + 1]];
+                let expected = x * rows[a * 64 + i % 64] + y * rows[b * 64 + i % 64];
+                assert!((sum - expected).abs() < 1e-5, "{isa}");
             }
         }
     }

@@ -150,7 +150,7 @@ mod tests {
         activations.quantize(cpu, num_rows, WIDTH, &mut x.to_vec());
         let mut out = vec![f32::NAN; num_rows * OUT];
         let get = |_| Some(RowDelta { rows: rows.clone(), ..delta.clone() }).filter(|delta| !delta.rows.is_empty());
-        let products = &mut [Product { weights: Some(weights), bias: None, out: &mut out }];
+        let products = &mut [Product { weights: Some(weights.into()), bias: None, out: &mut out }];
         run(cpu, &activations, x, products, &Deltas { count: 1, get: &get }, &mut Shrunk::default());
         out
     }

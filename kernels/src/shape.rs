@@ -14,6 +14,8 @@ pub struct DecoderShape {
     pub context_length: usize,
     pub norm_eps: f32,
     pub activation: Activation,
+    /// What every feed-forward consists of, where it is not one; `intermediate_size` is that of each.
+    pub experts: Option<Experts>,
     /// Whether norms center their input and have a bias (LayerNorm).
     pub centers_norms: bool,
     /// Whether every query and key head has a norm of its own, before it is turned.
@@ -50,6 +52,16 @@ impl Activation {
     pub fn is_gated(self) -> bool {
         self != Self::Gelu
     }
+}
+
+/// Feed-forwards side by side, of which each row takes the few that a router chooses for it (Shazeer et al. 2017).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Experts {
+    pub count: usize,
+    /// How many of them a row takes; from 1 to `count`.
+    pub used: usize,
+    /// Whether the shares of those that a row takes are made to add up to 1; else each keeps its share among all.
+    pub normalizes_shares: bool,
 }
 
 /// What attention is in each layer.

@@ -158,7 +158,7 @@ impl Block {
 }
 
 fn product<'a>(weights: &'a PackedMatrix, out: &'a mut [f32]) -> Product<'a> {
-    Product { weights: Some(weights), bias: None, out }
+    Product { weights: Some(weights.into()), bias: None, out }
 }
 
 /// Steps that are counted.

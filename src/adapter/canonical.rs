@@ -3,7 +3,6 @@
 use std::fmt;
 use std::sync::Arc;
 
-use kernels::canonical::LAYERS_PER_BLOCK;
 pub use kernels::canonical::{AdapterWeights, EmbeddingDelta, HeadDelta, Prelude, SiteDelta};
 use kernels::low_rank::LowRank;
 use schemars::JsonSchema;
@@ -46,7 +45,7 @@ pub struct Adapter {
     /// SHA-256 of the adapter's files, hexadecimal: what a sequence and its KV blocks are pinned to.
     pub generation: String,
     pub method: Method,
-    /// Its layers are `[num_layers][Module as usize]`.
+    /// Its layers are `[num_layers][Module::index]`.
     pub weights: Arc<AdapterWeights>,
     pub coverage: Coverage,
     /// What its author says about it, and the defaults of its requests.
@@ -65,7 +64,7 @@ pub struct Member {
 
 impl Adapter {
     pub fn site(&self, layer: usize, module: Module) -> Option<&SiteDelta> {
-        self.weights.site(layer, module as usize)
+        self.weights.site(layer, module.index())
     }
 
     /// The adapters of a composition, or this one at strength 1.
@@ -114,6 +113,3 @@ impl Coverage {
         }
     }
 }
-
-// Module numbers are the kernels' site numbers.
-const _: () = assert!(Module::ALL.len() == LAYERS_PER_BLOCK);

@@ -8,7 +8,6 @@ use sha2::{Digest, Sha256};
 use super::canonical::{Adapter, AdapterWeights, Coverage, EmbeddingDelta, HeadDelta, Member, Method, SiteDelta};
 use super::manifest::AdapterManifest;
 use crate::hexadecimal::hexadecimal;
-use crate::model::spec::Module;
 
 /// Why adapters cannot be combined.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -31,10 +30,15 @@ pub fn compose(members: &[(Arc<Adapter>, f32)]) -> Result<Adapter, ComposeError>
         check(member, *strength)?;
     }
     let (first, _) = members.first().ok_or(ComposeError::Empty)?;
-    let site = |layer: usize, module: Module| {
-        let sites = members.iter().filter_map(|(member, strength)| Some((member.site(layer, module)?, *strength)));
+    let site = |layer: usize, module: usize| {
+        let sites =
+            members.iter().filter_map(|(member, strength)| Some((member.weights.site(layer, module)?, *strength)));
         sum_of_sites(&sites.collect::<Vec<_>>())
     };
+    let layers = |layers: &dyn Fn(&AdapterWeights) -> usize| {
+        members.iter().map(|(member, _)| layers(&member.weights)).max().unwrap_or(0)
+    };
+    let num_modules = |layer: usize| layers(&|weights| weights.layers.get(layer).map_or(0, Vec::len));
     let heads = members.iter().filter_map(|(member, strength)| Some((member.weights.head_delta()?, *strength)));
     let embeddings =
         members.iter().filter_map(|(member, strength)| Some((member.weights.embedding.as_ref()?, *strength)));
@@ -50,8 +54,8 @@ pub fn compose(members: &[(Arc<Adapter>, f32)]) -> Result<Adapter, ComposeError>
         generation: generation(members),
         method: if members.len() == 1 { first.method } else { Method::Lora },
         weights: Arc::new(AdapterWeights {
-            layers: (0..first.weights.layers.len())
-                .map(|layer| Module::ALL.map(|module| site(layer, module)))
+            layers: (0..layers(&|weights| weights.layers.len()))
+                .map(|layer| (0..num_modules(layer)).map(|module| site(layer, module)).collect())
                 .collect(),
             embedding: sum_of_embeddings(&embeddings.collect::<Vec<_>>()),
             head: sum_of_sites(&heads.collect::<Vec<_>>()).map(HeadDelta::Delta),
@@ -131,10 +135,11 @@ mod tests {
 
     use super::*;
     use crate::adapter::canonical::Prelude;
+    use crate::model::spec::Module;
 
     fn adapter(name: &str, site: SiteDelta) -> Adapter {
         let manifest = AdapterManifest { task: Some(name.into()), ..AdapterManifest::default() };
-        let layers = vec![[Some(site), None, None, None, None, None, None]];
+        let layers = vec![vec![Some(site)]];
         let weights = Arc::new(AdapterWeights { layers, ..AdapterWeights::default() });
         Adapter { name: name.into(), generation: format!("{name}0"), weights, manifest, ..Adapter::default() }
     }

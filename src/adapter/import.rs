@@ -146,7 +146,9 @@ impl<'a> Reader<'a> {
     /// Every pair of the file.
     fn pairs(mut self) -> Result<Vec<Pair>, ImportError> {
         let spec = self.base.spec();
-        let sites = (0..spec.num_layers).flat_map(|layer| Module::ALL.map(|module| (layer, module)));
+        let is_matrix = |module: &Module| !matches!(module, Module::Expert(..));
+        let sites =
+            (0..spec.num_layers).flat_map(|layer| spec.modules().filter(is_matrix).map(move |module| (layer, module)));
         let base = self.base;
         let sites = sites.map(|(layer, module)| {
             let tensor = tensor_name(layer, module);
@@ -201,7 +203,7 @@ impl<'a> Reader<'a> {
     }
 
     fn values(&self, name: &str, shape: [usize; 2]) -> Result<Vec<f32>, ImportError> {
-        let matrix = self.file.matrix(name, (shape[0], shape[1]))?;
+        let matrix = self.file.matrix(name, &shape)?;
         let mut values = vec![0.0; shape[0] * shape[1]];
         matrix.weight_type.dequantize_row(matrix.bytes, &mut values);
         Ok(values)

@@ -4,9 +4,11 @@
 
 use std::collections::BTreeSet;
 
+use kernels::shape::Experts;
+
 use super::error::AdapterError;
 use super::path_pattern::PathPattern;
-use crate::model::spec::{ModelSpec, Module};
+use crate::model::spec::{FusedExperts, ModelSpec, Module};
 
 /// One adapted linear layer: decoder layer and module.
 pub type Site = (usize, Module);
@@ -57,6 +59,33 @@ pub fn module_path(layer: usize, module: Module) -> String {
     format!("model.layers.{layer}.{}.{}", module.parent(), module.name())
 }
 
+/// Hugging Face's path of the module that holds all experts of a block.
+pub fn experts_path(layer: usize) -> String {
+    format!("model.layers.{layer}.mlp.experts")
+}
+
+/// What `target_parameters` can name: every linear layer's weight, and the fused weights of experts; paths, and the sites that
+/// each is of.
+fn parameters(spec: &ModelSpec) -> impl Iterator<Item = (String, Vec<Site>)> {
+    let is_fused = |module: &Module| matches!(module, Module::Expert(..));
+    let of_layer = move |layer| {
+        let weights = spec.modules().filter(move |module| !is_fused(module));
+        let weights =
+            weights.map(move |module| (format!("{}.weight", spec.module_path(layer, module)), vec![(layer, module)]));
+        let fused = spec.features.experts.into_iter().flat_map(move |Experts { count, .. }| {
+            FusedExperts::ALL.map(|fused| {
+                let of_expert = |expert| {
+                    fused.projections().iter().map(move |projection| (layer, Module::Expert(expert, *projection)))
+                };
+                let path = format!("{}.{}", experts_path(layer), fused.name());
+                (path, (0..count).flat_map(of_expert).collect())
+            })
+        });
+        weights.chain(fused)
+    };
+    (0..spec.num_layers).flat_map(of_layer)
+}
+
 /// Modules given by name or by one pattern.
 #[derive(Debug)]
 pub enum PathMatch {
@@ -70,9 +99,7 @@ impl PathMatch {
     fn matches(&self, path: &str) -> Result<bool, AdapterError> {
         match self {
             Self::Pattern(pattern) => pattern.is_match(path),
-            Self::Names(names) => Ok(names
-                .iter()
-                .any(|name| path.strip_suffix(name.as_str()).is_some_and(|p| p.is_empty() || p.ends_with('.')))),
+            Self::Names(names) => Ok(names.iter().any(|name| is_ending(path, name))),
         }
     }
 
@@ -85,10 +112,17 @@ impl PathMatch {
     }
 }
 
-/// `target_modules`, `exclude_modules`, `layers_to_transform` and `layers_pattern` of a configuration.
+/// Whether a path is this, or ends in it behind a dot.
+fn is_ending(path: &str, ending: &str) -> bool {
+    path.strip_suffix(ending).is_some_and(|before| before.is_empty() || before.ends_with('.'))
+}
+
+/// `target_modules`, `target_parameters`, `exclude_modules`, `layers_to_transform` and `layers_pattern` of a configuration.
 #[derive(Debug)]
 pub struct SiteSelector {
     pub targets: PathMatch,
+    /// Names of parameters, which nothing narrows.
+    pub parameters: Vec<String>,
     pub excluded: Option<PathMatch>,
     /// `None` is every layer.
     pub layers: Option<BTreeSet<usize>>,
@@ -117,14 +151,31 @@ impl SiteSelector {
                 targets.sites.insert((layer, module));
             }
         }
+        let parameters: Vec<(String, Vec<Site>)> =
+            if self.parameters.is_empty() { Vec::new() } else { parameters(spec).collect() };
+        for name in &self.parameters {
+            let mut named = parameters.iter().filter(|(path, _)| is_ending(path, name)).peekable();
+            if named.peek().is_none() {
+                let reason = format!("{name:?} is no parameter of the base's linear layers or experts");
+                return Err(AdapterError::field("target_parameters", reason));
+            }
+            targets.sites.extend(named.flat_map(|(_, sites)| sites));
+        }
         if targets == Targets::default() {
             return Err(AdapterError::Sites(
-                "adapter_config.json names no site of the base: target_modules (with exclude_modules, \
+                "adapter_config.json names no site of the base: target_modules (with target_parameters, exclude_modules, \
                  layers_to_transform and layers_pattern) fits none of its linear layers; was it trained on another base?"
                     .to_string(),
             ));
         }
         Ok(targets)
+    }
+
+    /// The path that rank and alpha of a site are looked up by: that of its weight where `target_parameters` names it.
+    pub fn named_path(&self, spec: &ModelSpec, (layer, module): Site) -> String {
+        let path = spec.module_path(layer, module);
+        let weight = format!("{path}.weight");
+        if self.parameters.iter().any(|name| is_ending(&weight, name)) { weight } else { path }
     }
 
     fn selects(&self, path: &str) -> Result<bool, AdapterError> {
@@ -181,7 +232,7 @@ mod tests {
     }
 
     fn all_layers(targets: PathMatch) -> SiteSelector {
-        SiteSelector { targets, excluded: None, layers: None, layer_patterns: Vec::new() }
+        SiteSelector { targets, parameters: Vec::new(), excluded: None, layers: None, layer_patterns: Vec::new() }
     }
 
     #[test]
@@ -201,9 +252,28 @@ mod tests {
     }
 
     #[test]
+    fn parameters_are_named_by_their_ending_and_experts_all_at_once() {
+        let experts = Some(Experts { count: 3, used: 1, normalizes_shares: true });
+        let spec = ModelSpec { features: Features { experts, ..Features::PLAIN }, ..spec() };
+        let targets = |parameters: &[&str]| {
+            let parameters = parameters.iter().map(ToString::to_string).collect();
+            SiteSelector { parameters, ..all_layers(names(&[])) }.targets(&spec)
+        };
+        assert_eq!(targets(&["gate_up_proj"]).unwrap().sites.len(), 12 * 3 * 2);
+        assert_eq!(targets(&["mlp.experts.down_proj", "gate.weight"]).unwrap().sites.len(), 12 * (3 + 1));
+        let one = targets(&["model.layers.3.mlp.gate.weight", "4.self_attn.q_proj.weight"]).unwrap().sites;
+        assert_eq!(one.into_iter().collect::<Vec<_>>(), [(3, Module::Router), (4, Module::QProj)]);
+        for unknown in ["gate", "experts.0.down_proj.weight", "q_proj"] {
+            let refusal = targets(&["gate.weight", unknown]).unwrap_err().to_string();
+            assert!(refusal.contains("target_parameters") && refusal.contains(unknown), "{refusal}");
+        }
+    }
+
+    #[test]
     fn layers_and_exclusions_narrow_the_targets() {
         let selector = SiteSelector {
             targets: names(&["q_proj", "v_proj"]),
+            parameters: Vec::new(),
             excluded: Some(names(&["layers.1.self_attn.v_proj"])),
             layers: Some([1, 11].into()),
             layer_patterns: Vec::new(),

@@ -169,6 +169,10 @@ impl<'a> NamedTensor<'a> {
 }
 
 impl NamedTensor<'_> {
+    pub fn shape(&self) -> &[usize] {
+        self.view.shape()
+    }
+
     /// Checks a two-dimensional shape whose dimension `rank_dim` is the rank and whose other is `features`.
     ///
     /// # Errors

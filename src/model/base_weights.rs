@@ -23,10 +23,10 @@ pub fn tensor_name(layer: usize, module: Module) -> String {
 pub struct GgufWeights {
     file: GgufFile,
     spec: ModelSpec,
-    /// `[num_layers][Module as usize]`: a loader reads every row of a layer, so each is found without a look-up.
-    layers: Vec<[Option<MappedRows>; Module::ALL.len()]>,
-    /// `[Module as usize]`, where the file has its rows in another order than Hugging Face.
-    row_orders: [Option<Vec<usize>>; Module::ALL.len()],
+    /// `[num_layers][Module::index]`: a loader reads every row of a layer, so each is found without a look-up.
+    layers: Vec<Vec<Option<MappedRows>>>,
+    /// `[Module::index]` of attention, where the file has the rows in another order than Hugging Face.
+    row_orders: [Option<Vec<usize>>; Module::ATTENTION.len()],
     embedding: MappedRows,
     head: MappedRows,
 }
@@ -37,17 +37,18 @@ impl GgufWeights {
         let spec = file.spec()?;
         let mut layers = Vec::new();
         for layer in 0..spec.num_layers {
-            let mut matrices = [const { None }; Module::ALL.len()];
+            let mut matrices = Vec::new();
             for module in spec.modules() {
                 let rows = spec.file_rows(module);
                 let (in_features, _) = spec.module_shape(module);
                 let name = format!("blk.{layer}.{}.weight", rows.part);
-                matrices[module as usize] = Some(file.matrix_rows(&name, (rows.num_rows, in_features))?);
+                matrices.resize(matrices.len().max(module.index() + 1), None);
+                matrices[module.index()] = Some(file.matrix_rows(&name, &rows.shape(in_features))?);
             }
             layers.push(matrices);
         }
-        let row_orders = Module::ALL.map(|module| hugging_face_rows(&spec, module));
-        let vocabulary = |name| file.matrix_rows(name, (spec.vocab_size, spec.hidden_size));
+        let row_orders = Module::ATTENTION.map(|module| hugging_face_rows(&spec, module));
+        let vocabulary = |name| file.matrix_rows(name, &[spec.vocab_size, spec.hidden_size]);
         let embedding = vocabulary(EMBEDDING_TENSOR)?;
         let head = if file.has_tensor(HEAD_TENSOR) { vocabulary(HEAD_TENSOR)? } else { embedding.clone() };
         Ok(Self { file, spec, layers, row_orders, embedding, head })
@@ -63,7 +64,7 @@ impl GgufWeights {
 
     /// Which row of the file holds each row of the Hugging Face model, where the two differ.
     pub fn row_order(&self, module: Module) -> Option<&[usize]> {
-        self.row_orders[module as usize].as_deref()
+        self.row_orders.get(module.index())?.as_deref()
     }
 }
 
@@ -73,9 +74,9 @@ impl BaseWeights for GgufWeights {
     }
 
     fn dequantize_row(&self, layer: usize, module: Module, row: usize, values: &mut [f32]) -> Result<(), GgufError> {
-        let row = self.row_orders[module as usize].as_ref().map_or(row, |order| order[row]);
+        let row = self.row_order(module).map_or(row, |order| order[row]);
         let name = || GgufError::MissingTensor(tensor_name(layer, module));
-        let matrix = self.layers[layer][module as usize].as_ref().ok_or_else(name)?;
+        let matrix = self.layers[layer].get(module.index()).and_then(Option::as_ref).ok_or_else(name)?;
         matrix.dequantize_row(self.spec.file_rows(module).first_row + row, values);
         Ok(())
     }
@@ -93,7 +94,7 @@ impl BaseWeights for GgufWeights {
         let rows = self.spec.file_rows(module);
         let name = format!("blk.{layer}.{}", rows.part);
         let Some(bias) = load_bias(&self.file, &name, &rows, out_features)? else { return Ok(None) };
-        Ok(Some(match &self.row_orders[module as usize] {
+        Ok(Some(match self.row_order(module) {
             Some(order) => order.iter().map(|&row| bias[row]).collect(),
             None => bias,
         }))

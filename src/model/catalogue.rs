@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
+use kernels::shape::Experts;
 use serde::Deserialize;
 
 use super::family::Family;
 use super::memory::{Memory, Mix};
 use super::pull;
-use super::spec::ModelSpec;
+use super::spec::{Features, ModelSpec};
 
 static CATALOGUE: LazyLock<Vec<CatalogueModel>> = LazyLock::new(|| {
     let catalogue: Catalogue = toml::from_str(include_str!("../../config/models.toml")).expect("compiled in, tested");
@@ -133,7 +134,10 @@ struct CatalogueShape {
     architecture: String,
     layers: usize,
     hidden: usize,
+    /// Of each expert, where there are any.
     intermediate: usize,
+    /// All, and those that a token takes.
+    experts: Option<[usize; 2]>,
     /// Of queries, and of keys and values.
     heads: [usize; 2],
     head_dim: usize,
@@ -166,6 +170,7 @@ impl CatalogueModel {
     pub fn spec(&self) -> ModelSpec {
         let shape = &self.shape;
         let family = Family::named(&shape.architecture).expect("compiled in, tested");
+        let experts = shape.experts.map(|[count, used]| Experts { count, used, normalizes_shares: true });
         ModelSpec {
             architecture: family.architecture,
             hidden_size: shape.hidden,
@@ -178,7 +183,7 @@ impl CatalogueModel {
             rope_theta: 1e4,
             norm_eps: 1e-5,
             context_length: shape.context,
-            features: family.features.clone(),
+            features: Features { experts, ..family.features.clone() },
         }
     }
 

@@ -11,7 +11,7 @@ use kernels::step::{Group, Groups, Step};
 
 use super::base_weights::{EMBEDDING_TENSOR, HEAD_TENSOR};
 use super::gguf::{GgufError, GgufFile, RawTensor};
-use super::spec::{FileRows, ModelSpec, Module};
+use super::spec::{FileRows, ModelSpec, Module, Projection};
 use super::tensors::Tensors;
 use super::{AdapterGroup, ForwardBatch, Model};
 use crate::adapter::canonical::Adapter;
@@ -36,8 +36,23 @@ struct Block<D: Device> {
     /// After attention, and after the feed-forward.
     residual_norms: Option<[D::Norm; 2]>,
     scales_residuals: bool,
-    /// `[Module as usize]`; `None` for what the family does not have.
-    linears: [Option<D::Linear>; Module::ALL.len()],
+    /// q, k, v and o.
+    attention: [D::Linear; Module::ATTENTION.len()],
+    feed_forward: FeedForward<D>,
+}
+
+#[derive(Debug)]
+enum FeedForward<D: Device> {
+    Plain {
+        gate: Option<D::Linear>,
+        up: D::Linear,
+        down: D::Linear,
+    },
+    Experts {
+        router: D::Linear,
+        /// Gate, up and down of each.
+        experts: Vec<[D::Linear; 3]>,
+    },
 }
 
 impl<D: Device> Decoder<D> {
@@ -51,7 +66,7 @@ impl<D: Device> Decoder<D> {
 
     /// A decoder of these tensors.
     pub fn build(spec: ModelSpec, mut file: impl Tensors, mut device: D) -> Result<Self, GgufError> {
-        device.prepare(&spec.shape(), &spec.attention_plan()).map_err(|e| GgufError::Unsupported(e.to_string()))?;
+        device.prepare(&spec.shape(), &spec.attention_plan()).map_err(GgufError::NotOnDevice)?;
         let (hidden, vocab) = (spec.hidden_size, spec.vocab_size);
         let mut blocks = Vec::new();
         for layer in 0..spec.num_layers {
@@ -61,12 +76,12 @@ impl<D: Device> Decoder<D> {
         }
         // A model without a head of its own uses the embedding ("tied").
         let head = if file.has_tensor(HEAD_TENSOR) { HEAD_TENSOR } else { EMBEDDING_TENSOR };
-        let all_rows = FileRows { part: head, num_rows: vocab, first_row: 0 };
+        let all_rows = FileRows { part: head, num_matrices: None, num_rows: vocab, first_row: 0 };
         let head = load_linear(&file, &mut device, head, &all_rows, (vocab, hidden), None, None)?;
         // Whatever scales the logits scales what the head reads, adapters of the head included.
         let output_norm = load_norm(&file, &mut device, "output_norm", hidden, &spec, spec.features.logit_scale)?;
         file.release_pages();
-        let embedding = device.load_embedding(file.matrix_rows(EMBEDDING_TENSOR, (vocab, hidden))?);
+        let embedding = device.load_embedding(file.matrix_rows(EMBEDDING_TENSOR, &[vocab, hidden])?);
         let embedding = embedding.map_err(in_tensor(EMBEDDING_TENSOR))?;
         Ok(Self { spec, device, embedding, blocks, output_norm, head })
     }
@@ -108,7 +123,7 @@ fn load_norm<D: Device>(
     device.load_norm(weight, bias).map_err(in_tensor(name))
 }
 
-/// A linear layer of `shape` `(out, in)` out of the matrix `name`; rows and bias in `row_order`, where there is one.
+/// A linear layer of `shape` `(out, in)` out of the tensor `name`; rows and bias in `row_order`, where there is one.
 fn load_linear<D: Device>(
     file: &impl Tensors,
     device: &mut D,
@@ -118,8 +133,8 @@ fn load_linear<D: Device>(
     row_order: Option<&[usize]>,
     bias: Option<Vec<f32>>,
 ) -> Result<D::Linear, GgufError> {
-    let RawTensor { weight_type, bytes, .. } = file.matrix(name, (rows.num_rows, shape.1))?;
-    let row_bytes = bytes.len() / rows.num_rows.max(1);
+    let RawTensor { weight_type, bytes, .. } = file.matrix(name, &rows.shape(shape.1))?;
+    let row_bytes = bytes.len() / (rows.num_matrices.unwrap_or(1) * rows.num_rows).max(1);
     let bytes = &bytes[rows.first_row * row_bytes..][..shape.0 * row_bytes];
     let source = MatrixSource { weight_type, shape, bytes, row_order };
     let bias = match (bias, row_order) {
@@ -143,47 +158,79 @@ impl<D: Device> Block<D> {
         let residual_norms = norms(features.norms_residuals, after, spec.hidden_size)?;
         let (attention_norm, feed_forward_norm) =
             (norm("attn_norm", spec.hidden_size)?, norm("ffn_norm", spec.hidden_size)?);
-        let mut linears = [const { None }; Module::ALL.len()];
-        for module in spec.modules() {
+        let mut linear = |module: Module| -> Result<D::Linear, GgufError> {
             let rows = spec.file_rows(module);
             let (in_features, out_features) = spec.module_shape(module);
             let (name, order) = (format!("blk.{layer}.{}", rows.part), hugging_face_rows(spec, module));
             let bias = load_bias(file, &name, &rows, out_features)?;
             let (weight, shape) = (format!("{name}.weight"), (out_features, in_features));
-            let linear = load_linear(file, device, &weight, &rows, shape, order.as_deref(), bias)?;
-            linears[module as usize] = Some(linear);
-        }
+            load_linear(file, device, &weight, &rows, shape, order.as_deref(), bias)
+        };
+        let [q, k, v, o] = Module::ATTENTION;
+        let attention = [linear(q)?, linear(k)?, linear(v)?, linear(o)?];
+        let feed_forward = match features.experts {
+            None => FeedForward::Plain {
+                gate: features.activation.is_gated().then(|| linear(Module::GateProj)).transpose()?,
+                up: linear(Module::UpProj)?,
+                down: linear(Module::DownProj)?,
+            },
+            Some(experts) => {
+                let router = linear(Module::Router)?;
+                let mut expert = |expert| {
+                    let [gate, up, down] = Projection::ALL.map(|projection| Module::Expert(expert, projection));
+                    Ok::<_, GgufError>([linear(gate)?, linear(up)?, linear(down)?])
+                };
+                let experts = (0..experts.count).map(&mut expert).collect::<Result<_, _>>()?;
+                FeedForward::Experts { router, experts }
+            }
+        };
         let scales_residuals = features.residual_scale != 1.0;
-        Ok(Self { attention_norm, feed_forward_norm, head_norms, residual_norms, scales_residuals, linears })
+        Ok(Self {
+            attention_norm,
+            feed_forward_norm,
+            head_norms,
+            residual_norms,
+            scales_residuals,
+            attention,
+            feed_forward,
+        })
     }
 
-    fn layer(&self, module: Module, output: Output) -> Layer<'_, D> {
-        let linear = self.linears[module as usize].as_ref().expect("every module of the specification was loaded");
-        Layer { linear, module: module as usize, output }
+    fn linears(&self) -> impl Iterator<Item = &D::Linear> {
+        let feed_forward: Vec<&D::Linear> = match &self.feed_forward {
+            FeedForward::Plain { gate, up, down } => gate.iter().chain([up, down]).collect(),
+            FeedForward::Experts { router, experts } => [router].into_iter().chain(experts.iter().flatten()).collect(),
+        };
+        self.attention.iter().chain(feed_forward)
     }
 
     fn forward(&self, device: &mut D, step: &Step<'_>, number: usize) -> Result<(), DeviceError> {
         device.add_norm(step, &self.attention_norm, number > 0)?;
-        let q = self.layer(Module::QProj, Output::Q);
-        let k = self.layer(Module::KProj, Output::K);
-        let v = self.layer(Module::VProj, Output::V);
+        let [q, k, v, o] = &self.attention;
+        let q = layer(q, Module::QProj, Output::Q);
+        let k = layer(k, Module::KProj, Output::K);
+        let v = layer(v, Module::VProj, Output::V);
         device.linears(step, number, [q, k, v])?;
         if let Some(norms) = &self.head_norms {
             device.norm_heads(step, norms.each_ref())?;
         }
         device.rotate_and_store(step, number)?;
         device.attend(step, number)?;
-        device.linears(step, number, [self.layer(Module::OProj, Output::Residual)])?;
+        device.linears(step, number, [layer(o, Module::OProj, Output::Residual)])?;
         self.adjust_residual(device, step, 0)?;
         device.add_norm(step, &self.feed_forward_norm, true)?;
-        let up = self.layer(Module::UpProj, Output::Up);
-        if self.linears[Module::GateProj as usize].is_some() {
-            device.linears(step, number, [self.layer(Module::GateProj, Output::Gate), up])?;
-        } else {
-            device.linears(step, number, [up])?;
+        match &self.feed_forward {
+            FeedForward::Plain { gate, up, down } => {
+                let up = layer(up, Module::UpProj, Output::Up);
+                match gate {
+                    Some(gate) => device.linears(step, number, [layer(gate, Module::GateProj, Output::Gate), up])?,
+                    None => device.linears(step, number, [up])?,
+                }
+                device.activate(step)?;
+                device.linears(step, number, [layer(down, Module::DownProj, Output::Residual)])?;
+            }
+            FeedForward::Experts { router, experts } => device.run_experts(step, number, router, experts)?,
         }
-        device.activate(step)?;
-        device.linears(step, number, [self.layer(Module::DownProj, Output::Residual)])?;
         self.adjust_residual(device, step, 1)
     }
 
@@ -192,6 +239,10 @@ impl<D: Device> Block<D> {
         let norm = self.residual_norms.as_ref().map(|norms| &norms[part]);
         if norm.is_some() || self.scales_residuals { device.adjust_residual(step, norm) } else { Ok(()) }
     }
+}
+
+fn layer<D: Device>(linear: &D::Linear, module: Module, output: Output) -> Layer<'_, D> {
+    Layer { linear, module: module.index(), output }
 }
 
 /// A module's part of the bias of the matrix `name`, where that has one; in the file's order.
@@ -231,12 +282,7 @@ impl<D: Device> Model for Decoder<D> {
     }
 
     fn weight_bytes(&self) -> usize {
-        self.blocks
-            .iter()
-            .flat_map(|block| block.linears.iter().flatten())
-            .chain([&self.head])
-            .map(D::linear_bytes)
-            .sum()
+        self.blocks.iter().flat_map(Block::linears).chain([&self.head]).map(D::linear_bytes).sum()
     }
 
     fn measure_peaks(&self) -> Result<Option<Peaks>, DeviceError> {

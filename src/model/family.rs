@@ -21,6 +21,8 @@ pub struct Family {
     pub has_multipliers: bool,
     /// Whether `attn_logit_softcapping` and `final_logit_softcapping` are read.
     pub has_soft_caps: bool,
+    /// Whether feed-forwards are of experts, whose number and use the `expert_` keys say.
+    pub has_experts: bool,
     /// Models of so many layers scale attention by `hidden_size / num_heads`, which no key says.
     pub layers_scaled_by_hidden_size: Option<usize>,
 }
@@ -48,6 +50,7 @@ const PLAIN: Family = Family {
     windows: None,
     has_multipliers: false,
     has_soft_caps: false,
+    has_experts: false,
     layers_scaled_by_hidden_size: None,
 };
 
@@ -62,7 +65,7 @@ fn gemma() -> Features {
 
 const ALL_LAYERS: Windows = Windows { full_every: None, rope_theta: None };
 
-static FAMILIES: LazyLock<[Family; 10]> = LazyLock::new(|| {
+static FAMILIES: LazyLock<[Family; 11]> = LazyLock::new(|| {
     [
         // Llama 2 and 3, CodeLlama, Mistral, Codestral, DeepSeek-Coder, SmolLM2
         Family { name: "llama", features: interleaved(), windows: Some(ALL_LAYERS), ..PLAIN },
@@ -71,6 +74,14 @@ static FAMILIES: LazyLock<[Family; 10]> = LazyLock::new(|| {
             architecture: Architecture::Qwen3,
             name: "qwen3",
             features: Features { norms_heads: true, ..Features::PLAIN },
+            ..PLAIN
+        },
+        // Qwen3-Coder
+        Family {
+            architecture: Architecture::Qwen3Moe,
+            name: "qwen3moe",
+            features: Features { norms_heads: true, ..Features::PLAIN },
+            has_experts: true,
             ..PLAIN
         },
         Family {

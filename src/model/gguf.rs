@@ -43,6 +43,9 @@ pub enum GgufError {
     Unsupported(String),
     #[error("tensor {name}: {source}")]
     Device { name: String, source: DeviceError },
+    /// Before anything is loaded.
+    #[error(transparent)]
+    NotOnDevice(DeviceError),
 }
 
 impl GgufError {
@@ -228,18 +231,19 @@ impl GgufFile {
         }
     }
 
-    /// The rows of a matrix of exactly this shape.
-    pub fn matrix_rows(&self, name: &str, shape: (usize, usize)) -> Result<MappedRows, GgufError> {
+    /// The rows of a tensor of exactly this shape.
+    pub fn matrix_rows(&self, name: &str, shape: &[usize]) -> Result<MappedRows, GgufError> {
         self.matrix(name, shape)?;
         let (weight_type, tensor, place) = self.place(name)?;
-        Ok(MappedRows { file: self.files[tensor.file].clone(), weight_type, place, num_rows: shape.0 })
+        let num_rows = shape[..shape.len() - 1].iter().product();
+        Ok(MappedRows { file: self.files[tensor.file].clone(), weight_type, place, num_rows })
     }
 
-    /// A matrix of exactly this shape.
-    pub fn matrix(&self, name: &str, shape: (usize, usize)) -> Result<RawTensor<'_>, GgufError> {
+    /// A matrix, or a stack of them, of exactly this shape.
+    pub fn matrix(&self, name: &str, shape: &[usize]) -> Result<RawTensor<'_>, GgufError> {
         let tensor = self.tensor(name)?;
-        let expected = vec![shape.0, shape.1];
-        if tensor.shape != expected {
+        if tensor.shape != shape {
+            let expected = shape.to_vec();
             return Err(GgufError::Shape { name: name.to_string(), got: tensor.shape, expected });
         }
         Ok(tensor)

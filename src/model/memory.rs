@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use super::base_weights::{EMBEDDING_TENSOR, HEAD_TENSOR};
 use super::gguf::{GgufError, GgufFile};
-use super::spec::ModelSpec;
+use super::spec::{ModelSpec, Module};
 use crate::config::EngineConfig;
 
 /// Memory for keys and values on the host where nobody says otherwise.
@@ -63,7 +63,11 @@ impl Memory {
     /// Of a file that is not at hand.
     pub fn of_mix(spec: &ModelSpec, mix: Mix) -> Self {
         let weight_type = |name: &str, width| {
-            Ok::<_, Infallible>(WeightType::Blocks(mix.format(has_six_bits(name, spec.num_layers), name, width)))
+            // Routers stay as they are.
+            if name.contains(Module::Router.gguf_name()) {
+                return Ok::<_, Infallible>(WeightType::F32);
+            }
+            Ok(WeightType::Blocks(mix.format(has_six_bits(name, spec.num_layers), name, width)))
         };
         match Self::of(spec, weight_type) {
             Ok(memory) => memory,

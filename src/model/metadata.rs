@@ -7,12 +7,13 @@ use std::collections::BTreeSet;
 use candle_core::quantized::gguf_file::Value;
 use kernels::activations::BLOCK;
 use kernels::attention::MAX_HEAD_DIM;
+use kernels::shape::Experts;
 
 use super::base_weights::{EMBEDDING_TENSOR, HEAD_TENSOR};
 use super::family::{EmbeddingScale, Family};
 use super::gguf::{GgufError, GgufFile, whole_number};
 use super::rope::{LongRope, RopeScaling, Yarn};
-use super::spec::{Features, ModelSpec, Window};
+use super::spec::{Features, ModelSpec, Module, Window};
 
 /// Factors of Llama 3's rotary frequencies.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -157,8 +158,8 @@ pub fn spec(file: &GgufFile) -> Result<ModelSpec, GgufError> {
             )));
         }
     }
-    let intermediate_size = keys.required_count("feed_forward_length")?;
-    for (width, name) in [(hidden_size, "embedding_length"), (intermediate_size, "feed_forward_length")] {
+    let (intermediate_size, experts) = read_feed_forward(&keys, family)?;
+    for (width, name) in [(hidden_size, "embedding_length"), (intermediate_size, "the feed-forward's length")] {
         if width == 0 || !width.is_multiple_of(BLOCK) {
             return Err(GgufError::Unsupported(format!("{name} {width} is not a multiple of {BLOCK}")));
         }
@@ -179,14 +180,42 @@ pub fn spec(file: &GgufFile) -> Result<ModelSpec, GgufError> {
         context_length: keys.required_count("context_length")?,
         features: family.features.clone(),
     };
+    spec.features.experts = experts;
     spec.features.fuses_qkv = file.has_tensor("blk.0.attn_qkv.weight");
-    spec.features.fuses_gate_up = spec.features.activation.is_gated() && !file.has_tensor("blk.0.ffn_gate.weight");
+    spec.features.fuses_gate_up =
+        spec.features.activation.is_gated() && experts.is_none() && !file.has_tensor("blk.0.ffn_gate.weight");
     read_multipliers(&keys, family, &mut spec)?;
     read_window(&keys, family, &mut spec)?;
     read_rope(&keys, family, &mut spec)?;
     keys.refuse_the_rest()?;
     refuse_other_tensors(file, &spec)?;
     Ok(spec)
+}
+
+/// The length of a feed-forward, or of each of its experts, and how those are used.
+fn read_feed_forward(keys: &Keys<'_>, family: &Family) -> Result<(usize, Option<Experts>), GgufError> {
+    const USED: &str = "expert_used_count";
+    const NORMALIZES: &str = "expert_weights_norm";
+    let length = keys.required_count("feed_forward_length")?;
+    if !family.has_experts {
+        return Ok((length, None));
+    }
+    let (count, used) = (keys.required_count("expert_count")?, keys.required_count(USED)?);
+    if !(1..=count).contains(&used) {
+        let key = format!("{}.{USED}", keys.prefix);
+        return Err(GgufError::of_key(&key, &Value::U64(used as u64), &format!("there are {count} experts")));
+    }
+    let normalizes_shares = match keys.get(NORMALIZES) {
+        // The architecture does, and its files need not say so.
+        None | Some((_, Value::Bool(true))) => true,
+        Some((_, Value::Bool(false))) => false,
+        Some((key, _)) => return Err(GgufError::WrongType { key, expected: "true or false" }),
+    };
+    // 1 is the softmax.
+    keys.must_be("expert_gating_func", 1)?;
+    // Without a length of their own, experts share that of the whole.
+    let length = keys.count("expert_feed_forward_length")?.unwrap_or(length / used);
+    Ok((length, Some(Experts { count, used, normalizes_shares })))
 }
 
 fn read_multipliers(keys: &Keys<'_>, family: &Family, spec: &mut ModelSpec) -> Result<(), GgufError> {
@@ -317,10 +346,14 @@ fn refuse_other_tensors(file: &GgufFile, spec: &ModelSpec) -> Result<(), GgufErr
         let parts = names.iter().flat_map(|name| [(true, "weight"), (centers_norms, "bias")].map(|part| (*name, part)));
         parts.filter(|(_, (is_there, _))| *is_there).map(|(name, (_, part))| format!("{name}.{part}")).collect()
     };
-    let mut of_layer = with_bias(&["attn_norm", "ffn_norm"]);
+    let mut of_layer = BTreeSet::from_iter(with_bias(&["attn_norm", "ffn_norm"]));
     for module in spec.modules() {
         let part = spec.file_rows(module).part;
-        of_layer.extend([format!("{part}.weight"), format!("{part}.bias")]);
+        of_layer.insert(format!("{part}.weight"));
+        // Routers and experts have none.
+        if Module::PLAIN.contains(&module) {
+            of_layer.insert(format!("{part}.bias"));
+        }
     }
     for (is_there, names) in [
         (norms_heads, ["attn_q_norm.weight", "attn_k_norm.weight"]),
@@ -334,7 +367,7 @@ fn refuse_other_tensors(file: &GgufFile, spec: &ModelSpec) -> Result<(), GgufErr
     let is_known = |name: &str| match name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
         Some((layer, part)) => {
             let is_layer = layer.parse::<usize>().is_ok_and(|layer| layer < spec.num_layers);
-            is_layer && of_layer.iter().any(|known| known == part)
+            is_layer && of_layer.contains(part)
         }
         None => of_decoder.iter().any(|known| known == name),
     };

@@ -108,7 +108,7 @@ pub trait Model: Send {
         None
     }
 
-    /// Bytes of the weights on the device, as far as the device packs them.
+    /// Bytes of the weights on the device.
     fn weight_bytes(&self) -> usize {
         0
     }

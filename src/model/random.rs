@@ -8,16 +8,17 @@ use kernels::canonical::{AdapterWeights, SiteDelta};
 use kernels::low_rank::LowRank;
 use kernels::mapped_file::{MappedFile, MappedRows};
 use kernels::quantized::{BlockFormat, WeightType};
+use kernels::shape::Experts;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::gguf::{GgufError, RawTensor};
 use super::memory::has_six_bits;
-use super::spec::{Architecture, ModelSpec, Module};
+use super::spec::{Architecture, Features, ModelSpec, Module};
 use super::tensors::Tensors;
 use crate::adapter::canonical::{Adapter, Coverage};
 
-/// The shape of a model of the Qwen2.5-Coder family.
+/// The shape of a model of the Qwen2.5-Coder or Qwen3-Coder family.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Shape {
     /// As it was asked for.
@@ -28,16 +29,19 @@ pub struct Shape {
 impl FromStr for Shape {
     type Err = String;
 
-    /// `0.5b`, `7b` or `32b`, from the `config.json` of the models.
+    /// `0.5b`, `7b`, `32b` or `30b-a3b`, from the `config.json` of the models.
     fn from_str(name: &str) -> Result<Self, String> {
         let (hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, vocab_size) = match name {
             "0.5b" => (896, 4864, 24, 14, 2, 64, 151_936),
             "7b" => (3584, 18944, 28, 28, 4, 128, 152_064),
             "32b" => (5120, 27648, 64, 40, 8, 128, 152_064),
-            _ => return Err(format!("unknown shape {name:?} (0.5b, 7b, 32b)")),
+            "30b-a3b" => (2048, 768, 48, 32, 4, 128, 151_936),
+            _ => return Err(format!("unknown shape {name:?} (0.5b, 7b, 32b, 30b-a3b)")),
         };
+        let experts = (name == "30b-a3b").then_some(Experts { count: 128, used: 8, normalizes_shares: true });
+        let architecture = if experts.is_some() { Architecture::Qwen3Moe } else { Architecture::Qwen2 };
         let spec = ModelSpec {
-            architecture: Architecture::Qwen2,
+            architecture,
             hidden_size,
             intermediate_size,
             num_layers,
@@ -48,7 +52,7 @@ impl FromStr for Shape {
             rope_theta: 1e6,
             norm_eps: 1e-6,
             context_length: 32_768,
-            features: Architecture::Qwen2.features(),
+            features: Features { experts, ..architecture.features() },
         };
         Ok(Self { name: name.to_owned(), spec })
     }
@@ -77,7 +81,11 @@ impl RandomTensors {
     /// # Errors
     /// When there is no memory for the largest matrix.
     pub fn new(spec: &ModelSpec, seed: u64) -> std::io::Result<Self> {
-        let largest = spec.vocab_size * spec.hidden_size;
+        let of_module = |module| {
+            let (inputs, _) = spec.module_shape(module);
+            spec.file_rows(module).shape(inputs).into_iter().product()
+        };
+        let largest = spec.modules().map(of_module).fold(spec.vocab_size * spec.hidden_size, usize::max);
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut bytes = |format: BlockFormat| -> std::io::Result<(BlockFormat, MappedFileBytes)> {
             let len = largest.div_ceil(format.block_len()) * format.block_bytes();
@@ -124,17 +132,19 @@ impl Tensors for RandomTensors {
         ["attn_q.bias", "attn_k.bias", "attn_v.bias", "output.weight"].iter().any(|end| name.ends_with(end))
     }
 
-    fn matrix(&self, name: &str, shape: (usize, usize)) -> Result<RawTensor<'_>, GgufError> {
-        let (format, bytes) = self.bytes(name, shape.1);
-        let row_bytes = format.row_bytes(shape.1).ok_or_else(|| GgufError::Damaged(name.to_owned()))?;
-        let bytes = &bytes.bytes()[..row_bytes * shape.0];
-        Ok(RawTensor { weight_type: WeightType::Blocks(*format), shape: vec![shape.0, shape.1], bytes })
+    fn matrix(&self, name: &str, shape: &[usize]) -> Result<RawTensor<'_>, GgufError> {
+        let (num_rows, width) = rows_of(shape);
+        let (format, bytes) = self.bytes(name, width);
+        let row_bytes = format.row_bytes(width).ok_or_else(|| GgufError::Damaged(name.to_owned()))?;
+        let bytes = &bytes.bytes()[..row_bytes * num_rows];
+        Ok(RawTensor { weight_type: WeightType::Blocks(*format), shape: shape.to_vec(), bytes })
     }
 
-    fn matrix_rows(&self, name: &str, shape: (usize, usize)) -> Result<MappedRows, GgufError> {
+    fn matrix_rows(&self, name: &str, shape: &[usize]) -> Result<MappedRows, GgufError> {
         let (weight_type, len) = self.matrix(name, shape).map(|tensor| (tensor.weight_type, tensor.bytes.len()))?;
-        let (_, file) = self.bytes(name, shape.1);
-        Ok(MappedRows { file: file.clone(), weight_type, place: 0..len, num_rows: shape.0 })
+        let (num_rows, width) = rows_of(shape);
+        let (_, file) = self.bytes(name, width);
+        Ok(MappedRows { file: file.clone(), weight_type, place: 0..len, num_rows })
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, GgufError> {
@@ -143,6 +153,12 @@ impl Tensors for RandomTensors {
     }
 
     fn release_pages(&mut self) {}
+}
+
+/// Rows of a tensor, and their width.
+fn rows_of(shape: &[usize]) -> (usize, usize) {
+    let (width, rows) = shape.split_last().map_or((0, shape), |(width, rows)| (*width, rows));
+    (rows.iter().product(), width)
 }
 
 /// A LoRA of `rank` on every linear layer.
@@ -155,16 +171,14 @@ pub fn lora(spec: &ModelSpec, rank: usize, seed: u64) -> Arc<Adapter> {
         };
         let (a, b) = (halves(rank * inputs, (inputs as f32).powf(-0.5)), halves(outputs * rank, 0.02));
         let low_rank = LowRank::pack(rank, inputs, outputs, 1.0, &a, &b);
-        Some(SiteDelta { low_rank: Some(low_rank), ..SiteDelta::default() })
+        SiteDelta { low_rank: Some(low_rank), ..SiteDelta::default() }
     };
-    let layers = (0..spec.num_layers).map(|_| Module::ALL.map(&mut site)).collect();
+    let mut weights = AdapterWeights::default();
+    for layer in 0..spec.num_layers {
+        spec.modules().for_each(|module| weights.set_site(layer, module.index(), site(module)));
+    }
     let name = format!("random-{seed}");
-    let mut adapter = Adapter {
-        generation: name.clone(),
-        name,
-        weights: Arc::new(AdapterWeights { layers, ..AdapterWeights::default() }),
-        ..Adapter::default()
-    };
+    let mut adapter = Adapter { generation: name.clone(), name, weights: Arc::new(weights), ..Adapter::default() };
     adapter.coverage = Coverage::of(&adapter);
     Arc::new(adapter)
 }

@@ -89,19 +89,31 @@ pub fn load(source: Source<'_>, config: &EngineConfig) -> Result<Resident, Resid
         }
         DeviceChoice::Cuda(number) => load_onto(source, cuda(Nvidia::open(number)?, config), config, GPU_ROWS),
         DeviceChoice::Auto => match Nvidia::first_usable().and_then(Nvidia::open) {
-            Ok(card) => {
-                let device = cuda(card, config);
-                info!("device: {}", device.name());
-                load_onto(source, device, config, GPU_ROWS)
-            }
-            Err(reason) => {
-                let device = host(config);
-                info!("device: {}; no GPU: {reason}", device.name());
-                warn_of_little_memory(source, config);
-                load_onto(source, device, config, HOST_ROWS)
-            }
+            Ok(card) => load_onto_first(source, cuda(card, config), config),
+            Err(reason) => load_onto_host(source, config, &format!("no GPU: {reason}")),
         },
     }
+}
+
+/// Loads a model onto this device, or onto the host where the device has no kernels for such a decoder.
+fn load_onto_first<D: Device>(source: Source<'_>, device: D, config: &EngineConfig) -> Result<Resident, ResidentError> {
+    let name = device.name();
+    info!("device: {name}");
+    match load_onto(source, device, config, GPU_ROWS) {
+        Err(
+            ResidentError::Load { source: GgufError::NotOnDevice(reason), .. }
+            | ResidentError::Build(GgufError::NotOnDevice(reason)),
+        ) => load_onto_host(source, config, &format!("not {name}: {reason}")),
+        loaded => loaded,
+    }
+}
+
+/// `why_not` says why no other device runs it.
+fn load_onto_host(source: Source<'_>, config: &EngineConfig, why_not: &str) -> Result<Resident, ResidentError> {
+    let device = host(config);
+    info!("device: {}; {why_not}", device.name());
+    warn_of_little_memory(source, config);
+    load_onto(source, device, config, HOST_ROWS)
 }
 
 /// Before the system ends the process without a word.
@@ -172,4 +184,24 @@ pub fn load_onto<D: Device>(
     let block_bytes = decoder.spec().shape().kv_block_bytes();
     info!("KV store: {num_blocks} blocks of {BLOCK_SIZE} tokens, {}", memory::readable(num_blocks * block_bytes));
     Ok(Resident { model: Box::new(decoder), device: name, limits })
+}
+
+#[cfg(test)]
+mod tests {
+    use emulator::Emulator;
+
+    use super::*;
+    use crate::config::{Config, Overrides};
+
+    #[test]
+    fn a_model_that_the_card_has_no_kernels_for_runs_on_the_host() {
+        let mut shape = "30b-a3b".parse::<Shape>().unwrap();
+        (shape.spec.num_layers, shape.spec.vocab_size) = (1, 512);
+        shape.spec.features.experts.as_mut().unwrap().count = 16;
+        let config = Config::load(None, &Overrides::default()).unwrap().engine;
+        let on_card = load_onto(Source::Random(&shape), Cuda::new(Emulator::new(1 << 30), 1 << 20), &config, GPU_ROWS);
+        assert!(on_card.err().unwrap().to_string().contains("--device cpu"));
+        let loaded = load_onto_first(Source::Random(&shape), Cuda::new(Emulator::new(1 << 30), 1 << 20), &config);
+        assert!(loaded.unwrap().device.starts_with("CPU"));
+    }
 }

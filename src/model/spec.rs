@@ -1,6 +1,9 @@
 //! One description for every decoder this server runs.
 
-use kernels::shape::{Activation, AttentionPlan, DecoderShape, LayerAttention, Rotary};
+use std::borrow::Cow;
+
+use kernels::canonical::{ROUTER, expert_layer};
+use kernels::shape::{Activation, AttentionPlan, DecoderShape, Experts, LayerAttention, Rotary};
 
 use super::family::Family;
 use super::rope::RopeScaling;
@@ -10,6 +13,7 @@ use super::rope::RopeScaling;
 pub struct ModelSpec {
     pub architecture: Architecture,
     pub hidden_size: usize,
+    /// Of the feed-forward, or of each of its experts.
     pub intermediate_size: usize,
     pub num_layers: usize,
     pub num_heads: usize,
@@ -34,6 +38,7 @@ pub struct Features {
     pub fuses_gate_up: bool,
     pub activation: Activation,
     /// As in [`DecoderShape`], as all below.
+    pub experts: Option<Experts>,
     pub centers_norms: bool,
     pub norms_heads: bool,
     pub norms_residuals: bool,
@@ -71,6 +76,7 @@ impl Features {
         fuses_qkv: false,
         fuses_gate_up: false,
         activation: Activation::GatedSilu,
+        experts: None,
         centers_norms: false,
         norms_heads: false,
         norms_residuals: false,
@@ -94,6 +100,7 @@ pub enum Architecture {
     Llama,
     Qwen2,
     Qwen3,
+    Qwen3Moe,
     SmolLm3,
     Granite,
     Phi3,
@@ -118,12 +125,21 @@ impl Architecture {
 /// Where the file has the rows of a module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileRows {
-    /// GGUF's name of the module's matrix, without layer and `.weight`.
+    /// GGUF's name of the module's tensor, without layer and `.weight`.
     pub part: &'static str,
-    /// Of the matrix.
+    /// How many matrices the tensor stacks, where it is none itself.
+    pub num_matrices: Option<usize>,
+    /// Of the matrix, or of each.
     pub num_rows: usize,
-    /// The module's first among them.
+    /// The module's first among the rows of all.
     pub first_row: usize,
+}
+
+impl FileRows {
+    /// The shape of the tensor, whose rows have this width.
+    pub fn shape(&self, width: usize) -> Vec<usize> {
+        self.num_matrices.into_iter().chain([self.num_rows, width]).collect()
+    }
 }
 
 /// The linear layers of one decoder block, which an adapter may change.
@@ -136,10 +152,57 @@ pub enum Module {
     GateProj,
     UpProj,
     DownProj,
+    /// What chooses a row's experts.
+    Router,
+    /// One of the three layers of the expert of this number.
+    Expert(usize, Projection),
+}
+
+/// The linear layers of an expert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Projection {
+    Gate,
+    Up,
+    Down,
+}
+
+impl Projection {
+    pub const ALL: [Self; 3] = [Self::Gate, Self::Up, Self::Down];
+}
+
+/// Parameters of transformers that hold a projection of every expert of a block, or two: `[experts, out, in]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FusedExperts {
+    GateUp,
+    Down,
+}
+
+impl FusedExperts {
+    pub const ALL: [Self; 2] = [Self::GateUp, Self::Down];
+
+    /// Name in Hugging Face's paths.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::GateUp => "gate_up_proj",
+            Self::Down => "down_proj",
+        }
+    }
+
+    /// What an expert's rows belong to, in their order.
+    pub fn projections(self) -> &'static [Projection] {
+        match self {
+            Self::GateUp => &[Projection::Gate, Projection::Up],
+            Self::Down => &[Projection::Down],
+        }
+    }
 }
 
 impl Module {
-    pub const ALL: [Module; 7] = [
+    /// Those of attention.
+    pub const ATTENTION: [Module; 4] = [Module::QProj, Module::KProj, Module::VProj, Module::OProj];
+
+    /// Those of a block without experts.
+    pub const PLAIN: [Module; 7] = [
         Module::QProj,
         Module::KProj,
         Module::VProj,
@@ -149,6 +212,21 @@ impl Module {
         Module::DownProj,
     ];
 
+    /// Its number within its block, as the kernels count. No two modules of a block share one.
+    pub fn index(self) -> usize {
+        match self {
+            Module::QProj => 0,
+            Module::KProj => 1,
+            Module::VProj => 2,
+            Module::OProj => 3,
+            Module::GateProj => 4,
+            Module::UpProj => 5,
+            Module::DownProj => 6,
+            Module::Router => ROUTER,
+            Module::Expert(expert, projection) => expert_layer(expert, projection as usize),
+        }
+    }
+
     /// Name in Hugging Face module paths, e.g. `q_proj`.
     pub fn name(self) -> &'static str {
         match self {
@@ -156,13 +234,14 @@ impl Module {
             Module::KProj => "k_proj",
             Module::VProj => "v_proj",
             Module::OProj => "o_proj",
-            Module::GateProj => "gate_proj",
-            Module::UpProj => "up_proj",
-            Module::DownProj => "down_proj",
+            Module::GateProj | Module::Expert(_, Projection::Gate) => "gate_proj",
+            Module::UpProj | Module::Expert(_, Projection::Up) => "up_proj",
+            Module::DownProj | Module::Expert(_, Projection::Down) => "down_proj",
+            Module::Router => "gate",
         }
     }
 
-    /// GGUF's name of its matrix, without layer and `.weight`.
+    /// GGUF's name of its tensor, without layer and `.weight`.
     pub fn gguf_name(self) -> &'static str {
         match self {
             Module::QProj => "attn_q",
@@ -172,14 +251,19 @@ impl Module {
             Module::GateProj => "ffn_gate",
             Module::UpProj => "ffn_up",
             Module::DownProj => "ffn_down",
+            Module::Router => "ffn_gate_inp",
+            Module::Expert(_, Projection::Gate) => "ffn_gate_exps",
+            Module::Expert(_, Projection::Up) => "ffn_up_exps",
+            Module::Expert(_, Projection::Down) => "ffn_down_exps",
         }
     }
 
-    /// Parent of the module inside a layer: `self_attn` or `mlp`.
-    pub fn parent(self) -> &'static str {
+    /// Hugging Face's path of its parent inside a layer, e.g. `self_attn`.
+    pub fn parent(self) -> Cow<'static, str> {
         match self {
-            Module::QProj | Module::KProj | Module::VProj | Module::OProj => "self_attn",
-            Module::GateProj | Module::UpProj | Module::DownProj => "mlp",
+            Module::QProj | Module::KProj | Module::VProj | Module::OProj => "self_attn".into(),
+            Module::GateProj | Module::UpProj | Module::DownProj | Module::Router => "mlp".into(),
+            Module::Expert(expert, _) => format!("mlp.experts.{expert}").into(),
         }
     }
 }
@@ -199,6 +283,7 @@ impl ModelSpec {
             context_length: self.context_length,
             norm_eps: self.norm_eps,
             activation: features.activation,
+            experts: features.experts,
             centers_norms: features.centers_norms,
             norms_heads: features.norms_heads,
             norms_residuals: features.norms_residuals,
@@ -239,8 +324,16 @@ impl ModelSpec {
 
     /// The linear layers that each block has.
     pub fn modules(&self) -> impl Iterator<Item = Module> + use<> {
-        let is_gated = self.features.activation.is_gated();
-        Module::ALL.into_iter().filter(move |module| is_gated || *module != Module::GateProj)
+        let plain = &Module::PLAIN[Module::ATTENTION.len()..];
+        let plain = plain.iter().filter(|module| self.features.activation.is_gated() || **module != Module::GateProj);
+        let modules: Vec<Module> = match self.features.experts {
+            None => plain.copied().collect(),
+            Some(Experts { count, .. }) => {
+                let expert = |expert| Projection::ALL.map(|projection| Module::Expert(expert, projection));
+                [Module::Router].into_iter().chain((0..count).flat_map(expert)).collect()
+            }
+        };
+        Module::ATTENTION.into_iter().chain(modules)
     }
 
     /// Hugging Face's path of the layer that holds a module: q, k and v share one where they are fused, as gate and up do, and a
@@ -262,17 +355,24 @@ impl ModelSpec {
         let rows = |module| self.module_shape(module).1;
         let within = |part, before: &[Module], all: &[Module]| FileRows {
             part,
+            num_matrices: None,
             num_rows: all.iter().map(|module| rows(*module)).sum(),
             first_row: before.iter().map(|module| rows(*module)).sum(),
         };
-        let (qkv, gate_up) = (&Module::ALL[..3], [Module::GateProj, Module::UpProj]);
+        let (qkv, gate_up) = (&Module::ATTENTION[..3], [Module::GateProj, Module::UpProj]);
         match module {
             Module::QProj | Module::KProj | Module::VProj if self.features.fuses_qkv => {
-                within("attn_qkv", &qkv[..module as usize], qkv)
+                within("attn_qkv", &qkv[..module.index()], qkv)
             }
             Module::GateProj if self.features.fuses_gate_up => within("ffn_up", &[], &gate_up),
             Module::UpProj if self.features.fuses_gate_up => within("ffn_up", &gate_up[..1], &gate_up),
-            _ => FileRows { part: module.gguf_name(), num_rows: rows(module), first_row: 0 },
+            Module::Expert(expert, _) => FileRows {
+                part: module.gguf_name(),
+                num_matrices: self.features.experts.map(|experts| experts.count),
+                num_rows: rows(module),
+                first_row: expert * rows(module),
+            },
+            _ => within(module.gguf_name(), &[], &[module]),
         }
     }
 
@@ -285,6 +385,12 @@ impl ModelSpec {
         self.num_layers * self.modules().map(of_module).sum::<usize>() + self.vocab_size * self.hidden_size
     }
 
+    /// `(in, out)` features of an expert's part of a fused parameter.
+    pub fn fused_shape(&self, fused: FusedExperts) -> (usize, usize) {
+        let shapes = fused.projections().iter().map(|projection| self.module_shape(Module::Expert(0, *projection)));
+        shapes.reduce(|(inputs, outputs), (_, more)| (inputs, outputs + more)).unwrap_or_default()
+    }
+
     /// `(in, out)` features of a module.
     pub fn module_shape(&self, module: Module) -> (usize, usize) {
         let (h, m) = (self.hidden_size, self.intermediate_size);
@@ -293,8 +399,9 @@ impl ModelSpec {
             Module::QProj => (h, q),
             Module::KProj | Module::VProj => (h, kv),
             Module::OProj => (q, h),
-            Module::GateProj | Module::UpProj => (h, m),
-            Module::DownProj => (m, h),
+            Module::GateProj | Module::UpProj | Module::Expert(_, Projection::Gate | Projection::Up) => (h, m),
+            Module::DownProj | Module::Expert(_, Projection::Down) => (m, h),
+            Module::Router => (h, self.features.experts.map_or(0, |experts| experts.count)),
         }
     }
 }

@@ -8,17 +8,17 @@ use super::gguf::{GgufError, GgufFile, RawTensor};
 pub trait Tensors {
     fn has_tensor(&self, name: &str) -> bool;
 
-    /// A matrix of exactly this shape, `(out, in)`.
+    /// A matrix `[out, in]`, or several `[matrices, out, in]`, of exactly this shape.
     ///
     /// # Errors
     /// When there is none, or one of another shape or of a type that this server does not know.
-    fn matrix(&self, name: &str, shape: (usize, usize)) -> Result<RawTensor<'_>, GgufError>;
+    fn matrix(&self, name: &str, shape: &[usize]) -> Result<RawTensor<'_>, GgufError>;
 
-    /// The rows of such a matrix, to be kept.
+    /// The rows of such a tensor, to be kept.
     ///
     /// # Errors
     /// As [`Tensors::matrix`].
-    fn matrix_rows(&self, name: &str, shape: (usize, usize)) -> Result<MappedRows, GgufError>;
+    fn matrix_rows(&self, name: &str, shape: &[usize]) -> Result<MappedRows, GgufError>;
 
     /// A vector of exactly this length, as f32.
     ///
@@ -35,11 +35,11 @@ impl Tensors for GgufFile {
         self.has_tensor(name)
     }
 
-    fn matrix(&self, name: &str, shape: (usize, usize)) -> Result<RawTensor<'_>, GgufError> {
+    fn matrix(&self, name: &str, shape: &[usize]) -> Result<RawTensor<'_>, GgufError> {
         self.matrix(name, shape)
     }
 
-    fn matrix_rows(&self, name: &str, shape: (usize, usize)) -> Result<MappedRows, GgufError> {
+    fn matrix_rows(&self, name: &str, shape: &[usize]) -> Result<MappedRows, GgufError> {
         self.matrix_rows(name, shape)
     }
 

@@ -41,8 +41,8 @@ def draw(name, count):
 def values(name, tensor):
     if "values" in tensor:
         return np.array(tensor["values"], dtype=np.float32)
-    numbers = draw(name, int(np.prod(tensor["shape"])))
-    if len(tensor["shape"]) == 2 and tensor.get("blocks", True):
+    numbers = draw(tensor.get("drawn_as", name), int(np.prod(tensor["shape"])))
+    if len(tensor["shape"]) > 1 and tensor.get("blocks", True):
         # Every block of Q8_0 has a number of the greatest size, so that its scale is the step.
         numbers[::32] = np.where(numbers[::32] < 0, -127, 127)
     numbers = numbers.astype(np.float32) * np.float32(tensor["step"]) + np.float32(tensor["mean"])
@@ -74,7 +74,12 @@ PARTS = {
     "mlp.c_fc": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "mlp.c_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
 }
+# What the parameters of all experts consist of.
+EXPERTS = {"gate_up_proj": ["gate", "up"], "down_proj": ["down"]}
+# Drawn so that no row that is compared is near a tie: another expert would be another model.
+ROUTER_SEED = 0
 GEMMA_PARTS = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
@@ -91,14 +96,24 @@ def gguf_name(parameter, family):
     return f"blk.{layer}.{parts[module]}.{kind}"
 
 
+def parts_of(parameter, shape, family):
+    """What a parameter consists of: names in the GGUF file and in a checkpoint, and shapes."""
+    module, _, kind = parameter.rpartition(".")
+    if not module.endswith(".experts"):
+        return [(gguf_name(parameter, family), parameter, shape)]
+    layer, names = module.split(".")[2], EXPERTS[kind]
+    shape = [shape[0], shape[1] // len(names), shape[2]]
+    return [(f"blk.{layer}.ffn_{name}_exps.weight", f"{module}.{{}}.{name}_proj.weight", shape) for name in names]
+
+
 def deviation(name, shape):
     part = name.split(".")[-2]
     if len(shape) == 1:
         return 0.3
     if part == "token_embd":
         return 0.5
-    gain = {"attn_q": 1.3, "attn_k": 1.3, "attn_qkv": 1.2}.get(part, 1.0)
-    return gain / shape[1] ** 0.5
+    gain = {"attn_q": 1.3, "attn_k": 1.3, "attn_qkv": 1.2, "ffn_gate_inp": 2.0}.get(part, 1.0)
+    return gain / shape[-1] ** 0.5
 
 
 class Model:
@@ -109,12 +124,15 @@ class Model:
         self.tensors = {}
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                in_file = gguf_name(name, family)
-                is_norm = "norm" in in_file and in_file.endswith("weight")
-                shape = list(parameter.shape)
-                tensor = {"shape": shape, "mean": float(is_norm), "step": step(deviation(in_file, shape))}
-                self.tensors[in_file] = tensor | {"parameter": name}
-                weight = values(in_file, tensor)
+                weights = []
+                for in_file, in_checkpoint, shape in parts_of(name, list(parameter.shape), family):
+                    is_norm = "norm" in in_file and in_file.endswith("weight")
+                    tensor = {"shape": shape, "mean": float(is_norm), "step": step(deviation(in_file, shape))}
+                    if "ffn_gate_inp" in in_file:
+                        tensor["drawn_as"] = f"{in_file} {ROUTER_SEED}"
+                    self.tensors[in_file] = tensor | {"parameter": in_checkpoint}
+                    weights.append(values(in_file, tensor))
+                weight = np.concatenate(weights, axis=-2) if len(weights) > 1 else weights[0]
                 if family in INTERLEAVED and in_file.endswith(("attn_q.weight", "attn_k.weight")):
                     halves = weight.reshape(-1, HEAD_DIM // 2, 2, HIDDEN).swapaxes(1, 2)
                     weight = halves.reshape(weight.shape)
@@ -124,7 +142,19 @@ class Model:
                 parameter.copy_(torch.from_numpy(np.ascontiguousarray(weight)))
 
 
+def check_routes(model):
+    """Whether every row that is compared chooses its experts with a lead, in deviations of its scores."""
+    model = getattr(model, "base_model", model) if hasattr(model, "peft_config") else model
+    with torch.no_grad():
+        scores = torch.stack(model(tokens(), output_router_logits=True).router_logits)[:, -NUM_TOKENS:][:, KEPT]
+    best, used = scores.sort(descending=True).values, model.config.num_experts_per_tok
+    lead = ((best[..., used - 1] - best[..., used]) / scores.std(dim=-1)).min().item()
+    assert lead > 0.02, f"a row leads by {lead}: take another ROUTER_SEED"
+
+
 def logits(model):
+    if getattr(model.config, "num_experts_per_tok", None):
+        check_routes(model)
     with torch.no_grad():
         return model(tokens()).logits[0][-NUM_TOKENS:][KEPT].numpy()
 
@@ -137,38 +167,80 @@ INTERLEAVED = ("llama", "smollm3", "granite")
 EXACT_STEP = 2.0**-9
 
 
+def adapter_tensor(name, shape):
+    is_vector = name.endswith(("ia3_l", "lora_magnitude_vector"))
+    is_plain = "lora_A" in name or name.startswith("prompt")
+    scale = 1 if is_plain else 4 if "embedding" in name or is_vector else 0.5
+    tensor = {"shape": list(shape), "mean": float(is_vector), "step": EXACT_STEP * scale, "blocks": False}
+    return tensor, torch.from_numpy(values(name, tensor))
+
+
+def merge_into_experts(model, kind, rank, scale):
+    """What PEFT makes of experts that are modules, as transformers 4 has them, merged into their parameters; its tensors."""
+    tensors = {}
+    for layer, block in enumerate(model.base_model.model.model.layers):
+        experts = block.mlp.experts
+        for expert in range(experts.num_experts):
+            gate, up = experts.gate_up_proj.data[expert].chunk(2)
+            for part, weight in (("gate", gate), ("up", up), ("down", experts.down_proj.data[expert])):
+                if kind == "ia3" and part != "down":
+                    continue
+                path = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{part}_proj"
+                out_features, in_features = weight.shape
+                shapes = {"lora_A.weight": [rank, in_features], "lora_B.weight": [out_features, rank]}
+                shapes |= {"lora_magnitude_vector": [out_features]} if kind == "dora" else {}
+                shapes = {"ia3_l": [1, in_features]} if kind == "ia3" else shapes
+                drawn = {}
+                for name, shape in shapes.items():
+                    tensors[f"{path}.{name}"], drawn[name] = adapter_tensor(f"{path}.{name}", shape)
+                if kind == "ia3":
+                    weight *= drawn["ia3_l"]
+                else:
+                    weight += scale * drawn["lora_B.weight"] @ drawn["lora_A.weight"]
+                if kind == "dora":
+                    weight *= (drawn["lora_magnitude_vector"] / weight.norm(dim=1))[:, None]
+    return tensors
+
+
 def adapter(family, config, kind, peft_config):
     """An adapter of PEFT on a fresh model, and its logits."""
     model = get_peft_model(Model(family, config).model, peft_config).eval()
     tensors, drawn = {}, {}
     for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
-        is_vector = name.endswith(("ia3_l", "lora_magnitude_vector"))
-        scale = 1 if "lora_A" in name or kind == "prompt" else 4 if "embedding" in name or is_vector else 0.5
-        shape = list(tensor.shape)
-        tensors[name] = {"shape": shape, "mean": float(is_vector), "step": EXACT_STEP * scale, "blocks": False}
-        drawn[name] = torch.from_numpy(values(name, tensors[name]))
+        tensors[name], drawn[name] = adapter_tensor(name, tensor.shape)
     set_peft_model_state_dict(model, drawn)
     settings = {key: value for key, value in peft_config.to_dict().items() if value is not None}
     settings = json.loads(json.dumps(settings, default=lambda value: getattr(value, "value", None) or sorted(value)))
+    if family == "qwen3moe" and kind in ("experts", "dora", "ia3"):
+        tensors |= merge_into_experts(model, kind, settings.get("r"), settings.get("lora_alpha", 0) / settings.get("r", 1))
+        if kind == "ia3":
+            settings["feedforward_modules"] = ["down_proj"]
+        settings["target_modules"] += ["down_proj"] if kind == "ia3" else ["gate_proj", "up_proj", "down_proj"]
     kept = {
-        "lora": ["peft_type", "task_type", "r", "lora_alpha", "target_modules"],
+        "lora": ["peft_type", "task_type", "r", "lora_alpha", "target_modules", "target_parameters"],
+        "experts": ["peft_type", "task_type", "r", "lora_alpha", "target_modules"],
         "dora": ["peft_type", "task_type", "r", "lora_alpha", "target_modules", "use_dora"],
         "ia3": ["peft_type", "task_type", "target_modules", "feedforward_modules"],
         "prompt": ["peft_type", "task_type", "num_virtual_tokens"],
     }[kind]
-    settings = {key: settings[key] for key in kept}
+    settings = {key: settings[key] for key in kept if key in settings}
     return {"kind": kind, "config": settings, "tensors": tensors, "logits": packed(logits(model))}
 
 
 def adapters(family, config):
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    targets = attention + ["gate_proj", "up_proj", "down_proj"]
+    targets = attention + ([] if family == "qwen3moe" else ["gate_proj", "up_proj", "down_proj"])
     fused = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
     targets = {"phi3": fused, "starcoder2": attention + ["c_fc", "c_proj"]}.get(family, targets)
     keys = {"phi3": ["qkv_proj", "gate_up_proj", "down_proj"], "starcoder2": ["k_proj", "v_proj", "c_proj"]}
+    keys |= {"qwen3moe": ["k_proj", "v_proj"]}
     keys = keys.get(family, ["k_proj", "v_proj", "down_proj"])
-    feedforward = {"phi3": ["gate_up_proj"], "starcoder2": ["c_proj"]}.get(family, ["down_proj"])
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets + ["embed_tokens"], task_type="CAUSAL_LM")
+    feedforward = {"phi3": ["gate_up_proj"], "starcoder2": ["c_proj"], "qwen3moe": []}.get(family, ["down_proj"])
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"] if family == "qwen3moe" else None
+    lora = LoraConfig(
+        r=4, lora_alpha=8, target_modules=targets + ["embed_tokens"], target_parameters=parameters, task_type="CAUSAL_LM"
+    )
+    plain = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
     dora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_dora=True, task_type="CAUSAL_LM")
     ia3 = IA3Config(target_modules=keys, feedforward_modules=feedforward, task_type="CAUSAL_LM")
     prompt = PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
@@ -177,7 +249,7 @@ def adapters(family, config):
         adapter(family, config, "dora", dora),
         adapter(family, config, "ia3", ia3),
         adapter(family, config, "prompt", prompt),
-    ]
+    ] + ([adapter(family, config, "experts", plain)] if family == "qwen3moe" else [])
 
 
 def rope(kind="default", theta=THETA, **more):
@@ -251,6 +323,10 @@ def gemma3_rope(theta=1e6, local=1e4, **more):
 GEMMA3["rope_parameters"] = gemma3_rope()
 GRANITE = {"embedding_multiplier": 6.0, "residual_multiplier": 0.25, "attention_multiplier": 0.1, "logits_scaling": 4.0}
 GRANITE_KEYS = {"embedding_scale": 6.0, "residual_scale": 0.25, "attention.scale": 0.1, "logit_scale": 4.0}
+QWEN3_MOE = {"head_dim": 64, "num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2}
+QWEN3_MOE |= {"moe_intermediate_size": 96, "norm_topk_prob": True}
+QWEN3_MOE_KEYS = {"attention.key_length": 64, "attention.value_length": 64, "block_count": 2, "expert_count": 8}
+QWEN3_MOE_KEYS |= {"expert_used_count": 2, "expert_feed_forward_length": 96}
 STARCODER2 = {"use_bias": True, "norm_epsilon": 1e-5, "sliding_window": None, "tie_word_embeddings": True}
 
 # Name, GGUF's architecture, transformers' model type, changes of the configuration and of the keys, variants: name, changes of
@@ -302,6 +378,16 @@ FAMILIES = [
                     "rope.scaling.original_context_length": 64,
                 },
             ),
+        ],
+    ),
+    (
+        "qwen3moe",
+        "qwen3_moe",
+        QWEN3_MOE,
+        QWEN3_MOE_KEYS,
+        [
+            ("another expert_used_count", {"num_experts_per_tok": 3}, {"expert_used_count": 3}),
+            ("expert_weights_norm", {"norm_topk_prob": False}, {"expert_weights_norm": False}),
         ],
     ),
     ("smollm3", "smollm3", {"num_hidden_layers": 4}, {"block_count": 4}, []),

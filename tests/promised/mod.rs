@@ -308,12 +308,12 @@ fn tokens_and_logprobs_are_the_same_alone_among_others_and_from_the_prefix_cache
 
 /// A PEFT folder with these weights, and `extra` tensors of one value each.
 fn write_peft(dir: &Path, lora: &Lora, extra: &[&str]) {
-    let names = Module::ALL.map(Module::name);
+    let names = Module::PLAIN.map(Module::name);
     let config = serde_json::json!({"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.rank,
         "lora_alpha": lora.scale * lora.rank as f32, "target_modules": names});
     let mut tensors: BTreeMap<String, (Vec<usize>, &[f32])> = BTreeMap::new();
     for (layer, sites) in lora.sites.iter().enumerate() {
-        for (module, site) in Module::ALL.into_iter().zip(sites) {
+        for (module, site) in Module::PLAIN.into_iter().zip(sites) {
             let path = format!("base_model.model.model.layers.{layer}.{}.{}", module.parent(), module.name());
             let (inputs, outputs) = site.shape;
             tensors.insert(format!("{path}.lora_A.weight"), (vec![lora.rank, inputs], &site.a));
@@ -418,7 +418,7 @@ fn the_prefix_cache_never_crosses_generations_that_differ_in_one_weight() {
         Arc::new(loader::load("same-name", &AdapterFiles::read(dir.path()).unwrap(), &base).unwrap())
     };
     let old = load(&lora);
-    lora.sites[0][Module::VProj as usize].b[0] += 0.5;
+    lora.sites[0][Module::VProj.index()].b[0] += 0.5;
     let new = load(&lora);
     assert_ne!(old.generation, new.generation);
 

@@ -73,7 +73,7 @@ impl TinyModel {
             for norm in ["attn_norm", "ffn_norm"] {
                 add(format!("blk.{layer}.{norm}.weight"), &[hidden], 1.0, 0.2);
             }
-            for module in Module::ALL {
+            for module in Module::PLAIN {
                 let (inputs, outputs) = spec.module_shape(module);
                 // Results of about unit variance, and queries and keys that make attention choose.
                 let gain = if matches!(module, Module::QProj | Module::KProj) { 1.3 } else { 1.0 };
@@ -269,8 +269,8 @@ pub struct Lora {
     pub rank: usize,
     /// Alpha over rank.
     pub scale: f32,
-    /// `[layer][Module as usize]`
-    pub sites: Vec<[LoraSite; Module::ALL.len()]>,
+    /// `[layer][Module::index]`
+    pub sites: Vec<[LoraSite; Module::PLAIN.len()]>,
 }
 
 /// The factors of one site, exact in f16.
@@ -296,7 +296,7 @@ impl Lora {
             LoraSite { shape: (inputs, outputs), a, b, bias }
         };
         let mut site = site;
-        let sites = (0..spec.num_layers).map(|_| Module::ALL.map(&mut site)).collect();
+        let sites = (0..spec.num_layers).map(|_| Module::PLAIN.map(&mut site)).collect();
         Self { rank, scale: 2.0, sites }
     }
 
@@ -309,7 +309,7 @@ impl Lora {
             let low_rank = LowRank::pack(self.rank, inputs, outputs, self.scale, &a, &b);
             Some(SiteDelta { low_rank: Some(low_rank), bias: site.bias.clone(), ..SiteDelta::default() })
         };
-        let layers = self.sites.iter().map(|sites| sites.each_ref().map(delta)).collect();
+        let layers = self.sites.iter().map(|sites| sites.iter().map(delta).collect()).collect();
         let mut adapter = Adapter {
             name: name.to_owned(),
             generation: name.to_owned(),

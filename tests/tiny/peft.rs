@@ -74,12 +74,12 @@ impl PeftAdapter {
         let prompt = |name: &str| json!({"peft_type": name, "num_virtual_tokens": NUM_VIRTUAL_TOKENS});
         let config = match kind {
             Kind::LoraEverywhere => {
-                draft.pairs(&Module::ALL, 3);
+                draft.pairs(&Module::PLAIN, 3);
                 draft.add("model.embed_tokens.lora_embedding_A", &[3, vocab], 0.0, 0.5);
                 draft.add("model.embed_tokens.lora_embedding_B", &[hidden, 3], 0.0, 0.5);
                 draft.add("lm_head.lora_A.weight", &[3, hidden], 0.0, (hidden as f32).powf(-0.5));
                 draft.add("lm_head.lora_B.weight", &[vocab, 3], 0.0, 0.5);
-                lora(3, &[names(&Module::ALL), vec!["embed_tokens", "lm_head"]].concat(), json!({}))
+                lora(3, &[names(&Module::PLAIN), vec!["embed_tokens", "lm_head"]].concat(), json!({}))
             }
             Kind::RsLoraBias => {
                 draft.pairs(&[QProj, OProj], 9);

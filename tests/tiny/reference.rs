@@ -38,7 +38,7 @@ impl Reference {
     /// Merges an adapter: `W + s·B·A`, and its bias on top of the base's.
     pub fn merge(&mut self, lora: &Lora) {
         for (layer, sites) in lora.sites.iter().enumerate() {
-            for (module, site) in Module::ALL.into_iter().zip(sites) {
+            for (module, site) in Module::PLAIN.into_iter().zip(sites) {
                 let weight = self.weights.get_mut(&weight_name(layer, module)).unwrap();
                 let a: Vec<&[f32]> = site.a.chunks_exact(site.shape.0).collect();
                 for (row, b) in weight.iter_mut().zip(site.b.chunks_exact(lora.rank)) {
@@ -119,7 +119,7 @@ impl Reference {
             add_pair(embedding, scale, &transposed(&b), &transposed(&a));
         }
         for layer in 0..self.spec.num_layers {
-            for module in Module::ALL {
+            for module in Module::PLAIN {
                 let path = format!("model.layers.{layer}.{}.{}", module.parent(), module.name());
                 let of = |name: &str| matrix(&format!("{path}.{name}"));
                 let weight = self.weights.get_mut(&weight_name(layer, module)).unwrap();

@@ -48,7 +48,7 @@ fn bench_shape(criterion: &mut Criterion, cpu: &Cpu, format: BlockFormat, shape:
             let (activations, mut out) = (activations(cpu, rows, in_features), vec![0.0; rows * out_features]);
             let mut turns = weights.iter().cycle();
             bencher.iter(|| {
-                let product = Product { weights: turns.next(), bias: None, out: &mut out };
+                let product = Product { weights: turns.next().map(Into::into), bias: None, out: &mut out };
                 gemm::run(cpu, &activations, &mut [product], 0, &|_| {});
             });
         });

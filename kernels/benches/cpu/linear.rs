@@ -92,7 +92,7 @@ impl<'a> Layer<'a> {
             Some(RowDelta { product: 0, rows, low_rank: Some(&adapters[i]), output_scale: None, bias: None })
         };
         let deltas = Deltas { count: adapters.len(), get: &get };
-        let product = Product { weights, bias: None, out: &mut self.out };
+        let product = Product { weights: weights.map(Into::into), bias: None, out: &mut self.out };
         linear::run(self.cpu, &self.activations, &self.x, &mut [product], &deltas, &mut self.shrunk);
     }
 }

@@ -104,7 +104,7 @@ fn of_cpu(cpu: &Cpu, quantized: &QuantizedRows, width: usize) -> Vec<f32> {
         .collect();
     let weights = PackedMatrix::pack(cpu, BlockFormat::Q8_0, (width, width), &identity, None).unwrap();
     let mut out = vec![0.0; quantized.num_rows() * width];
-    let product = gemm::Product { weights: Some(&weights), bias: None, out: &mut out };
+    let product = gemm::Product { weights: Some((&weights).into()), bias: None, out: &mut out };
     gemm::run(cpu, quantized, &mut [product], 0, &|_| {});
     out
 }

@@ -117,7 +117,7 @@ proptest! {
                     bias: deltas[product].bias.as_deref(),
                 });
                 let target = &mut expected[product][row * out..][..out];
-                let products = &mut [gemm::Product { weights: Some(&weights[product].cpu), bias: Some(&biases[product]), out: target }];
+                let products = &mut [gemm::Product { weights: Some((&weights[product].cpu).into()), bias: Some(&biases[product]), out: target }];
                 let get = |_| delta.clone();
                 linear::run(&cpu, &quantized, at(row), products, &Deltas { count: 1, get: &get }, &mut Shrunk::default());
             }

@@ -39,6 +39,9 @@ impl<D: Driver> Device for Cuda<D> {
 
     fn prepare(&mut self, shape: &DecoderShape, plan: &AttentionPlan) -> Result<(), DeviceError> {
         let DecoderShape { num_layers, num_heads, num_kv_heads, head_dim, context_length, vocab_size, .. } = *shape;
+        if shape.experts.is_some() {
+            return Err(no_experts());
+        }
         if vocab_size > head::MAX_VOCAB {
             let most = head::MAX_VOCAB;
             return Err(DeviceError::Unsupported(format!(
@@ -299,6 +302,16 @@ impl<D: Driver> Device for Cuda<D> {
         Ok(attention.attend(&self.driver, Scoring::of(shape, layers[block]), *rows, num_tiles, &memory)?)
     }
 
+    fn run_experts(
+        &mut self,
+        _step: &Step<'_>,
+        _block: usize,
+        _router: &CudaLinear<D>,
+        _experts: &[[CudaLinear<D>; 3]],
+    ) -> Result<(), DeviceError> {
+        Err(no_experts())
+    }
+
     fn activate(&mut self, _step: &Step<'_>) -> Result<(), DeviceError> {
         let DecoderShape { intermediate_size: width, activation, .. } = self.shape();
         self.set_input_width(width);
@@ -363,4 +376,10 @@ impl<D: Driver> Device for Cuda<D> {
         self.bring_adapters();
         self.give_logits(0, num_wanted, caller)
     }
+}
+
+fn no_experts() -> DeviceError {
+    DeviceError::Unsupported(
+        "the CUDA device has no kernels for models of experts: run them with --device cpu".to_owned(),
+    )
 }

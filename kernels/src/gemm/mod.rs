@@ -10,6 +10,9 @@ mod avx2;
 mod avx512;
 mod portable;
 
+use std::fmt;
+use std::ops::Range;
+
 use crate::activations::{BLOCK, QuantizedRows};
 use crate::quantized::{PackedMatrix, ROWS_PER_TILE};
 use crate::threads::DisjointMut;
@@ -19,23 +22,91 @@ use crate::{Cpu, Isa};
 #[derive(Debug)]
 pub struct Product<'a> {
     /// `None`: somebody else has multiplied already, `out` holds the result, bias included.
-    pub weights: Option<&'a PackedMatrix>,
+    pub weights: Option<Weights<'a>>,
     /// Added to every row, `[out_features]`.
     pub bias: Option<&'a [f32]>,
     /// `[rows, out_features]`, overwritten.
     pub out: &'a mut [f32],
 }
 
+/// What the rows of a call are multiplied by.
+#[derive(Debug, Clone, Copy)]
+pub enum Weights<'a> {
+    /// All by one matrix.
+    One(&'a PackedMatrix),
+    /// Each by the matrix of its group.
+    ByGroup(&'a dyn RowGroups),
+}
+
+impl<'a> From<&'a PackedMatrix> for Weights<'a> {
+    fn from(matrix: &'a PackedMatrix) -> Self {
+        Self::One(matrix)
+    }
+}
+
+/// Rows in groups that have a matrix each, all of one shape and layout.
+pub trait RowGroups: fmt::Debug + Sync {
+    /// At least one.
+    fn count(&self) -> usize;
+
+    /// The rows of a group, which follow those of the group before, and its matrix.
+    fn get(&self, group: usize) -> (Range<usize>, &PackedMatrix);
+}
+
 /// A [`Product`] whose output the tasks share.
 struct Work<'a> {
-    weights: &'a PackedMatrix,
+    weights: Weights<'a>,
     bias: Option<&'a [f32]>,
     out: DisjointMut<'a, f32>,
+    tiles_per_task: usize,
+    tasks_per_group: usize,
+    num_tasks: usize,
 }
 
 impl<'a> Work<'a> {
-    fn of(product: &'a mut Product<'_>) -> Option<Self> {
-        Some(Self { weights: product.weights?, bias: product.bias, out: DisjointMut::new(&mut *product.out) })
+    /// # Panics
+    /// When shapes do not match the activations.
+    fn of(product: &'a mut Product<'_>, activations: &QuantizedRows) -> Option<Self> {
+        let weights = product.weights?;
+        let num_rows = activations.num_rows();
+        let num_groups = weights.num_groups();
+        let (_, matrix) = weights.group(0, num_rows);
+        let out_features = matrix.out_features();
+        assert_eq!(product.out.len(), num_rows * out_features, "output does not fit the weights");
+        assert!(product.bias.is_none_or(|b| b.len() == out_features), "bias does not fit the weights");
+        let mut end = 0;
+        for group in 0..num_groups {
+            let (rows, other) = weights.group(group, num_rows);
+            assert!(rows.start == end && rows.end >= end, "groups of rows do not follow each other");
+            assert_eq!(other.in_features(), activations.width(), "activations do not fit the weights");
+            assert!(other.out_features() == out_features && other.layout() == matrix.layout(), "groups differ");
+            end = rows.end;
+        }
+        assert_eq!(end, num_rows, "groups of rows do not cover the activations");
+        let tile_bytes = matrix.in_features() / BLOCK * matrix.layout().record_bytes();
+        let rows_per_group = num_rows.div_ceil(num_groups).clamp(1, 8);
+        let tiles_per_task = (TASK_BYTES / (tile_bytes * rows_per_group)).max(1);
+        let tasks_per_group = matrix.num_tiles().div_ceil(tiles_per_task);
+        let num_tasks = num_groups * tasks_per_group;
+        let out = DisjointMut::new(&mut *product.out);
+        Some(Self { weights, bias: product.bias, out, tiles_per_task, tasks_per_group, num_tasks })
+    }
+}
+
+impl<'a> Weights<'a> {
+    fn num_groups(self) -> usize {
+        match self {
+            Self::One(_) => 1,
+            Self::ByGroup(groups) => groups.count(),
+        }
+    }
+
+    /// The rows of a group out of `num_rows`, and its matrix.
+    fn group(self, group: usize, num_rows: usize) -> (Range<usize>, &'a PackedMatrix) {
+        match self {
+            Self::One(matrix) => (0..num_rows, matrix),
+            Self::ByGroup(groups) => groups.get(group),
+        }
     }
 }
 
@@ -71,45 +142,41 @@ pub fn run(
 ) {
     const MAX_PRODUCTS: usize = 4;
     assert!(products.len() <= MAX_PRODUCTS, "at most {MAX_PRODUCTS} products share a call");
-    let num_rows = activations.num_rows();
     let isa = cpu.isa();
-    // Tasks of all products in one region: `task_ends[i]` is the first task after product i.
-    let mut task_ends = [0; MAX_PRODUCTS];
-    let mut tiles_per_task = [1; MAX_PRODUCTS];
-    let mut num_tasks = 0;
-    for (i, product) in products.iter().enumerate() {
-        task_ends[i] = num_tasks;
-        let Some(weights) = product.weights else { continue };
-        assert_eq!(weights.in_features(), activations.width(), "activations do not fit the weights");
-        assert_eq!(product.out.len(), num_rows * weights.out_features(), "output does not fit the weights");
-        assert!(product.bias.is_none_or(|b| b.len() == weights.out_features()), "bias does not fit the weights");
-        let tile_bytes = weights.in_features() / BLOCK * weights.layout().record_bytes();
-        tiles_per_task[i] = (TASK_BYTES / (tile_bytes * num_rows.clamp(1, 8))).max(1);
-        num_tasks += weights.num_tiles().div_ceil(tiles_per_task[i]);
-        task_ends[i] = num_tasks;
-    }
-    let num_products = products.len();
     let work: [Option<Work<'_>>; MAX_PRODUCTS] = {
         let mut products = products.iter_mut();
-        std::array::from_fn(|_| products.next().and_then(Work::of))
+        std::array::from_fn(|_| Work::of(products.next()?, activations))
     };
+    let num_tasks = work.iter().flatten().map(|work| work.num_tasks).sum::<usize>();
+    // Tasks of all products in one region, and those of others behind them.
     cpu.pool().run(num_tasks + num_extra, &|task| {
-        let Some(index) = task_ends[..num_products].iter().position(|&end| task < end) else {
-            return extra(task - num_tasks);
-        };
-        let Some(Work { weights, bias, out }) = &work[index] else { return };
-        let first_task = if index == 0 { 0 } else { task_ends[index - 1] };
-        let first_tile = (task - first_task) * tiles_per_task[index];
-        let last_tile = (first_tile + tiles_per_task[index]).min(weights.num_tiles());
+        let mut task_of_product = task;
+        for work in work.iter().flatten() {
+            if task_of_product < work.num_tasks {
+                return work.run(isa, activations, task_of_product);
+            }
+            task_of_product -= work.num_tasks;
+        }
+        extra(task - num_tasks);
+    });
+}
+
+impl Work<'_> {
+    /// Some tiles of a group.
+    fn run(&self, isa: Isa, activations: &QuantizedRows, task: usize) {
+        let (rows, matrix) = self.weights.group(task / self.tasks_per_group, activations.num_rows());
+        let first_tile = task % self.tasks_per_group * self.tiles_per_task;
+        let last_tile = (first_tile + self.tiles_per_task).min(matrix.num_tiles());
+        let out_features = matrix.out_features();
         let mut buffer = [[0.0; ROWS_PER_TILE]; ROWS_PER_CALL];
         for tile in first_tile..last_tile {
-            let job = Tile { weights, records: weights.tile(tile), activations };
+            let job = Tile { weights: matrix, records: matrix.tile(tile), activations };
             let first_out = tile * ROWS_PER_TILE;
-            let width = ROWS_PER_TILE.min(weights.out_features() - first_out);
-            multiply_tile(isa, &job, &mut buffer, &mut |row, results| {
-                // SAFETY: this task alone writes these columns of this product.
-                let target = unsafe { out.slice(row * weights.out_features() + first_out, width) };
-                match bias {
+            let width = ROWS_PER_TILE.min(out_features - first_out);
+            multiply_tile(isa, &job, rows.clone(), &mut buffer, &mut |row, results| {
+                // SAFETY: this task alone writes these columns of these rows of this product.
+                let target = unsafe { self.out.slice(row * out_features + first_out, width) };
+                match self.bias {
                     Some(bias) => {
                         for ((t, r), b) in target.iter_mut().zip(results).zip(&bias[first_out..]) {
                             *t = r + b;
@@ -123,19 +190,19 @@ pub fn run(
                 }
             });
         }
-    });
+    }
 }
 
-/// Multiplies one tile with all rows and gives each row's 16 results to `store`.
+/// Multiplies one tile with `rows` of its activations and gives each row's 16 results to `store`.
 fn multiply_tile(
     isa: Isa,
     tile: &Tile<'_>,
+    rows: Range<usize>,
     buffer: &mut [[f32; ROWS_PER_TILE]; ROWS_PER_CALL],
     store: &mut dyn FnMut(usize, &[f32; ROWS_PER_TILE]),
 ) {
-    let num_rows = tile.activations.num_rows();
-    for first_row in (0..num_rows).step_by(ROWS_PER_CALL) {
-        let out = &mut buffer[..ROWS_PER_CALL.min(num_rows - first_row)];
+    for first_row in rows.clone().step_by(ROWS_PER_CALL) {
+        let out = &mut buffer[..ROWS_PER_CALL.min(rows.end - first_row)];
         match isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2::multiply(tile, first_row, out),

@@ -60,8 +60,21 @@ fn multiply(cpu: &Cpu, weights: &PackedMatrix, bias: Option<&[f32]>, rows: usize
     let mut activations = QuantizedRows::default();
     activations.quantize(cpu, rows, weights.in_features(), &mut x);
     let mut out = vec![f32::NAN; rows * weights.out_features()];
-    run(cpu, &activations, &mut [Product { weights: Some(weights), bias, out: &mut out }], 0, &|_| {});
+    run(cpu, &activations, &mut [Product { weights: Some(weights.into()), bias, out: &mut out }], 0, &|_| {});
     out
+}
+
+#[derive(Debug)]
+struct Groups(Vec<(Range<usize>, PackedMatrix)>);
+
+impl RowGroups for Groups {
+    fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    fn get(&self, group: usize) -> (Range<usize>, &PackedMatrix) {
+        (self.0[group].0.clone(), &self.0[group].1)
+    }
 }
 
 proptest! {
@@ -113,6 +126,37 @@ proptest! {
                 let got = multiply(&Cpu::new(isa, 2), &weights, None, rows, &x);
                 for (a, b) in got.iter().zip(&expected) {
                     prop_assert!((a - b).abs() <= size * 1e-4, "{isa} {format:?}: {a} {b}");
+                }
+            }
+        }
+    }
+
+    /// And neither do rows that go to other matrices.
+    #[test]
+    fn a_row_in_a_group_has_the_bits_it_has_alone_with_its_matrix(
+        out in 1usize..100, sizes in prop::collection::vec(0usize..20, 1..6), seed: u64,
+    ) {
+        let rows = sizes.iter().sum::<usize>();
+        let x = random_rows(rows, 256, seed);
+        for (isa, format) in Isa::available().flat_map(|isa| FORMATS.map(|format| (isa, format))) {
+            let cpu = Cpu::new(isa, 3);
+            let mut groups = Groups(Vec::new());
+            for (&size, seed) in sizes.iter().zip(seed..=u64::MAX) {
+                let bytes = random_weights(format, out, 256, seed);
+                let start = groups.0.last().map_or(0, |(rows, _)| rows.end);
+                let matrix = PackedMatrix::pack(&cpu, format, (out, 256), &bytes, None).unwrap();
+                groups.0.push((start..start + size, matrix));
+            }
+            let mut activations = QuantizedRows::default();
+            activations.quantize(&cpu, rows, 256, &mut x.clone());
+            let mut together = vec![f32::NAN; rows * out];
+            let weights = Some(Weights::ByGroup(&groups));
+            run(&cpu, &activations, &mut [Product { weights, bias: None, out: &mut together }], 0, &|_| {});
+            for (of_group, matrix) in &groups.0 {
+                for row in of_group.clone() {
+                    let alone = multiply(&cpu, matrix, None, 1, &x[row * 256..][..256]);
+                    let same = alone.iter().zip(&together[row * out..]).all(|(a, b)| a.to_bits() == b.to_bits());
+                    prop_assert!(same, "{isa} {format:?} row {row}");
                 }
             }
         }

@@ -5,11 +5,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::Activations;
+use super::experts::PartOfExperts;
 use crate::Cpu;
 use crate::canonical::SiteDelta;
 use crate::device::{DeviceError, MatrixSource};
 use crate::elementwise::scale_quantize;
-use crate::gemm::Product;
+use crate::gemm::{Product, RowGroups, Weights as Matrices};
 use crate::linear::{Deltas, RowDelta, Shrunk};
 use crate::quantized::{PackedMatrix, WeightType};
 
@@ -32,6 +33,8 @@ pub struct HostLinear {
     out_features: usize,
     /// `[out_features]`
     bias: Option<Vec<f32>>,
+    /// Of the weights in memory.
+    bytes: usize,
 }
 
 #[derive(Debug)]
@@ -55,40 +58,91 @@ impl HostLinear {
                 .map_err(|e| DeviceError::Unsupported(e.to_string()))?,
             _ => Weights::Unquantized(unquantized(source).map_err(DeviceError::Unsupported)?),
         };
-        Ok(Self { weights, out_features: source.shape.0, bias })
+        let bytes = super::weight_bytes(source.weight_type, source.shape);
+        Ok(Self { weights, out_features: source.shape.0, bias, bytes })
     }
 
-    /// Bytes of the packed weights; 0 for a layer that somebody else holds.
-    pub fn packed_bytes(&self) -> usize {
+    /// Of the weights in memory.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The weights, if the packed GEMM multiplies by them.
+    fn packed(&self) -> Option<&PackedMatrix> {
         match &self.weights {
-            Weights::Packed(matrix) => matrix.bytes(),
-            Weights::Unquantized(_) => 0,
+            Weights::Packed(matrix) => Some(matrix),
+            Weights::Unquantized(_) => None,
         }
     }
 
-    /// Says what the packed GEMM has to do for `product`, and does at once what it cannot.
-    fn fill<'a>(&'a self, input: &Activations, product: &mut Product<'a>) -> Result<(), DeviceError> {
-        match &self.weights {
-            Weights::Packed(matrix) => {
-                product.weights = Some(matrix);
-                product.bias = self.bias.as_deref();
-            }
-            Weights::Unquantized(matrix) => {
-                // Row by row: a library's GEMM may sum in another order for another number of rows, and a row must have
-                // the same bits in any batch.
-                let width = input.quantized.width();
-                let rows = input.exact.chunks_exact(width).zip(product.out.chunks_exact_mut(self.out_features));
-                for (x, out) in rows {
-                    matrix.multiply_row(x, out).map_err(DeviceError::BaseLayer)?;
-                    for (y, b) in out.iter_mut().zip(self.bias.iter().flatten()) {
-                        *y += b;
-                    }
-                }
-            }
+    /// Multiplies `rows` of the input by weights that somebody else holds, if it has such.
+    ///
+    /// Row by row: a library's GEMM may sum in another order for another number of rows, and a row must have the same bits in
+    /// any batch.
+    fn multiply_unquantized(
+        &self,
+        input: &Activations,
+        rows: Range<usize>,
+        out: &mut [f32],
+    ) -> Result<(), DeviceError> {
+        let Weights::Unquantized(matrix) = &self.weights else { return Ok(()) };
+        let (width, out_features) = (input.quantized.width(), self.out_features);
+        for row in rows {
+            let out = &mut out[row * out_features..][..out_features];
+            matrix.multiply_row(&input.exact[row * width..][..width], out).map_err(DeviceError::BaseLayer)?;
+            out.iter_mut().zip(self.bias.iter().flatten()).for_each(|(y, b)| *y += b);
         }
         Ok(())
     }
 }
+
+/// What the rows of a call go through.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Layer<'a> {
+    /// All through one.
+    One(&'a HostLinear),
+    /// Each through that of its expert.
+    ByExpert(&'a PartOfExperts<'a>),
+}
+
+impl RowGroups for PartOfExperts<'_> {
+    fn count(&self) -> usize {
+        self.num_active()
+    }
+
+    fn get(&self, group: usize) -> (Range<usize>, &PackedMatrix) {
+        let (rows, linear) = self.active(group);
+        (rows, linear.packed().expect("the experts of a block are of one type"))
+    }
+}
+
+impl<'a> Layer<'a> {
+    fn first(self) -> &'a HostLinear {
+        match self {
+            Self::One(linear) => linear,
+            Self::ByExpert(experts) => experts.active(0).1,
+        }
+    }
+
+    /// Says what the packed GEMM has to do for `product`, and does at once what it cannot.
+    fn fill(self, input: &Activations, product: &mut Product<'a>) -> Result<(), DeviceError> {
+        match self {
+            Self::One(linear) => {
+                product.weights = linear.packed().map(Matrices::One);
+                product.bias = linear.bias.as_deref();
+                linear.multiply_unquantized(input, 0..input.quantized.num_rows(), product.out)
+            }
+            Self::ByExpert(experts) => {
+                product.weights = self.first().packed().map(|_| Matrices::ByGroup(experts));
+                (0..experts.num_active()).try_for_each(|number| {
+                    let (rows, linear) = experts.active(number);
+                    linear.multiply_unquantized(input, rows, product.out)
+                })
+            }
+        }
+    }
+}
+
 /// What lies between the regions of a call; reused from call to call.
 #[derive(Debug, Default)]
 pub(super) struct LinearBuffers {
@@ -116,7 +170,7 @@ impl std::fmt::Debug for SiteDeltas<'_> {
 /// A layer whose input an adapter scales in this batch has activations of its own, and so is a region of its own.
 pub(super) fn run<const N: usize>(
     cpu: &Cpu,
-    layers: [&HostLinear; N],
+    layers: [Layer<'_>; N],
     deltas: &SiteDeltas<'_>,
     input: &Activations,
     outs: [&mut [f32]; N],
@@ -132,9 +186,9 @@ pub(super) fn run<const N: usize>(
     };
     let mut is_done = [false; N];
     let mut products: [Product<'_>; N] = outs.map(|out| Product { weights: None, bias: None, out });
-    for (i, (layer, product)) in layers.into_iter().zip(&mut products).enumerate() {
+    for (i, (layer, product)) in layers.iter().zip(&mut products).enumerate() {
         let out = std::mem::take(&mut product.out);
-        product.out = &mut out[..num_rows * layer.out_features];
+        product.out = &mut out[..num_rows * layer.first().out_features];
         is_done[i] = deltas.scale_input(cpu, i, input, scaled);
         layer.fill(if is_done[i] { scaled } else { input }, product)?;
         if is_done[i] {

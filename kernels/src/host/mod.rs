@@ -1,6 +1,7 @@
 //! The CPU as a device: packed weights, activations and the KV store in the host's memory.
 
 mod embedding;
+mod experts;
 mod linear;
 
 use std::ops::Range;
@@ -24,8 +25,9 @@ use crate::shape::{Activation, AttentionPlan, DecoderShape, LayerAttention};
 use crate::step::Step;
 
 use embedding::VirtualRow;
+use experts::{ExpertBuffers, ExpertLayers};
 pub use linear::{HostLinear, RowProduct, Unquantized};
-use linear::{LinearBuffers, SiteDeltas};
+use linear::{Layer as HostLayer, LinearBuffers, SiteDeltas};
 
 /// Bytes that a matrix of `shape` `(out, in)` takes of memory once it is loaded: packed, or as f32 where it is not quantized.
 pub fn weight_bytes(weight_type: WeightType, shape: (usize, usize)) -> usize {
@@ -90,6 +92,7 @@ struct Buffers {
     /// By [`Output`].
     outputs: [Vec<f32>; Output::COUNT],
     linear: LinearBuffers,
+    experts: ExpertBuffers,
     /// `hidden` and `residual` of the rows whose logits are wanted.
     wanted: [Vec<f32>; 2],
     logits: Vec<f32>,
@@ -183,7 +186,7 @@ impl Device for Host {
     }
 
     fn linear_bytes(linear: &HostLinear) -> usize {
-        linear.packed_bytes()
+        linear.bytes()
     }
 
     /// Buffers of a step grow with the largest one.
@@ -276,7 +279,7 @@ impl Device for Host {
         let deltas = SiteDeltas { num_groups: groups.count, get: &get };
         let Buffers { input, outputs, linear, .. } = &mut self.buffers;
         let outs = select(outputs, layers.each_ref().map(|layer| layer.output));
-        linear::run(&self.cpu, layers.map(|layer| layer.linear), &deltas, input, outs, linear)
+        linear::run(&self.cpu, layers.map(|layer| HostLayer::One(layer.linear)), &deltas, input, outs, linear)
     }
 
     fn rotate_and_store(&mut self, step: &Step<'_>, block: usize) -> Result<(), DeviceError> {
@@ -319,14 +322,24 @@ impl Device for Host {
 
     fn activate(&mut self, step: &Step<'_>) -> Result<(), DeviceError> {
         let (num_rows, activation) = (step.num_rows(), self.shape().activation);
-        let Buffers { input: Activations { exact, quantized }, outputs, .. } = &mut self.buffers;
+        let Buffers { input, outputs, .. } = &mut self.buffers;
         let (gate, up) = (&outputs[Output::Gate as usize], &outputs[Output::Up as usize]);
-        match activation {
-            Activation::GatedSilu => swiglu_quantize(&self.cpu, num_rows, gate, up, exact, quantized),
-            Activation::GatedGelu => gelu_quantize(&self.cpu, num_rows, gate, Some(up), exact, quantized),
-            Activation::Gelu => gelu_quantize(&self.cpu, num_rows, up, None, exact, quantized),
-        }
+        activate(&self.cpu, activation, num_rows, gate, up, input);
         Ok(())
+    }
+
+    fn run_experts(
+        &mut self,
+        step: &Step<'_>,
+        block: usize,
+        router: &HostLinear,
+        experts: &[[HostLinear; 3]],
+    ) -> Result<(), DeviceError> {
+        let shape = self.shape();
+        let Buffers { input, outputs, linear, experts: buffers, .. } = &mut self.buffers;
+        let residual = &mut outputs[Output::Residual as usize];
+        let layers = ExpertLayers { block, router, experts };
+        layers.run(&self.cpu, &shape, step, input, residual, (buffers, linear))
     }
 
     /// A few rows at a time.
@@ -356,7 +369,7 @@ impl Device for Host {
                 Some((places(rows, &group.rows), group.weights.head_delta()?))
             };
             let deltas = SiteDeltas { num_groups: step.groups.count, get: &get };
-            linear::run(cpu, [head], &deltas, input, [&mut *logits], linear)?;
+            linear::run(cpu, [HostLayer::One(head)], &deltas, input, [&mut *logits], linear)?;
             for group in step.groups.iter() {
                 if let Some(HeadDelta::Replaced(head)) = &group.weights.head {
                     let Range { start, end } = places(rows, &group.rows);
@@ -372,6 +385,16 @@ impl Device for Host {
             }
         }
         Ok(())
+    }
+}
+
+/// What an activation makes of `gate` and `up`, `[rows, width]` each.
+fn activate(cpu: &Cpu, activation: Activation, num_rows: usize, gate: &[f32], up: &[f32], activated: &mut Activations) {
+    let Activations { exact, quantized } = activated;
+    match activation {
+        Activation::GatedSilu => swiglu_quantize(cpu, num_rows, gate, up, exact, quantized),
+        Activation::GatedGelu => gelu_quantize(cpu, num_rows, gate, Some(up), exact, quantized),
+        Activation::Gelu => gelu_quantize(cpu, num_rows, up, None, exact, quantized),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{all_sites, no_deltas};
+use super::all_sites;
 use crate::adapter::canonical::{Adapter, AdapterWeights, Method, SiteDelta};
 use crate::adapter::error::AdapterError;
 use crate::adapter::peft_config::Ia3Config;
@@ -29,7 +29,7 @@ pub fn load(config: &Ia3Config, mut tensors: Tensors<'_>, spec: &ModelSpec) -> R
     }
     tensors.refuse_rest()?;
 
-    let mut layers = no_deltas(spec);
+    let mut weights = AdapterWeights::default();
     let mut found = Targets::default();
     for (layer, module, path, vector) in placed {
         let (in_features, out_features) = spec.module_shape(module);
@@ -40,10 +40,9 @@ pub fn load(config: &Ia3Config, mut tensors: Tensors<'_>, spec: &ModelSpec) -> R
             vector.check_shape(&[out_features, 1])?;
             SiteDelta { output_scale: Some(vector.f32_values()?), ..SiteDelta::default() }
         };
-        layers[layer][module as usize] = Some(delta);
+        weights.set_site(layer, module.index(), delta);
         found.sites.insert((layer, module));
     }
     expected.check_found(&found)?;
-    let weights = Arc::new(AdapterWeights { layers, ..AdapterWeights::default() });
-    Ok(Adapter { method: Method::Ia3, weights, ..Adapter::default() })
+    Ok(Adapter { method: Method::Ia3, weights: Arc::new(weights), ..Adapter::default() })
 }

@@ -9,8 +9,9 @@ use half::slice::HalfFloatSliceExt;
 use kernels::half_matrix::HalfMatrix;
 use kernels::low_rank::LowRank;
 
+use super::all_sites;
 use super::dora::{self, Pair};
-use super::{all_sites, no_deltas};
+use super::experts::FusedPair;
 use crate::adapter::canonical::{Adapter, AdapterWeights, EmbeddingDelta, HeadDelta, Method, SiteDelta};
 use crate::adapter::error::AdapterError;
 use crate::adapter::peft_config::LoraConfig;
@@ -37,18 +38,26 @@ pub fn load(config: &LoraConfig, tensors: Tensors<'_>, base: &dyn BaseWeights) -
         return Err(AdapterError::field("modules_to_save", "lm_head is named in target_modules too"));
     }
     let placed = Placed::of(tensors, spec)?;
-    let found = Targets {
+    let mut found = Targets {
         sites: placed.sites.iter().map(|(site, _)| *site).collect(),
         embedding: placed.embedding_a.is_some() || placed.embedding_b.is_some(),
         head: placed.head.is_some(),
     };
 
-    let mut layers = no_deltas(spec);
+    let mut weights = AdapterWeights::default();
     for (site, tensors) in &placed.sites {
         let (layer, module) = *site;
-        let delta =
-            tensors.delta(config, &spec.module_path(layer, module), spec.module_shape(module), Some((*site, base)))?;
-        layers[layer][module as usize] = Some(delta);
+        let path = config.selector.named_path(spec, *site);
+        let delta = tensors.delta(config, &path, spec.module_shape(module), Some((*site, base)))?;
+        weights.set_site(layer, module.index(), delta);
+    }
+    for pair in &placed.experts {
+        for ((layer, module), delta) in pair.deltas(config, spec)? {
+            if !found.sites.insert((layer, module)) {
+                return Err(AdapterError::tensor(pair.key(), "belongs where other tensors of the experts do"));
+            }
+            weights.set_site(layer, module.index(), delta);
+        }
     }
     let embedding = found.embedding.then(|| placed.embedding_delta(config, spec)).transpose()?;
     let shape = (spec.hidden_size, spec.vocab_size);
@@ -68,8 +77,8 @@ pub fn load(config: &LoraConfig, tensors: Tensors<'_>, base: &dyn BaseWeights) -
         (false, true) => Method::RsLora,
         (false, false) => Method::Lora,
     };
-    let weights = Arc::new(AdapterWeights { layers, embedding, head, prelude: None });
-    Ok(Adapter { method, weights, ..Adapter::default() })
+    (weights.embedding, weights.head) = (embedding, head);
+    Ok(Adapter { method, weights: Arc::new(weights), ..Adapter::default() })
 }
 
 /// What the file holds for one linear layer.
@@ -83,6 +92,7 @@ struct SiteTensors<'a> {
 /// Every tensor of the file at its place.
 struct Placed<'a> {
     sites: Vec<(Site, SiteTensors<'a>)>,
+    experts: Vec<FusedPair<'a>>,
     head: Option<SiteTensors<'a>>,
     saved_head: Option<NamedTensor<'a>>,
     embedding_a: Option<NamedTensor<'a>>,
@@ -95,6 +105,7 @@ impl<'a> Placed<'a> {
         let sites = all_sites(spec).filter_map(site).collect();
         let placed = Self {
             sites,
+            experts: FusedPair::take_all(&mut tensors, spec)?,
             head: SiteTensors::take(&mut tensors, HEAD_PATH),
             saved_head: tensors.take_of(HEAD_PATH, "weight"),
             embedding_a: tensors.take_of(EMBEDDING_PATH, "lora_embedding_A"),
@@ -174,6 +185,6 @@ impl<'a> SiteTensors<'a> {
     }
 }
 
-fn incomplete(path: &str, part: &str) -> AdapterError {
+pub(super) fn incomplete(path: &str, part: &str) -> AdapterError {
     AdapterError::Sites(format!("site {path} is incomplete: {part} is missing"))
 }

@@ -18,7 +18,7 @@ const WITHOUT_EFFECT: &[&str] =
     &["auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"];
 
 /// What families name linear layers of decoder blocks beside Llama's names, for `all-linear`.
-const OTHER_MODULES: [&str; 4] = ["qkv_proj", "gate_up_proj", "c_fc", "c_proj"];
+const OTHER_MODULES: [&str; 5] = ["qkv_proj", "gate_up_proj", "c_fc", "c_proj", "gate"];
 
 pub(super) fn parse_error(e: serde_json::Error) -> AdapterError {
     AdapterError::Parse { file: FILE, reason: e.to_string() }
@@ -110,21 +110,22 @@ impl Fields {
         })
     }
 
-    /// `target_modules` and `exclude_modules`: what every method that changes layers has.
-    pub fn take_selector(&mut self) -> Result<SiteSelector, AdapterError> {
+    /// `target_modules` and `exclude_modules`: what every method that changes layers has. `parameters` are named besides.
+    pub fn take_selector(&mut self, parameters: Vec<String>) -> Result<SiteSelector, AdapterError> {
         let targets = match self.take_as::<OneOrMany<String>>("target_modules")? {
             Some(OneOrMany::One(text)) if text.eq_ignore_ascii_case("all-linear") => {
-                let names = Module::ALL.map(Module::name).into_iter().chain(OTHER_MODULES);
+                let names = Module::PLAIN.map(Module::name).into_iter().chain(OTHER_MODULES);
                 PathMatch::Names(names.map(str::to_string).collect())
             }
             Some(targets) => targets.into_path_match("target_modules")?,
+            None if !parameters.is_empty() => PathMatch::Names(Vec::new()),
             None => return Err(AdapterError::field("target_modules", "missing: it must name the adapted modules")),
         };
         let excluded = self
             .take_as::<OneOrMany<String>>("exclude_modules")?
             .map(|excluded| excluded.into_path_match("exclude_modules"))
             .transpose()?;
-        Ok(SiteSelector { targets, excluded, layers: None, layer_patterns: Vec::new() })
+        Ok(SiteSelector { targets, parameters, excluded, layers: None, layer_patterns: Vec::new() })
     }
 
     /// `layers_to_transform` and `layers_pattern`, which narrow `selector`.

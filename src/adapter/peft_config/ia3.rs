@@ -30,7 +30,7 @@ impl Ia3Config {
             Some(OneOrMany::Many(endings)) => Feedforward::Endings(endings),
             Some(OneOrMany::One(pattern)) => Feedforward::Pattern(PathPattern::whole(field, &pattern)?),
         };
-        let selector = fields.take_selector()?;
+        let selector = fields.take_selector(Vec::new())?;
         fields.refuse_rest(&["init_ia3_weights"])?;
         Ok(Self { selector, feedforward })
     }

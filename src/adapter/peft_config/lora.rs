@@ -65,6 +65,8 @@ impl LoraConfig {
             other => return Err(AdapterError::field("init_lora_weights", format!("{other} changed the base weights"))),
         }
 
+        let parameters: Vec<String> = fields.take_as("target_parameters")?.unwrap_or_default();
+        let targets_parameters = !parameters.is_empty();
         fields.take("rank_pattern");
         fields.take("alpha_pattern");
         let mut config = Self {
@@ -75,7 +77,7 @@ impl LoraConfig {
             use_rslora: fields.take_as("use_rslora")?.unwrap_or(false),
             use_dora: fields.take_as("use_dora")?.unwrap_or(false),
             lora_bias: fields.take_as("lora_bias")?.unwrap_or(false),
-            selector: fields.take_selector()?,
+            selector: fields.take_selector(parameters)?,
             replaces_head: false,
         };
         fields.take_layers(&mut config.selector)?;
@@ -85,6 +87,11 @@ impl LoraConfig {
             return Err(AdapterError::field("modules_to_save", reason));
         }
         config.replaces_head = !saved.is_empty();
+        for (is_set, field) in [(config.use_dora, "use_dora"), (config.lora_bias, "lora_bias")] {
+            if is_set && targets_parameters {
+                return Err(AdapterError::field(field, "not defined together with target_parameters"));
+            }
+        }
         if config.use_dora && config.lora_bias {
             return Err(AdapterError::field("use_dora", "not defined together with lora_bias"));
         }

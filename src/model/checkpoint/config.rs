@@ -45,11 +45,13 @@ const WITHOUT_EFFECT: &[&str] = &[
     "original_max_position_embeddings",
     "output_attentions",
     "output_hidden_states",
+    "output_router_logits",
     "pad_token_id",
     "pretraining_tp",
     "resid_pdrop",
     "residual_dropout",
     "return_dict",
+    "router_aux_loss_coef",
     "sep_token_id",
     "torch_dtype",
     "transformers.js_config",
@@ -74,7 +76,10 @@ pub struct Config {
     pub num_kv_heads: usize,
     pub head_dim: usize,
     pub hidden_size: usize,
+    /// Of the feed-forward, or of each of its experts.
     pub intermediate_size: usize,
+    /// Where there are any.
+    pub num_experts: Option<usize>,
     pub vocab_size: usize,
     /// `None` where the checkpoint's tensors say it: it is tied if there is no head.
     pub ties_embedding: Option<bool>,
@@ -107,8 +112,19 @@ impl Config {
         metadata.count("block_count", num_layers)?;
         metadata.count("context_length", fields.count("max_position_embeddings")?)?;
         metadata.count("embedding_length", hidden_size)?;
-        let intermediate_size = fields.count("intermediate_size")?;
+        let mut intermediate_size = fields.count("intermediate_size")?;
         metadata.count("feed_forward_length", intermediate_size)?;
+        let mut num_experts = None;
+        if family.has_experts {
+            // transformers 5 calls them local.
+            let count = fields.optional_count("num_local_experts")?;
+            let count = count.map_or_else(|| fields.count("num_experts"), Ok)?;
+            metadata.count("expert_count", count)?;
+            metadata.count("expert_used_count", fields.count("num_experts_per_tok")?)?;
+            intermediate_size = fields.count("moe_intermediate_size")?;
+            metadata.count("expert_feed_forward_length", intermediate_size)?;
+            num_experts = Some(count);
+        }
         metadata.count("attention.head_count", num_heads)?;
         metadata.count("attention.head_count_kv", num_kv_heads)?;
         metadata.count("attention.key_length", head_dim)?;
@@ -137,6 +153,7 @@ impl Config {
             head_dim,
             hidden_size,
             intermediate_size,
+            num_experts,
             vocab_size,
             ties_embedding: fields.flag("tie_word_embeddings")?,
             quantization,
@@ -160,6 +177,7 @@ impl Config {
             "gate_proj" | "up_proj" => (intermediate, hidden),
             "down_proj" | "c_proj" => (hidden, intermediate),
             "c_fc" => (intermediate, hidden),
+            "gate" => (self.num_experts?, hidden),
             "qkv_proj" => (q + 2 * kv, hidden),
             "gate_up_proj" => (2 * intermediate, hidden),
             _ => return None,
@@ -194,6 +212,10 @@ impl Metadata {
 
     pub fn text(&mut self, key: &str, value: &str) {
         self.set(key, Gguf::String(value.to_owned()));
+    }
+
+    pub fn flag(&mut self, key: &str, value: bool) {
+        self.set(key, Gguf::Bool(value));
     }
 
     pub fn flags(&mut self, key: &str, values: &[bool]) {

@@ -16,6 +16,8 @@ pub struct Family {
     pub adds_one_to_norms: bool,
     /// Whether norms subtract the mean.
     pub centers_norms: bool,
+    /// Whether feed-forwards are of experts, each a module of the checkpoint, which GGUF has in one tensor.
+    pub has_experts: bool,
     /// What `hidden_act` may be: names of one function, its own first.
     pub activations: &'static [&'static str],
     /// Modules that are named otherwise than in [`MODULES`].
@@ -30,6 +32,7 @@ const PLAIN: Family = Family {
     interleaves_heads: false,
     adds_one_to_norms: false,
     centers_norms: false,
+    has_experts: false,
     activations: &["silu"],
     modules: &[],
     carry_over: full_attention,
@@ -44,11 +47,19 @@ const GEMMA_NORMS: &[(&str, &str)] = &[
     ("post_feedforward_layernorm", "post_ffw_norm"),
 ];
 
-const FAMILIES: [Family; 11] = [
+const FAMILIES: [Family; 12] = [
     Family { model_type: "llama", gguf: "llama", interleaves_heads: true, ..PLAIN },
     Family { model_type: "mistral", gguf: "llama", interleaves_heads: true, carry_over: one_window, ..PLAIN },
     Family { model_type: "qwen2", gguf: "qwen2", carry_over: unused_window, ..PLAIN },
     Family { model_type: "qwen3", gguf: "qwen3", carry_over: unused_window, ..PLAIN },
+    Family {
+        model_type: "qwen3_moe",
+        gguf: "qwen3moe",
+        has_experts: true,
+        modules: &[("mlp.gate", ROUTER)],
+        carry_over: qwen3_moe,
+        ..PLAIN
+    },
     Family { model_type: "granite", gguf: "granite", interleaves_heads: true, carry_over: granite, ..PLAIN },
     Family { model_type: "smollm3", gguf: "smollm3", interleaves_heads: true, carry_over: smollm3, ..PLAIN },
     Family {
@@ -72,6 +83,9 @@ const FAMILIES: [Family; 11] = [
     Family { model_type: "gemma3_text", gguf: "gemma3", modules: GEMMA_NORMS, carry_over: gemma3, ..GEMMA },
 ];
 
+/// GGUF's name of what chooses experts.
+pub const ROUTER: &str = "ffn_gate_inp";
+
 /// Modules of a layer, and GGUF's names for them.
 const MODULES: [(&str, &str); 11] = [
     ("input_layernorm", "attn_norm"),
@@ -94,7 +108,7 @@ impl Family {
         found.ok_or_else(|| refuse("model_type", format!("{model_type:?} is not read (read are {})", known())))
     }
 
-    /// GGUF's name of a module: of a layer's as of the decoder's own.
+    /// GGUF's name of a module: of a layer's as of the decoder's own. All experts of a layer have one.
     pub fn gguf_module(&self, module: &str) -> Option<String> {
         match module {
             "model.embed_tokens" => return Some("token_embd".to_owned()),
@@ -104,6 +118,9 @@ impl Family {
         }
         let (layer, module) = module.strip_prefix("model.layers.")?.split_once('.')?;
         let layer: usize = layer.parse().ok()?;
+        if let Some((_, part)) = expert_of(module).filter(|_| self.has_experts) {
+            return Some(format!("blk.{layer}.ffn_{}_exps", part.strip_suffix("_proj")?));
+        }
         let (_, name) = self.modules.iter().chain(&MODULES).find(|(of, _)| *of == module)?;
         Some(format!("blk.{layer}.{name}"))
     }
@@ -117,6 +134,17 @@ impl Family {
     pub fn adds_one(&self, name: &str) -> bool {
         self.adds_one_to_norms && name.ends_with("norm.weight")
     }
+}
+
+/// The number of the expert that a module of a layer belongs to, and its name within that.
+fn expert_of(module: &str) -> Option<(usize, &str)> {
+    let (number, part) = module.rsplit_once("mlp.experts.")?.1.split_once('.')?;
+    Some((number.parse().ok()?, part)).filter(|(_, part)| ["gate_proj", "up_proj", "down_proj"].contains(part))
+}
+
+/// The number of the expert that a module belongs to, if it is one's.
+pub fn expert_number(module: &str) -> Option<usize> {
+    expert_of(module).map(|(number, _)| number)
 }
 
 /// No layer has a window.
@@ -148,6 +176,17 @@ fn unused_window(fields: &Fields, metadata: &mut Metadata) -> Result<(), Checkpo
     fields.must_be("use_sliding_window", &[json!(false)])?;
     fields.take("sliding_window");
     full_attention(fields, metadata)
+}
+
+/// Every layer has experts.
+fn qwen3_moe(fields: &Fields, metadata: &mut Metadata) -> Result<(), CheckpointError> {
+    fields.must_be("decoder_sparse_step", &[json!(1)])?;
+    fields.must_be("mlp_only_layers", &[json!([])])?;
+    // Files of GGUF are of models that do, unless they say otherwise; configurations the other way round.
+    if !fields.flag("norm_topk_prob")?.unwrap_or(false) {
+        metadata.flag("expert_weights_norm", false);
+    }
+    unused_window(fields, metadata)
 }
 
 fn granite(fields: &Fields, metadata: &mut Metadata) -> Result<(), CheckpointError> {

@@ -11,6 +11,7 @@ mod rope;
 mod shards;
 mod tokenizer;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -26,6 +27,7 @@ use sha2::{Digest, Sha256};
 use tracing::info;
 
 use config::Config;
+use family::{ROUTER, expert_number};
 use quantize::Prequantized;
 pub use quantize::Quantization;
 use shards::Shards;
@@ -153,16 +155,19 @@ struct Converter<'a> {
 impl Converter<'_> {
     /// Every tensor of the checkpoint under GGUF's name, on all cores.
     fn all(&self) -> Result<Vec<(String, QTensor)>, CheckpointError> {
-        let named = self.shards.names().map(|name| Ok((name, self.gguf_name(name)?)));
-        let named = named.filter_map(|pair| pair.map(|(name, gguf)| Some((name, gguf?))).transpose());
-        let named = named.collect::<Result<Vec<_>, CheckpointError>>()?;
+        let mut named: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+        for name in self.shards.names() {
+            if let Some(gguf) = self.gguf_name(name)? {
+                named.entry(gguf).or_default().push(name);
+            }
+        }
         let (left, done) = (Mutex::new(named.into_iter()), Mutex::new(Ok(Vec::new())));
         std::thread::scope(|scope| {
             for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
                 scope.spawn(|| {
                     loop {
-                        let Some((name, gguf)) = lock(&left).next() else { return };
-                        let packed = self.convert(name).map(|tensor| (gguf, tensor));
+                        let Some((gguf, names)) = lock(&left).next() else { return };
+                        let packed = self.convert(&names).map(|tensor| (gguf, tensor));
                         let mut done = lock(&done);
                         match (&mut *done, packed) {
                             (Ok(tensors), Ok(packed)) => tensors.push(packed),
@@ -198,23 +203,55 @@ impl Converter<'_> {
         Ok(Some(format!("{gguf}.{part}")))
     }
 
-    fn convert(&self, name: &str) -> Result<QTensor, CheckpointError> {
+    /// The tensor that these become: one, or as many as there are experts.
+    fn convert(&self, names: &[&str]) -> Result<QTensor, CheckpointError> {
+        let [name, rest @ ..] = names else { return Err(CheckpointError::tensor("", "has no source")) };
+        let module = |name: &str| name.rsplit_once('.').map_or(name, |(module, _)| module).to_owned();
+        if expert_number(&module(name)).is_some() {
+            return self.convert_experts(names);
+        }
+        if let Some(other) = rest.first() {
+            return Err(CheckpointError::tensor(other, format!("belongs where {name} does")));
+        }
         let in_tensor = |e: candle_core::Error| CheckpointError::tensor(name, e);
         let tensor = self.shards.tensor(name)?;
-        let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
-        let is_vocabulary = matches!(module, "model.embed_tokens" | "lm_head");
+        let module = module(name);
+        let is_vocabulary = matches!(module.as_str(), "model.embed_tokens" | "lm_head");
         if tensor.rank() == 1 {
             let vector = if self.config.family.adds_one(name) {
                 tensor.to_dtype(DType::F32).and_then(|weight| weight + 1.0)
             } else {
-                self.in_gguf_order(module, tensor)
+                self.in_gguf_order(&module, tensor)
             };
             return vector.and_then(|vector| quantize::keep(&vector)).map_err(in_tensor);
         }
         let matrix =
-            self.matrix(module, tensor).and_then(|matrix| self.in_gguf_order(module, matrix)).map_err(in_tensor)?;
+            self.matrix(&module, tensor).and_then(|matrix| self.in_gguf_order(&module, matrix)).map_err(in_tensor)?;
+        // What is small and decides is kept whole.
+        if self.config.family.gguf_module(&module).is_some_and(|gguf| gguf.ends_with(ROUTER)) {
+            return matrix.to_dtype(DType::F32).and_then(|matrix| quantize::keep(&matrix)).map_err(in_tensor);
+        }
         let quantization = if is_vocabulary { self.quantization.of_vocabulary() } else { self.quantization };
         quantize::pack(matrix, quantization).map_err(in_tensor)
+    }
+
+    /// One projection of all experts of a layer, in the order of their numbers: `[experts, out, in]`.
+    fn convert_experts(&self, names: &[&str]) -> Result<QTensor, CheckpointError> {
+        let mut matrices: BTreeMap<usize, Tensor> = BTreeMap::new();
+        for name in names {
+            let in_tensor = |e: candle_core::Error| CheckpointError::tensor(name, e);
+            let module = name.rsplit_once('.').map_or(*name, |(module, _)| module);
+            let matrix = self.matrix(module, self.shards.tensor(name)?).map_err(in_tensor)?;
+            matrices.extend(expert_number(module).map(|number| (number, matrix)));
+        }
+        let count = self.config.num_experts.unwrap_or(0);
+        if !matrices.keys().copied().eq(0..count) {
+            let reason = format!("is one of {}, and the configuration says {count} experts", matrices.len());
+            return Err(CheckpointError::tensor(names[0], reason));
+        }
+        let matrices: Vec<Tensor> = matrices.into_values().collect();
+        let stack = Tensor::stack(&matrices, 0).and_then(|stack| quantize::pack(stack, self.quantization));
+        stack.map_err(|e| CheckpointError::tensor(names[0], e))
     }
 
     /// The matrix of a module, dequantized if another program has quantized it.

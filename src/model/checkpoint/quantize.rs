@@ -78,7 +78,7 @@ impl<'de> Deserialize<'de> for Quantization {
     }
 }
 
-/// A matrix in the type that was asked for. Where a row does not divide into the type's blocks, the library takes the
+/// A matrix, or a stack of them, in the type that was asked for. Where a row does not divide into the type's blocks, the library takes the
 /// next type of about as many bits that it does divide into.
 pub fn pack(weights: Tensor, quantization: Quantization) -> candle_core::Result<QTensor> {
     let Quantization::To(isq) = quantization else {
@@ -91,7 +91,8 @@ pub fn pack(weights: Tensor, quantization: Quantization) -> candle_core::Result<
     } else {
         isq
     };
-    let layer = Arc::new(UnquantLinear::new(QuantMethodConfig::Unquantized(Linear::new(weights, None)))?);
+    let rows = weights.reshape(((), columns(&shape)))?;
+    let layer = Arc::new(UnquantLinear::new(QuantMethodConfig::Unquantized(Linear::new(rows, None)))?);
     let (count, guard) = (AtomicUsize::new(0), QuantizeOntoGuard::new());
     let packed = layer.apply_isq(Some(isq), Device::Cpu, &count, None, guard)?;
     from_uqff(&packed.serialize()?, shape)

@@ -147,7 +147,7 @@ impl Weights {
         let mut activations = QuantizedRows::default();
         activations.quantize(&cpu, num_rows, self.cpu.in_features(), &mut x.to_vec());
         let mut out = vec![f32::NAN; num_rows * self.cpu.out_features()];
-        let product = gemm::Product { weights: Some(&self.cpu), bias, out: &mut out };
+        let product = gemm::Product { weights: Some((&self.cpu).into()), bias, out: &mut out };
         gemm::run(&cpu, &activations, &mut [product], 0, &|_| {});
         out
     }
