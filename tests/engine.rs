@@ -292,9 +292,9 @@ fn guessing_ahead_changes_no_event_and_returns_everything() {
         .collect();
     let expected: Vec<Vec<Event>> = asks.iter().map(|ask| collect(ask.submit(&start_roomy()))).collect();
 
-    for (max_batch_rows, num_blocks) in [(256, 256), (20, 20)] {
+    for (max_batch_rows, num_blocks, max_draft_tokens) in [(256, 256, 9), (256, 256, 63), (20, 20, 63)] {
         let metrics = Arc::new(Metrics::new());
-        let config = EngineConfig { max_batch_rows, max_draft_tokens: 9, max_sequences: 4, ..CONFIG };
+        let config = EngineConfig { max_batch_rows, max_draft_tokens, max_sequences: 4, ..CONFIG };
         let handle = start_with(config, num_blocks, &metrics, Arc::default());
         let receivers: Vec<_> = asks.iter().map(|ask| ask.submit(&handle)).collect();
         for (index, receiver) in receivers.into_iter().enumerate() {
@@ -313,7 +313,7 @@ fn a_prediction_right_or_wrong_changes_no_event() {
     let expected: Vec<Vec<Event>> = asks.iter().map(|ask| collect(ask.submit(&start_roomy()))).collect();
     let guess = |is_right: bool| {
         let metrics = Arc::new(Metrics::new());
-        let config = EngineConfig { max_draft_tokens: 9, max_sequences: 4, ..CONFIG };
+        let config = EngineConfig { max_draft_tokens: 63, max_sequences: 4, ..CONFIG };
         let handle = start_with(config, 64, &metrics, Arc::default());
         let submit = |(ask, events): (&Ask, &Vec<Event>)| {
             let mut tokens = output_tokens(events);

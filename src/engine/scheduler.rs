@@ -17,8 +17,8 @@ use crate::model::{AdapterGroup, BlockCopy};
 /// Rows of a step up to which guessing is worth its rows: about where the arithmetic of the rows begins to take longer
 /// than reading the weights (docs/performance.md).
 const MAX_SPECULATED_ROWS: usize = 16;
-/// Until it is known how long steps take.
-const UNCONTESTED_ROWS: usize = 8;
+/// The same where reading the weights takes longer, and for one sequence alone whose guesses come true one after the other.
+const MAX_COPIED_ROWS: usize = 64;
 /// Least rows of a step for prefilling, so that it goes on beside any number of streams.
 const MIN_CHUNK_ROWS: usize = 16;
 
@@ -47,15 +47,24 @@ pub struct Scheduler {
 /// How many rows a step should have, as far as that depends on how long they take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StepRows {
-    /// Up to so many, nobody's row is worth leaving out for the sake of others.
-    pub uncontested: usize,
+    /// How many that decode take as long as what every step takes, which is reading the weights for the most part.
+    pub as_base: usize,
     /// The most while somebody's stream would wait for more.
     pub beside_decoding: usize,
 }
 
 impl Default for StepRows {
     fn default() -> Self {
-        Self { uncontested: UNCONTESTED_ROWS, beside_decoding: usize::MAX }
+        // Until it is known how long steps take.
+        Self { as_base: 4, beside_decoding: usize::MAX }
+    }
+}
+
+impl StepRows {
+    /// Up to so many, nobody's row is worth leaving out for the sake of others: where the rows take twice what every step
+    /// takes, one more is two thirds of its price.
+    fn uncontested(self) -> usize {
+        (2 * self.as_base).max(1)
     }
 }
 
@@ -263,14 +272,14 @@ impl Scheduler {
         let is_decoding = |index: &usize| self.running[*index].num_uncomputed_tokens() == 1;
         let mut num_decoding = 0;
         for &index in self.turns.iter().filter(|index| is_decoding(index)) {
-            let is_contested = num_decoding >= self.step_rows.uncontested;
+            let is_contested = num_decoding >= self.step_rows.uncontested();
             if !(is_contested && self.fairness.is_ahead(self.running[index].flow())) {
                 self.shares[index] = 1;
                 num_decoding += 1;
             }
         }
         let is_waited_for = |index: &usize| {
-            num_decoding < self.step_rows.uncontested || !self.fairness.is_ahead(self.running[*index].flow())
+            num_decoding < self.step_rows.uncontested() || !self.fairness.is_ahead(self.running[*index].flow())
         };
         let prefilling = || self.turns.iter().copied().filter(|index| !is_decoding(index) && is_waited_for(index));
         let mut num_prefilling = prefilling().count();
@@ -293,29 +302,33 @@ impl Scheduler {
     /// Adds rows for guessed tokens while they are cheap: with nobody prefilling, and as long as the step is small enough
     /// for reading the weights, and not the arithmetic of its rows, to take most of its time.
     fn speculate(&mut self) {
-        let num_rows: usize = self.shares.iter().sum();
+        let mut num_rows: usize = self.shares.iter().sum();
         if self.max_draft_tokens == 0 || num_rows != self.running.len() {
             return;
         }
-        let mut rows_left = MAX_SPECULATED_ROWS.min(self.max_batch_rows).saturating_sub(num_rows);
-        for index in 0..self.running.len() {
-            let decoding = self.running.len() - index;
-            let most = self.max_draft_tokens.min(rows_left / decoding);
+        let num_decoding = self.running.len();
+        let as_base = self.step_rows.as_base;
+        let max_rows =
+            if num_decoding == 1 { MAX_COPIED_ROWS } else { as_base.clamp(MAX_SPECULATED_ROWS, MAX_COPIED_ROWS) };
+        let max_rows = max_rows.min(self.max_batch_rows);
+        for (index, (sequence, share)) in self.running.iter_mut().zip(&mut self.shares).enumerate() {
+            let rows_left = max_rows.saturating_sub(num_rows);
+            let most =
+                self.max_draft_tokens.min(rows_left / (num_decoding - index)).min(sequence.worth_guessing(as_base));
             if most == 0 {
                 continue;
             }
-            let sequence = &mut self.running[index];
-            // A guess takes a block only if that leaves one for the next token of every sequence.
-            let has_spare = self.pool.blocks_available() > self.shares.len();
-            if has_spare
-                && !sequence.has_room_for(most)
+            sequence.speculate(most);
+            // Guesses take a block only if that leaves one for the next token of every sequence.
+            while !sequence.is_covered()
+                && self.pool.blocks_available() > num_decoding
                 && let Some(block) = self.pool.allocate()
             {
                 sequence.push_block(block);
             }
-            sequence.speculate(most);
-            self.shares[index] += sequence.draft().len();
-            rows_left -= sequence.draft().len();
+            sequence.fit_draft();
+            *share += sequence.draft().len();
+            num_rows += sequence.draft().len();
         }
     }
 

@@ -230,13 +230,22 @@ impl Sequence {
         is_scored.then(|| LogitsUse::Score(self.tokens[next]))
     }
 
-    /// Guesses at most `most` next tokens, never more than can be output and fit the blocks.
+    /// Guesses at most `most` next tokens, never more than can be output.
     pub(super) fn speculate(&mut self, most: usize) {
-        let room = self.block_table.len() * BLOCK_SIZE - self.tokens.len();
         // The row of the last token draws one already.
-        let most = most.min(room).min(self.num_tokens_left().saturating_sub(1));
+        let most = most.min(self.num_tokens_left().saturating_sub(1));
         let expected = self.prediction.as_ref().map_or(&[][..], Prediction::expected);
         self.speculation.propose(&self.tokens, expected, most);
+    }
+
+    /// Most guesses that are worth their rows where the base of a step takes as long as `as_base` rows.
+    pub(super) fn worth_guessing(&self, as_base: usize) -> usize {
+        self.speculation.worth_guessing(as_base)
+    }
+
+    /// Gives up the guesses that the blocks have no room for.
+    pub(super) fn fit_draft(&mut self) {
+        self.speculation.truncate(self.block_table.len() * BLOCK_SIZE - self.tokens.len());
     }
 
     /// The next guess came true: its row counts. It has become the last token.
@@ -250,14 +259,9 @@ impl Sequence {
         self.speculation.settle();
     }
 
-    /// True when the blocks have room for every token.
+    /// True when the blocks have room for every token, and every guess.
     pub(super) fn is_covered(&self) -> bool {
-        self.has_room_for(0)
-    }
-
-    /// True when the blocks have room for `num_tokens` more.
-    pub(super) fn has_room_for(&self, num_tokens: usize) -> bool {
-        self.block_table.len() * BLOCK_SIZE >= self.tokens.len() + num_tokens
+        self.block_table.len() * BLOCK_SIZE >= self.tokens.len() + self.draft().len()
     }
 
     pub(super) fn push_block(&mut self, block: BlockId) {

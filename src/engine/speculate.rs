@@ -10,14 +10,18 @@ const MATCH_LENGTHS: [usize; 3] = [5, 3, 2];
 const FIRST_LENGTH: usize = 3;
 /// Most steps that a sequence whose guesses fail goes without one.
 const MAX_PAUSE: usize = 32;
+/// Most guesses at once: after one that failed, and after more and more that came true.
+const MOST: [usize; 3] = [15, 31, 63];
 
 /// One sequence's guesses, and how well they have done.
 #[derive(Debug)]
 pub struct Speculation {
     draft: Vec<u32>,
     num_accepted: usize,
-    /// Guesses worth making: doubled when all came true, else as many as did.
+    /// Guesses to make next: doubled when all came true, else as many as did.
     length: usize,
+    /// Guesses that came true since one did not.
+    run: usize,
     /// Steps to go without a guess, and how many that will be after the next failure.
     pause: usize,
     next_pause: usize,
@@ -25,7 +29,7 @@ pub struct Speculation {
 
 impl Default for Speculation {
     fn default() -> Self {
-        Self { draft: Vec::new(), num_accepted: 0, length: FIRST_LENGTH, pause: 0, next_pause: 1 }
+        Self { draft: Vec::new(), num_accepted: 0, length: FIRST_LENGTH, run: 0, pause: 0, next_pause: 1 }
     }
 }
 
@@ -49,6 +53,21 @@ impl Speculation {
         self.draft.extend(next.iter().take(most.min(self.length)));
     }
 
+    /// Gives up all guesses but the first `most`.
+    pub fn truncate(&mut self, most: usize) {
+        self.draft.truncate(most);
+    }
+
+    /// Most guesses that are worth their rows where the base of a step takes as long as `as_base` rows: what gives most
+    /// tokens a second if a passage that has been copied for a while goes on for about as long again. (Of `run` guesses that came true
+    /// in a row, the next `n` do with probability `run / (run + n)`, so that about `run · ln(1 + n / run)` of `n` count.)
+    pub fn worth_guessing(&self, as_base: usize) -> usize {
+        let run = self.run.max(1) as f64;
+        let tokens_per_row = |most: usize| (1.0 + run * (most as f64 / run).ln_1p()) / (as_base + 1 + most) as f64;
+        let best = MOST.into_iter().max_by(|a, b| tokens_per_row(*a).total_cmp(&tokens_per_row(*b)));
+        best.unwrap_or(MOST[0])
+    }
+
     /// The next guess came true.
     pub fn accept(&mut self) {
         self.num_accepted += 1;
@@ -61,6 +80,7 @@ impl Speculation {
         if num_guessed == 0 {
             return;
         }
+        self.run = if num_accepted == num_guessed { self.run + num_guessed } else { 0 };
         if num_accepted == 0 {
             (self.length, self.pause) = (FIRST_LENGTH, self.next_pause);
             self.next_pause = (2 * self.next_pause).min(MAX_PAUSE);
@@ -70,7 +90,7 @@ impl Speculation {
         if num_accepted == num_guessed {
             self.length = self.length.max(2 * num_guessed);
         } else {
-            self.length = num_accepted.max(2);
+            self.length = num_accepted.clamp(2, MOST[0]);
         }
     }
 }
@@ -131,6 +151,29 @@ mod tests {
             length
         };
         assert_eq!([next(9), next(9), next(4), next(9), next(9)], [3, 6, 12, 4, 8]);
+    }
+
+    #[test]
+    fn the_longer_a_passage_is_copied_and_the_cheaper_rows_are_the_more_is_guessed() {
+        let worth = |run: usize, as_base: usize| Speculation { run, ..Speculation::default() }.worth_guessing(as_base);
+        assert_eq!([0, 30, 80, 400].map(|run| worth(run, 5)), [15, 15, 31, 63]);
+        assert_eq!([0, 15, 30, 400].map(|run| worth(run, 100)), [31, 63, 63, 63]);
+    }
+
+    #[test]
+    fn a_guess_that_fails_ends_the_copying() {
+        let text: Vec<u32> = (0..200).chain(0..5).collect();
+        let mut speculation = Speculation::default();
+        let mut next = |num_accepted: usize| {
+            speculation.propose(&text, &[], 64);
+            let length = speculation.draft().len();
+            (0..num_accepted.min(length)).for_each(|_| speculation.accept());
+            speculation.settle();
+            (length, speculation.run)
+        };
+        assert_eq!([next(99), next(99), next(99)], [(3, 3), (6, 9), (12, 21)]);
+        assert_eq!([next(99), next(99), next(60)], [(24, 45), (48, 93), (64, 0)]);
+        assert_eq!([next(99), next(99)], [(15, 15), (30, 45)]);
     }
 
     #[test]

@@ -183,9 +183,10 @@ impl Engine {
             }
             return Ok(());
         }
-        let (num_rows, begin) = (self.scheduler.plan().tokens.len(), Instant::now());
+        let (num_rows, num_logits_rows) = (self.scheduler.plan().tokens.len(), self.scheduler.plan().logits_rows.len());
+        let begin = Instant::now();
         self.forward()?;
-        self.step_cost.observe(num_rows, begin.elapsed());
+        self.step_cost.observe(num_rows, num_logits_rows, begin.elapsed());
         self.scheduler.commit();
         self.emit();
         self.end_scored();

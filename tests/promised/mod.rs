@@ -395,7 +395,7 @@ fn guessing_ahead_changes_no_bit_of_any_reply() {
     let plain = start_roomy(&model);
     let expected: Vec<Reply> = asks.iter().map(|ask| ask.run(&plain)).collect();
     let metrics = Arc::new(Metrics::new());
-    let guessing = start_guessing(&model, 15, 64, 128, &metrics);
+    let guessing = start_guessing(&model, 63, 64, 128, &metrics);
     for pair in asks.chunks(3).zip(expected.chunks(3)) {
         let receivers: Vec<_> = pair.0.iter().map(|ask| ask.submit(&guessing)).collect();
         for (receiver, expected) in receivers.into_iter().zip(pair.1) {
