@@ -177,6 +177,14 @@ impl PartialEq for Standing {
 
 impl Eq for Standing {}
 
+/// What the least served have had, at one time.
+#[derive(Debug)]
+pub struct Floors {
+    of_keys: Option<f64>,
+    /// Of each key's.
+    of_flows: HashMap<Arc<str>, f64>,
+}
+
 #[derive(Debug)]
 pub struct Fairness {
     keys: Level<Arc<str>>,
@@ -240,14 +248,24 @@ impl Fairness {
         self.of(flow, Served::expected)
     }
 
+    /// What the least served with sequences here have had.
+    pub fn floors(&self) -> Floors {
+        let mut of_flows = HashMap::new();
+        for (flow, served) in self.flows.0.iter().filter(|(_, served)| served.num_sequences > 0) {
+            let floor = of_flows.entry(Arc::clone(&flow.account.key)).or_insert(f64::INFINITY);
+            *floor = served.served.min(*floor);
+        }
+        Floors { of_keys: self.keys.floor(|_| true), of_flows }
+    }
+
     /// Whether others with sequences here should be served before it.
-    pub fn is_ahead(&self, flow: &Flow) -> bool {
+    pub fn is_ahead(&self, flow: &Flow, floors: &Floors) -> bool {
         let key = &flow.account.key;
         let is_ahead = |served: Option<&Served>, floor: Option<f64>| {
             served.zip(floor).is_some_and(|(served, floor)| (served.served - floor) * served.weight >= MAX_LEAD)
         };
-        is_ahead(self.keys.0.get(key), self.keys.floor(|_| true))
-            || is_ahead(self.flows.0.get(flow), self.flows.floor(|peer| peer.account.key == *key))
+        is_ahead(self.keys.0.get(key), floors.of_keys)
+            || is_ahead(self.flows.0.get(flow), floors.of_flows.get(key).copied())
     }
 
     /// By how much more than `flow` with one sequence more `other` runs than its share; `None` where it does not.
@@ -298,7 +316,8 @@ mod tests {
         fairness.enter(&here);
         serve(&mut fairness, &greedy, 1000);
         fairness.enter(&greedy);
-        assert!(fairness.is_ahead(&greedy) && !fairness.is_ahead(&here));
+        let floors = fairness.floors();
+        assert!(fairness.is_ahead(&greedy, &floors) && !fairness.is_ahead(&here, &floors));
         assert!(fairness.standing(&here) < fairness.standing(&greedy));
         fairness.leave(&greedy);
         fairness.leave(&here);

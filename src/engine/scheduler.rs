@@ -28,7 +28,11 @@ pub struct Scheduler {
     max_sequences: usize,
     max_draft_tokens: usize,
     pool: BlockPool,
+    /// By all that is computed, of sequences in any state.
     fairness: Fairness,
+    /// By the rows of the running sequences whose prompts are computed: what a prompt has taken does not hold the streams of its
+    /// flow up.
+    streams: Fairness,
     step_rows: StepRows,
     /// Oldest first.
     waiting: VecDeque<Sequence>,
@@ -98,6 +102,7 @@ impl Scheduler {
             max_draft_tokens: 0,
             pool: BlockPool::new(num_blocks),
             fairness: Fairness::default(),
+            streams: Fairness::default(),
             step_rows: StepRows::default(),
             waiting: VecDeque::new(),
             running: Vec::new(),
@@ -200,6 +205,11 @@ impl Scheduler {
             sequence.advance(num_rows, &mut self.pool);
             let num_promised = sequence.take_promised(num_rows);
             self.fairness.serve(sequence.flow(), num_rows, num_promised);
+            if num_promised == 0 {
+                self.streams.serve(sequence.flow(), num_rows, 0);
+            } else if sequence.is_streaming() {
+                self.streams.enter(sequence.flow());
+            }
         }
         for copy in self.plan.copies.drain(..) {
             self.pool.release_shared(copy.from);
@@ -213,6 +223,7 @@ impl Scheduler {
         if let Some(index) = self.running_index(id) {
             self.running[index].accept(&mut self.pool);
             self.fairness.serve(self.running[index].flow(), 1, 0);
+            self.streams.serve(self.running[index].flow(), 1, 0);
         }
     }
 
@@ -243,6 +254,9 @@ impl Scheduler {
     fn stop(&mut self, index: usize) -> Sequence {
         let mut sequence = self.running.remove(index);
         sequence.release(&mut self.pool);
+        if sequence.is_streaming() {
+            self.streams.leave(sequence.flow());
+        }
         let num_promised = sequence.take_promised(usize::MAX);
         self.fairness.stop(sequence.flow(), num_promised);
         sequence
@@ -264,37 +278,40 @@ impl Scheduler {
     /// wait behind it, so that a short prompt gets past a long one. What is left goes to the first. In a step with rows
     /// enough, those get none before whom others should be served.
     fn share_rows(&mut self) {
-        self.shares.clear();
-        self.shares.resize(self.running.len(), 0);
-        self.turns.clear();
-        self.turns.extend(0..self.running.len());
-        self.turns.sort_by_cached_key(|&index| (self.fairness.standing(self.running[index].flow()), index));
-        let is_decoding = |index: &usize| self.running[*index].num_uncomputed_tokens() == 1;
+        let Self { running, shares, turns, fairness, streams, .. } = self;
+        let uncontested = self.step_rows.uncontested();
+        shares.clear();
+        shares.resize(running.len(), 0);
+        let is_decoding = |index: &usize| running[*index].num_uncomputed_tokens() == 1;
+        turns.clear();
+        turns.extend((0..running.len()).filter(is_decoding));
+        turns.sort_by_cached_key(|&index| (streams.standing(running[index].flow()), index));
+        let floors = streams.floors();
         let mut num_decoding = 0;
-        for &index in self.turns.iter().filter(|index| is_decoding(index)) {
-            let is_contested = num_decoding >= self.step_rows.uncontested();
-            if !(is_contested && self.fairness.is_ahead(self.running[index].flow())) {
-                self.shares[index] = 1;
+        for &index in &*turns {
+            if num_decoding < uncontested || !streams.is_ahead(running[index].flow(), &floors) {
+                shares[index] = 1;
                 num_decoding += 1;
             }
         }
-        let is_waited_for = |index: &usize| {
-            num_decoding < self.step_rows.uncontested() || !self.fairness.is_ahead(self.running[*index].flow())
-        };
-        let prefilling = || self.turns.iter().copied().filter(|index| !is_decoding(index) && is_waited_for(index));
-        let mut num_prefilling = prefilling().count();
+        let floors = fairness.floors();
+        let is_waited_for =
+            |index: &usize| num_decoding < uncontested || !fairness.is_ahead(running[*index].flow(), &floors);
+        turns.clear();
+        turns.extend((0..running.len()).filter(|index| !is_decoding(index) && is_waited_for(index)));
+        turns.sort_by_cached_key(|&index| (fairness.standing(running[index].flow()), index));
         let most = if num_decoding == 0 { usize::MAX } else { self.step_rows.beside_decoding };
         let most = most.max(num_decoding + MIN_CHUNK_ROWS).min(self.max_batch_rows);
         let mut rows_left = most - num_decoding;
-        for index in prefilling() {
-            num_prefilling -= 1;
-            let cap = if num_prefilling > 0 { rows_left.div_ceil(2) } else { rows_left };
-            self.shares[index] = self.running[index].num_uncomputed_tokens().min(cap);
-            rows_left -= self.shares[index];
+        for (turn, &index) in turns.iter().enumerate() {
+            let is_last = turn + 1 == turns.len();
+            let cap = if is_last { rows_left } else { rows_left.div_ceil(2) };
+            shares[index] = running[index].num_uncomputed_tokens().min(cap);
+            rows_left -= shares[index];
         }
-        for index in prefilling() {
-            let extra = rows_left.min(self.running[index].num_uncomputed_tokens() - self.shares[index]);
-            self.shares[index] += extra;
+        for &index in &*turns {
+            let extra = rows_left.min(running[index].num_uncomputed_tokens() - shares[index]);
+            shares[index] += extra;
             rows_left -= extra;
         }
     }

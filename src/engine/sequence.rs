@@ -205,6 +205,12 @@ impl Sequence {
         num_taken
     }
 
+    /// Whether all that it was admitted for is computed: while it runs, what it computes from now on is a row for each token that it
+    /// draws.
+    pub(super) fn is_streaming(&self) -> bool {
+        self.num_promised_tokens == 0
+    }
+
     /// Adds a generated token.
     pub fn push(&mut self, token: u32) {
         self.tokens.push(token);

@@ -164,6 +164,24 @@ fn who_was_away_is_not_owed_for_it_and_owes_what_it_took() {
 }
 
 #[test]
+fn what_a_prompt_takes_holds_no_stream_of_its_flow_up() {
+    let mut scheduler = scheduler();
+    scheduler.set_step_rows(StepRows { as_base: 1, ..StepRows::default() });
+    let load = |adapter, num_clients, num_prompt_tokens| {
+        (num_clients, Clients::new(Account::default(), Some(adapter), num_prompt_tokens, 1000))
+    };
+    run(&mut scheduler, &mut [load("a", 2, 20), load("b", 2, 20)], 20);
+    let mut next_id = 1_000;
+    Clients::new(Account::default(), Some("a"), 200, 1).send(&mut scheduler, &mut next_id);
+    for _ in 0..40 {
+        scheduler.schedule();
+        let num_streams = scheduler.plan().sequences.iter().filter(|planned| planned.id.0 < 1_000).count();
+        assert_eq!(num_streams, 4);
+        finish_step(&mut scheduler);
+    }
+}
+
+#[test]
 fn prefilling_beside_streams_is_cut_to_what_they_may_wait_for() {
     let mut scheduler = Scheduler::new(256, 8, 256);
     let mut next_id = 0;
