@@ -41,7 +41,12 @@ def starting(*arguments, port=0, environment={}):
     with tempfile.TemporaryDirectory() as folder:
         log_path = Path(folder) / "lorry.log"
         # A test that says nothing of votes leaves none in the user's own file.
-        environment = {"LORRY__EXPERIMENTS__PATH": str(Path(folder) / "experiments.db"), **environment}
+        # Clients that name no temperature get the same reply every time.
+        environment = {
+            "LORRY__EXPERIMENTS__PATH": str(Path(folder) / "experiments.db"),
+            "LORRY__GENERATION__FIM_TEMPERATURE": "0",
+            **environment,
+        }
         with log_path.open("wb") as log:
             process = subprocess.Popen(
                 [BINARY, "serve", "--port", str(port), *map(str, arguments)],
