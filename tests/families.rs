@@ -347,7 +347,10 @@ fn a_key_that_is_not_served_is_refused_with_its_name_and_value() {
         ("llama", "feed_forward_length", Value::Array([96, 160, 160].map(Value::U32).to_vec()), "array of 3"),
         ("qwen2", "attention.sliding_window", Value::U32(16), "16"),
         ("qwen3", "rope.scale_linear", Value::F32(-4.0), "-4.0"),
+        ("qwen3moe", "expert_count", Value::U32(u32::MAX), "4294967295"),
         ("qwen3moe", "expert_used_count", Value::U32(9), "9"),
+        ("qwen3moe", "expert_used_count", Value::U32(0), "0"),
+        ("qwen3moe", "expert_weights_norm", text("softmax"), "true or false"),
         ("qwen3moe", "expert_gating_func", Value::U32(2), "2"),
         ("qwen3moe", "expert_weights_scale", Value::F32(2.5), "2.5"),
         ("qwen3moe", "expert_shared_count", Value::U32(1), "1"),
@@ -364,6 +367,25 @@ fn a_key_that_is_not_served_is_refused_with_its_name_and_value() {
         let refusal = model.load(GgmlDType::Q8_0, Place::Host(Isa::detect(), 1)).map(|_| ()).unwrap_err();
         assert!(refusal.contains(&format!("{name}.{key}")) && refusal.contains(shown), "{refusal}");
     }
+}
+
+#[test]
+fn a_router_is_named_as_a_module_or_by_its_weight() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tiny.gguf");
+    let moe = REFERENCE.families.iter().find(|family| family.name == "qwen3moe").unwrap();
+    Model::of(moe).write(&path, GgmlDType::Q8_0);
+    let base = GgufWeights::open(&path).unwrap();
+    let by_weight = peft_adapter(&moe.adapters[0]);
+    let mut as_module = by_weight.clone();
+    as_module.config["target_modules"].as_array_mut().unwrap().push(json!("gate"));
+    as_module.config["target_parameters"].as_array_mut().unwrap().retain(|name| name != "mlp.gate.weight");
+    assert_eq!(as_module.config["target_parameters"].as_array().unwrap().len(), 2);
+    let logits = |adapter: &PeftAdapter| {
+        let mut decoder = Place::Host(Isa::detect(), 2).load(&path, usize::MAX).unwrap();
+        kept_logits(&mut *decoder, Some(&adapter.load("moe", &base)))
+    };
+    assert!(logits(&as_module) == logits(&by_weight));
 }
 
 #[test]

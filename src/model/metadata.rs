@@ -26,6 +26,9 @@ const TOKENS: &str = "tokenizer.ggml.tokens";
 const WITHOUT_EFFECT: [&str; 3] =
     ["rope.scaling.finetuned", "rope.scaling.original_context_length", "tensor_data_layout"];
 
+/// Experts of a block: as many as llama.cpp allows.
+const MAX_EXPERTS: usize = 512;
+
 /// Keys below the name of the architecture. Which were read is kept.
 struct Keys<'a> {
     file: &'a GgufFile,
@@ -159,7 +162,8 @@ pub fn spec(file: &GgufFile) -> Result<ModelSpec, GgufError> {
         }
     }
     let (intermediate_size, experts) = read_feed_forward(&keys, family)?;
-    for (width, name) in [(hidden_size, "embedding_length"), (intermediate_size, "the feed-forward's length")] {
+    let length = if experts.is_some() { "expert_feed_forward_length" } else { "feed_forward_length" };
+    for (width, name) in [(hidden_size, "embedding_length"), (intermediate_size, length)] {
         if width == 0 || !width.is_multiple_of(BLOCK) {
             return Err(GgufError::Unsupported(format!("{name} {width} is not a multiple of {BLOCK}")));
         }
@@ -194,13 +198,22 @@ pub fn spec(file: &GgufFile) -> Result<ModelSpec, GgufError> {
 
 /// The length of a feed-forward, or of each of its experts, and how those are used.
 fn read_feed_forward(keys: &Keys<'_>, family: &Family) -> Result<(usize, Option<Experts>), GgufError> {
+    const COUNT: &str = "expert_count";
     const USED: &str = "expert_used_count";
     const NORMALIZES: &str = "expert_weights_norm";
     let length = keys.required_count("feed_forward_length")?;
     if !family.has_experts {
         return Ok((length, None));
     }
-    let (count, used) = (keys.required_count("expert_count")?, keys.required_count(USED)?);
+    let (count, used) = (keys.required_count(COUNT)?, keys.required_count(USED)?);
+    if count > MAX_EXPERTS {
+        let key = format!("{}.{COUNT}", keys.prefix);
+        return Err(GgufError::of_key(
+            &key,
+            &Value::U64(count as u64),
+            &format!("at most {MAX_EXPERTS} are supported"),
+        ));
+    }
     if !(1..=count).contains(&used) {
         let key = format!("{}.{USED}", keys.prefix);
         return Err(GgufError::of_key(&key, &Value::U64(used as u64), &format!("there are {count} experts")));

@@ -65,6 +65,8 @@ impl FromStr for Shape {
 pub struct RandomTensors {
     four_bits: Bytes,
     six_bits: Bytes,
+    /// In f32, as files have them.
+    router: Vec<u8>,
     num_layers: usize,
 }
 
@@ -95,9 +97,12 @@ impl RandomTensors {
             })?;
             Ok((format, Arc::new(file)))
         };
+        let (inputs, outputs) = spec.module_shape(Module::Router);
+        let router = inputs * outputs;
         Ok(Self {
             four_bits: Bytes { wide: bytes(BlockFormat::Q4_K)?, narrow: bytes(BlockFormat::Q5_0)? },
             six_bits: Bytes { wide: bytes(BlockFormat::Q6_K)?, narrow: bytes(BlockFormat::Q8_0)? },
+            router: (0..router).flat_map(|_| rng.random_range(-0.1_f32..0.1).to_le_bytes()).collect(),
             num_layers: spec.num_layers,
         })
     }
@@ -133,6 +138,9 @@ impl Tensors for RandomTensors {
     }
 
     fn matrix(&self, name: &str, shape: &[usize]) -> Result<RawTensor<'_>, GgufError> {
+        if name.contains(Module::Router.gguf_name()) {
+            return Ok(RawTensor { weight_type: WeightType::F32, shape: shape.to_vec(), bytes: &self.router });
+        }
         let (num_rows, width) = rows_of(shape);
         let (format, bytes) = self.bytes(name, width);
         let row_bytes = format.row_bytes(width).ok_or_else(|| GgufError::Damaged(name.to_owned()))?;

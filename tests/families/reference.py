@@ -218,6 +218,8 @@ def adapter(family, config, kind, peft_config):
         settings["target_modules"] += ["down_proj"] if kind == "ia3" else ["gate_proj", "up_proj", "down_proj"]
     kept = {
         "lora": ["peft_type", "task_type", "r", "lora_alpha", "target_modules", "target_parameters"],
+        # What PEFT makes of a list of the modules that transformers 4 had.
+        "converted": ["peft_type", "task_type", "r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern"],
         "experts": ["peft_type", "task_type", "r", "lora_alpha", "target_modules"],
         "dora": ["peft_type", "task_type", "r", "lora_alpha", "target_modules", "use_dora"],
         "ia3": ["peft_type", "task_type", "target_modules", "feedforward_modules"],
@@ -241,6 +243,9 @@ def adapters(family, config):
         r=4, lora_alpha=8, target_modules=targets + ["embed_tokens"], target_parameters=parameters, task_type="CAUSAL_LM"
     )
     plain = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+    older = LoraConfig(
+        r=4, lora_alpha=8, target_modules=attention + ["gate", "gate_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
     dora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_dora=True, task_type="CAUSAL_LM")
     ia3 = IA3Config(target_modules=keys, feedforward_modules=feedforward, task_type="CAUSAL_LM")
     prompt = PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
@@ -249,7 +254,11 @@ def adapters(family, config):
         adapter(family, config, "dora", dora),
         adapter(family, config, "ia3", ia3),
         adapter(family, config, "prompt", prompt),
-    ] + ([adapter(family, config, "experts", plain)] if family == "qwen3moe" else [])
+    ] + (
+        [adapter(family, config, "experts", plain), adapter(family, config, "converted", older)]
+        if family == "qwen3moe"
+        else []
+    )
 
 
 def rope(kind="default", theta=THETA, **more):
