@@ -202,7 +202,7 @@ impl Encoder<'_> {
             }
             _ => {
                 let (mut tokens, num_added_tokens) = self.prompt_tokens(prompt, wording, examples)?;
-                let begun = self.base.tokenizer.encode(self.output_prefix, Specials::AsText);
+                let begun = self.base.tokenizer.encode_continuation(self.output_prefix);
                 tokens.extend(begun.map_err(|error| prompt.invalid(error))?);
                 Ok((tokens, num_added_tokens))
             }

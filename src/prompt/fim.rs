@@ -7,7 +7,8 @@ use serde::Serialize;
 use crate::tokenizer::sentinels::FimTokens;
 use crate::tokenizer::{Specials, Tokenizer, TokenizerError};
 
-/// How a model wants a prefix and a suffix: each behind its sentinel token, then the sentinel of the middle (PSM).
+/// How a model wants a prefix and a suffix: each behind its sentinel token, in its order, then the sentinel of the middle
+/// if it has one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FillInMiddle {
     tokens: FimTokens,
@@ -72,7 +73,7 @@ impl FillInMiddle {
             beginning: tokenizer.bos(),
             context: self.context(tokenizer, files)?,
             prefix: tokenizer.encode(prefix, Specials::AsText)?,
-            suffix: tokenizer.encode(suffix, Specials::AsText)?,
+            suffix: tokenizer.encode_continuation(suffix)?,
             middle: Vec::new(),
         }))
     }
@@ -100,7 +101,7 @@ impl FillInMiddle {
         }
         match self.read(tokenizer, &tokens) {
             Some(mut gap) => {
-                gap.cut(max_tokens);
+                gap.cut(max_tokens.saturating_sub(self.tokens.num_sentinels()));
                 self.tokens(&gap)
             }
             None => tokens,
@@ -114,22 +115,24 @@ impl FillInMiddle {
 
     /// The gap of a prompt that has each sentinel once, in order.
     fn read(&self, tokenizer: &Tokenizer, tokens: &[u32]) -> Option<Gap> {
-        let FimTokens { prefix, suffix, middle, .. } = self.tokens;
         let place = |sentinel| {
             let mut places = tokens.iter().enumerate().filter(|(_, token)| **token == sentinel).map(|(place, _)| place);
             places.next().filter(|_| places.next().is_none())
         };
-        let (prefix, suffix, middle) = (place(prefix)?, place(suffix)?, place(middle)?);
-        if !(prefix < suffix && suffix < middle) {
+        let (first, second) = self.tokens.order.arrange(self.tokens.prefix, self.tokens.suffix);
+        let (first, second) = (place(first)?, place(second)?);
+        let end = self.tokens.middle.map_or(Some(tokens.len()), place)?;
+        if !(first < second && second < end) {
             return None;
         }
+        let (prefix, suffix) = self.tokens.order.arrange(&tokens[first + 1..second], &tokens[second + 1..end]);
         let beginning = tokens.first().copied().filter(|first| Some(*first) == tokenizer.bos());
         Some(Gap {
             beginning,
-            context: tokens[usize::from(beginning.is_some())..prefix].to_vec(),
-            prefix: tokens[prefix + 1..suffix].to_vec(),
-            suffix: tokens[suffix + 1..middle].to_vec(),
-            middle: tokens[middle + 1..].to_vec(),
+            context: tokens[usize::from(beginning.is_some())..first].to_vec(),
+            prefix: prefix.to_vec(),
+            suffix: suffix.to_vec(),
+            middle: tokens.get(end + 1..).unwrap_or_default().to_vec(),
         })
     }
 
@@ -141,23 +144,23 @@ impl FillInMiddle {
     fn tokens(&self, gap: &Gap) -> Vec<u32> {
         let Gap { beginning, context, prefix, suffix, middle } = gap;
         let mut tokens: Vec<u32> = beginning.iter().chain(context).copied().collect();
-        tokens.push(self.tokens.prefix);
-        tokens.extend(prefix);
-        tokens.push(self.tokens.suffix);
-        tokens.extend(suffix);
-        tokens.push(self.tokens.middle);
+        let parts = self.tokens.order.arrange((self.tokens.prefix, prefix), (self.tokens.suffix, suffix));
+        for (sentinel, text) in <[_; 2]>::from(parts) {
+            tokens.push(sentinel);
+            tokens.extend(text);
+        }
+        tokens.extend(self.tokens.middle);
         tokens.extend(middle);
         tokens
     }
 }
 
 impl Gap {
-    const NUM_SENTINELS: usize = 3;
-
-    /// Cuts what is farthest from the gap until the prompt has at most `max_tokens` tokens: first the head of other
-    /// files, then the head of the prefix and the tail of the suffix, of which the suffix keeps a quarter of the room.
+    /// Cuts what is farthest from the gap until the prompt has at most `max_tokens` tokens beside its sentinels: first the
+    /// head of other files, then the head of the prefix and the tail of the suffix, of which the suffix keeps a quarter of
+    /// the room.
     fn cut(&mut self, max_tokens: usize) {
-        let kept = Self::NUM_SENTINELS + usize::from(self.beginning.is_some()) + self.middle.len();
+        let kept = usize::from(self.beginning.is_some()) + self.middle.len();
         let room = max_tokens.saturating_sub(kept);
         let suffix_room = (room / 4).max(room.saturating_sub(self.prefix.len()));
         self.suffix.truncate(suffix_room);
@@ -175,6 +178,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::tokenizer::sentinels::FIM_FAMILIES;
 
     const SENTINELS: [&str; 4] = ["<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<file_sep>"];
 
@@ -237,6 +241,41 @@ mod tests {
         assert_eq!(single.render(&tokenizer, &files, "p", "s").unwrap(), alone);
     }
 
+    #[test]
+    fn every_family_lays_out_a_gap_in_its_own_way() {
+        for (laid_out, boundary) in [
+            ("<|fim_prefix|>p<|fim_suffix|>s<|fim_middle|>", "<|file_sep|>"),
+            ("<fim_prefix>p<fim_suffix>s<fim_middle>", "<filename>"),
+            ("<fim-prefix>p<fim-suffix>s<fim-middle>", "<fim-pad>"),
+            ("<｜fim▁begin｜>p<｜fim▁hole｜>s<｜fim▁end｜>", "<|EOT|>"),
+            ("<|code_prefix|>p<|code_suffix|>s<|code_middle|>", "<|endoftext|>"),
+            ("▁<PRE>p▁<SUF>s▁<MID>", "▁<EOT>"),
+            ("[SUFFIX]s[PREFIX]p", "[MIDDLE]"),
+            ("<[fim-suffix]>s<[fim-prefix]>p<[fim-middle]>", "<[end▁of▁sentence]>"),
+        ] {
+            let family = FIM_FAMILIES.iter().find(|family| laid_out.contains(family.prefix)).expect(laid_out);
+            let specials: Vec<&str> = family.layout().chain([boundary]).collect();
+            let tokenizer = Tokenizer::tiny(&specials);
+            let fim = FillInMiddle::detect(&tokenizer).expect(laid_out);
+            let expected = tokenizer.encode(laid_out, Specials::Parse).unwrap();
+            assert_eq!(fim.render(&tokenizer, &[], "p", "s").unwrap(), expected, "{laid_out}");
+            let gap = fim.read(&tokenizer, &expected).expect(laid_out);
+            assert_eq!((&gap.prefix[..], &gap.suffix[..]), (&b"p".map(u32::from)[..], &b"s".map(u32::from)[..]));
+            let stops = tokenizer.stop_tokens();
+            assert!(expected.iter().filter(|id| **id > 255).all(|id| stops.contains(id)), "{laid_out}");
+            assert!(stops.contains(&tokenizer.special_id(boundary).unwrap()), "{boundary}");
+        }
+    }
+
+    #[test]
+    fn code_llamas_prefix_begins_with_a_space_and_its_suffix_does_not() {
+        // As transformers' CodeLlamaTokenizer: `▁<PRE> {prefix} ▁<SUF>{suffix} ▁<MID>`, the spaces parts of the sentinels.
+        let tokenizer = Tokenizer::tiny_pieces(&["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>", "▁", "a", "▁a", "b", "▁b"]);
+        let fim = FillInMiddle::detect(&tokenizer).expect("the pieces");
+        assert_eq!(fim.render(&tokenizer, &[], "a", "b").unwrap(), [256, 262, 257, 263, 258]);
+        assert_eq!(fim.render(&tokenizer, &[], "a", "").unwrap(), [256, 262, 257, 258]);
+    }
+
     proptest! {
         #[test]
         fn a_cut_keeps_what_is_next_to_the_gap(num_context in 0usize..9, num_prefix in 0usize..40,
@@ -249,7 +288,7 @@ mod tests {
                 middle: Vec::new(),
             };
             let mut cut = whole.clone();
-            cut.cut(max_tokens);
+            cut.cut(max_tokens - 3);
             let (_, fim) = tiny();
             let (before, after) = (fim.tokens(&whole).len(), fim.tokens(&cut).len());
             // Nothing is cut in vain.

@@ -48,6 +48,14 @@ pub enum Specials {
     AsText,
 }
 
+/// Where a text stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Beginning,
+    /// Behind other text.
+    Within,
+}
+
 /// Encodes and decodes; shared by all threads.
 #[derive(Debug)]
 pub struct Tokenizer {
@@ -87,7 +95,7 @@ impl Tokenizer {
         let user_defined = AddedTokens::new(of_kind(&[TokenKind::UserDefined]))?;
 
         let special_id = |text: &str| control_ids.get(text).copied();
-        let fim = metadata.fim.take().or_else(|| FimTokens::by_text(special_id));
+        let fim = metadata.fim.take();
         let mut stop_tokens = sentinels::end_of_generation(special_id);
         stop_tokens.extend(metadata.eos.iter().chain(&metadata.other_ends));
         stop_tokens.extend(fim.iter().flat_map(FimTokens::all));
@@ -124,14 +132,24 @@ impl Tokenizer {
             Specials::Parse => &self.added,
             Specials::AsText => &self.user_defined,
         };
+        self.encode_between(text, added, Place::Beginning)
+    }
+
+    /// Token ids of text, without special tokens, that goes on from other text: SentencePiece puts no space before it.
+    pub fn encode_continuation(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        self.encode_between(text, &self.user_defined, Place::Within)
+    }
+
+    fn encode_between(&self, text: &str, added: &AddedTokens, mut place: Place) -> Result<Vec<u32>, TokenizerError> {
         let mut ids = Vec::with_capacity(text.len() / 3);
         let mut plain_start = 0;
         for (start, end, id) in added.matches(text) {
-            self.encode_plain(&text[plain_start..start], &mut ids)?;
+            self.encode_plain(&text[plain_start..start], place, &mut ids)?;
             ids.push(id);
             plain_start = end;
+            place = Place::Beginning;
         }
-        self.encode_plain(&text[plain_start..], &mut ids)?;
+        self.encode_plain(&text[plain_start..], place, &mut ids)?;
         Ok(ids)
     }
 
@@ -165,14 +183,14 @@ impl Tokenizer {
         self.control_ids.keys().any(|token| beginnings(token).into_iter().any(|end| text.ends_with(&token[..end])))
     }
 
-    fn encode_plain(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
+    fn encode_plain(&self, text: &str, place: Place, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
         if text.is_empty() {
             return Ok(());
         }
         match &self.encoder {
             Encoder::ByteLevel(bpe) => bpe.encode(text, ids),
             Encoder::SentencePiece(pieces) => {
-                pieces.encode(text, ids);
+                pieces.encode(text, place, ids);
                 Ok(())
             }
         }
@@ -304,6 +322,29 @@ impl Tokenizer {
             fim,
             add_bos: None,
             add_space_prefix: false,
+        };
+        metadata.checked().and_then(Self::new).expect("the tiny vocabulary is consistent")
+    }
+
+    /// A SentencePiece tokenizer of 256 single bytes and the given pieces, all of them ordinary ones.
+    pub(crate) fn tiny_pieces(pieces: &[&str]) -> Self {
+        let mut tokens: Vec<String> = (0..=255).map(|byte| format!("<0x{byte:02X}>")).collect();
+        let mut kinds = vec![TokenKind::Byte; tokens.len()];
+        tokens.extend(pieces.iter().map(|text| text.to_string()));
+        kinds.extend(pieces.iter().map(|_| TokenKind::Normal));
+        let metadata = TokenizerMetadata {
+            model: TokenizerModel::SentencePiece,
+            pre: vocabulary::PreTokenizer::None,
+            scores: vec![0.0; tokens.len()],
+            tokens,
+            kinds,
+            merges: vec![],
+            bos: None,
+            eos: None,
+            other_ends: vec![],
+            fim: None,
+            add_bos: None,
+            add_space_prefix: true,
         };
         metadata.checked().and_then(Self::new).expect("the tiny vocabulary is consistent")
     }

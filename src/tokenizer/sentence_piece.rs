@@ -4,6 +4,7 @@
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
 
+use super::Place;
 use super::vocabulary::{TokenKind, TokenizerMetadata, parse_byte};
 
 #[derive(Debug)]
@@ -75,8 +76,8 @@ impl SentencePiece {
         self.pieces.get(text).map(|(id, _)| *id)
     }
 
-    pub fn encode(&self, text: &str, ids: &mut Vec<u32>) {
-        let prefix = if self.add_space_prefix { "▁" } else { "" };
+    pub fn encode(&self, text: &str, place: Place, ids: &mut Vec<u32>) {
+        let prefix = if self.add_space_prefix && place == Place::Beginning { "▁" } else { "" };
         let text = format!("{prefix}{}", text.replace(' ', "▁"));
         let mut symbols = split_chars(&text);
         let mut merges = BinaryHeap::new();
@@ -171,7 +172,7 @@ mod tests {
 
     fn encode(pieces: &[(&str, f32)], text: &str) -> Vec<u32> {
         let mut ids = Vec::new();
-        sentence_piece(pieces).encode(text, &mut ids);
+        sentence_piece(pieces).encode(text, Place::Beginning, &mut ids);
         ids
     }
 

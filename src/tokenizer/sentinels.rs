@@ -1,11 +1,30 @@
 //! Tokens known by their text: GGUF names only `eos`, and code models end a completion on many others.
 
-/// The fill-in-the-middle tokens of one family of code models, for the order prefix, suffix, middle (PSM).
-#[derive(Debug)]
+/// Which of the two comes first around a gap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FimOrder {
+    PrefixFirst,
+    SuffixFirst,
+}
+
+impl FimOrder {
+    /// What belongs to the prefix and to the suffix as it comes in a prompt; and the other way round.
+    pub fn arrange<T>(self, one: T, other: T) -> (T, T) {
+        match self {
+            Self::PrefixFirst => (one, other),
+            Self::SuffixFirst => (other, one),
+        }
+    }
+}
+
+/// The fill-in-the-middle tokens of one family of code models.
+#[derive(Debug, Clone, Copy)]
 pub struct FimSentinels {
     pub prefix: &'static str,
     pub suffix: &'static str,
-    pub middle: &'static str,
+    /// Behind both of them; `None` where the output goes on from what is last.
+    pub middle: Option<&'static str>,
+    pub order: FimOrder,
     /// Other tokens of the family that a completion must not run past.
     pub boundaries: &'static [&'static str],
 }
@@ -15,57 +34,114 @@ pub struct FimSentinels {
 pub struct FimTokens {
     pub prefix: u32,
     pub suffix: u32,
-    pub middle: u32,
+    /// As in [`FimSentinels::middle`].
+    pub middle: Option<u32>,
+    pub order: FimOrder,
     /// Other tokens that a completion must not run past, such as those between files.
     pub boundaries: Vec<u32>,
 }
 
 impl FimTokens {
-    /// Of the first family whose three sentinels are all special tokens of the vocabulary.
-    pub fn by_text(special_id: impl Fn(&str) -> Option<u32>) -> Option<Self> {
-        let family = fim_family(&special_id)?;
+    /// Of the first family whose sentinels are all in the vocabulary.
+    pub fn by_text(id: impl Fn(&str) -> Option<u32>) -> Option<Self> {
+        let is_known = |family: &&FimSentinels| family.layout().all(|text| id(text).is_some());
+        let family = FIM_FAMILIES.iter().find(is_known)?;
         Some(Self {
-            prefix: special_id(family.prefix)?,
-            suffix: special_id(family.suffix)?,
-            middle: special_id(family.middle)?,
-            boundaries: family.boundaries.iter().filter_map(|text| special_id(text)).collect(),
+            prefix: id(family.prefix)?,
+            suffix: id(family.suffix)?,
+            middle: family.middle.and_then(&id),
+            order: family.order,
+            boundaries: family.boundaries.iter().filter_map(|text| id(text)).collect(),
         })
     }
 
+    /// With what a file that names ids leaves to the family, which is told by the text of the prefix's sentinel; `None`
+    /// where the file does not name all that the family has.
+    pub fn completed(mut self, prefix_text: &str, id: impl Fn(&str) -> Option<u32>) -> Option<Self> {
+        let Some(family) = FIM_FAMILIES.iter().find(|family| family.prefix == prefix_text) else {
+            return self.middle.is_some().then_some(self);
+        };
+        self.order = family.order;
+        self.boundaries.extend(family.boundaries.iter().filter_map(|text| id(text)));
+        if family.middle.is_none() {
+            self.boundaries.extend(self.middle.take());
+        }
+        self.boundaries.sort_unstable();
+        self.boundaries.dedup();
+        (self.middle.is_some() == family.middle.is_some()).then_some(self)
+    }
+
+    /// How many of a prompt's tokens are sentinels.
+    pub fn num_sentinels(&self) -> usize {
+        2 + usize::from(self.middle.is_some())
+    }
+
     pub fn all(&self) -> impl Iterator<Item = u32> {
-        [self.prefix, self.suffix, self.middle].into_iter().chain(self.boundaries.iter().copied())
+        [self.prefix, self.suffix].into_iter().chain(self.middle).chain(self.boundaries.iter().copied())
     }
 }
 
 impl FimSentinels {
+    /// Those that a prompt has.
+    pub fn layout(&self) -> impl Iterator<Item = &'static str> {
+        [self.prefix, self.suffix].into_iter().chain(self.middle)
+    }
+
     fn texts(&self) -> impl Iterator<Item = &'static str> {
-        [self.prefix, self.suffix, self.middle].into_iter().chain(self.boundaries.iter().copied())
+        self.layout().chain(self.boundaries.iter().copied())
+    }
+
+    /// A family in the usual order.
+    pub const fn new(
+        prefix: &'static str,
+        suffix: &'static str,
+        middle: &'static str,
+        boundaries: &'static [&'static str],
+    ) -> Self {
+        Self { prefix, suffix, middle: Some(middle), order: FimOrder::PrefixFirst, boundaries }
     }
 }
 
-pub const FIM_FAMILIES: [FimSentinels; 5] = [
-    // Qwen2.5-Coder, CodeGemma, Granite 4
-    FimSentinels {
-        prefix: "<|fim_prefix|>",
-        suffix: "<|fim_suffix|>",
-        middle: "<|fim_middle|>",
-        boundaries: &["<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|file_separator|>"],
-    },
-    // StarCoder, StarCoder2, StableCode, CodeQwen1.5, Granite Code
-    FimSentinels {
-        prefix: "<fim_prefix>",
-        suffix: "<fim_suffix>",
-        middle: "<fim_middle>",
-        boundaries: &["<fim_pad>", "<repo_name>", "<reponame>", "<file_sep>", "<filename>"],
-    },
+/// As the models' own cards and tokenizers have them.
+pub const FIM_FAMILIES: [FimSentinels; 8] = [
+    // Qwen2.5-Coder and Qwen3-Coder, CodeGemma, Granite 4
+    FimSentinels::new(
+        "<|fim_prefix|>",
+        "<|fim_suffix|>",
+        "<|fim_middle|>",
+        &["<|fim_pad|>", "<|repo_name|>", "<|reponame|>", "<|file_sep|>", "<|file_separator|>", "<|filename|>"],
+    ),
+    // StarCoder, StarCoder2, StableCode, CodeQwen1.5, Granite Code and 3
+    FimSentinels::new(
+        "<fim_prefix>",
+        "<fim_suffix>",
+        "<fim_middle>",
+        &["<fim_pad>", "<repo_name>", "<reponame>", "<file_sep>", "<filename>"],
+    ),
     // SantaCoder
-    FimSentinels { prefix: "<fim-prefix>", suffix: "<fim-suffix>", middle: "<fim-middle>", boundaries: &["<fim-pad>"] },
+    FimSentinels::new("<fim-prefix>", "<fim-suffix>", "<fim-middle>", &["<fim-pad>"]),
     // DeepSeek-Coder: the hole stands where the suffix begins
-    FimSentinels {
-        prefix: "<｜fim▁begin｜>", suffix: "<｜fim▁hole｜>", middle: "<｜fim▁end｜>", boundaries: &[]
-    },
+    FimSentinels::new("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", &[]),
     // GLM-4
-    FimSentinels { prefix: "<|code_prefix|>", suffix: "<|code_suffix|>", middle: "<|code_middle|>", boundaries: &[] },
+    FimSentinels::new("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>", &[]),
+    // CodeLlama, as transformers' CodeLlamaTokenizer lays it out: pieces of SentencePiece that begin a word
+    FimSentinels::new("▁<PRE>", "▁<SUF>", "▁<MID>", &["▁<EOT>"]),
+    // Codestral, as mistral-common's `encode_fim`: nothing stands between the prefix and the output
+    FimSentinels {
+        prefix: "[PREFIX]",
+        suffix: "[SUFFIX]",
+        middle: None,
+        order: FimOrder::SuffixFirst,
+        boundaries: &["[MIDDLE]"],
+    },
+    // Seed-Coder
+    FimSentinels {
+        prefix: "<[fim-prefix]>",
+        suffix: "<[fim-suffix]>",
+        middle: Some("<[fim-middle]>"),
+        order: FimOrder::SuffixFirst,
+        boundaries: &["<[end▁of▁sentence]>"],
+    },
 ];
 
 const END_OF_GENERATION: [&str; 12] = [
@@ -87,10 +163,6 @@ const END_OF_GENERATION: [&str; 12] = [
 /// tokens.
 pub fn is_structural(text: &str) -> bool {
     END_OF_GENERATION.contains(&text) || FIM_FAMILIES.iter().any(|family| family.texts().any(|t| t == text))
-}
-
-fn fim_family(special_id: impl Fn(&str) -> Option<u32>) -> Option<&'static FimSentinels> {
-    FIM_FAMILIES.iter().find(|f| [f.prefix, f.suffix, f.middle].iter().all(|text| special_id(text).is_some()))
 }
 
 /// Ids of every special token that ends a completion, as far as the vocabulary has them. Fill-in-the-middle tokens, whose

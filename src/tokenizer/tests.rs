@@ -1,5 +1,6 @@
 use proptest::prelude::*;
 
+use super::sentinels::FimOrder;
 use super::vocabulary::PreTokenizer;
 use super::*;
 
@@ -51,7 +52,8 @@ fn stop_tokens_take_in_sentinels_only_of_a_whole_family() {
 
 #[test]
 fn fill_in_the_middle_tokens_that_the_file_names_come_before_those_known_by_text() {
-    let fim = FimTokens { prefix: 262, suffix: 263, middle: 264, boundaries: vec![265] };
+    let order = FimOrder::PrefixFirst;
+    let fim = FimTokens { prefix: 262, suffix: 263, middle: Some(264), order, boundaries: vec![265] };
     let by_text = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<|endoftext|>"];
     let tokenizer = Tokenizer::tiny_naming(&by_text, &["▁<PRE>", "▁<SUF>", "▁<MID>", "<SEP>"], Some(fim.clone()));
     assert_eq!(tokenizer.fim(), Some(&fim));
@@ -59,7 +61,40 @@ fn fill_in_the_middle_tokens_that_the_file_names_come_before_those_known_by_text
     assert!(fim.all().all(|id| tokenizer.is_special(id)), "whatever kind the file gives them");
     assert!(!tokenizer.encode("▁<MID>", Specials::AsText).unwrap().contains(&264));
     let unnamed = Tokenizer::tiny(&by_text);
-    assert_eq!(unnamed.fim().map(|fim| (fim.prefix, fim.suffix, fim.middle)), Some((258, 259, 260)));
+    assert_eq!(unnamed.fim().map(|fim| (fim.prefix, fim.suffix, fim.middle)), Some((258, 259, Some(260))));
+}
+
+#[test]
+fn what_a_file_does_not_name_of_its_fill_in_the_middle_is_that_of_the_family() {
+    let order = FimOrder::PrefixFirst;
+    let named = |middle| Some(FimTokens { prefix: 258, suffix: 259, middle, order, boundaries: vec![] });
+    let fim = |texts: &[&str], middle| Tokenizer::tiny_naming(&[], texts, named(middle)).fim().cloned();
+    let code_llama = ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"];
+    let boundaries = vec![261];
+    let expected = FimTokens { prefix: 258, suffix: 259, middle: Some(260), order, boundaries: boundaries.clone() };
+    assert_eq!(fim(&code_llama, Some(260)), Some(expected.clone()));
+    assert_eq!(fim(&code_llama, None), Some(expected), "by text");
+    let codestral = ["[PREFIX]", "[SUFFIX]", "[MIDDLE]"];
+    let order = FimOrder::SuffixFirst;
+    let expected = FimTokens { prefix: 258, suffix: 259, middle: None, order, boundaries: vec![260] };
+    assert_eq!(fim(&codestral, None), Some(expected.clone()));
+    assert_eq!(fim(&codestral, Some(260)), Some(expected));
+    assert_eq!(fim(&["<A>", "<B>", "<C>"], None), None);
+}
+
+#[test]
+fn sentinels_are_no_text_even_where_the_file_says_that_they_are() {
+    let tokenizer = Tokenizer::tiny_pieces(&["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>", "▁", "<", "▁<"]);
+    assert_eq!(tokenizer.stop_tokens().as_ref(), [256, 257, 258, 259]);
+    assert!((256..260).all(|id| tokenizer.is_special(id)) && !tokenizer.is_special(262));
+}
+
+#[test]
+fn text_that_goes_on_from_other_text_has_no_space_before_it() {
+    let tokenizer = Tokenizer::tiny_pieces(&["▁", "a", "▁a"]);
+    assert_eq!(tokenizer.encode("a", Specials::AsText).unwrap(), [258]);
+    assert_eq!(tokenizer.encode_continuation("a").unwrap(), [257]);
+    assert_eq!(tokenizer.encode_continuation(" a").unwrap(), [258]);
 }
 
 #[test]

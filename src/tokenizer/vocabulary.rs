@@ -1,8 +1,10 @@
 //! What a GGUF file says of its tokenizer (`tokenizer.ggml.*`), and the bytes each token stands for.
 
+use std::collections::HashMap;
+
 use candle_core::quantized::gguf_file::Value;
 
-use super::sentinels::FimTokens;
+use super::sentinels::{FimOrder, FimTokens};
 use super::{TokenizerError, byte_level, sentinels};
 use crate::model::gguf::{GgufError, GgufFile};
 
@@ -97,7 +99,7 @@ pub struct TokenizerMetadata {
     pub eos: Option<u32>,
     /// End of turn and end of message, where the file names them.
     pub other_ends: Vec<u32>,
-    /// Where the file names all three.
+    /// Those that the file names, or that are known by text once this is checked.
     pub fim: Option<FimTokens>,
     pub add_bos: Option<bool>,
     pub add_space_prefix: bool,
@@ -132,7 +134,9 @@ impl TokenizerMetadata {
         let metadata = Self {
             model,
             fim: match sentinels {
-                (Some(prefix), Some(suffix), Some(middle)) => Some(FimTokens { prefix, suffix, middle, boundaries }),
+                (Some(prefix), Some(suffix), middle) => {
+                    Some(FimTokens { prefix, suffix, middle, order: FimOrder::PrefixFirst, boundaries })
+                }
                 _ => None,
             },
             pre,
@@ -162,12 +166,24 @@ impl TokenizerMetadata {
                 *kind = TokenKind::Control;
             }
         }
+        self.fim = self.find_fim();
         for id in self.fim.iter().flat_map(FimTokens::all) {
             if let Some(kind) = self.kinds.get_mut(id as usize) {
                 *kind = TokenKind::Control;
             }
         }
         Ok(self)
+    }
+
+    fn find_fim(&self) -> Option<FimTokens> {
+        let structural = self.iter().filter(|(_, text, _)| sentinels::is_structural(text));
+        let ids: HashMap<&str, u32> = structural.map(|(id, text, _)| (text, id)).collect();
+        let id = |text: &str| ids.get(text).copied();
+        let named = self.fim.clone().and_then(|named| {
+            let prefix_text = self.tokens.get(named.prefix as usize)?;
+            named.completed(prefix_text, id)
+        });
+        named.or_else(|| FimTokens::by_text(id))
     }
 
     /// Id, text and kind of every token.

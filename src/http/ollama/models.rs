@@ -149,12 +149,13 @@ fn template(base: &Base) -> String {
     let text = |id| base.tokenizer.token_text(id);
     match base.tokenizer.fim() {
         None => "{{ .Prompt }}".to_owned(),
-        Some(fim) => format!(
-            "{{{{- if .Suffix }}}}{}{{{{ .Prompt }}}}{}{{{{ .Suffix }}}}{}{{{{ else }}}}{{{{ .Prompt }}}}{{{{ end }}}}",
-            text(fim.prefix),
-            text(fim.suffix),
-            text(fim.middle)
-        ),
+        Some(fim) => {
+            let prefix = format!("{}{{{{ .Prompt }}}}", text(fim.prefix));
+            let suffix = format!("{}{{{{ .Suffix }}}}", text(fim.suffix));
+            let (first, second) = fim.order.arrange(prefix, suffix);
+            let middle = fim.middle.map(text).unwrap_or_default();
+            format!("{{{{- if .Suffix }}}}{first}{second}{middle}{{{{ else }}}}{{{{ .Prompt }}}}{{{{ end }}}}")
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Prompts that a client has put into the fill-in-the-middle layout of another model: editors choose it by the name they
 //! know, or have only one.
 
-use crate::tokenizer::sentinels::FIM_FAMILIES;
+use crate::tokenizer::sentinels::{FIM_FAMILIES, FimSentinels};
 
 /// The text around a gap.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -10,23 +10,18 @@ pub struct TextAround {
     pub suffix: String,
 }
 
-/// A layout beside those of [`FIM_FAMILIES`].
+/// A layout as clients type it.
 struct Layout {
-    prefix: &'static str,
-    suffix: &'static str,
-    /// Behind everything.
-    middle: &'static str,
-    /// What the layout puts between its sentinels and the text.
+    sentinels: FimSentinels,
+    /// What stands between the sentinels and the text.
     padding: &'static str,
 }
 
-const OTHERS: [Layout; 3] = [
-    // CodeLlama
-    Layout { prefix: "<PRE>", suffix: "<SUF>", middle: "<MID>", padding: " " },
-    // Codestral: the suffix first, and nothing behind the prefix
-    Layout { prefix: "[PREFIX]", suffix: "[SUFFIX]", middle: "", padding: "" },
-    // DeepSeek-Coder, as it is typed
-    Layout { prefix: "<|fim_begin|>", suffix: "<|fim_hole|>", middle: "<|fim_end|>", padding: "" },
+/// Beside those of [`FIM_FAMILIES`].
+const OTHERS: [Layout; 2] = [
+    // CodeLlama's pieces begin with a space, which is not typed as a part of them.
+    Layout::new("<PRE>", "<SUF>", "<MID>", " "),
+    Layout::new("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>", ""),
 ];
 
 /// Text that stands for the first token of a sequence.
@@ -35,36 +30,31 @@ const BEGINNINGS: [&str; 2] = ["<s>", "<｜begin▁of▁sentence｜>"];
 /// What `prompt` puts around its gap, if all of it is in one layout: each sentinel once, in order, the last one at the
 /// end. `is_own` says of a sentinel that it is the model's own, as which it needs no reading.
 pub fn read(prompt: &str, is_own: impl Fn(&str) -> bool) -> Option<TextAround> {
-    let families = FIM_FAMILIES.iter().map(|family| {
-        let layout = Layout { prefix: family.prefix, suffix: family.suffix, middle: family.middle, padding: "" };
-        (layout, family.boundaries)
-    });
-    let others = OTHERS.into_iter().map(|layout| (layout, &[] as &[&str]));
-    families
-        .chain(others)
-        .filter(|(layout, _)| !is_own(layout.prefix))
-        .find_map(|(layout, boundaries)| layout.read(prompt, boundaries))
+    let families = FIM_FAMILIES.iter().map(|sentinels| Layout { sentinels: *sentinels, padding: "" });
+    families.chain(OTHERS).filter(|layout| !is_own(layout.sentinels.prefix)).find_map(|layout| layout.read(prompt))
 }
 
 impl Layout {
-    fn read(&self, prompt: &str, boundaries: &[&str]) -> Option<TextAround> {
-        let Self { prefix, suffix, middle, padding } = self;
-        let is_once = |sentinel: &&&str| prompt.matches(**sentinel).take(2).count() == 1;
-        if ![prefix, suffix].iter().all(is_once) || !(middle.is_empty() || is_once(&middle)) {
+    const fn new(prefix: &'static str, suffix: &'static str, middle: &'static str, padding: &'static str) -> Self {
+        Self { sentinels: FimSentinels::new(prefix, suffix, middle, &[]), padding }
+    }
+
+    fn read(&self, prompt: &str) -> Option<TextAround> {
+        let FimSentinels { prefix, suffix, middle, order, boundaries } = self.sentinels;
+        if !self.sentinels.layout().all(|sentinel| prompt.matches(sentinel).take(2).count() == 1) {
             return None;
         }
-        let (before, around) = if middle.is_empty() {
-            let (before, rest) = prompt.split_once(suffix)?;
-            let (behind, ahead) = rest.split_once(prefix)?;
-            (before, (ahead, behind))
-        } else {
-            let (before, rest) = prompt.trim_end().strip_suffix(middle)?.split_once(prefix)?;
-            (before, rest.split_once(suffix)?)
+        let prompt = match middle {
+            Some(middle) => prompt.trim_end().strip_suffix(middle)?,
+            None => prompt,
         };
-        let (ahead, behind) = around;
-        let ahead = ahead.strip_prefix(padding).unwrap_or(ahead);
-        let ahead = ahead.strip_suffix(padding).unwrap_or(ahead);
-        let behind = behind.strip_suffix(padding).unwrap_or(behind);
+        let (first, second) = order.arrange(prefix, suffix);
+        let (before, rest) = prompt.split_once(first)?;
+        let (one, other) = rest.split_once(second)?;
+        let (ahead, behind) = order.arrange(one, other);
+        let ahead = ahead.strip_prefix(self.padding).unwrap_or(ahead);
+        let ahead = ahead.strip_suffix(self.padding).unwrap_or(ahead);
+        let behind = behind.strip_suffix(self.padding).unwrap_or(behind);
         let before = BEGINNINGS.iter().find_map(|beginning| before.strip_prefix(beginning)).unwrap_or(before);
         // Other files, with that model's tokens between them.
         let before = boundaries.iter().fold(before.to_owned(), |before, boundary| before.replace(boundary, "\n"));
@@ -90,6 +80,7 @@ mod tests {
             "<|code_prefix|>a\n<|code_suffix|> b<|code_middle|>",
             "<PRE> a\n <SUF> b <MID>",
             "<s>[SUFFIX] b[PREFIX]a\n",
+            "<[fim-suffix]> b<[fim-prefix]>a\n<[fim-middle]>",
         ] {
             assert_eq!(around(prompt), Some(("a\n".to_owned(), " b".to_owned())), "{prompt}");
         }
