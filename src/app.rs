@@ -75,7 +75,7 @@ impl App {
         let formats = PromptFormats::new(&config.prompt_formats).map_err(AppError::PromptFormats)?;
         let home = config::lorry_home()?;
         let BaseFile { id, path } = BaseFile::of(&config.model, &home)?;
-        let metrics = Arc::new(Metrics::new());
+        let metrics = Arc::new(Metrics::new(&id));
 
         let resident = load_model(Source::File(&path), &config.engine)?;
         let (spec, device) = (resident.model.spec().clone(), resident.device.clone());

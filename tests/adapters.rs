@@ -25,7 +25,7 @@ fn load(dir: &Path, base: &dyn BaseWeights) -> Result<Adapter, AdapterError> {
 
 fn open(root: Option<&Path>, base: Shapes) -> Result<AdapterRegistry, RegistryError> {
     let config = Config::load(None, &Overrides::default()).expect("the defaults are valid");
-    AdapterRegistry::open(root, Arc::new(base), config.adapters.limits(), Arc::new(Metrics::new()))
+    AdapterRegistry::open(root, Arc::new(base), config.adapters.limits(), Arc::new(Metrics::new("base")))
 }
 
 /// Name and cause of each refusal, in order of the names.

@@ -339,7 +339,7 @@ impl Served {
             max_draft_tokens: 0,
             max_inter_token: None,
         };
-        let metrics = Arc::new(Metrics::new());
+        let metrics = Arc::new(Metrics::new("base"));
         let engine = EngineHandle::start(Box::new(model), config, metrics.clone());
         Self { engine, metrics, most_bytes, num_asked, is_slow }
     }
@@ -411,7 +411,7 @@ fn five_adapters_on_a_device_for_two_give_what_each_gives_alone() {
     }
     let most = small.most_bytes.load(Ordering::Relaxed);
     assert!(most <= budget && most > tiny.counted(&adapters[0]), "{most} of {budget} bytes");
-    let of_device = &small.metrics.device_adapters;
+    let of_device = small.metrics.device_adapters().unwrap();
     assert!(of_device.evictions_total.get() >= 3, "five adapters were there, two at a time");
     assert!(of_device.resident.get() <= 2 && of_device.resident_bytes.get() as usize <= budget);
     assert_eq!(small.engine.state(), EngineState::default());
@@ -470,7 +470,7 @@ fn whoever_finds_no_room_is_next_and_the_base_does_not_wait() {
     started(&mut behind);
     assert!(has_finished(&mut full));
     assert_eq!(rest(&mut behind).len(), 7);
-    let of_device = &served.metrics.device_adapters;
+    let of_device = served.metrics.device_adapters().unwrap();
     assert_eq!((of_device.loads_total.get(), of_device.evictions_total.get()), (3, 2));
 }
 

@@ -325,7 +325,7 @@ fn a_summary_of_the_logits_draws_what_all_of_them_draw() {
             max_draft_tokens: 0,
             max_inter_token: None,
         };
-        (EngineHandle::start(Box::new(model), config, Arc::new(Metrics::new())), num_rows_read)
+        (EngineHandle::start(Box::new(model), config, Arc::new(Metrics::new("base"))), num_rows_read)
     });
     let [summarized, all] = engines.each_ref().map(|(engine, _)| {
         let submit = |(seed, sampling): (usize, &SamplingParams)| {

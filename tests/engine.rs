@@ -135,7 +135,7 @@ impl Model for Stepwise {
 fn start_stepwise(num_steps: usize) -> (EngineHandle, channel::Sender<()>) {
     let (step, go_on) = channel::channel();
     let model = Stepwise { inner: HashModel::new(Arc::default(), 64), go_on, steps_left: num_steps };
-    (EngineHandle::start(Box::new(model), CONFIG, Arc::new(Metrics::new())), step)
+    (EngineHandle::start(Box::new(model), CONFIG, Arc::new(Metrics::new("base"))), step)
 }
 
 const CONFIG: EngineConfig = EngineConfig {
@@ -160,7 +160,7 @@ fn start_with(config: EngineConfig, num_blocks: usize, metrics: &Arc<Metrics>, g
 }
 
 fn start_roomy() -> EngineHandle {
-    start(256, 64, &Arc::new(Metrics::new()))
+    start(256, 64, &Arc::new(Metrics::new("base")))
 }
 
 fn adapter(name: &str) -> Arc<Adapter> {
@@ -293,7 +293,7 @@ fn guessing_ahead_changes_no_event_and_returns_everything() {
     let expected: Vec<Vec<Event>> = asks.iter().map(|ask| collect(ask.submit(&start_roomy()))).collect();
 
     for (max_batch_rows, num_blocks, max_draft_tokens) in [(256, 256, 9), (256, 256, 63), (20, 20, 63)] {
-        let metrics = Arc::new(Metrics::new());
+        let metrics = Arc::new(Metrics::new("base"));
         let config = EngineConfig { max_batch_rows, max_draft_tokens, max_sequences: 4, ..CONFIG };
         let handle = start_with(config, num_blocks, &metrics, Arc::default());
         let receivers: Vec<_> = asks.iter().map(|ask| ask.submit(&handle)).collect();
@@ -301,9 +301,9 @@ fn guessing_ahead_changes_no_event_and_returns_everything() {
             assert_eq!(collect(receiver), expected[index], "request {index} in {max_batch_rows} rows");
         }
         assert_eq!(handle.state(), EngineState::default());
-        let tokens = |kind| metrics.tokens_total.with_label_values(&[kind]).get();
-        assert!(tokens("accepted") > 100, "{}", tokens("accepted"));
-        assert!(tokens("guessed") > tokens("accepted"), "some guesses are wrong");
+        let (accepted, guessed) = (metrics.vllm.accepted_tokens_total.get(), metrics.vllm.draft_tokens_total.get());
+        assert!(accepted > 100, "{accepted}");
+        assert!(guessed > accepted, "some guesses are wrong");
     }
 }
 
@@ -312,7 +312,7 @@ fn a_prediction_right_or_wrong_changes_no_event() {
     let asks = mixed_asks();
     let expected: Vec<Vec<Event>> = asks.iter().map(|ask| collect(ask.submit(&start_roomy()))).collect();
     let guess = |is_right: bool| {
-        let metrics = Arc::new(Metrics::new());
+        let metrics = Arc::new(Metrics::new("base"));
         let config = EngineConfig { max_draft_tokens: 63, max_sequences: 4, ..CONFIG };
         let handle = start_with(config, 64, &metrics, Arc::default());
         let submit = |(ask, events): (&Ask, &Vec<Event>)| {
@@ -330,8 +330,7 @@ fn a_prediction_right_or_wrong_changes_no_event() {
         let expected_of_first = Some(Prediction::new(output_tokens(&expected[0])));
         drop(Ask { prediction: expected_of_first, ..asks[0].clone() }.submit(&handle));
         wait_until_empty(&handle);
-        let tokens = |kind| metrics.tokens_total.with_label_values(&[kind]).get();
-        (tokens("accepted"), tokens("guessed"))
+        (metrics.vllm.accepted_tokens_total.get(), metrics.vllm.draft_tokens_total.get())
     };
     let (right, wrong) = (guess(true), guess(false));
     assert!(right.0 > 2 * wrong.0 && right.0 > 200, "{right:?} {wrong:?}");
@@ -365,7 +364,7 @@ fn a_sequence_among_many_equals_the_sequence_alone_and_everything_returns() {
     let asks = mixed_asks();
     let alone: Vec<Vec<Event>> = asks.iter().map(|ask| collect(ask.submit(&start_roomy()))).collect();
 
-    let metrics = Arc::new(Metrics::new());
+    let metrics = Arc::new(Metrics::new("base"));
     // So few blocks and rows that sequences are chunked, wait and are preempted.
     let handle = start(20, 14, &metrics);
     for _ in 0..3 {
@@ -386,8 +385,8 @@ fn a_sequence_among_many_equals_the_sequence_alone_and_everything_returns() {
         }
         wait_until_empty(&handle);
     }
-    assert!(metrics.preemptions_total.get() > 0, "the pool was meant to be too small");
-    assert!(metrics.tokens_total.with_label_values(&["cached"]).get() > 0, "prefixes were meant to be reused");
+    assert!(metrics.vllm.num_preemptions_total.get() > 0, "the pool was meant to be too small");
+    assert!(metrics.vllm.prefix_cache_hits_total.get() > 0, "prefixes were meant to be reused");
     assert!(asks.iter().flat_map(|ask| &ask.adapter).all(|adapter| Arc::strong_count(adapter) == 8));
     let permits: Vec<_> = (0..64).map(|_| handle.try_permit()).collect();
     assert!(permits.iter().all(Result::is_ok));
@@ -478,7 +477,7 @@ fn a_prompt_sent_several_times_at_once_is_computed_once_though_the_first_is_canc
     let ask = Ask::new((0..100).map(|position| position % 60).collect(), 5);
     let alone = collect(ask.submit(&start_roomy()));
     for (is_cancelled, num_cached) in [(false, 99 + 99), (true, 32 + 99)] {
-        let metrics = Arc::new(Metrics::new());
+        let metrics = Arc::new(Metrics::new("base"));
         let gate = Arc::new(Mutex::new(()));
         let closed = gate.lock().expect("nobody panicked with it");
         let handle = start_gated(32, 64, &metrics, gate.clone());
@@ -490,7 +489,7 @@ fn a_prompt_sent_several_times_at_once_is_computed_once_though_the_first_is_canc
         for receiver in first.into_iter().chain(others) {
             assert_eq!(collect(receiver), alone);
         }
-        assert_eq!(metrics.tokens_total.with_label_values(&["cached"]).get(), num_cached);
+        assert_eq!(metrics.vllm.prefix_cache_hits_total.get(), num_cached);
         assert_eq!(handle.state(), EngineState::default());
     }
 }
@@ -527,7 +526,7 @@ fn no_output_tokens_means_the_prompt_is_scored_and_nothing_more() {
 
 #[test]
 fn the_context_ends_the_output() {
-    let handle = start(256, 3, &Arc::new(Metrics::new()));
+    let handle = start(256, 3, &Arc::new(Metrics::new("base")));
     assert_eq!(handle.context_length(), 48);
     let events = collect(Ask::new(vec![1; 40], 100).submit(&handle));
     assert_eq!(output_tokens(&events).len(), 8);
@@ -557,7 +556,7 @@ fn a_failing_step_fails_every_request_and_stops_the_engine() {
     for (token, expected) in [(PANIC, "a bad token"), (BROKEN, "a broken layer")] {
         let gate = Arc::new(Mutex::new(()));
         let closed = gate.lock().expect("nobody panicked with it");
-        let handle = start_gated(256, 64, &Arc::new(Metrics::new()), gate.clone());
+        let handle = start_gated(256, 64, &Arc::new(Metrics::new("base")), gate.clone());
         let bystander = Ask::new(vec![1], 900).submit(&handle);
         let culprit = Ask::new(vec![1, token], 5).submit(&handle);
         drop(closed);
@@ -575,7 +574,7 @@ fn a_failing_step_fails_every_request_and_stops_the_engine() {
 fn stopping_fails_what_is_running_and_refuses_what_comes() {
     let gate = Arc::new(Mutex::new(()));
     let closed = gate.lock().expect("nobody panicked with it");
-    let handle = start_gated(256, 64, &Arc::new(Metrics::new()), gate.clone());
+    let handle = start_gated(256, 64, &Arc::new(Metrics::new("base")), gate.clone());
     let receivers: Vec<_> = (0..20).map(|_| Ask::new(vec![1], 900).submit(&handle)).collect();
     handle.stop();
     drop(closed);

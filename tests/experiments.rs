@@ -41,7 +41,7 @@ impl Lab {
         );
         let config: ExperimentsConfig = toml::from_str(&config).unwrap();
         config.validate(BASE).unwrap();
-        let (metrics, rolled_back) = (Arc::new(Metrics::new()), Arc::new(Mutex::new(Vec::new())));
+        let (metrics, rolled_back) = (Arc::new(Metrics::new("base")), Arc::new(Mutex::new(Vec::new())));
         let calls = rolled_back.clone();
         let on_roll_back = Box::new(move |adapter: &str| calls.lock().unwrap().push(adapter.to_owned()));
         let experiments = Experiments::start(

@@ -51,10 +51,10 @@ async fn a_request_keeps_the_generation_it_got_and_everything_returns_in_the_end
     fs::remove_dir_all(fixture.path("a")).unwrap();
     eventually("a is removed", || registry.status("a").is_none());
     assert_eq!(registry.usage(), Usage { registered: 0, resident: 0, resident_bytes: bytes, leases: 1 });
-    assert!(fixture.metrics.render().contains("\nlorry_adapter_leases 1\n"));
+    assert!(fixture.metrics.render(|_| true).contains("\nlorry_adapter_leases 1\n"));
     drop(new);
     eventually("all is back", || registry.usage() == Usage::default());
-    let rendered = fixture.metrics.render();
+    let rendered = fixture.metrics.render(|_| true);
     for gauge in ["lorry_adapters_registered", "lorry_adapters_resident", "lorry_adapter_resident_bytes"] {
         assert!(rendered.contains(&format!("\n{gauge} 0\n")), "{rendered}");
     }
@@ -70,7 +70,7 @@ async fn what_is_broken_is_refused_once_until_its_files_change() {
     let config = fs::read_to_string(fixture.path("a/adapter_config.json")).unwrap();
     fs::write(fixture.path("a/adapter_config.json"), config.replace("v_proj", "k_proj")).unwrap();
     eventually("a is refused", || status(&registry, "a").phase == Phase::Failed);
-    let num_tries = fixture.metrics.adapter_load_seconds.get_sample_count();
+    let num_tries = fixture.metrics.vllm.adapter_load.get_sample_count();
     for _ in 0..10 {
         let error = registry.acquire("a").await.unwrap_err();
         assert!(
@@ -78,13 +78,13 @@ async fn what_is_broken_is_refused_once_until_its_files_change() {
             "{error}"
         );
     }
-    assert_eq!(fixture.metrics.adapter_load_seconds.get_sample_count(), num_tries);
+    assert_eq!(fixture.metrics.vllm.adapter_load.get_sample_count(), num_tries);
     assert_eq!((fixture.metrics.adapter_refusals_total.get(), status(&registry, "a").in_flight), (1, 1));
 
     // This is seen by the header.
     fs::write(fixture.path("a/adapter_model.safetensors"), &whole[..whole.len() - 1]).unwrap();
     eventually("a is cut off", || status(&registry, "a").error.is_some_and(|error| error.contains("truncated")));
-    assert_eq!(fixture.metrics.adapter_load_seconds.get_sample_count(), num_tries);
+    assert_eq!(fixture.metrics.vllm.adapter_load.get_sample_count(), num_tries);
 
     fs::write(fixture.path("a/adapter_model.safetensors"), &whole).unwrap();
     fs::write(fixture.path("a/adapter_config.json"), config).unwrap();
@@ -102,10 +102,7 @@ async fn many_requests_for_a_cold_adapter_are_one_load() {
     let first = adapters[0].as_ref().unwrap();
     assert!(adapters.iter().all(|adapter| Arc::ptr_eq(adapter.as_ref().unwrap(), first)));
     assert_eq!((fixture.num_loads(), status(&registry, "b").in_flight), (2, 16));
-    assert_eq!(
-        (phases(&registry), fixture.metrics.adapter_evictions_total.get()),
-        (vec![Phase::Registered, Phase::Ready], 1)
-    );
+    assert_eq!((phases(&registry), fixture.num_evictions()), (vec![Phase::Registered, Phase::Ready], 1));
 }
 
 #[tokio::test]
@@ -173,7 +170,7 @@ async fn the_memory_is_never_exceeded_whatever_is_asked() {
         ended.unwrap();
     }
     assert_eq!(registry.usage().leases, 0);
-    assert!(fixture.metrics.adapter_evictions_total.get() > 50);
+    assert!(fixture.num_evictions() > 50);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]

@@ -118,7 +118,7 @@ async fn a_restart_finds_everything_as_it_was() {
     // The second time nothing is loaded: what is known is known from the folder alone.
     for budget in [1 << 30, 1] {
         fixture.options.host_budget_bytes = budget;
-        fixture.metrics = Arc::new(Metrics::new());
+        fixture.metrics = Arc::new(Metrics::new("base"));
         let registry = fixture.registry();
         let after: Vec<_> =
             registry.list().into_iter().map(|a| (a.name, a.generation, a.previous_generations)).collect();

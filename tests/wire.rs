@@ -197,7 +197,9 @@ async fn a_client_that_stops_reading_a_stream_is_left_and_its_sequences_end() {
     };
     timeout(Duration::from_secs(60), left).await.expect("who does not read holds nothing");
     let metrics = metrics(&server).await;
-    assert!(metrics.contains("lorry_requests_running 0") && metrics.contains("lorry_requests_waiting 0"), "{metrics}");
+    for state in ["running", "waiting"] {
+        assert!(metrics.contains(&format!(r#"lorry_requests_{state}{{adapter="base"}} 0"#)), "{metrics}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -213,7 +215,7 @@ async fn probes_are_answered_when_every_connection_is_taken_and_others_are_told(
     }
     assert!(health(&server).await.contains(r#""status":"ok""#));
     let metrics = metrics(&server).await;
-    assert!(metrics.contains("lorry_requests_running"), "{metrics}");
+    assert!(metrics.contains("vllm:num_requests_running"), "{metrics}");
     let body = json!({"prompt": "def"}).to_string();
     let refused = rest(&mut open(&server, (post_head(body.len()) + &body).as_bytes()).await).await;
     assert!(refused.starts_with("HTTP/1.1 503 ") && refused.contains("retry-after: 1"), "{refused}");

@@ -10,8 +10,8 @@ use super::request::{Event, PromptOutput};
 use super::sampler::{SamplingError, Scratch};
 use super::scheduler::Scheduler;
 use super::sequence::{LogitsUse, SequenceId};
-use super::step::{TokenCounters, publish};
-use crate::metrics::Metrics;
+use super::step::publish;
+use crate::metrics::{Metrics, Vllm};
 
 /// A drawn token, or why there is none.
 pub(super) struct Sampled {
@@ -28,7 +28,6 @@ pub(super) struct UnderWay<'a> {
     pub clients: &'a mut HashMap<SequenceId, Client>,
     pub outbox: &'a mut Outbox,
     pub metrics: &'a Metrics,
-    pub tokens: &'a TokenCounters,
     pub sampled: &'a mut Vec<Sampled>,
     pub sampling: &'a mut Scratch,
     pub raw_logits: &'a mut Vec<f32>,
@@ -41,11 +40,17 @@ impl UnderWay<'_> {
             let Some(client) = self.clients.get_mut(&planned.id).filter(|client| !client.is_started) else { continue };
             client.is_started = true;
             let queue = client.accepted.elapsed();
-            self.metrics.request_queue_seconds.observe(queue.as_secs_f64());
             let sequence = self.scheduler.sequence(planned);
             let cached_tokens = planned.first_position.saturating_sub(sequence.num_virtual_tokens());
-            self.tokens.cached.inc_by(cached_tokens as u64);
-            self.tokens.prompt.inc_by(sequence.num_prompt_tokens() as u64);
+            let prompt_tokens = sequence.num_prompt_tokens() as u64;
+            let Vllm { prompt_tokens_total, prefix_cache_queries_total, prefix_cache_hits_total, .. } =
+                &self.metrics.vllm;
+            prompt_tokens_total.inc_by(prompt_tokens);
+            // One whose every logit is wanted does not ask the cache.
+            if client.prompt_output != PromptOutput::Logprobs {
+                prefix_cache_queries_total.inc_by(prompt_tokens);
+                prefix_cache_hits_total.inc_by(cached_tokens as u64);
+            }
             self.outbox.push(planned.id, Event::Started { queue, cached_tokens });
             if client.prompt_output == PromptOutput::Logprobs {
                 self.outbox.push(planned.id, Event::PromptToken(None));

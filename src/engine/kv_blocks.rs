@@ -32,6 +32,10 @@ impl BlockPool {
         num_tokens.div_ceil(BLOCK_SIZE)
     }
 
+    pub fn num_blocks(&self) -> usize {
+        self.ref_counts.len()
+    }
+
     pub fn blocks_used(&self) -> usize {
         self.ref_counts.len() - self.blocks_available()
     }

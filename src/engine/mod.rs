@@ -77,6 +77,7 @@ struct Shared {
     permits: Arc<Semaphore>,
     max_queued: usize,
     context_length: usize,
+    num_kv_blocks: usize,
     metrics: Arc<Metrics>,
     is_alive: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -94,7 +95,8 @@ impl EngineHandle {
     /// When the system cannot start a thread.
     pub fn start(model: Box<dyn Model>, config: EngineConfig, metrics: Arc<Metrics>) -> Self {
         let (commands, receiver) = mpsc::channel();
-        let context_length = config.context_length.min(model.num_kv_blocks() * BLOCK_SIZE);
+        let num_kv_blocks = model.num_kv_blocks();
+        let context_length = config.context_length.min(num_kv_blocks * BLOCK_SIZE);
         let is_alive = Arc::new(AtomicBool::new(true));
         let max_queued = config.max_queued;
         let engine = Engine::new(model, &config, metrics.clone());
@@ -110,6 +112,7 @@ impl EngineHandle {
             permits: Arc::new(Semaphore::new(max_queued)),
             max_queued,
             context_length,
+            num_kv_blocks,
             metrics,
             is_alive,
             thread: Some(thread),
@@ -159,11 +162,11 @@ impl EngineHandle {
 
     pub fn state(&self) -> EngineState {
         let count = |gauge: &prometheus::IntGauge| usize::try_from(gauge.get()).unwrap_or(0);
-        let metrics = &self.0.metrics;
+        let vllm = &self.0.metrics.vllm;
         EngineState {
-            running: count(&metrics.requests_running),
-            waiting: count(&metrics.requests_waiting),
-            kv_blocks_used: count(&metrics.kv_blocks_used),
+            running: count(&vllm.num_requests_running),
+            waiting: count(&vllm.num_requests_waiting),
+            kv_blocks_used: (vllm.kv_cache_usage.get() * self.0.num_kv_blocks as f64).round() as usize,
         }
     }
 }

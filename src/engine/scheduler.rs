@@ -168,6 +168,11 @@ impl Scheduler {
         self.pool.blocks_used()
     }
 
+    /// Of the pool, how much sequences hold; 1 is all.
+    pub fn kv_usage(&self) -> f64 {
+        self.pool.blocks_used() as f64 / self.pool.num_blocks().max(1) as f64
+    }
+
     /// Sequences put back to waiting for want of blocks, since the start.
     pub fn num_preempted(&self) -> usize {
         self.num_preempted

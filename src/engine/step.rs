@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use kernels::attention::BLOCK_SIZE;
 use kernels::device::{DeviceError, Lease, Placement};
-use prometheus::IntCounter;
 
 use super::EngineConfig;
 use super::client::{Client, Drawn, End};
@@ -35,7 +34,6 @@ pub(super) struct Engine {
     arriving: VecDeque<Arriving>,
     next_id: u64,
     metrics: Arc<Metrics>,
-    tokens: TokenCounters,
     buffers: Buffers,
     step_cost: StepCost,
     max_inter_token: Option<Duration>,
@@ -52,14 +50,6 @@ struct Arriving {
 /// How long an engine with nothing but arriving requests waits before it looks again.
 const ARRIVAL_POLL: Duration = Duration::from_micros(200);
 
-pub(super) struct TokenCounters {
-    pub prompt: IntCounter,
-    pub cached: IntCounter,
-    pub output: IntCounter,
-    pub guessed: IntCounter,
-    pub accepted: IntCounter,
-}
-
 /// Memory reused by every step.
 #[derive(Default)]
 struct Buffers {
@@ -73,8 +63,7 @@ struct Buffers {
 impl Engine {
     pub fn new(model: Box<dyn Model>, config: &EngineConfig, metrics: Arc<Metrics>) -> Self {
         let num_blocks = model.num_kv_blocks();
-        metrics.kv_blocks_capacity.set(num_blocks as i64);
-        let tokens = |kind| metrics.tokens_total.with_label_values(&[kind]);
+        metrics.vllm.set_capacity(BLOCK_SIZE, num_blocks, config.max_sequences.min(config.max_batch_rows));
         Self {
             model,
             context_length: config.context_length.min(num_blocks * BLOCK_SIZE),
@@ -84,13 +73,6 @@ impl Engine {
             outbox: Outbox::default(),
             arriving: VecDeque::new(),
             next_id: 0,
-            tokens: TokenCounters {
-                prompt: tokens("prompt"),
-                cached: tokens("cached"),
-                output: tokens("output"),
-                guessed: tokens("guessed"),
-                accepted: tokens("accepted"),
-            },
             metrics,
             buffers: Buffers::default(),
             step_cost: StepCost::default(),
@@ -169,10 +151,10 @@ impl Engine {
         let num_preempted = self.scheduler.num_preempted();
         self.scheduler.set_step_rows(self.step_cost.step_rows(self.max_inter_token));
         self.scheduler.schedule();
-        self.metrics.preemptions_total.inc_by((self.scheduler.num_preempted() - num_preempted) as u64);
-        self.tokens.guessed.inc_by(self.scheduler.num_drafted() as u64);
+        self.metrics.vllm.num_preemptions_total.inc_by((self.scheduler.num_preempted() - num_preempted) as u64);
+        self.metrics.vllm.draft_tokens_total.inc_by(self.scheduler.num_drafted() as u64);
         if let Some(tier) = self.model.adapter_tier() {
-            self.metrics.device_adapters.set(&tier);
+            self.metrics.set_device_adapters(&tier);
         }
         if self.scheduler.plan().sequences.is_empty() {
             publish(&self.metrics, &self.scheduler, self.arriving.len());
@@ -201,9 +183,7 @@ impl Engine {
     pub fn abort(self, reason: &str) {
         let Self { mut clients, mut outbox, arriving, metrics, scheduler, .. } = self;
         drop(scheduler);
-        for gauge in [&metrics.requests_running, &metrics.requests_waiting, &metrics.kv_blocks_used] {
-            gauge.set(0);
-        }
+        metrics.vllm.set_load(0, 0, 0.0);
         // What was drawn before is theirs.
         outbox.deliver(&mut clients);
         for client in clients.into_values() {
@@ -245,7 +225,7 @@ impl Engine {
 
     /// Runs the planned rows. Clients are told meanwhile what came of the step before.
     fn forward(&mut self) -> Result<(), DeviceError> {
-        let Self { model, scheduler, clients, arriving, outbox, metrics, tokens, buffers, .. } = self;
+        let Self { model, scheduler, clients, arriving, outbox, metrics, buffers, .. } = self;
         let Buffers { sequences, sampled, sampling, raw_logits, .. } = buffers;
         let plan = scheduler.plan();
         let mut rows = recycle(mem::take(sequences));
@@ -263,7 +243,7 @@ impl Engine {
         };
         let num_arriving = arriving.len();
         let mut under_way =
-            UnderWay { scheduler, num_arriving, clients, outbox, metrics, tokens, sampled, sampling, raw_logits };
+            UnderWay { scheduler, num_arriving, clients, outbox, metrics, sampled, sampling, raw_logits };
         model.forward(&batch, &mut under_way)?;
         *sequences = recycle(rows);
         Ok(())
@@ -275,7 +255,7 @@ impl Engine {
         for Sampled { id, is_after_guess, drawn } in sampled.drain(..) {
             if is_after_guess {
                 self.scheduler.accept(id);
-                self.tokens.accepted.inc();
+                self.metrics.vllm.accepted_tokens_total.inc();
             }
             let Some(sequence) = self.scheduler.get_mut(id) else { continue };
             match drawn {
@@ -288,7 +268,7 @@ impl Engine {
                 }
                 Ok(Drawn { token, logprob, ends }) => {
                     sequence.push(token);
-                    self.tokens.output.inc();
+                    self.metrics.vllm.generation_tokens_total.inc();
                     self.outbox.push(id, Event::Token { id: token, logprob });
                     if ends == Some(End::Complete) {
                         self.end(id, Event::Finished(FinishReason::Stop));
@@ -328,9 +308,7 @@ impl Engine {
 
 /// Sets the gauges of what the engine holds.
 pub(super) fn publish(metrics: &Metrics, scheduler: &Scheduler, num_arriving: usize) {
-    metrics.requests_running.set(scheduler.num_running() as i64);
-    metrics.requests_waiting.set((scheduler.num_waiting() + num_arriving) as i64);
-    metrics.kv_blocks_used.set(scheduler.blocks_used() as i64);
+    metrics.vllm.set_load(scheduler.num_running(), scheduler.num_waiting() + num_arriving, scheduler.kv_usage());
 }
 
 /// Ends a request that has not started. A client that has gone needs no answer.

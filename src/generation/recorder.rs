@@ -3,9 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use prometheus::Histogram;
-
-use crate::metrics::Metrics;
+use crate::metrics::{AdapterSeries, Metrics, RequestSeries};
 
 /// How long a sequence took, from when HTTP had read its request.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -19,12 +17,14 @@ pub struct Timing {
 }
 
 /// Counts the sequence when dropped; one that nothing has finished by then was cancelled by its client.
+///
+/// Each time is observed for the server and for the adapter, whose series go when it goes.
 #[derive(Debug)]
 pub struct Recorder {
     metrics: Arc<Metrics>,
-    adapter: String,
-    inter_token_latency: Histogram,
+    adapter: Arc<AdapterSeries>,
     accepted: Instant,
+    is_started: bool,
     first_token: Option<Instant>,
     last_token: Instant,
     num_output_tokens: u32,
@@ -32,13 +32,15 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// `adapter` is a registered name, `base` or `composition`; `accepted` is when HTTP had read the request.
+    /// `adapter` is its label in the metrics; `accepted` is when HTTP had read the request.
     pub fn new(metrics: Arc<Metrics>, adapter: &str, accepted: Instant) -> Self {
+        let adapter = metrics.of_adapter(adapter);
+        adapter.requests().waiting.inc();
         Self {
-            inter_token_latency: metrics.inter_token_latency_seconds.with_label_values(&[adapter]),
             metrics,
-            adapter: adapter.to_owned(),
+            adapter,
             accepted,
+            is_started: false,
             first_token: None,
             last_token: accepted,
             num_output_tokens: 0,
@@ -46,15 +48,29 @@ impl Recorder {
         }
     }
 
+    /// The engine has begun, after `queue`. The counts are in tokens.
+    pub fn start(&mut self, queue: Duration, num_prompt_tokens: usize, num_cached_tokens: usize) {
+        self.is_started = true;
+        let RequestSeries { running, waiting, prompt_tokens_total, cached_tokens_total, .. } = self.adapter.requests();
+        waiting.dec();
+        running.inc();
+        prompt_tokens_total.inc_by(num_prompt_tokens as u64);
+        cached_tokens_total.inc_by(num_cached_tokens as u64);
+        self.metrics.vllm.request_queue_time.observe(queue.as_secs_f64());
+        self.adapter.requests().queue.observe(queue.as_secs_f64());
+    }
+
     pub fn token(&mut self) {
         let now = Instant::now();
         if self.first_token.is_none() {
             self.first_token = Some(now);
-            let ttft = self.metrics.time_to_first_token_seconds.with_label_values(&[&self.adapter]);
-            ttft.observe((now - self.accepted).as_secs_f64());
+            let seconds = (now - self.accepted).as_secs_f64();
+            self.metrics.vllm.time_to_first_token.observe(seconds);
+            self.adapter.requests().time_to_first_token.observe(seconds);
         } else {
-            self.inter_token_latency.observe((now - self.last_token).as_secs_f64());
+            self.metrics.vllm.inter_token_latency.observe((now - self.last_token).as_secs_f64());
         }
+        self.adapter.requests().output_tokens_total.inc();
         self.last_token = now;
         self.num_output_tokens += 1;
     }
@@ -77,6 +93,14 @@ impl Recorder {
         }
     }
 
+    fn phase(&self) -> &'static str {
+        match self.first_token {
+            Some(_) => "decode",
+            None if self.is_started => "prefill",
+            None => "queue",
+        }
+    }
+
     fn per_output_token(&self) -> Option<Duration> {
         let num_gaps = self.num_output_tokens.checked_sub(1).filter(|num_gaps| *num_gaps > 0)?;
         Some((self.last_token - self.first_token?) / num_gaps)
@@ -85,13 +109,21 @@ impl Recorder {
 
 impl Drop for Recorder {
     fn drop(&mut self) {
-        let adapter = self.adapter.as_str();
-        self.metrics.requests_total.with_label_values(&[adapter, self.finish_reason]).inc();
-        let e2e = self.metrics.request_seconds.with_label_values(&[adapter]);
-        e2e.observe(self.accepted.elapsed().as_secs_f64());
+        let (metrics, requests) = (&self.metrics, self.adapter.requests());
+        if self.is_started {
+            requests.running.dec()
+        } else {
+            requests.waiting.dec()
+        }
+        metrics.vllm.request_ended(self.finish_reason).inc();
+        requests.ended_total.with_label_values(&[self.finish_reason]).inc();
+        if self.finish_reason == "cancelled" {
+            metrics.cancelled_total.with_label_values(&[self.phase()]).inc();
+        }
+        metrics.vllm.e2e_request_latency.observe(self.accepted.elapsed().as_secs_f64());
         if let Some(per_output_token) = self.per_output_token() {
-            let tpot = self.metrics.time_per_output_token_seconds.with_label_values(&[adapter]);
-            tpot.observe(per_output_token.as_secs_f64());
+            metrics.vllm.time_per_output_token.observe(per_output_token.as_secs_f64());
+            requests.time_per_output_token.observe(per_output_token.as_secs_f64());
         }
     }
 }
@@ -101,26 +133,54 @@ mod tests {
     use super::*;
 
     fn ended(metrics: &Metrics, finish_reason: &str) -> u64 {
-        metrics.requests_total.with_label_values(&["base", finish_reason]).get()
+        metrics.of_adapter("base").requests().ended_total.with_label_values(&[finish_reason]).get()
     }
 
     #[test]
     fn a_sequence_dropped_before_its_end_counts_as_cancelled() {
-        let metrics = Arc::new(Metrics::new());
+        let metrics = Arc::new(Metrics::new("base"));
         drop(Recorder::new(metrics.clone(), "base", Instant::now()));
         assert_eq!((ended(&metrics, "cancelled"), ended(&metrics, "stop")), (1, 0));
     }
 
     #[test]
     fn three_tokens_are_one_first_token_and_two_gaps() {
-        let metrics = Arc::new(Metrics::new());
+        let metrics = Arc::new(Metrics::new("base"));
         let mut recorder = Recorder::new(metrics.clone(), "base", Instant::now());
         (0..3).for_each(|_| recorder.token());
         recorder.finish("stop");
         drop(recorder);
-        assert_eq!(metrics.time_to_first_token_seconds.with_label_values(&["base"]).get_sample_count(), 1);
-        assert_eq!(metrics.inter_token_latency_seconds.with_label_values(&["base"]).get_sample_count(), 2);
-        assert_eq!(metrics.time_per_output_token_seconds.with_label_values(&["base"]).get_sample_count(), 1);
+        let (vllm, base) = (&metrics.vllm, metrics.of_adapter("base"));
+        assert_eq!(vllm.inter_token_latency.get_sample_count(), 2);
+        for once in [&vllm.time_to_first_token, &base.requests().time_to_first_token] {
+            assert_eq!(once.get_sample_count(), 1);
+        }
+        for once in [&vllm.time_per_output_token, &base.requests().time_per_output_token] {
+            assert_eq!(once.get_sample_count(), 1);
+        }
         assert_eq!((ended(&metrics, "cancelled"), ended(&metrics, "stop")), (0, 1));
+    }
+
+    #[test]
+    fn who_leaves_is_counted_in_the_phase_that_the_request_was_in() {
+        let metrics = Arc::new(Metrics::new("base"));
+        let recorder = || Recorder::new(metrics.clone(), "base", Instant::now());
+        for phase in ["queue", "prefill", "decode"] {
+            let mut recorder = recorder();
+            if phase != "queue" {
+                recorder.start(Duration::ZERO, 3, 1);
+            }
+            if phase == "decode" {
+                recorder.token();
+            }
+        }
+        let mut finished = recorder();
+        finished.finish("stop");
+        drop(finished);
+        for phase in ["queue", "prefill", "decode"] {
+            assert_eq!(metrics.cancelled_total.with_label_values(&[phase]).get(), 1, "{phase}");
+        }
+        let base = metrics.of_adapter("base");
+        assert_eq!((base.requests().running.get(), base.requests().waiting.get()), (0, 0));
     }
 }

@@ -7,6 +7,7 @@ use super::model_name::ModelName;
 use super::{Access, AdapterEntry, AdapterField, AdapterRef, Generation, GenerationError, Selection};
 use crate::adapter::canonical::{Adapter, Member};
 use crate::adapter::registry::{AcquireError, AdapterStatus, Phase};
+use crate::metrics::{BASE, COMPOSITION};
 
 /// The weights a request was promised, under the names its reply uses. They stay in memory for as long as it lives.
 #[derive(Debug, Clone)]
@@ -22,9 +23,9 @@ impl ResolvedModel {
     /// A registered name, or one for the base and one for all compositions.
     pub(super) fn metric_label(&self) -> &str {
         match self.applied.as_slice() {
-            [] => "base",
+            [] => BASE,
             [only] => &only.name,
-            _ => "composition",
+            _ => COMPOSITION,
         }
     }
 }

@@ -193,7 +193,11 @@ impl TextStream {
 
     fn on_event(&mut self, event: Event) {
         match event {
-            Event::Started { cached_tokens, .. } => self.assembler.usage.num_cached_tokens = cached_tokens,
+            Event::Started { queue, cached_tokens } => {
+                let usage = &mut self.assembler.usage;
+                usage.num_cached_tokens = cached_tokens;
+                self.recorder.start(queue, usage.num_prompt_tokens, cached_tokens);
+            }
             // Only asked for by those who read the events themselves.
             Event::PromptLogits(_) => {}
             Event::PromptToken(logprob) => self.assembler.prompt_logprobs.push(logprob),

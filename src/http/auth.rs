@@ -97,6 +97,14 @@ impl Keys {
         }
     }
 
+    /// Which adapters a scrape may name. Probes send no key, and are answered without one.
+    pub fn scraper_access(&self, headers: &HeaderMap) -> Result<Access, ApiError> {
+        match key(headers) {
+            None if !self.clients.is_empty() => Ok(Access::Only(Arc::from([]))),
+            given => self.caller(given).map(|caller| caller.access),
+        }
+    }
+
     fn check_admin(&self, role: &Role) -> Result<(), ApiError> {
         match role {
             _ if self.admin.is_empty() => Err(ApiError::forbidden(

@@ -2,7 +2,7 @@
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::header;
+use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
@@ -26,6 +26,12 @@ pub fn check_accepting(state: &AppState) -> Result<(), ApiError> {
     Err(ApiError::unavailable("the server is shutting down, or its engine has stopped"))
 }
 
-pub async fn metrics(State(state): State<AppState>) -> Response {
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], state.metrics.render()).into_response()
+/// Of the adapters, those that the key opens; who sends none where clients need one gets the metrics that name no adapter.
+///
+/// # Errors
+/// 401 for a key that is none.
+pub async fn metrics(State(state): State<AppState>, headers: HeaderMap) -> Result<Response, ApiError> {
+    let access = state.keys.scraper_access(&headers)?;
+    let text = state.metrics.render(|adapter| access.allows(adapter));
+    Ok(([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response())
 }

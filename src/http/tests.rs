@@ -156,7 +156,7 @@ impl Server {
             features: Features::PLAIN,
         };
         let end = tokenizer.eos().unwrap();
-        let metrics = Arc::new(Metrics::new());
+        let metrics = Arc::new(Metrics::new(BASE));
         let dir = tempfile::tempdir().unwrap();
         let (file, stores) = (dir.path().join("lorry.toml"), dir.path().join("icl"));
         std::fs::create_dir(&stores).unwrap();
@@ -255,7 +255,7 @@ impl Server {
     }
 
     fn num_cancelled(&self) -> u64 {
-        self.metrics.requests_total.with_label_values(&["base", "cancelled"]).get()
+        self.metrics.of_adapter("base").requests().ended_total.with_label_values(&["cancelled"]).get()
     }
 
     /// Waits for `condition`; fails only when it has no hope left.
@@ -550,7 +550,7 @@ async fn metrics_are_exposed_as_text() {
     server.complete(json!({"prompt": "a", "max_tokens": 2, "temperature": 0})).await;
     let text = server.request(Method::GET, "/metrics").send().await.unwrap().text().await.unwrap();
     assert!(text.contains(r#"lorry_requests_total{adapter="base",finish_reason="length"} 1"#), "{text}");
-    assert!(text.contains("lorry_time_to_first_token_seconds_count{adapter=\"base\"} 1"), "{text}");
+    assert!(text.contains(r#"lorry_time_to_first_token_seconds_count{adapter="base"} 1"#), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

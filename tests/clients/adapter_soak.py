@@ -33,6 +33,7 @@ PROMPT = "def merge(left, right):\n"
 MAX_TOKENS = 12
 # f16 bytes of A and B of q_proj and v_proj in every layer.
 ADAPTER_BYTES = 2 * LAYERS * RANK * (HIDDEN + HIDDEN + HIDDEN + KV_WIDTH)
+COUNTED = ("lorry_adapter_loads_total{", "lorry_adapter_evictions_total{")
 # After a folder has changed, how long the generation before it may still answer.
 NOTICE_SECONDS = 3.0
 
@@ -105,6 +106,10 @@ def metrics(url):
         lines = response.read().decode().splitlines()
     values = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
     return {name: float(value) for name, value in values}
+
+
+def total(values, name):
+    return int(sum(value for series, value in values.items() if series.startswith(f"{name}{{")))
 
 
 @contextmanager
@@ -270,9 +275,13 @@ def run(soak):
                 threads.append(threading.Thread(target=client, args=arguments))
             for thread in threads:
                 thread.start()
+            counted = {}
             while any(thread.is_alive() for thread in threads):
                 time.sleep(0.5)
-                resident = metrics(url)["lorry_adapter_resident_bytes"]
+                values = metrics(url)
+                # A series goes with its adapter.
+                counted.update({series: value for series, value in values.items() if series.startswith(COUNTED)})
+                resident = values["lorry_adapter_resident_bytes"]
                 report.max_resident_bytes = max(report.max_resident_bytes, int(resident))
                 if resident > budget_mib << 20:
                     report.faults.append(f"{resident:.0f} bytes are resident, the budget is {budget_mib} MiB")
@@ -288,8 +297,8 @@ def run(soak):
                 time.sleep(0.2)
             else:
                 report.faults.append(f"at the end there is left: {left}")
-            report.loads = int(values["lorry_adapter_loads_total"])
-            report.evictions = int(values["lorry_adapter_evictions_total"])
+            report.loads = total(counted, "lorry_adapter_loads_total")
+            report.evictions = total(counted, "lorry_adapter_evictions_total")
     return report
 
 

@@ -29,8 +29,8 @@ def computed_tokens(server):
     """Prompt tokens that went through the model since the start."""
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as reply:
         metrics = reply.read().decode()
-    count = lambda kind: float(re.search(rf'lorry_tokens_total{{kind="{kind}"}} (\S+)', metrics)[1])
-    return count("prompt") - count("cached")
+    count = lambda name: float(re.search(rf"^vllm:{name}_total{{.*}} (\S+)$", metrics, re.MULTILINE)[1])
+    return count("prompt_tokens") - count("prefix_cache_hits")
 
 
 @pytest.mark.parametrize("case", REFERENCE["cases"], ids=range(len(REFERENCE["cases"])))

@@ -116,7 +116,7 @@ def test_05_a_closed_connection_cancels(http):
     with http.stream("POST", "/v1/completions", json={"model": BASE, "prompt": "a", "max_tokens": 4000, "stream": True,
                                                       "ignore_eos": True}) as reply:
         next(reply.iter_lines())
-    until(lambda: metric(http, "lorry_requests_running") == 0)
+    until(lambda: sum_of(http, "vllm:num_requests_running") == 0)
     until(lambda: metric(http, "lorry_requests_total", cancelled) == before + 1)
 
 
@@ -245,7 +245,7 @@ def test_20_completions_and_long_chats_go_side_by_side(http):
     with ThreadPoolExecutor(36) as pool:
         chats = [pool.submit(chat, http, messages=long, max_tokens=16) for _ in range(4)]
         fills = [pool.submit(fill, number) for number in range(32)]
-        until(lambda: metric(http, "lorry_requests_running") > 1, seconds=30)
+        until(lambda: sum_of(http, "vllm:num_requests_running") > 1, seconds=30)
         assert all(len(future.result()["choices"]) == 1 for future in chats)
         assert len([future.result() for future in fills]) == 32
 
@@ -420,8 +420,8 @@ def test_38_a_request_is_counted_once_and_keeps_its_id(http):
     assert http.get("/health").headers["x-request-id"]
     until(lambda: sum_of(http, "lorry_requests_total") == total + 1)
     exposition = http.get("/metrics").text
-    for name in ("time_to_first_token", "inter_token_latency", "request_queue"):
-        assert f"lorry_{name}_seconds_bucket" in exposition
+    for name in ("time_to_first_token", "inter_token_latency", "request_queue_time"):
+        assert f"vllm:{name}_seconds_bucket" in exposition
 
 
 def sum_of(http, name):

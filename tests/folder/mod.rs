@@ -36,7 +36,7 @@ impl Fixture {
             rescan: Duration::from_secs(3600),
             keep_generations: 2,
         };
-        let fixture = Self { dir: tempfile::tempdir().unwrap(), metrics: Arc::new(Metrics::new()), options };
+        let fixture = Self { dir: tempfile::tempdir().unwrap(), metrics: Arc::new(Metrics::new("base")), options };
         names.iter().for_each(|name| fixture.write(name, 1.0));
         fixture
     }
@@ -48,7 +48,7 @@ impl Fixture {
         let registry = self.registry_of(dir.path(), Shapes::tiny());
         let bytes = registry.status("a").unwrap().coverage.unwrap().resident_bytes as u64;
         self.options.host_budget_bytes = num_adapters * bytes + bytes / 2;
-        self.metrics = Arc::new(Metrics::new());
+        self.metrics = Arc::new(Metrics::new("base"));
         self
     }
 
@@ -74,8 +74,12 @@ impl Fixture {
         AdapterRegistry::open(Some(root), Arc::new(base), self.options.clone(), self.metrics.clone()).unwrap()
     }
 
+    pub fn num_evictions(&self) -> u64 {
+        self.metrics.sum_over_adapters(|adapter| &adapter.evictions_total)
+    }
+
     pub fn num_loads(&self) -> u64 {
-        self.metrics.adapter_loads_total.get()
+        self.metrics.sum_over_adapters(|adapter| &adapter.loads_total)
     }
 }
 

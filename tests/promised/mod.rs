@@ -208,7 +208,7 @@ fn start_guessing(
 }
 
 fn start_roomy(model: &TinyModel) -> EngineHandle {
-    start(model, 64, 128, &Arc::new(Metrics::new()))
+    start(model, 64, 128, &Arc::new(Metrics::new("base")))
 }
 
 #[derive(Clone)]
@@ -292,7 +292,7 @@ fn tokens_and_logprobs_are_the_same_alone_among_others_and_from_the_prefix_cache
     let alone: Vec<Reply> = asks.iter().map(|ask| ask.run(&start_roomy(&model))).collect();
     assert!(alone.iter().all(|reply| reply.cached_tokens == 0 && reply.events.len() == 13));
     for max_batch_rows in [5, 64, 256] {
-        let engine = start(&model, max_batch_rows, 256, &Arc::new(Metrics::new()));
+        let engine = start(&model, max_batch_rows, 256, &Arc::new(Metrics::new("base")));
         for round in 0..2 {
             let receivers: Vec<_> = asks.iter().map(|ask| ask.submit(&engine)).collect();
             for (i, receiver) in receivers.into_iter().enumerate() {
@@ -394,7 +394,7 @@ fn guessing_ahead_changes_no_bit_of_any_reply() {
         .collect();
     let plain = start_roomy(&model);
     let expected: Vec<Reply> = asks.iter().map(|ask| ask.run(&plain)).collect();
-    let metrics = Arc::new(Metrics::new());
+    let metrics = Arc::new(Metrics::new("base"));
     let guessing = start_guessing(&model, 63, 64, 128, &metrics);
     for pair in asks.chunks(3).zip(expected.chunks(3)) {
         let receivers: Vec<_> = pair.0.iter().map(|ask| ask.submit(&guessing)).collect();
@@ -402,8 +402,8 @@ fn guessing_ahead_changes_no_bit_of_any_reply() {
             assert_eq!(Reply::of(receiver).events, expected.events);
         }
     }
-    let tokens = |kind| metrics.tokens_total.with_label_values(&[kind]).get();
-    assert!(tokens("accepted") > 50 && tokens("guessed") > tokens("accepted"));
+    let (accepted, guessed) = (metrics.vllm.accepted_tokens_total.get(), metrics.vllm.draft_tokens_total.get());
+    assert!(accepted > 50 && guessed > accepted);
 }
 
 #[test]
@@ -462,7 +462,7 @@ fn a_prompt_that_parts_within_a_cached_block_has_the_bits_of_one_alone() {
 fn every_resource_returns_after_any_mix_of_finished_cancelled_and_failed_requests() {
     let model = tiny_model();
     let adapters = some_adapters(&model.spec);
-    let metrics = Arc::new(Metrics::new());
+    let metrics = Arc::new(Metrics::new("base"));
     // So few blocks that sequences wait and are preempted.
     let engine = start(&model, 24, 10, &metrics);
     let mut rng = ChaCha8Rng::seed_from_u64(5);
@@ -490,7 +490,7 @@ fn every_resource_returns_after_any_mix_of_finished_cancelled_and_failed_request
     assert!(!Ask::new(vec![1], adapters.first()).run(&engine).is_failed());
 
     assert_eq!(engine.state(), EngineState::default());
-    assert!(metrics.preemptions_total.get() > 0, "the pool was meant to be too small");
+    assert!(metrics.vllm.num_preemptions_total.get() > 0, "the pool was meant to be too small");
     assert!(adapters.iter().all(|adapter| Arc::strong_count(adapter) == 1), "an adapter is still held");
     let permits: Vec<_> = (0..MAX_QUEUED).map(|_| engine.try_permit()).collect();
     assert!(permits.iter().all(Result::is_ok) && engine.try_permit().is_err());

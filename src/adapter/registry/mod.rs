@@ -21,7 +21,7 @@ use notify::RecommendedWatcher;
 use tokio::sync::{Notify, oneshot};
 
 pub use error::{AcquireError, ChangeError, RegistryError};
-pub use status::{AdapterStatus, Phase, SelfTest, Source, Tier, Usage};
+pub use status::{AdapterStatus, AdapterUsage, Phase, SelfTest, Source, Tier, Usage};
 
 use super::canonical::Adapter;
 use super::hub;
@@ -80,7 +80,11 @@ impl Shared {
             opened: Instant::now(),
         });
         let usage = Arc::downgrade(&shared);
-        shared.metrics.report_adapters(move || usage.upgrade().map(|shared| shared.lock().usage()).unwrap_or_default());
+        shared.metrics.report_adapters(move || {
+            let Some(shared) = usage.upgrade() else { return (Usage::default(), Vec::new()) };
+            let state = shared.lock();
+            (state.usage(), state.usage_by_adapter())
+        });
         shared
     }
 
@@ -305,7 +309,7 @@ impl AdapterRegistry {
 impl Default for AdapterRegistry {
     fn default() -> Self {
         let residency = Residency::new(0, Duration::ZERO);
-        Self { shared: Shared::new(residency, Duration::ZERO, Arc::new(Metrics::new())), folder: None }
+        Self { shared: Shared::new(residency, Duration::ZERO, Arc::new(Metrics::default())), folder: None }
     }
 }
 

@@ -165,7 +165,7 @@ impl State {
                     bytes as f64 / 1e6,
                     adapter.generation
                 );
-                self.metrics.adapter_loads_total.inc();
+                self.metrics.of_adapter(name).loads_total.inc();
                 self.resident.insert(load.item, adapter.clone());
                 load.end(&Ok(adapter));
             }

@@ -1,20 +1,20 @@
 //! What the registry knows, and what is to be done next. No file is touched here; everything happens under one lock,
 //! shortly.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 
 use super::error::AcquireError;
-use super::status::{AdapterStatus, Phase, SelfTest, Tier, Usage};
+use super::status::{AdapterStatus, AdapterUsage, Phase, SelfTest, Tier, Usage};
 use super::worker::Worker;
 use crate::adapter::canonical::{Adapter, Coverage, Method};
 use crate::adapter::files::Fingerprint;
 use crate::adapter::manifest::AdapterManifest;
 use crate::adapter::residency::{ItemId, Reservation, Residency, Urgency};
-use crate::metrics::Metrics;
+use crate::metrics::{COMPOSITION, Metrics};
 
 /// Files are looked at when nothing has changed for this long …
 const QUIET: Duration = Duration::from_millis(100);
@@ -92,6 +92,14 @@ pub(super) struct Load {
 }
 
 impl Load {
+    /// The adapter that requests wait for here.
+    fn waited_for(&self) -> Option<&str> {
+        match &self.target {
+            Target::Adapter(name) if self.waiters.iter().any(|waiter| !waiter.is_closed()) => Some(name),
+            _ => None,
+        }
+    }
+
     pub fn end(self, lease: &Lease) {
         for waiter in self.waiters {
             // Who no longer waits has dropped the other end.
@@ -215,11 +223,11 @@ impl State {
                 None if is_loading => Phase::Loading,
                 None => Phase::Registered,
             },
-            tier: if current.is_some() { Tier::Host } else { Tier::Disk },
+            tier: self.tier(entry),
             generation: generation.cloned(),
             previous_generations: entry.previous_generations.clone(),
             method: current.map(|adapter| adapter.method).or(entry.method),
-            coverage: current.map(|adapter| &adapter.coverage).or(entry.coverage.as_ref()).cloned(),
+            coverage: self.coverage(entry).cloned(),
             in_flight,
             error: entry.failure.clone(),
             manifest: entry.manifest.clone(),
@@ -236,6 +244,29 @@ impl State {
             resident_bytes: self.residency.used(),
             leases: self.resident.values().chain(retired).map(|adapter| Arc::strong_count(adapter) - 1).sum(),
         }
+    }
+
+    /// Of each adapter, in order of the names.
+    pub fn usage_by_adapter(&self) -> Vec<AdapterUsage> {
+        let waited_for: HashSet<_> = self.loads.iter().filter_map(Load::waited_for).collect();
+        let usage = |(name, entry): (&String, &Entry)| AdapterUsage {
+            name: name.clone(),
+            tier: self.tier(entry),
+            bytes: self.coverage(entry).map_or(entry.resident_bytes, |coverage| coverage.resident_bytes as u64),
+            is_pinned: entry.manifest.pin,
+            max_rank: self.coverage(entry).map_or(0, |coverage| coverage.max_rank),
+            is_waited_for: waited_for.contains(name.as_str()),
+        };
+        self.entries.iter().map(usage).collect()
+    }
+
+    /// Of what is in memory, else of what was last.
+    fn coverage<'a>(&'a self, entry: &'a Entry) -> Option<&'a Coverage> {
+        self.current(entry).map(|adapter| &adapter.coverage).or(entry.coverage.as_ref())
+    }
+
+    fn tier(&self, entry: &Entry) -> Tier {
+        if self.current(entry).is_some() { Tier::Host } else { Tier::Disk }
     }
 
     pub fn acquire(&mut self, name: &str, urgency: Urgency, now: Duration) -> Acquired {
@@ -425,8 +456,10 @@ impl State {
         let is_held = |item| resident.get(&item).is_some_and(|adapter| Arc::strong_count(adapter) > 1);
         let reservation = self.residency.reserve(item, bytes, urgency, now, is_held);
         if let Reservation::Granted { evicted } = &reservation {
-            self.metrics.adapter_evictions_total.inc_by(evicted.len() as u64);
-            self.trash.extend(evicted.iter().filter_map(|item| self.resident.remove(item)));
+            for adapter in evicted.iter().filter_map(|item| self.resident.remove(item)) {
+                self.metrics.of_adapter(label_of(&adapter)).evictions_total.inc();
+                self.trash.push(adapter);
+            }
             let resident = &self.resident;
             self.compositions.retain(|_, item| resident.contains_key(item));
         }
@@ -447,4 +480,9 @@ impl State {
     pub fn take_trash(&mut self) -> Vec<Arc<Adapter>> {
         std::mem::take(&mut self.trash)
     }
+}
+
+/// In the metrics, where compositions have no names.
+fn label_of(adapter: &Adapter) -> &str {
+    if adapter.members.is_empty() { &adapter.name } else { COMPOSITION }
 }

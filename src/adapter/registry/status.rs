@@ -36,6 +36,15 @@ pub enum Tier {
     Host,
 }
 
+impl Tier {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Disk => "disk",
+            Self::Host => "host",
+        }
+    }
+}
+
 /// What an adapter does to the logits of a fixed prompt, against the base.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct SelfTest {
@@ -84,4 +93,18 @@ pub struct Usage {
     /// With what is being loaded, and what was replaced and is still held.
     pub resident_bytes: u64,
     pub leases: usize,
+}
+
+/// What one adapter takes at this moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdapterUsage {
+    pub name: String,
+    pub tier: Tier,
+    /// In memory, or on the disk what it would take there.
+    pub bytes: u64,
+    pub is_pinned: bool,
+    /// The greatest of its sites; 0 where it has none, or has never been loaded.
+    pub max_rank: usize,
+    /// Requests wait for it to be loaded.
+    pub is_waited_for: bool,
 }

@@ -144,7 +144,7 @@ impl Worker {
         let known = self.shared.lock().known_generation(name, &fingerprint);
         let loaded = self.loaded(name, fingerprint.clone(), files);
         let generation = loaded.generation.clone().filter(|_| loaded.adapter.is_ok());
-        self.shared.metrics.adapter_load_seconds.observe(started.elapsed().as_secs_f64());
+        self.shared.metrics.vllm.adapter_load.observe(started.elapsed().as_secs_f64());
         self.shared.lock().finish_adapter(name, loaded, self.shared.now());
         self.shared.loaded.notify_one();
         if let Some(generation) = generation

@@ -100,7 +100,7 @@ fn the_stop_token_has_the_last_record_behind_an_echo_and_what_was_held_back() {
 
 fn stream(stop: &[&str]) -> (mpsc::UnboundedSender<Event>, TextStream, Arc<crate::metrics::Metrics>) {
     let (events, receiver) = mpsc::unbounded_channel();
-    let metrics = Arc::new(crate::metrics::Metrics::new());
+    let metrics = Arc::new(crate::metrics::Metrics::new("base"));
     let assembler = assembler(stop, None);
     let recorder = Recorder::new(metrics.clone(), "base", std::time::Instant::now());
     let (_, in_flight) = watch::channel(());
@@ -132,7 +132,7 @@ async fn a_stop_string_closes_the_channel_so_that_the_engine_ends_too() {
     assert_eq!(stop.as_deref(), Some("h"));
     assert!(stream.next().await.is_none());
     drop(stream);
-    assert_eq!(metrics.requests_total.with_label_values(&["base", "stop"]).get(), 1);
+    assert_eq!(metrics.of_adapter("base").requests().ended_total.with_label_values(&["stop"]).get(), 1);
 }
 
 #[tokio::test]
@@ -141,7 +141,7 @@ async fn an_engine_that_goes_away_is_an_error_not_an_end() {
     events.send(Event::Token { id: THE, logprob: None }).unwrap();
     drop(events);
     assert!(matches!(stream.collect().await, Err(GenerationError::EngineStopped)));
-    assert_eq!(metrics.requests_total.with_label_values(&["base", "error"]).get(), 1);
+    assert_eq!(metrics.of_adapter("base").requests().ended_total.with_label_values(&["error"]).get(), 1);
 }
 
 #[tokio::test]

@@ -12,7 +12,8 @@ pub fn describe(document: &mut Document) {
     let health = item(json!({"status": {"const": "ok"}, "device": required_text()}), &["status", "device"]);
     let get = |path, summary| Operation::get(path, TAG, summary).access(Access::Anyone);
     document.add(get("/health", "Whether requests have a chance").answers(200, "They have.", &[(JSON, health)]));
-    document.add(get("/metrics", "Prometheus metrics").answers(200, "In its text format.", &[(TEXT, required_text())]));
+    let metrics = get("/metrics", "Prometheus metrics; without a key, of no adapter where clients need one");
+    document.add(metrics.answers(200, "In its text format.", &[(TEXT, required_text())]).refuses(&[401]));
     document.add(get("/openapi.json", "This document").answers(
         200,
         "OpenAPI 3.1.",

@@ -1,0 +1,163 @@
+//! Every metric of the server, declared once; docs/metrics.md says what each means and who reads it. What means the same as
+//! in vLLM has its name (`vllm.rs`); the rest is `lorry_<noun>_<unit>`, for each adapter (`adapters.rs`) or for the server
+//! (here). Units are base units, and counters end in `_total`.
+
+mod adapters;
+mod declarations;
+mod scrape;
+mod vllm;
+
+use std::fmt;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use kernels::device::AdapterTier;
+use prometheus::{Counter, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, TextEncoder};
+
+pub use adapters::{AdapterSeries, BASE, COMPOSITION, RequestSeries};
+pub use vllm::Vllm;
+
+use crate::adapter::registry::{AdapterUsage, Usage};
+use adapters::Adapters;
+use declarations::Declarations;
+
+/// What is known of all adapters together, and of each.
+type AskRegistry = Box<dyn Fn() -> (Usage, Vec<AdapterUsage>) + Send + Sync>;
+
+pub struct Metrics {
+    /// Of the base.
+    model_name: String,
+    declarations: Declarations,
+    pub vllm: Vllm,
+    adapters: Adapters,
+    registry: Mutex<Option<AskRegistry>>,
+    device_adapters: OnceLock<DeviceAdapters>,
+    /// `reason`: `overloaded`, `invalid`, `not_found`, `rate_limited`, `internal`.
+    pub rejected_total: IntCounterVec,
+    /// `phase`: `queue`, `prefill`, `decode`, what the request was in.
+    pub cancelled_total: IntCounterVec,
+    pub grammars_compiled_total: IntCounter,
+    pub adapter_refusals_total: IntCounter,
+    /// `device`: where the base runs; always 1.
+    pub device_info: IntGaugeVec,
+    /// `result`: `written`, `refused` (a vote for an arm that was not there), `failed` (the database cannot be written),
+    /// `dropped` (its queue was full), `skipped` (a shadow was not run for want of room).
+    pub experiment_writes_total: IntCounterVec,
+    /// `experiment`: configured names.
+    pub canary_rollbacks_total: IntCounterVec,
+}
+
+/// The adapters in a device's own memory.
+#[derive(Debug)]
+pub struct DeviceAdapters {
+    pub resident: IntGauge,
+    pub resident_bytes: IntGauge,
+    pub loads_total: IntCounter,
+    pub evictions_total: IntCounter,
+    pub transfer_seconds_total: Counter,
+}
+
+impl DeviceAdapters {
+    fn new(d: &Declarations) -> Self {
+        Self {
+            resident: d.gauge("lorry_device_adapters_resident", "Adapters in device memory."),
+            resident_bytes: d.gauge("lorry_device_adapter_resident_bytes", "Bytes of adapters in device memory."),
+            loads_total: d.counter("lorry_device_adapter_loads_total", "Adapters sent to the device."),
+            evictions_total: d.counter("lorry_device_adapter_evictions_total", "Adapters dropped from the device."),
+            transfer_seconds_total: d.seconds_counter(
+                "lorry_device_adapter_transfer_seconds_total",
+                "Time that adapters took to the device.",
+            ),
+        }
+    }
+
+    /// Publishes what a device says; its counts only grow.
+    fn set(&self, tier: &AdapterTier) {
+        self.resident.set(tier.resident as i64);
+        self.resident_bytes.set(tier.resident_bytes as i64);
+        self.loads_total.inc_by(tier.loads.saturating_sub(self.loads_total.get()));
+        self.evictions_total.inc_by(tier.evictions.saturating_sub(self.evictions_total.get()));
+        self.transfer_seconds_total.inc_by((tier.transfer_seconds - self.transfer_seconds_total.get()).max(0.0));
+    }
+}
+
+impl Metrics {
+    /// Of a server of this base.
+    pub fn new(model_name: &str) -> Self {
+        let d = Declarations::default();
+        let build = d.gauges("lorry_build_info", "What is running; always 1.", &["version"]);
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        Self {
+            model_name: model_name.to_owned(),
+            vllm: Vllm::new(model_name),
+            adapters: Adapters::default(),
+            registry: Mutex::default(),
+            device_adapters: OnceLock::new(),
+            rejected_total: d.counters("lorry_rejected_total", "Requests refused before generation.", &["reason"]),
+            cancelled_total: d.counters("lorry_cancelled_total", "Requests whose clients left.", &["phase"]),
+            grammars_compiled_total: d.counter(
+                "lorry_grammars_compiled_total",
+                "Schemas and grammars compiled; one that was used lately is not compiled again.",
+            ),
+            adapter_refusals_total: d.counter("lorry_adapter_refusals_total", "Adapters found that cannot be served."),
+            device_info: d.gauges("lorry_device_info", "Where the base runs.", &["device"]),
+            experiment_writes_total: d.counters(
+                "lorry_experiment_writes_total",
+                "Requests and votes for the experiments database.",
+                &["result"],
+            ),
+            canary_rollbacks_total: d.counters(
+                "lorry_canary_rollbacks_total",
+                "Canaries that broke a bound.",
+                &["experiment"],
+            ),
+            declarations: d,
+        }
+    }
+
+    /// What is counted for an adapter: a registered name, [`BASE`] or [`COMPOSITION`]. To be kept by whoever counts often.
+    pub fn of_adapter(&self, label: &str) -> Arc<AdapterSeries> {
+        self.adapters.of(label)
+    }
+
+    /// The sum of a counter over all adapters that are registered.
+    pub fn sum_over_adapters(&self, counter: impl Fn(&AdapterSeries) -> &IntCounter) -> u64 {
+        self.adapters.all().iter().map(|(_, series)| counter(series).get()).sum()
+    }
+
+    /// `None` where the base runs on the host.
+    pub fn device_adapters(&self) -> Option<&DeviceAdapters> {
+        self.device_adapters.get()
+    }
+
+    pub fn set_device_adapters(&self, tier: &AdapterTier) {
+        self.device_adapters.get_or_init(|| DeviceAdapters::new(&self.declarations)).set(tier);
+    }
+
+    /// Has the registry asked at every scrape: nobody tells when a lease ends.
+    pub fn report_adapters(&self, ask: impl Fn() -> (Usage, Vec<AdapterUsage>) + Send + Sync + 'static) {
+        *self.registry.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(ask));
+    }
+
+    fn ask_registry(&self) -> (Usage, Vec<AdapterUsage>) {
+        let registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
+        registry.as_ref().map(|ask| ask()).unwrap_or_default()
+    }
+
+    /// The Prometheus text exposition of every metric; of the adapters, those that `may_see` allows.
+    pub fn render(&self, may_see: impl Fn(&str) -> bool) -> String {
+        TextEncoder::new().encode_to_string(&self.gather(may_see)).unwrap_or_default()
+    }
+}
+
+/// Of no server: what is counted is lost.
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new("")
+    }
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metrics").field("model_name", &self.model_name).finish_non_exhaustive()
+    }
+}

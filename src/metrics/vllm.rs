@@ -1,0 +1,117 @@
+//! What means the same as in vLLM, under its names and with its labels, so that what reads vLLM reads lorry:
+//! docs/metrics.md says who does. Each covers the whole server, and no name of an adapter is in any.
+
+use prometheus::proto::MetricFamily;
+use prometheus::{Gauge, Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+
+use super::declarations::Declarations;
+
+/// `finished_reason` as vLLM's `FinishReason` words it.
+const FINISHED_REASONS: [&str; 4] = ["stop", "length", "abort", "error"];
+
+#[derive(Debug)]
+pub struct Vllm {
+    declarations: Declarations,
+    pub num_requests_running: IntGauge,
+    pub num_requests_waiting: IntGauge,
+    /// Of the blocks, how many sequences hold; those that only the prefix cache knows do not count.
+    pub kv_cache_usage: Gauge,
+    cache_config: IntGaugeVec,
+    /// That one batch can have.
+    pub max_adapters: IntGauge,
+    pub num_preemptions_total: IntCounter,
+    /// With those found in the prefix cache.
+    pub prompt_tokens_total: IntCounter,
+    pub generation_tokens_total: IntCounter,
+    /// In tokens, of prompts that the cache may serve.
+    pub prefix_cache_queries_total: IntCounter,
+    pub prefix_cache_hits_total: IntCounter,
+    /// Rows spent on guessed tokens, and guesses that came true.
+    pub draft_tokens_total: IntCounter,
+    pub accepted_tokens_total: IntCounter,
+    request_success_total: IntCounterVec,
+    pub request_queue_time: Histogram,
+    pub time_to_first_token: Histogram,
+    pub inter_token_latency: Histogram,
+    pub time_per_output_token: Histogram,
+    pub e2e_request_latency: Histogram,
+    /// From an adapter's files to the host's memory.
+    pub adapter_load: Histogram,
+}
+
+impl Vllm {
+    pub(super) fn new(model_name: &str) -> Self {
+        let d = Declarations::with_labels(&labels(model_name));
+        let request_success_total =
+            d.counters("vllm:request_success_total", "Requests ended, in any way.", &["finished_reason"]);
+        for reason in FINISHED_REASONS {
+            request_success_total.with_label_values(&[reason]);
+        }
+        Self {
+            num_requests_running: d.gauge("vllm:num_requests_running", "Sequences in the running batch."),
+            num_requests_waiting: d.gauge("vllm:num_requests_waiting", "Sequences accepted and not yet planned."),
+            kv_cache_usage: d.fraction("vllm:kv_cache_usage_perc", "Of the KV blocks, held by sequences: 1 is all."),
+            cache_config: d.gauges(
+                "vllm:cache_config_info",
+                "The KV blocks: tokens in each, and how many there are.",
+                &["block_size", "num_gpu_blocks"],
+            ),
+            max_adapters: d.gauge("vllm:max_gpu_lora_adapters", "Adapters that one batch can have."),
+            num_preemptions_total: d
+                .counter("vllm:num_preemptions_total", "Sequences put back because KV blocks ran out."),
+            prompt_tokens_total: d.counter("vllm:prompt_tokens_total", "Prompt tokens, cached ones too."),
+            generation_tokens_total: d.counter("vllm:generation_tokens_total", "Tokens generated."),
+            prefix_cache_queries_total: d
+                .counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."),
+            prefix_cache_hits_total: d
+                .counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache."),
+            draft_tokens_total: d.counter("vllm:spec_decode_num_draft_tokens_total", "Rows spent on guessed tokens."),
+            accepted_tokens_total: d
+                .counter("vllm:spec_decode_num_accepted_tokens_total", "Guessed tokens that came true."),
+            request_success_total,
+            request_queue_time: d.latency("vllm:request_queue_time_seconds", "From accepted to first planned."),
+            time_to_first_token: d
+                .latency("vllm:time_to_first_token_seconds", "From accepted by HTTP to the first token."),
+            inter_token_latency: d.latency("vllm:inter_token_latency_seconds", "Gap between two tokens."),
+            time_per_output_token: d.latency(
+                "vllm:request_time_per_output_token_seconds",
+                "Per request: (last token - first token) / (output tokens - 1).",
+            ),
+            e2e_request_latency: d.latency("vllm:e2e_request_latency_seconds", "From accepted by HTTP to the end."),
+            adapter_load: d.latency_of(
+                "vllm:lora_adapter_load_seconds",
+                "From opening an adapter's files to ready, or refused.",
+                ("transition", "load"),
+            ),
+            declarations: d,
+        }
+    }
+
+    /// `finish_reason` is one of `stop`, `length`, `cancelled`, `error`.
+    pub fn request_ended(&self, finish_reason: &str) -> IntCounter {
+        let reason = if finish_reason == "cancelled" { "abort" } else { finish_reason };
+        self.request_success_total.with_label_values(&[reason])
+    }
+
+    /// What the engine has, from its start on.
+    pub fn set_capacity(&self, block_size: usize, num_blocks: usize, max_adapters: usize) {
+        self.cache_config.with_label_values(&[&block_size.to_string(), &num_blocks.to_string()]).set(1);
+        self.max_adapters.set(max_adapters as i64);
+    }
+
+    /// What the engine holds now; of the KV blocks, a fraction.
+    pub fn set_load(&self, num_running: usize, num_waiting: usize, kv_cache_usage: f64) {
+        self.num_requests_running.set(num_running as i64);
+        self.num_requests_waiting.set(num_waiting as i64);
+        self.kv_cache_usage.set(kv_cache_usage);
+    }
+
+    pub(super) fn gather(&self) -> Vec<MetricFamily> {
+        self.declarations.gather()
+    }
+}
+
+/// One server has one engine.
+pub(super) fn labels(model_name: &str) -> [(&str, &str); 2] {
+    [("model_name", model_name), ("engine", "0")]
+}

@@ -1,0 +1,194 @@
+//! /metrics as its readers rely on it: names, types, labels and what they mean, after real requests. docs/metrics.md says
+//! who reads what.
+
+mod adapter_server;
+mod tiny;
+
+use std::collections::BTreeMap;
+use std::io::{ErrorKind, Write};
+use std::process::{Command, Stdio};
+
+use futures::future::join_all;
+use reqwest::{Method, StatusCode};
+use serde_json::json;
+
+use adapter_server::{ADMIN, Server};
+
+/// A completion of so many tokens.
+async fn complete(server: &Server, model: &str, prompt: &str, max_tokens: usize) {
+    let body =
+        json!({"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true});
+    let request = server.request(Method::POST, "/v1/completions").bearer_auth("admin").body(body.to_string());
+    let (status, reply) = server.send(request).await;
+    assert_eq!(status, StatusCode::OK, "{reply}");
+}
+
+/// Of one scrape.
+struct Scrape {
+    text: String,
+    /// `counter`, `gauge` or `histogram` of each name.
+    types: BTreeMap<String, String>,
+    /// By name and labels, as they stand in the text.
+    samples: BTreeMap<String, f64>,
+}
+
+impl Scrape {
+    async fn of(server: &Server, key: &str) -> Self {
+        let mut request = server.request(Method::GET, "/metrics");
+        if !key.is_empty() {
+            request = request.bearer_auth(key);
+        }
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK);
+        let text = response.text().await.unwrap();
+        let words = |line: &str| line.rsplit_once(' ').map(|(key, value)| (key.to_owned(), value.to_owned())).unwrap();
+        let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).map(words).collect();
+        let samples = text.lines().filter(|line| !line.starts_with('#')).map(words);
+        let samples = samples.map(|(series, value)| (series, value.parse().unwrap())).collect();
+        Self { text, types, samples }
+    }
+
+    /// Of a metric of vLLM that has its usual labels alone.
+    fn vllm(&self, name: &str) -> f64 {
+        self.value(&format!(r#"vllm:{name}{{engine="0",model_name="tiny"}}"#))
+    }
+
+    fn value(&self, series: &str) -> f64 {
+        *self.samples.get(series).unwrap_or_else(|| panic!("{series} is missing in\n{}", self.text))
+    }
+
+    /// The lists of running and of waiting adapters, in the one series that has them.
+    fn adapters_with_requests(&self) -> (&str, &str) {
+        let mut series = self.samples.keys().filter(|series| series.starts_with("vllm:lora_requests_info{"));
+        let labels = series.next().unwrap();
+        assert_eq!(series.next(), None, "one series says what is the case");
+        let value = |label: &str| labels.split_once(&format!("{label}=\"")).unwrap().1.split('"').next().unwrap();
+        assert!(value("max_lora").parse::<u32>().unwrap() > 0, "{labels}");
+        (value("running_lora_adapters"), value("waiting_lora_adapters"))
+    }
+
+    fn names(&self, adapter: &str) -> bool {
+        let (running, waiting) = self.adapters_with_requests();
+        let is_listed = [running, waiting].iter().any(|list| list.split(',').any(|name| name == adapter));
+        is_listed || self.samples.keys().any(|series| series.contains(&format!("=\"{adapter}\"")))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_vllm_has_too_has_its_name_its_type_its_labels_and_its_meaning() {
+    let server = Server::start(ADMIN).await;
+    complete(&server, "tiny", "a prompt of some length", 6).await;
+    let before = Scrape::of(&server, "").await;
+    complete(&server, "tiny", "a prompt of some length", 6).await;
+    complete(&server, "a", "a prompt of some length", 6).await;
+    let after = Scrape::of(&server, "").await;
+    let expected = [
+        ("num_requests_running", "gauge"),
+        ("num_requests_waiting", "gauge"),
+        ("kv_cache_usage_perc", "gauge"),
+        ("cache_config_info", "gauge"),
+        ("num_preemptions_total", "counter"),
+        ("prompt_tokens_total", "counter"),
+        ("generation_tokens_total", "counter"),
+        ("prefix_cache_queries_total", "counter"),
+        ("prefix_cache_hits_total", "counter"),
+        ("spec_decode_num_draft_tokens_total", "counter"),
+        ("spec_decode_num_accepted_tokens_total", "counter"),
+        ("request_success_total", "counter"),
+        ("time_to_first_token_seconds", "histogram"),
+        ("inter_token_latency_seconds", "histogram"),
+        ("request_time_per_output_token_seconds", "histogram"),
+        ("e2e_request_latency_seconds", "histogram"),
+        ("request_queue_time_seconds", "histogram"),
+        ("lora_requests_info", "gauge"),
+        ("lora_adapter_loaded", "gauge"),
+        ("lora_adapter_load_seconds", "histogram"),
+        ("num_gpu_loaded_lora_adapters", "gauge"),
+        ("num_cpu_loaded_lora_adapters", "gauge"),
+        ("max_gpu_lora_adapters", "gauge"),
+    ];
+    for (name, kind) in expected {
+        assert_eq!(after.types.get(&format!("vllm:{name}")).map(String::as_str), Some(kind), "{name}");
+    }
+    for name in ["time_to_first_token", "e2e_request_latency", "request_queue_time", "request_time_per_output_token"] {
+        assert_eq!(after.vllm(&format!("{name}_seconds_count")), 3.0, "{name}: one for each request");
+    }
+    assert_eq!(after.vllm("inter_token_latency_seconds_count"), 15.0, "each of them has 6 tokens");
+    assert_eq!(after.vllm("generation_tokens_total"), 18.0);
+    let ended = |reason| {
+        after
+            .value(&format!(r#"vllm:request_success_total{{engine="0",finished_reason="{reason}",model_name="tiny"}}"#))
+    };
+    assert_eq!(["length", "stop", "abort", "error"].map(ended), [3.0, 0.0, 0.0, 0.0]);
+    let grown = |name| after.vllm(name) - before.vllm(name);
+    assert!(grown("prefix_cache_hits_total") > 0.0, "the same prompt again is found");
+    assert!(grown("prefix_cache_queries_total") > grown("prefix_cache_hits_total"), "another adapter's is not");
+    assert!(grown("prompt_tokens_total") > 0.0);
+    assert_eq!(after.value(r#"lorry_tokens_total{adapter="a",kind="output"}"#), 6.0);
+    assert_eq!(after.value(r#"lorry_requests_total{adapter="base",finish_reason="length"}"#), 2.0);
+    assert_eq!(after.value(&format!(r#"lorry_build_info{{version="{}"}}"#, env!("CARGO_PKG_VERSION"))), 1.0);
+    check_with_promtool(&after.text);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_adapter_is_listed_while_it_runs_in_memory_before_and_after_and_nowhere_once_it_is_removed() {
+    let server = Server::start(ADMIN).await;
+    let loaded = r#"vllm:lora_adapter_loaded{adapter_name="a",engine="0",level="gpu",model_name="tiny",pinned="false",rank="4"}"#;
+    let before = Scrape::of(&server, "").await;
+    assert_eq!((before.adapters_with_requests(), before.value(loaded)), (("", ""), 1.0));
+    assert_eq!(before.vllm("num_gpu_loaded_lora_adapters"), 2.0);
+
+    let running = join_all((0..4).map(|_| complete(&server, "a", "def f(x):", 200)));
+    let watched = async {
+        loop {
+            let scrape = Scrape::of(&server, "").await;
+            if scrape.adapters_with_requests().0 == "a" && scrape.vllm("kv_cache_usage_perc") > 0.0 {
+                assert!(scrape.vllm("kv_cache_usage_perc") <= 1.0 && scrape.vllm("num_requests_running") > 0.0);
+                return scrape;
+            }
+        }
+    };
+    let (_, during) = tokio::join!(running, watched);
+    assert!(during.value(r#"lorry_requests_running{adapter="a"}"#) > 0.0);
+    let after = Scrape::of(&server, "").await;
+    assert_eq!((after.adapters_with_requests(), after.value(loaded)), (("", ""), 1.0));
+    assert_eq!(after.vllm("kv_cache_usage_perc"), 0.0, "what only the cache holds is free");
+
+    assert!(after.names("a"));
+    assert!(server.admin(Method::DELETE, "/v1/adapters/a", json!({})).await.0.is_success());
+    let removed = Scrape::of(&server, "").await;
+    assert!(!removed.names("a"), "{}", removed.text);
+    assert!(removed.names("b"));
+    assert_eq!(removed.vllm("time_to_first_token_seconds_count"), 4.0, "what is of the server stays");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_scrape_names_the_adapters_that_its_key_opens_and_without_one_none() {
+    let keys = format!("{ADMIN}[[server.keys]]\nname = 'c'\nkey = 'client'\nadapters = ['b']");
+    let server = Server::start(&keys).await;
+    for adapter in ["a", "b"] {
+        complete(&server, adapter, "def f(x):", 2).await;
+    }
+    for (key, seen) in [("admin", [true, true]), ("client", [false, true]), ("", [false, false])] {
+        let scrape = Scrape::of(&server, key).await;
+        assert_eq!(["a", "b"].map(|adapter| scrape.names(adapter)), seen, "{key:?} in\n{}", scrape.text);
+        assert_eq!(scrape.vllm("time_to_first_token_seconds_count"), 2.0, "the server's are for all");
+    }
+    let wrong = server.send(server.request(Method::GET, "/metrics").bearer_auth("wrong")).await;
+    assert_eq!(wrong.0, StatusCode::UNAUTHORIZED);
+}
+
+/// It parses, and the linter has nothing to say but that the names of vLLM have colons.
+fn check_with_promtool(text: &str) {
+    let mut promtool = Command::new("promtool");
+    promtool.args(["check", "metrics"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut promtool = match promtool.spawn() {
+        Err(e) if e.kind() == ErrorKind::NotFound => return eprintln!("skipped: there is no promtool here"),
+        started => started.unwrap(),
+    };
+    promtool.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    let output = promtool.wait_with_output().unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    assert!(said.lines().all(|line| line.starts_with("vllm:")), "{said}");
+}
