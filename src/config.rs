@@ -15,6 +15,7 @@ use std::time::Duration;
 use config::builder::DefaultState;
 use config::{ConfigBuilder, Environment, File, FileFormat};
 use kernels::Isa;
+use kernels::attention::KvType;
 use serde::{Deserialize, Deserializer};
 
 use crate::adapter::registry::RegistryOptions;
@@ -129,6 +130,7 @@ pub struct AdaptersConfig {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EngineConfig {
+    #[serde(deserialize_with = "parsed")]
     pub device: DeviceChoice,
     pub device_adapters_mib: usize,
     pub threads: usize,
@@ -137,6 +139,8 @@ pub struct EngineConfig {
     pub max_batch_rows: usize,
     pub max_sequences: usize,
     pub kv_cache_mib: usize,
+    #[serde(deserialize_with = "parsed")]
+    pub kv_cache_type: KvType,
     pub max_queued: usize,
     pub context_length: usize,
     pub max_draft_tokens: usize,
@@ -168,12 +172,6 @@ impl FromStr for DeviceChoice {
     }
 }
 
-impl<'de> Deserialize<'de> for DeviceChoice {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-    }
-}
-
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GenerationConfig {
@@ -195,6 +193,11 @@ pub struct IclConfig {
 #[serde(deny_unknown_fields)]
 pub struct PromptFormatConfig {
     pub template: String,
+}
+
+/// What a string says.
+fn parsed<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(deserializer: D) -> Result<T, D::Error> {
+    String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
 }
 
 /// `auto`, or the name of an instruction set.

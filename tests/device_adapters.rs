@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use emulator::Emulator;
+use kernels::attention::KvType;
 use kernels::cuda::Cuda;
 use kernels::device::{AdapterTier, Caller, Device, DeviceError, Lease, Placement, StepLimits};
 use lorry::adapter::canonical::Adapter;
@@ -32,7 +33,7 @@ const ROOMY: usize = 1 << 30;
 
 impl TinyFile {
     fn load(&self, total: usize, budget: usize) -> Result<Decoder<Cuda<Emulator>>, GgufError> {
-        Decoder::load(&self.path, Cuda::new(Emulator::new(total), budget), usize::MAX)
+        Decoder::load(&self.path, Cuda::new(Emulator::new(total), budget, KvType::F16), usize::MAX)
     }
 
     /// With room for the steps of these tests.
@@ -44,7 +45,7 @@ impl TinyFile {
 
     /// A device that knows the shape, which is all that placing takes.
     fn device(&self, total: usize, budget: usize) -> Cuda<Emulator> {
-        let mut device = Cuda::new(Emulator::new(total), budget);
+        let mut device = Cuda::new(Emulator::new(total), budget, KvType::F16);
         device.prepare(&self.spec.shape(), &self.spec.attention_plan()).unwrap();
         device
     }

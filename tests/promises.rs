@@ -1,4 +1,4 @@
-//! The promises of the design on the CPU, with every instruction set it has.
+//! The promises of the design on the CPU, with every instruction set and every type of keys and values it has.
 
 mod events;
 mod promised;
@@ -10,8 +10,10 @@ use tiny::Place;
 
 /// Where a row runs alone, and where it then runs among others.
 fn places() -> Vec<(Place, Vec<Place>)> {
-    let threads = |isa| [1, 2, 3].map(|num_threads| Place::Host(isa, num_threads)).to_vec();
-    Isa::available().map(|isa| (Place::Host(isa, 1), threads(isa))).collect()
+    let of = |place: fn(Isa, usize) -> Place| {
+        Isa::available().map(move |isa| (place(isa, 1), [1, 2, 3].map(|num_threads| place(isa, num_threads)).to_vec()))
+    };
+    of(Place::HostQ8).chain(of(Place::Host)).collect()
 }
 
 /// Every how many adapters are used where not all are.

@@ -11,14 +11,17 @@ use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value;
-use kernels::Isa;
-use kernels::attention::BlockId;
-use kernels::device::Logits;
+use emulator::Emulator;
+use kernels::attention::{BlockId, KvType};
+use kernels::cuda::Cuda;
+use kernels::device::{Device, DeviceError, Logits};
+use kernels::host::Host;
+use kernels::{Cpu, Isa};
 use lorry::adapter::compose::compose;
 use lorry::model::base_weights::GgufWeights;
 use lorry::model::gguf::GgufFile;
 use lorry::model::spec::{Architecture, Module};
-use lorry::model::{AdapterGroup, FIRST_VIRTUAL_TOKEN, ForwardBatch, SequenceRows};
+use lorry::model::{AdapterGroup, FIRST_VIRTUAL_TOKEN, ForwardBatch, SequenceRows, unquantized};
 use lorry::tokenizer::Tokenizer;
 use reference::Reference;
 use shapes::Shapes;
@@ -352,6 +355,37 @@ fn types_with_tables_run_as_their_dequantized_weights_do() {
         assert!(distance(&logits, &expected) < MAX_QUANTIZED_DISTANCE, "{isa}: {}", distance(&logits, &expected));
         assert!(distance(&logits, &original) > 5.0 * MAX_QUANTIZED_DISTANCE, "{isa}: the type changes nothing");
     }
+}
+
+#[test]
+fn keys_and_values_in_q8_0_change_a_little() {
+    for architecture in ARCHITECTURES {
+        let model = TinyModel::new(architecture, GgmlDType::Q8_0, 4);
+        let tokens = random_tokens(&model.spec, 100, 1);
+        for isa in Isa::available() {
+            let [exact, rounded] = [Place::Host(isa, 2), Place::HostQ8(isa, 2)]
+                .map(|place| logits_alone(&mut *model.load(place), &tokens, None));
+            let rounded: Vec<Vec<f64>> =
+                rounded.iter().map(|row| row.iter().map(|x| f64::from(*x)).collect()).collect();
+            let distance = distance(&exact, &rounded);
+            assert!((1e-6..MAX_QUANTIZED_DISTANCE).contains(&distance), "{isa}, {architecture:?}: {distance}");
+        }
+    }
+}
+
+#[test]
+fn keys_and_values_in_q8_0_are_refused_by_name_where_they_cannot_be() {
+    let mut spec = TinyModel::new(Architecture::Llama, GgmlDType::Q8_0, 4).spec;
+    let said = |prepared: Result<(), DeviceError>, why: &str| {
+        let refusal = prepared.expect_err("it is refused").to_string();
+        assert!(refusal.contains("engine.kv_cache_type = \"q8_0\"") && refusal.contains(why), "{refusal}");
+    };
+    let mut card = Cuda::new(Emulator::new(1 << 20), 0, KvType::Q8_0);
+    said(card.prepare(&spec.shape(), &spec.attention_plan()), "engine.device = \"cpu\"");
+    let mut host = Host::new(Cpu::new(Isa::detect(), 1), unquantized::load, KvType::Q8_0);
+    host.prepare(&spec.shape(), &spec.attention_plan()).unwrap();
+    spec.head_dim = 80;
+    said(host.prepare(&spec.shape(), &spec.attention_plan()), "multiple of 32 dimensions, and these have 80");
 }
 
 #[test]

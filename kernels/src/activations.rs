@@ -1,8 +1,8 @@
 //! Activations rounded to int8, the right-hand side of every quantized GEMM.
 
-use crate::Cpu;
 use crate::simd::{Simd, dispatch};
 use crate::threads::DisjointMut;
+use crate::{Cpu, Isa};
 
 /// Activations per scale.
 pub const BLOCK: usize = 32;
@@ -61,7 +61,8 @@ impl QuantizedRows {
         self.width
     }
 
-    fn resize(&mut self, num_rows: usize, width: usize) {
+    /// Rows to be set.
+    pub(crate) fn resize(&mut self, num_rows: usize, width: usize) {
         self.num_rows = num_rows;
         self.width = width;
         self.values.resize(num_rows * width, 0);
@@ -102,11 +103,22 @@ impl QuantizedRows {
             };
             produce(row, x);
             let x = &*x;
-            dispatch!(isa, quantize_row(x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [[i16; 2]]));
-            for ((scaled, sum), i) in scaled.iter_mut().zip(sum).zip(0..) {
-                *scaled = sum_of(&[*sum]) as f32 * scale[i / (BLOCK / SUM_GROUP)];
-            }
+            dispatch!(
+                isa,
+                quantize_row(x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [[i16; 2]], scaled: &mut [f32])
+            );
         });
+    }
+
+    /// Rounds one row, on the thread at hand.
+    pub(crate) fn set_row(&mut self, isa: Isa, row: usize, x: &[f32]) {
+        let of = |per: usize| row * self.width / per..(row + 1) * self.width / per;
+        let (q, scale) = (&mut self.values[of(1)], &mut self.scales[of(BLOCK)]);
+        let (sum, scaled) = (&mut self.sums[of(SUM_GROUP)], &mut self.scaled_sums[of(SUM_GROUP)]);
+        dispatch!(
+            isa,
+            quantize_row(x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [[i16; 2]], scaled: &mut [f32])
+        );
     }
 
     /// One row's values, scales and sums.
@@ -127,15 +139,19 @@ impl QuantizedRows {
 }
 
 #[inline(always)]
-fn quantize_row<S: Simd>(x: &[f32], values: &mut [i8], scales: &mut [f32], sums: &mut [[i16; 2]]) {
+fn quantize_row<S: Simd>(
+    x: &[f32],
+    values: &mut [i8],
+    scales: &mut [f32],
+    sums: &mut [[i16; 2]],
+    scaled_sums: &mut [f32],
+) {
     let blocks = x.chunks_exact(BLOCK).zip(values.chunks_exact_mut(BLOCK));
     for ((block, q), (scale, sums)) in blocks.zip(scales.iter_mut().zip(sums.chunks_exact_mut(2))) {
-        let lanes: [S; 4] = std::array::from_fn(|i| S::load(&block[i * 8..]));
-        let [a, b, c, d] = lanes.map(S::abs);
-        let largest = a.max(b).max(c.max(d)).max_lane();
-        *scale = largest / 127.0;
-        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-        S::store_i8(lanes.map(|lane| lane.mul(S::splat(inverse))), q);
+        quantize_block::<S>(block, q, |largest| {
+            *scale = largest / 127.0;
+            if largest > 0.0 { 127.0 / largest } else { 0.0 }
+        });
         for (sum, group) in sums.iter_mut().zip(q.chunks_exact(SUM_GROUP)) {
             *sum = [0; 2];
             for q in group.as_chunks::<4>().0 {
@@ -144,12 +160,23 @@ fn quantize_row<S: Simd>(x: &[f32], values: &mut [i8], scales: &mut [f32], sums:
             }
         }
     }
+    for ((scaled, sum), i) in scaled_sums.iter_mut().zip(sums).zip(0..) {
+        *scaled = sum_of(&[*sum]) as f32 * scales[i / (BLOCK / SUM_GROUP)];
+    }
+}
+
+/// Rounds [`BLOCK`] values times what `inverse_of` makes of the largest magnitude among them.
+#[inline(always)]
+pub(crate) fn quantize_block<S: Simd>(block: &[f32], q: &mut [i8], inverse_of: impl FnOnce(f32) -> f32) {
+    let lanes: [S; 4] = std::array::from_fn(|i| S::load(&block[i * 8..]));
+    let [a, b, c, d] = lanes.map(S::abs);
+    let inverse = inverse_of(a.max(b).max(c.max(d)).max_lane());
+    S::store_i8(lanes.map(|lane| lane.mul(S::splat(inverse))), q);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Isa;
 
     #[test]
     fn rounding_error_is_at_most_half_a_step_and_sums_match() {

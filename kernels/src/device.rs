@@ -279,8 +279,9 @@ pub trait Device: fmt::Debug + Send + Sized + 'static {
         layers: [Layer<'_, Self>; N],
     ) -> Result<(), DeviceError>;
 
-    /// Turns queries and keys by their positions, and stores keys and values of decoder block `block`.
-    fn rotate_and_store(&mut self, step: &Step<'_>, block: usize) -> Result<(), DeviceError>;
+    /// Turns queries and keys by their positions, and stores keys and values of decoder block `block`. `keys` is the layer that made
+    /// the keys.
+    fn rotate_and_store(&mut self, step: &Step<'_>, block: usize, keys: &Self::Linear) -> Result<(), DeviceError>;
 
     /// `input = attention` of the queries over the positions that each row sees.
     fn attend(&mut self, step: &Step<'_>, block: usize) -> Result<(), DeviceError>;

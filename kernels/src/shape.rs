@@ -1,5 +1,7 @@
 //! What a decoder is to a device: its dimensions, and the arithmetic between its matrix products, as data.
 
+use crate::attention::{KvStore, KvType};
+
 /// Dimensions of a decoder, named as in Hugging Face configs, and what its layers have in common.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct DecoderShape {
@@ -105,9 +107,9 @@ impl Rotary {
 }
 
 impl DecoderShape {
-    /// Bytes of one block of [`crate::attention::BLOCK_SIZE`] positions in a KV store of f16.
-    pub fn kv_block_bytes(&self) -> usize {
-        crate::attention::KvStore::block_bytes(self.num_layers, self.num_kv_heads, self.head_dim)
+    /// Bytes of one block of [`crate::attention::BLOCK_SIZE`] positions in a KV store.
+    pub fn kv_block_bytes(&self, kv_type: KvType) -> usize {
+        KvStore::block_bytes(kv_type, self.num_layers, self.num_kv_heads, self.head_dim)
     }
 
     /// Floats of a row of queries, and of keys or values.

@@ -1,21 +1,29 @@
-//! Eight f32 lanes, in AVX2 registers or in a plain array, so that every f32 kernel is written once.
+//! f32 lanes in vector registers or in a plain array, so that every f32 kernel is written once.
 //!
-//! A kernel is a generic `#[inline(always)]` function over [`Simd`]; [`dispatch`] instantiates it inside a function that
-//! carries the target features. Lane order is the same in both, so they differ only by FMA's single rounding.
+//! A kernel is a generic `#[inline(always)]` function over [`Simd`], which has eight lanes with every instruction set; [`dispatch`]
+//! instantiates it inside a function that carries the target features. Lane order is the same in all, so they differ only by
+//! FMA's single rounding. What gains by sixteen lanes is written over [`Lanes`], for [`dispatch_widest`].
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 
 use half::f16;
 
-/// Eight f32 lanes.
-pub(crate) trait Simd: Copy {
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::Avx512;
+
+/// Some f32 lanes.
+pub(crate) trait Lanes: Copy {
+    const COUNT: usize;
     fn splat(v: f32) -> Self;
-    /// Reads `source[..8]`.
+    /// Reads `source[..COUNT]`.
     fn load(source: &[f32]) -> Self;
-    /// Reads `source[..8]`, widened.
+    /// Reads `source[..COUNT]`, widened.
     fn load_f16(source: &[f16]) -> Self;
-    /// Writes `target[..8]`.
+    /// Reads `source[..COUNT]`, whole numbers with a sign.
+    fn load_i8(source: &[u8]) -> Self;
+    /// Writes `target[..COUNT]`.
     fn store(self, target: &mut [f32]);
-    /// Writes `target[..8]`, rounded to nearest.
-    fn store_f16(self, target: &mut [f16]);
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;
@@ -28,21 +36,9 @@ pub(crate) trait Simd: Copy {
     fn round(self) -> Self;
     /// `2^self` for whole numbers in -126..=127.
     fn exp2_whole(self) -> Self;
-    fn to_array(self) -> [f32; 8];
-    /// Writes 32 values, rounded to the nearest whole number in -127..=127, to `target[..32]`.
-    fn store_i8(lanes: [Self; 4], target: &mut [i8]);
-
     /// Sum of the lanes, pairwise.
-    #[inline(always)]
-    fn sum(self) -> f32 {
-        let a = self.to_array();
-        ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]))
-    }
-
-    #[inline(always)]
-    fn max_lane(self) -> f32 {
-        self.to_array().into_iter().fold(f32::NEG_INFINITY, f32::max)
-    }
+    fn sum(self) -> f32;
+    fn max_lane(self) -> f32;
 
     /// `e^self`, within 2 units in the last place for -87..=88 and clamped to that range; arguments below give 0.
     ///
@@ -78,6 +74,26 @@ pub(crate) trait Simd: Copy {
     }
 }
 
+/// Eight f32 lanes.
+pub(crate) trait Simd: Lanes {
+    fn to_array(self) -> [f32; 8];
+    /// Writes `target[..8]`, rounded to nearest.
+    fn store_f16(self, target: &mut [f16]);
+    /// Writes 32 values, rounded to the nearest whole number in -127..=127, to `target[..32]`.
+    fn store_i8(lanes: [Self; 4], target: &mut [i8]);
+}
+
+#[inline(always)]
+fn sum_of(lanes: impl Simd) -> f32 {
+    let a = lanes.to_array();
+    ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]))
+}
+
+#[inline(always)]
+fn max_of(lanes: impl Simd) -> f32 {
+    lanes.to_array().into_iter().fold(f32::NEG_INFINITY, f32::max)
+}
+
 /// Plain Rust lanes.
 #[derive(Clone, Copy)]
 pub(crate) struct Portable([f32; 8]);
@@ -89,7 +105,8 @@ impl Portable {
     }
 }
 
-impl Simd for Portable {
+impl Lanes for Portable {
+    const COUNT: usize = 8;
     #[inline(always)]
     fn splat(v: f32) -> Self {
         Self([v; 8])
@@ -103,14 +120,12 @@ impl Simd for Portable {
         Self(std::array::from_fn(|i| source[i].to_f32()))
     }
     #[inline(always)]
-    fn store(self, target: &mut [f32]) {
-        target[..8].copy_from_slice(&self.0);
+    fn load_i8(source: &[u8]) -> Self {
+        Self(std::array::from_fn(|i| f32::from(source[i] as i8)))
     }
     #[inline(always)]
-    fn store_f16(self, target: &mut [f16]) {
-        for (t, v) in target[..8].iter_mut().zip(self.0) {
-            *t = f16::from_f32(v);
-        }
+    fn store(self, target: &mut [f32]) {
+        target[..8].copy_from_slice(&self.0);
     }
     #[inline(always)]
     fn add(self, other: Self) -> Self {
@@ -149,8 +164,25 @@ impl Simd for Portable {
         Self(self.0.map(|v| f32::from_bits(((v as i32 + 127) as u32) << 23)))
     }
     #[inline(always)]
+    fn sum(self) -> f32 {
+        sum_of(self)
+    }
+    #[inline(always)]
+    fn max_lane(self) -> f32 {
+        max_of(self)
+    }
+}
+
+impl Simd for Portable {
+    #[inline(always)]
     fn to_array(self) -> [f32; 8] {
         self.0
+    }
+    #[inline(always)]
+    fn store_f16(self, target: &mut [f16]) {
+        for (t, v) in target[..8].iter_mut().zip(self.0) {
+            *t = f16::from_f32(v);
+        }
     }
     #[inline(always)]
     fn store_i8(lanes: [Self; 4], target: &mut [i8]) {
@@ -171,7 +203,7 @@ mod x86 {
 
     use half::f16;
 
-    use super::Simd;
+    use super::{Lanes, Simd, max_of, sum_of};
 
     /// AVX2, FMA and F16C lanes. Values exist only inside functions entered through `dispatch!`, which has checked that
     /// the processor has these features: that is the reason for every `unsafe` below.
@@ -180,7 +212,8 @@ mod x86 {
 
     // SAFETY of all blocks: the features are present (see `Avx2`), and slices are cut to eight elements before their
     // pointer is used.
-    impl Simd for Avx2 {
+    impl Lanes for Avx2 {
+        const COUNT: usize = 8;
         #[inline(always)]
         fn splat(v: f32) -> Self {
             Self(unsafe { _mm256_set1_ps(v) })
@@ -194,15 +227,15 @@ mod x86 {
             Self(unsafe { _mm256_cvtph_ps(_mm_loadu_si128(source[..8].as_ptr().cast())) })
         }
         #[inline(always)]
-        fn store(self, target: &mut [f32]) {
-            unsafe { _mm256_storeu_ps(target[..8].as_mut_ptr(), self.0) }
+        fn load_i8(source: &[u8]) -> Self {
+            unsafe {
+                let bytes = _mm_loadl_epi64(source[..8].as_ptr().cast());
+                Self(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)))
+            }
         }
         #[inline(always)]
-        fn store_f16(self, target: &mut [f16]) {
-            unsafe {
-                let half = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0);
-                _mm_storeu_si128(target[..8].as_mut_ptr().cast(), half);
-            }
+        fn store(self, target: &mut [f32]) {
+            unsafe { _mm256_storeu_ps(target[..8].as_mut_ptr(), self.0) }
         }
         #[inline(always)]
         fn add(self, other: Self) -> Self {
@@ -244,10 +277,29 @@ mod x86 {
             }
         }
         #[inline(always)]
+        fn sum(self) -> f32 {
+            sum_of(self)
+        }
+        #[inline(always)]
+        fn max_lane(self) -> f32 {
+            max_of(self)
+        }
+    }
+
+    // SAFETY of all blocks: as above.
+    impl Simd for Avx2 {
+        #[inline(always)]
         fn to_array(self) -> [f32; 8] {
             let mut lanes = [0.0; 8];
             self.store(&mut lanes);
             lanes
+        }
+        #[inline(always)]
+        fn store_f16(self, target: &mut [f16]) {
+            unsafe {
+                let half = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0);
+                _mm_storeu_si128(target[..8].as_mut_ptr().cast(), half);
+            }
         }
         #[inline(always)]
         fn store_i8(lanes: [Self; 4], target: &mut [i8]) {
@@ -281,14 +333,32 @@ macro_rules! dispatch {
 }
 pub(crate) use dispatch;
 
+/// As [`dispatch`], with the most lanes that `$isa` has.
+macro_rules! dispatch_widest {
+    ($isa:expr, $kernel:ident($($arg:ident: $ty:ty),* $(,)?)) => {{
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+        fn avx512($($arg: $ty),*) {
+            $kernel::<$crate::simd::Avx512>($($arg),*)
+        }
+        match $isa {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Cpu` never holds an instruction set the processor lacks.
+            $crate::Isa::Avx512Vnni => unsafe { avx512($($arg),*) },
+            isa => $crate::simd::dispatch!(isa, $kernel($($arg: $ty),*)),
+        }
+    }};
+}
+pub(crate) use dispatch_widest;
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::Isa;
 
     #[inline(always)]
-    fn exp_of<S: Simd>(values: &mut [f32]) {
-        for chunk in values.chunks_exact_mut(8) {
+    fn exp_of<S: Lanes>(values: &mut [f32]) {
+        for chunk in values.chunks_exact_mut(S::COUNT) {
             S::load(chunk).exp().store(chunk);
         }
     }
@@ -299,7 +369,7 @@ mod tests {
             let xs: Vec<f32> = (-8000..8000).map(|i| i as f32 * 0.01087).collect();
             let mut ys = xs.clone();
             let values = &mut ys[..];
-            dispatch!(isa, exp_of(values: &mut [f32]));
+            dispatch_widest!(isa, exp_of(values: &mut [f32]));
             for (x, y) in xs.iter().zip(&ys) {
                 let expected = x.clamp(-87.0, 88.0).exp();
                 assert!((y - expected).abs() <= expected * 4e-7, "{isa}: exp({x}) = {y}, expected {expected}");

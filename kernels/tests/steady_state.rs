@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use half::f16;
 use kernels::activations::QuantizedRows;
 use kernels::attention::{
-    BLOCK_SIZE, BlockId, KvSlot, KvStore, Queries, RotaryTable, Scoring, attend, rotate_and_store,
+    BLOCK_SIZE, BlockId, KvSlot, KvStore, KvType, Queries, RotaryTable, Scoring, attend, rotate_and_store,
 };
 use kernels::elementwise::{RmsNorm, add_norm_quantize, swiglu_quantize};
 use kernels::gemm::Product;
@@ -98,7 +98,7 @@ impl Block {
             scale: vec![1.5; INTERMEDIATE_SIZE],
             norm: vec![1.0; HIDDEN_SIZE],
             rotary: RotaryTable::new(CONTEXT_LENGTH, HEAD_DIM, 1e4),
-            kv: KvStore::new(1, NUM_KV_HEADS, HEAD_DIM, CONTEXT_LENGTH / BLOCK_SIZE),
+            kv: KvStore::new(KvType::F16, 1, NUM_KV_HEADS, HEAD_DIM, CONTEXT_LENGTH / BLOCK_SIZE),
             hidden: buffer(HIDDEN_SIZE),
             residual: buffer(HIDDEN_SIZE),
             exact: buffer(INTERMEDIATE_SIZE),
@@ -143,7 +143,7 @@ impl Block {
             position,
         });
         let slots = &slots[first_position..first_position + rows];
-        rotate_and_store(cpu, kv, 0, &self.rotary, slots, [&mut self.q, &mut self.k, &mut self.v]);
+        rotate_and_store(cpu, kv, (0, None), &self.rotary, slots, [&mut self.q, &mut self.k, &mut self.v]);
         let sequence = |_| Queries { first_row: 0, num_rows: rows, first_position, block_table: &blocks };
         attend(cpu, kv, (0, Scoring::plain(HEAD_DIM)), 1, &sequence, &self.q, normed);
         self.quantized.quantize(cpu, rows, HIDDEN_SIZE, normed);

@@ -39,6 +39,23 @@ fn a_device_is_named_or_refused() {
 }
 
 #[test]
+fn a_type_of_keys_and_values_is_named_or_refused() {
+    let kv_type = |name: &str| {
+        load(None, &[("LORRY__ENGINE__KV_CACHE_TYPE", name)], &Overrides::default())
+            .map(|config| config.engine.kv_cache_type)
+    };
+    assert_eq!(load(None, &[], &Overrides::default()).unwrap().engine.kv_cache_type, KvType::F16);
+    assert_eq!([kv_type("f16"), kv_type("q8_0")], [Ok(KvType::F16), Ok(KvType::Q8_0)]);
+    for name in ["q8", "Q8_0", "q4_0", "bf16", "fp8"] {
+        let refusal = kv_type(name).unwrap_err();
+        assert!(
+            ["kv_cache_type", &format!("{name:?}"), "(f16, q8_0)"].iter().all(|part| refusal.contains(part)),
+            "{refusal}"
+        );
+    }
+}
+
+#[test]
 fn a_later_layer_wins_over_an_earlier_one() {
     let file = "[server]\nport = 1\nhost = \"file\"\n[model]\nid = \"file\"\n[engine]\nthreads = 7";
     let environment = [("LORRY__SERVER__PORT", "2"), ("LORRY__MODEL__ID", "1.0"), ("LORRY__ADAPTERS__DIR", "")];

@@ -206,15 +206,15 @@ impl<D: Device> Block<D> {
 
     fn forward(&self, device: &mut D, step: &Step<'_>, number: usize) -> Result<(), DeviceError> {
         device.add_norm(step, &self.attention_norm, number > 0)?;
-        let [q, k, v, o] = &self.attention;
+        let [q, keys, v, o] = &self.attention;
         let q = layer(q, Module::QProj, Output::Q);
-        let k = layer(k, Module::KProj, Output::K);
+        let k = layer(keys, Module::KProj, Output::K);
         let v = layer(v, Module::VProj, Output::V);
         device.linears(step, number, [q, k, v])?;
         if let Some(norms) = &self.head_norms {
             device.norm_heads(step, norms.each_ref())?;
         }
-        device.rotate_and_store(step, number)?;
+        device.rotate_and_store(step, number, keys)?;
         device.attend(step, number)?;
         device.linears(step, number, [layer(o, Module::OProj, Output::Residual)])?;
         self.adjust_residual(device, step, 0)?;

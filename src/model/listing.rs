@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::catalogue::{CatalogueModel, Chat, models};
 use super::gguf::GgufFile;
-use super::memory::{ADAPTER_RANK, Memory, available_bytes, readable};
+use super::memory::{ADAPTER_RANK, Memory, available_bytes, kv_token_bytes, readable};
 use crate::config::EngineConfig;
 
 const TITLES: [&str; 10] =
@@ -41,7 +41,7 @@ fn row(model: &CatalogueModel, home: &Path, config: &EngineConfig) -> Row {
         }
         .to_owned(),
         readable(memory.weight_bytes),
-        readable(memory.kv_token_bytes * 1000),
+        readable(kv_token_bytes(&spec, config) * 1000),
         readable(memory.adapter_bytes),
         readable(needed_bytes),
     ];

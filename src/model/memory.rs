@@ -24,8 +24,6 @@ pub const ADAPTER_RANK: usize = 16;
 pub struct Memory {
     /// Of all linear layers and the head.
     pub weight_bytes: usize,
-    /// Of the keys and values of one token.
-    pub kv_token_bytes: usize,
     /// Of a LoRA of rank [`ADAPTER_RANK`] on every linear layer.
     pub adapter_bytes: usize,
 }
@@ -47,8 +45,7 @@ impl Memory {
                 adapter_bytes += LowRank::bytes_of(ADAPTER_RANK, inputs, outputs);
             }
         }
-        let kv_token_bytes = spec.shape().kv_block_bytes() / BLOCK_SIZE;
-        Ok(Self { weight_bytes, kv_token_bytes, adapter_bytes })
+        Ok(Self { weight_bytes, adapter_bytes })
     }
 
     /// # Errors
@@ -77,7 +74,7 @@ impl Memory {
 
     /// What a server of the base alone takes, with its KV store full.
     pub fn needed_bytes(&self, spec: &ModelSpec, config: &EngineConfig) -> usize {
-        self.weight_bytes + host_kv_blocks(spec, config) * spec.shape().kv_block_bytes()
+        self.weight_bytes + host_kv_blocks(spec, config) * kv_block_bytes(spec, config)
     }
 }
 
@@ -121,10 +118,20 @@ pub fn has_six_bits(name: &str, num_layers: usize) -> bool {
     is_favoured && (name.contains("ffn_down") || name.contains("attn_v"))
 }
 
+/// Of one block of the KV store, over all layers.
+pub fn kv_block_bytes(spec: &ModelSpec, config: &EngineConfig) -> usize {
+    spec.shape().kv_block_bytes(config.kv_cache_type)
+}
+
+/// Of the keys and values of one token.
+pub fn kv_token_bytes(spec: &ModelSpec, config: &EngineConfig) -> usize {
+    kv_block_bytes(spec, config) / BLOCK_SIZE
+}
+
 /// Blocks of the host's KV store: more than all sequences together could fill would never be touched.
 pub fn host_kv_blocks(spec: &ModelSpec, config: &EngineConfig) -> usize {
     let bytes = if config.kv_cache_mib == 0 { DEFAULT_KV_BYTES } else { config.kv_cache_mib << 20 };
-    (bytes / spec.shape().kv_block_bytes()).clamp(1, max_kv_blocks(spec, config))
+    (bytes / kv_block_bytes(spec, config)).clamp(1, max_kv_blocks(spec, config))
 }
 
 /// What all sequences together could fill.
@@ -154,6 +161,8 @@ pub fn readable(bytes: usize) -> String {
 
 #[cfg(test)]
 mod tests {
+    use kernels::attention::KvType;
+
     use super::*;
     use crate::config::{Config, Overrides};
     use crate::model::random::{Shape, lora};
@@ -182,10 +191,14 @@ mod tests {
         let default = Config::load(None, &Overrides::default()).unwrap().engine;
         let config = |kv_cache_mib, max_sequences| EngineConfig { kv_cache_mib, max_sequences, ..default.clone() };
         // 24 layers, 2 heads of 64 dimensions, keys and values, f16.
-        assert_eq!(Memory::of_mix(&spec, Mix::Q4KM).kv_token_bytes, 24 * 2 * 64 * 2 * 2);
+        assert_eq!(kv_token_bytes(&spec, &config(0, 64)), 24 * 2 * 64 * 2 * 2);
         assert_eq!(host_kv_blocks(&spec, &config(0, 64)), (1 << 30) / (12_288 * 16));
         assert_eq!(host_kv_blocks(&spec, &config(1, 64)), (1 << 20) / (12_288 * 16));
         assert_eq!(host_kv_blocks(&spec, &config(1 << 20, 2)), 2 * 32_768 / 16);
+        // 34 bytes for 32 values, where f16 takes 64.
+        let q8 = EngineConfig { kv_cache_type: KvType::Q8_0, ..config(0, 64) };
+        assert_eq!(kv_token_bytes(&spec, &q8), 12_288 / 64 * 34);
+        assert_eq!(host_kv_blocks(&spec, &q8), (1 << 30) / (6_528 * 16));
     }
 
     #[test]

@@ -125,7 +125,7 @@ fn warn_of_little_memory(source: Source<'_>, config: &EngineConfig) {
         .unwrap_or_default();
     if needed > available {
         warn!(
-            "{} takes about {}, and {} of memory are available: see engine.kv_cache_mib, or take a smaller model",
+            "{} takes about {}, and {} of memory are available: see engine.kv_cache_mib and kv_cache_type, or take a smaller model",
             path.display(),
             memory::readable(needed),
             memory::readable(available)
@@ -136,11 +136,12 @@ fn warn_of_little_memory(source: Source<'_>, config: &EngineConfig) {
 fn host(config: &EngineConfig) -> Host {
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let num_threads = if config.threads == 0 { cores } else { config.threads };
-    Host::new(Cpu::new(config.instruction_set.unwrap_or_else(Isa::detect), num_threads), unquantized::load)
+    let cpu = Cpu::new(config.instruction_set.unwrap_or_else(Isa::detect), num_threads);
+    Host::new(cpu, unquantized::load, config.kv_cache_type)
 }
 
 fn cuda(card: Nvidia, config: &EngineConfig) -> Cuda<Nvidia> {
-    Cuda::new(card, config.device_adapters_mib << 20)
+    Cuda::new(card, config.device_adapters_mib << 20, config.kv_cache_type)
 }
 
 /// Loads a model onto this device; `default_rows` are those of a step where `config` does not say.
@@ -181,8 +182,9 @@ pub fn load_onto<D: Device>(
         _ => memory::host_kv_blocks(spec, config),
     };
     decoder.reserve(limits, num_blocks).map_err(on_device)?;
-    let block_bytes = decoder.spec().shape().kv_block_bytes();
-    info!("KV store: {num_blocks} blocks of {BLOCK_SIZE} tokens, {}", memory::readable(num_blocks * block_bytes));
+    let kv_type = config.kv_cache_type;
+    let bytes = memory::readable(num_blocks * memory::kv_block_bytes(decoder.spec(), config));
+    info!("KV store: {num_blocks} blocks of {BLOCK_SIZE} tokens in {kv_type}, {bytes}");
     Ok(Resident { model: Box::new(decoder), device: name, limits })
 }
 
@@ -199,9 +201,18 @@ mod tests {
         (shape.spec.num_layers, shape.spec.vocab_size) = (1, 512);
         shape.spec.features.experts.as_mut().unwrap().count = 16;
         let config = Config::load(None, &Overrides::default()).unwrap().engine;
-        let on_card = load_onto(Source::Random(&shape), Cuda::new(Emulator::new(1 << 30), 1 << 20), &config, GPU_ROWS);
+        let on_card = load_onto(
+            Source::Random(&shape),
+            Cuda::new(Emulator::new(1 << 30), 1 << 20, config.kv_cache_type),
+            &config,
+            GPU_ROWS,
+        );
         assert!(on_card.err().unwrap().to_string().contains("--device cpu"));
-        let loaded = load_onto_first(Source::Random(&shape), Cuda::new(Emulator::new(1 << 30), 1 << 20), &config);
+        let loaded = load_onto_first(
+            Source::Random(&shape),
+            Cuda::new(Emulator::new(1 << 30), 1 << 20, config.kv_cache_type),
+            &config,
+        );
         assert!(loaded.unwrap().device.starts_with("CPU"));
     }
 }

@@ -15,7 +15,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use emulator::Emulator;
 use half::f16;
-use kernels::attention::{BLOCK_SIZE, BlockId};
+use kernels::attention::{BLOCK_SIZE, BlockId, KvType};
 use kernels::cuda::Cuda;
 use kernels::cuda::nvidia::Nvidia;
 use kernels::device::{Device as ComputeDevice, Lease, Logits, Placement, StepLimits};
@@ -170,6 +170,8 @@ impl TinyFile {
 pub enum Place {
     /// On the CPU, with so many threads.
     Host(Isa, usize),
+    /// The same, with keys and values in q8_0.
+    HostQ8(Isa, usize),
     /// On the CUDA kernels, run by the CPU.
     EmulatedGpu,
     /// On a card.
@@ -185,13 +187,17 @@ impl Place {
     pub fn load(self, path: &Path, context_length: usize) -> Result<Box<dyn Loaded>, GgufError> {
         Ok(match self {
             Self::Host(isa, num_threads) => {
-                let host = Host::new(Cpu::new(isa, num_threads), unquantized::load);
+                let host = Host::new(Cpu::new(isa, num_threads), unquantized::load, KvType::F16);
+                Box::new(Decoder::load(path, host, context_length)?)
+            }
+            Self::HostQ8(isa, num_threads) => {
+                let host = Host::new(Cpu::new(isa, num_threads), unquantized::load, KvType::Q8_0);
                 Box::new(Decoder::load(path, host, context_length)?)
             }
             Self::EmulatedGpu => Box::new(Decoder::load(path, emulated_gpu(), context_length)?),
             Self::Gpu => {
                 let card = Nvidia::open(0).unwrap_or_else(|e| panic!("{GPU_VARIABLE} is set, and {e}"));
-                Box::new(Decoder::load(path, Cuda::new(card, 1 << 30), context_length)?)
+                Box::new(Decoder::load(path, Cuda::new(card, 1 << 30, KvType::F16), context_length)?)
             }
         })
     }
@@ -207,7 +213,7 @@ pub fn gpu() -> Place {
 
 /// A device whose memory is enough for any test.
 pub fn emulated_gpu() -> Cuda<Emulator> {
-    Cuda::new(Emulator::new(4 << 30), 1 << 30)
+    Cuda::new(Emulator::new(4 << 30), 1 << 30, KvType::F16)
 }
 
 /// A decoder on some device.

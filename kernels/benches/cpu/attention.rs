@@ -3,7 +3,7 @@
 use criterion::{BenchmarkId, Criterion, Throughput};
 use kernels::Cpu;
 use kernels::attention::{
-    BLOCK_SIZE, BlockId, KvSlot, KvStore, Queries, RotaryTable, Scoring, attend, rotate_and_store,
+    BLOCK_SIZE, BlockId, KvSlot, KvStore, KvType, Queries, RotaryTable, Scoring, attend, rotate_and_store,
 };
 
 use crate::gemm::values;
@@ -17,38 +17,44 @@ const THETA: f32 = 1e6;
 pub fn bench(criterion: &mut Criterion) {
     let cpu = all_cores();
     let mut group = group(criterion, &cpu, "attention");
-    for (name, first_position, rows) in
-        [("decode at 512", 511_usize, 1), ("decode at 2048", 2047, 1), ("prefill at 512", 512, 128)]
-    {
-        let positions = first_position + rows;
-        let layer_bytes = KvStore::block_bytes(1, NUM_KV_HEADS, HEAD_DIM) * positions.div_ceil(BLOCK_SIZE);
-        // Each row sees itself and what is before it; a key costs a dot product, a value a weighted sum.
-        let keys_seen: usize = (first_position + 1..=positions).sum();
-        group.throughput(work(4 * NUM_HEADS * HEAD_DIM * keys_seen, layer_bytes));
-        group.bench_function(BenchmarkId::new(name, format!("{rows} rows")), |bencher| {
-            let num_layers = num_turns(layer_bytes);
-            let store = filled_store(&cpu, num_layers, positions);
-            let block_table = block_table(positions);
-            let sequence = |_| Queries { first_row: 0, num_rows: rows, first_position, block_table: &block_table };
-            let q = values(rows * NUM_HEADS * HEAD_DIM);
-            let mut out = vec![0.0; q.len()];
-            let mut layer = 0;
-            bencher.iter(|| {
-                layer = (layer + 1) % num_layers;
-                attend(&cpu, &store, (layer, Scoring::plain(HEAD_DIM)), 1, &sequence, &q, &mut out);
+    for kv_type in [KvType::F16, KvType::Q8_0] {
+        for (name, first_position, rows) in [
+            ("decode at 512", 511_usize, 1),
+            ("decode at 2048", 2047, 1),
+            ("decode at 32768", 32767, 1),
+            ("prefill at 512", 512, 128),
+            ("prefill at 8192", 8192, 128),
+        ] {
+            let positions = first_position + rows;
+            let layer_bytes = KvStore::block_bytes(kv_type, 1, NUM_KV_HEADS, HEAD_DIM) * positions.div_ceil(BLOCK_SIZE);
+            // Each row sees itself and what is before it; a key costs a dot product, a value a weighted sum.
+            let keys_seen: usize = (first_position + 1..=positions).sum();
+            group.throughput(work(4 * NUM_HEADS * HEAD_DIM * keys_seen, layer_bytes));
+            group.bench_function(BenchmarkId::new(name, format!("{rows} rows, {kv_type}")), |bencher| {
+                let num_layers = num_turns(layer_bytes);
+                let store = filled_store(&cpu, kv_type, num_layers, positions);
+                let block_table = block_table(positions);
+                let sequence = |_| Queries { first_row: 0, num_rows: rows, first_position, block_table: &block_table };
+                let q = values(rows * NUM_HEADS * HEAD_DIM);
+                let mut out = vec![0.0; q.len()];
+                let mut layer = 0;
+                bencher.iter(|| {
+                    layer = (layer + 1) % num_layers;
+                    attend(&cpu, &store, (layer, Scoring::plain(HEAD_DIM)), 1, &sequence, &q, &mut out);
+                });
             });
-        });
+        }
     }
     for rows in [1, 128] {
         let mut qkv = [NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS].map(|heads| values(rows * heads * HEAD_DIM));
         let bytes: usize = qkv.iter().map(|part| size_of_val(part.as_slice())).sum();
         group.throughput(Throughput::Bytes(bytes as u64));
         group.bench_function(BenchmarkId::new("rotate and store", format!("{rows} rows")), |bencher| {
-            let mut store = KvStore::new(1, NUM_KV_HEADS, HEAD_DIM, rows.div_ceil(BLOCK_SIZE));
+            let mut store = KvStore::new(KvType::F16, 1, NUM_KV_HEADS, HEAD_DIM, rows.div_ceil(BLOCK_SIZE));
             let (table, slots) = (RotaryTable::new(rows, HEAD_DIM, THETA), slots(rows));
             bencher.iter(|| {
                 let qkv = qkv.each_mut().map(Vec::as_mut_slice);
-                rotate_and_store(&cpu, &mut store, 0, &table, &slots, qkv);
+                rotate_and_store(&cpu, &mut store, (0, None), &table, &slots, qkv);
             });
         });
     }
@@ -56,12 +62,12 @@ pub fn bench(criterion: &mut Criterion) {
 }
 
 /// A store whose first `positions` positions hold values in every layer.
-fn filled_store(cpu: &Cpu, num_layers: usize, positions: usize) -> KvStore {
-    let mut store = KvStore::new(num_layers, NUM_KV_HEADS, HEAD_DIM, positions.div_ceil(BLOCK_SIZE));
+fn filled_store(cpu: &Cpu, kv_type: KvType, num_layers: usize, positions: usize) -> KvStore {
+    let mut store = KvStore::new(kv_type, num_layers, NUM_KV_HEADS, HEAD_DIM, positions.div_ceil(BLOCK_SIZE));
     let (table, slots) = (RotaryTable::new(positions, HEAD_DIM, THETA), slots(positions));
     let mut qkv = [NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS].map(|heads| values(positions * heads * HEAD_DIM));
     for layer in 0..num_layers {
-        rotate_and_store(cpu, &mut store, layer, &table, &slots, qkv.each_mut().map(Vec::as_mut_slice));
+        rotate_and_store(cpu, &mut store, (layer, None), &table, &slots, qkv.each_mut().map(Vec::as_mut_slice));
     }
     store
 }

@@ -4,7 +4,7 @@ mod arrays;
 mod contexts;
 
 use half::f16;
-use kernels::attention::{BlockId, KvSlot, KvStore, Queries, RotaryTable, Scoring, rotate_and_store};
+use kernels::attention::{BlockId, KvSlot, KvStore, KvType, Queries, RotaryTable, Scoring, rotate_and_store};
 use kernels::cuda::args::{activation_place, num_units, unit_start};
 use kernels::cuda::attention::{AttentionShape, MAX_SPLIT_ROWS};
 use kernels::cuda::driver::DriverError;
@@ -135,12 +135,12 @@ fn rows_attend_as_on_the_cpu() {
         let floats = |x: &[f16]| -> Vec<f32> { x.iter().map(|x| x.to_f32()).collect() };
         let [mut q, mut k, mut v] = [&context.q, &context.k, &context.v].map(|x| floats(x));
         let table: Vec<BlockId> = (0..positions.div_ceil(BLOCK) as u32).map(BlockId).collect();
-        let mut store = KvStore::new(1, heads.num_kv_heads, heads.head_dim, table.len());
+        let mut store = KvStore::new(KvType::F16, 1, heads.num_kv_heads, heads.head_dim, table.len());
         let slots: Vec<KvSlot> = (0..positions)
             .map(|position| KvSlot { block: table[position / BLOCK], offset: position % BLOCK, position })
             .collect();
         let rotary = RotaryTable::new(positions, heads.head_dim, 1e4);
-        rotate_and_store(&cpu, &mut store, 0, &rotary, &slots, [&mut q, &mut k, &mut v]);
+        rotate_and_store(&cpu, &mut store, (0, None), &rotary, &slots, [&mut q, &mut k, &mut v]);
         let queries = Queries { first_row: 0, num_rows: positions, first_position: 0, block_table: &table };
         let mut out = vec![0.0; q.len()];
         kernels::attention::attend(&cpu, &store, (0, heads.scoring), 1, &|_| queries, &q, &mut out);

@@ -4,7 +4,7 @@ mod arrays;
 
 use emulator::{Emulator, Memory};
 use half::f16;
-use kernels::attention::{BlockId, KvSlot, KvStore, RotaryTable};
+use kernels::attention::{BlockId, KvSlot, KvStore, KvType, RotaryTable};
 use kernels::cuda::args::AdapterTable;
 use kernels::cuda::driver::{DeviceMemory, Driver};
 use kernels::cuda::kv::{CopyArgs, RotateArgs, block_bytes, copy_blocks, rotate_and_store};
@@ -138,12 +138,19 @@ impl Layer {
     fn turned(&self) -> [Vec<f32>; 2] {
         let cpu = Cpu::new(Isa::Portable, 1);
         let num_rows = self.slots.len();
-        let mut store = KvStore::new(1, self.num_kv_heads, self.head_dim, num_rows);
+        let mut store = KvStore::new(KvType::F16, 1, self.num_kv_heads, self.head_dim, num_rows);
         let slot =
             |(row, position): (usize, &usize)| KvSlot { block: BlockId(row as u32), offset: 0, position: *position };
         let slots: Vec<KvSlot> = self.positions.iter().enumerate().map(slot).collect();
         let (mut q, mut k, mut v) = (self.q.clone(), self.k.clone(), self.v.clone());
-        kernels::attention::rotate_and_store(&cpu, &mut store, 0, &self.rotary, &slots, [&mut q, &mut k, &mut v]);
+        kernels::attention::rotate_and_store(
+            &cpu,
+            &mut store,
+            (0, None),
+            &self.rotary,
+            &slots,
+            [&mut q, &mut k, &mut v],
+        );
         [q, k]
     }
 

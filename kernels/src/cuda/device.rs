@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::attention::Scoring;
+use crate::attention::{KvType, Scoring};
 use crate::canonical::{AdapterWeights, LAYERS_PER_BLOCK};
 use crate::device::{AdapterTier, Caller, Device, DeviceError, Layer, MatrixSource, Peaks, Placement, StepLimits};
 use crate::mapped_file::MappedRows;
@@ -46,6 +46,12 @@ impl<D: Driver> Device for Cuda<D> {
             let most = head::MAX_VOCAB;
             return Err(DeviceError::Unsupported(format!(
                 "the CUDA device takes vocabularies of up to {most} tokens, not {vocab_size}"
+            )));
+        }
+        if self.kv_type != KvType::F16 {
+            return Err(DeviceError::Unsupported(format!(
+                "the CUDA device keeps keys and values in f16: engine.kv_cache_type = \"{}\" is for engine.device = \"cpu\"",
+                self.kv_type
             )));
         }
         let attention = AttentionShape::new(num_heads, num_kv_heads, head_dim, context_length)?;
@@ -102,9 +108,9 @@ impl<D: Driver> Device for Cuda<D> {
         let step = Buffers::<D>::bytes(&shape, &self.decoder().attention, limits.max_rows, FIRST_RANK_STRIDE)
             + step_data::step_bytes(limits, shape.context_length);
         let taken = step + adapter_bytes + HEADROOM_BYTES;
-        let num_blocks = memory.free.saturating_sub(taken) / shape.kv_block_bytes();
+        let num_blocks = memory.free.saturating_sub(taken) / shape.kv_block_bytes(self.kv_type);
         if num_blocks == 0 {
-            let wanted = taken + shape.kv_block_bytes();
+            let wanted = taken + shape.kv_block_bytes(self.kv_type);
             return Err(DriverError::OutOfMemory { wanted, free: memory.free, total: memory.total }.into());
         }
         Ok(Some(num_blocks))
@@ -244,7 +250,7 @@ impl<D: Driver> Device for Cuda<D> {
         self.run_linears(&layers, *rows, *input_width, self.addresses().adapters)
     }
 
-    fn rotate_and_store(&mut self, _step: &Step<'_>, block: usize) -> Result<(), DeviceError> {
+    fn rotate_and_store(&mut self, _step: &Step<'_>, block: usize, _keys: &CudaLinear<D>) -> Result<(), DeviceError> {
         if self.is_replaying() {
             return Ok(());
         }

@@ -29,7 +29,7 @@ mod worker;
 
 use std::thread;
 
-use crate::attention::RotaryTable;
+use crate::attention::{KvType, RotaryTable};
 use crate::canonical::LAYERS_PER_BLOCK;
 use crate::device::{DeviceError, StepLimits};
 use crate::shape::{DecoderShape, LayerAttention, Rotary};
@@ -70,6 +70,7 @@ pub struct Cuda<D: Driver> {
     /// The logits of a row, where all of them are asked for.
     host_logits: Vec<f32>,
     adapter_budget: usize,
+    kv_type: KvType,
     driver: D,
 }
 
@@ -165,7 +166,7 @@ impl<D: Driver> Kv<D> {
 
 impl<D: Driver> Cuda<D> {
     /// `adapter_budget` in bytes of device memory.
-    pub fn new(driver: D, adapter_budget: usize) -> Self {
+    pub fn new(driver: D, adapter_budget: usize, kv_type: KvType) -> Self {
         let cores = thread::available_parallelism().map_or(1, usize::from);
         Self {
             graphs: Graphs::new(),
@@ -176,6 +177,7 @@ impl<D: Driver> Cuda<D> {
             cpu: Cpu::new(Isa::detect(), cores),
             host_logits: Vec::new(),
             adapter_budget,
+            kv_type,
             driver,
         }
     }

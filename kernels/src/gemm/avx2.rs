@@ -36,7 +36,7 @@ thread_local! {
 
 pub(super) fn multiply(tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
     // SAFETY: `Isa::Avx2` is chosen only where the features were detected.
-    match tile.weights.layout() {
+    match tile.layout {
         Layout { bits: 4, groups: 1, has_min: false } => unsafe { multiply_as::<4, 1, false>(tile, first_row, out) },
         Layout { bits: 4, groups: 1, has_min: true } => unsafe { multiply_as::<4, 1, true>(tile, first_row, out) },
         Layout { bits: 4, groups: 2, has_min: false } => unsafe { multiply_as::<4, 2, false>(tile, first_row, out) },
@@ -92,8 +92,8 @@ fn unpack_tile<const BITS: usize, const GROUPS: usize, const MIN: bool>(records:
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn weights<const BITS: usize>(record: *const u8, quad: usize, half: usize) -> __m256i {
-    // SAFETY: vector 0..BITS of a record (the caller's promise), 32 bytes of its half; records are 32-byte aligned.
-    let vector = |index: usize| unsafe { _mm256_load_si256(record.add(index * VECTOR + half * 32).cast()) };
+    // SAFETY: vector 0..BITS of a record (the caller's promise), 32 bytes of its half.
+    let vector = |index: usize| unsafe { _mm256_loadu_si256(record.add(index * VECTOR + half * 32).cast()) };
     if BITS == 8 {
         return vector(quad);
     }
@@ -190,7 +190,7 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
         8 => 1,
         _ => quads_per_group,
     };
-    let minus_offset = _mm256_set1_epi16(if MIN { 0 } else { -(tile.weights.offset() as i16) });
+    let minus_offset = _mm256_set1_epi16(if MIN { 0 } else { -(tile.offset as i16) });
     let mut acc = [[_mm256_setzero_ps(); 2]; ROWS];
     for b in 0..num_blocks {
         // SAFETY: block b of the tile and of each row (asserted above).
@@ -265,10 +265,10 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
                     }
                 }
             }
-            // SAFETY: scales (and minima) follow the weights in the record, 32-byte aligned.
+            // SAFETY: scales (and minima) follow the weights in the record.
             let parts = unsafe { record.add(layout.weight_bytes() + g * 2 * ROWS_PER_TILE) };
             let f16_lanes =
-                |at: usize, half: usize| unsafe { _mm256_cvtph_ps(_mm_load_si128(parts.add(at + half * 16).cast())) };
+                |at: usize, half: usize| unsafe { _mm256_cvtph_ps(_mm_loadu_si128(parts.add(at + half * 16).cast())) };
             for m in 0..ROWS {
                 for half in 0..2 {
                     let scale = _mm256_mul_ps(f16_lanes(0, half), _mm256_set1_ps(scales_x[m]));

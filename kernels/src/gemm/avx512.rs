@@ -14,7 +14,7 @@ const VECTOR: usize = ROWS_PER_TILE * 4;
 
 pub(super) fn multiply(tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
     // SAFETY: `Isa::Avx512Vnni` is chosen only where the features were detected.
-    match tile.weights.layout() {
+    match tile.layout {
         Layout { bits: 4, groups: 1, has_min: false } => unsafe { all_rows::<4, 1, false>(tile, first_row, out) },
         Layout { bits: 4, groups: 1, has_min: true } => unsafe { all_rows::<4, 1, true>(tile, first_row, out) },
         Layout { bits: 4, groups: 2, has_min: false } => unsafe { all_rows::<4, 2, false>(tile, first_row, out) },
@@ -122,7 +122,7 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const ROWS
         for g in 0..GROUPS {
             let mut dot: [__m512i; ROWS] = std::array::from_fn(|m| {
                 let sum_x = sum_of(if GROUPS == 1 { sums[m] } else { &sums[m][g..=g] });
-                _mm512_set1_epi32(if MIN { 0 } else { -tile.weights.offset() * sum_x })
+                _mm512_set1_epi32(if MIN { 0 } else { -tile.offset * sum_x })
             });
             for quad in g * quads_per_group..(g + 1) * quads_per_group {
                 // SAFETY: `record` points to a whole record of this layout (asserted above).

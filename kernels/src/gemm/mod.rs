@@ -14,7 +14,7 @@ use std::fmt;
 use std::ops::Range;
 
 use crate::activations::{BLOCK, QuantizedRows};
-use crate::quantized::{PackedMatrix, ROWS_PER_TILE};
+use crate::quantized::{Layout, PackedMatrix, ROWS_PER_TILE};
 use crate::threads::DisjointMut;
 use crate::{Cpu, Isa};
 
@@ -111,15 +111,17 @@ impl<'a> Weights<'a> {
 }
 
 /// What a tile kernel works on: 16 output rows times some rows of activations.
-struct Tile<'a> {
-    weights: &'a PackedMatrix,
+pub(crate) struct Tile<'a> {
+    pub layout: Layout,
+    /// What every weight is stored with on top.
+    pub offset: i32,
     /// Records of this tile.
-    records: &'a [u8],
-    activations: &'a QuantizedRows,
+    pub records: &'a [u8],
+    pub activations: &'a QuantizedRows,
 }
 
 /// Results of one tile: `[activation row][16]`.
-type TileOut = [[f32; ROWS_PER_TILE]];
+pub(crate) type TileOut = [[f32; ROWS_PER_TILE]];
 
 /// Work of one task in bytes of packed weights, about 50 µs for one row of activations.
 const TASK_BYTES: usize = 128 * 1024;
@@ -170,7 +172,8 @@ impl Work<'_> {
         let out_features = matrix.out_features();
         let mut buffer = [[0.0; ROWS_PER_TILE]; ROWS_PER_CALL];
         for tile in first_tile..last_tile {
-            let job = Tile { weights: matrix, records: matrix.tile(tile), activations };
+            let (layout, offset, records) = (matrix.layout(), matrix.offset(), matrix.tile(tile));
+            let job = Tile { layout, offset, records, activations };
             let first_out = tile * ROWS_PER_TILE;
             let width = ROWS_PER_TILE.min(out_features - first_out);
             multiply_tile(isa, &job, rows.clone(), &mut buffer, &mut |row, results| {
@@ -203,16 +206,21 @@ fn multiply_tile(
 ) {
     for first_row in rows.clone().step_by(ROWS_PER_CALL) {
         let out = &mut buffer[..ROWS_PER_CALL.min(rows.end - first_row)];
-        match isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => avx2::multiply(tile, first_row, out),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Vnni => avx512::multiply(tile, first_row, out),
-            _ => portable::multiply(tile, first_row, out),
-        }
+        multiply_rows(isa, tile, first_row, out);
         for (i, results) in out.iter().enumerate() {
             store(first_row + i, results);
         }
+    }
+}
+
+/// Multiplies one tile with the rows from `first_row` on, as many as `out` has.
+pub(crate) fn multiply_rows(isa: Isa, tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::multiply(tile, first_row, out),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Vnni => avx512::multiply(tile, first_row, out),
+        _ => portable::multiply(tile, first_row, out),
     }
 }
 

@@ -7,8 +7,8 @@ use crate::activations::sum_of;
 use crate::quantized::{Layout, ROWS_PER_TILE};
 
 pub(super) fn multiply(tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
-    let layout = tile.weights.layout();
-    let offset = tile.weights.offset();
+    let layout = tile.layout;
+    let offset = tile.offset;
     let activations = tile.activations;
     out.fill([0.0; ROWS_PER_TILE]);
     let mut weights = [[0u8; ROWS_PER_TILE * 4]; 8];

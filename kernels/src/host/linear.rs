@@ -45,6 +45,10 @@ enum Weights {
 }
 
 impl HostLinear {
+    pub(super) fn bias(&self) -> Option<&[f32]> {
+        self.bias.as_deref()
+    }
+
     /// The bias is in the order of the rows as they become.
     pub(super) fn load(
         cpu: &Cpu,

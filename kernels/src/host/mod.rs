@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::Cpu;
 use crate::activations::QuantizedRows;
-use crate::attention::{KvSlot, KvStore, Queries, RotaryTable, Scoring, attend, rotate_and_store};
+use crate::attention::{KvSlot, KvStore, KvType, Queries, RotaryTable, Scoring, attend, rotate_and_store};
 use crate::canonical::{AdapterWeights, HeadDelta, Prelude};
 use crate::device::{
     AdapterTier, Caller, Device, DeviceError, HostLogits, Layer, Lease, MatrixSource, Output, Peaks, Placement,
@@ -45,6 +45,7 @@ const LOGITS_ROWS: usize = 16;
 pub struct Host {
     cpu: Cpu,
     unquantized: Unquantized,
+    kv_type: KvType,
     /// Set by `prepare`, before anything else.
     shape: Option<DecoderShape>,
     /// By [`LayerAttention::rotary`].
@@ -86,6 +87,8 @@ impl HostNorm {
 #[derive(Debug, Default)]
 struct Buffers {
     slots: Vec<KvSlot>,
+    /// What is taken off the keys of the block at hand, `[num_kv_heads, head_dim]`; none where nothing is added to all.
+    center: Vec<f32>,
     virtual_rows: Vec<VirtualRow>,
     hidden: Vec<f32>,
     input: Activations,
@@ -126,14 +129,15 @@ fn select<const N: usize>(outputs: &mut [Vec<f32>; Output::COUNT], which: [Outpu
 
 impl Host {
     /// `unquantized` takes over what the packed GEMM does not know.
-    pub fn new(cpu: Cpu, unquantized: Unquantized) -> Self {
+    pub fn new(cpu: Cpu, unquantized: Unquantized, kv_type: KvType) -> Self {
         Self {
             cpu,
             unquantized,
+            kv_type,
             shape: None,
             rotaries: Vec::new(),
             layers: Vec::new(),
-            kv: KvStore::new(0, 0, 0, 0),
+            kv: KvStore::new(kv_type, 0, 0, 0, 0),
             buffers: Buffers::default(),
         }
     }
@@ -143,12 +147,13 @@ impl Host {
     }
 
     /// Puts the prelude's keys and values in the place of those computed for its rows.
-    fn store_prelude(&mut self, step: &Step<'_>, block: usize) {
+    fn store_prelude(&mut self, step: &Step<'_>, block: usize, is_centered: bool) {
         let width = self.shape().kv_width();
+        let center = is_centered.then_some(self.buffers.center.as_slice());
         for &VirtualRow { row, group, position } in &self.buffers.virtual_rows {
             if let Some(Prelude::KeyValues { keys, values, .. }) = &(step.groups.get)(group).weights.prelude {
                 let at = position * width..(position + 1) * width;
-                self.kv.set(block, self.buffers.slots[row], &keys[block][at.clone()], &values[block][at]);
+                self.kv.set((block, center), self.buffers.slots[row], &keys[block][at.clone()], &values[block][at]);
             }
         }
     }
@@ -166,6 +171,12 @@ impl Device for Host {
     }
 
     fn prepare(&mut self, shape: &DecoderShape, plan: &AttentionPlan) -> Result<(), DeviceError> {
+        let (kv_type, head_dim, step) = (self.kv_type, shape.head_dim, self.kv_type.head_step());
+        if !head_dim.is_multiple_of(step) {
+            return Err(DeviceError::Unsupported(format!(
+                "engine.kv_cache_type = \"{kv_type}\" takes heads of a multiple of {step} dimensions, and these have {head_dim}"
+            )));
+        }
         self.rotaries = plan.rotaries.iter().map(|rotary| RotaryTable::of(shape.context_length, rotary)).collect();
         self.layers = plan.layers.clone();
         self.shape = Some(*shape);
@@ -192,7 +203,7 @@ impl Device for Host {
     /// Buffers of a step grow with the largest one.
     fn reserve(&mut self, _limits: StepLimits, num_blocks: usize) -> Result<(), DeviceError> {
         let DecoderShape { num_layers, num_kv_heads, head_dim, .. } = self.shape();
-        self.kv = KvStore::new(num_layers, num_kv_heads, head_dim, num_blocks);
+        self.kv = KvStore::new(self.kv_type, num_layers, num_kv_heads, head_dim, num_blocks);
         Ok(())
     }
 
@@ -282,12 +293,16 @@ impl Device for Host {
         linear::run(&self.cpu, layers.map(|layer| HostLayer::One(layer.linear)), &deltas, input, outs, linear)
     }
 
-    fn rotate_and_store(&mut self, step: &Step<'_>, block: usize) -> Result<(), DeviceError> {
-        let Buffers { slots, outputs, .. } = &mut self.buffers;
+    fn rotate_and_store(&mut self, step: &Step<'_>, block: usize, keys: &HostLinear) -> Result<(), DeviceError> {
+        let DecoderShape { head_dim, norms_heads, attention_soft_cap, .. } = self.shape();
+        let Buffers { slots, outputs, center, .. } = &mut self.buffers;
         let qkv = select(outputs, [Output::Q, Output::K, Output::V]);
         let rotary = &self.rotaries[self.layers[block].rotary];
-        rotate_and_store(&self.cpu, &mut self.kv, block, rotary, slots, qkv);
-        self.store_prelude(step, block);
+        let bias = keys.bias().filter(|_| !norms_heads && attention_soft_cap.is_none());
+        rotary.center(head_dim, bias.unwrap_or_default(), center);
+        let center = bias.map(|_| center.as_slice());
+        rotate_and_store(&self.cpu, &mut self.kv, (block, center), rotary, slots, qkv);
+        self.store_prelude(step, block, bias.is_some());
         Ok(())
     }
 
