@@ -271,7 +271,10 @@ proptest! {
             Activation::GatedGelu => elementwise::gelu_quantize(&cpu, num_rows, &gate, Some(&up), &mut expected, &mut quantized),
             Activation::Gelu => elementwise::gelu_quantize(&cpu, num_rows, &up, None, &mut expected, &mut quantized),
         }
-        prop_assert!(near(&activated, &expected, 2e-6));
+        // Of a large negative gate is left what two nearly equal numbers differ by: the error is of the size of what they are taken of.
+        let inputs = gate.iter().zip(&up).map(|(gate, up)| if activation.is_gated() { gate * up } else { *up });
+        let mut numbers = activated.iter().zip(&expected).zip(inputs);
+        prop_assert!(numbers.all(|((a, b), input)| (a - b).abs() <= 2e-6 * input.abs().max(1e-3)));
         prop_assert_eq!(to.rows(&device), all_rounded(&activated, width));
     }
 
