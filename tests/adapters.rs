@@ -18,6 +18,7 @@ use lorry::model::BaseWeights;
 use lorry::model::spec::Module;
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use shapes::Shapes;
+use tempfile::TempDir;
 
 fn load(dir: &Path, base: &dyn BaseWeights) -> Result<Adapter, AdapterError> {
     loader::load("draft", &AdapterFiles::read(dir)?, base)
@@ -49,6 +50,21 @@ fn fixtures() -> Option<PathBuf> {
         return None;
     }
     Some(dir)
+}
+
+/// A folder of the fixtures to open: a registry keeps generations in its root, and the fixtures are to stay as they are.
+fn copied(fixtures: &Path, name: &str) -> TempDir {
+    let root = tempfile::tempdir().unwrap();
+    let is_adapter =
+        |entry: &fs::DirEntry| entry.path().is_dir() && !entry.file_name().to_string_lossy().starts_with('.');
+    for adapter in fs::read_dir(fixtures.join(name)).unwrap().map(Result::unwrap).filter(is_adapter) {
+        let to = root.path().join(adapter.file_name());
+        fs::create_dir(&to).unwrap();
+        for file in fs::read_dir(adapter.path()).unwrap().map(Result::unwrap) {
+            fs::copy(file.path(), to.join(file.file_name())).unwrap();
+        }
+    }
+    root
 }
 
 /// An adapter of the tiny base, changed by a test before it is written.
@@ -270,12 +286,13 @@ fn a_root_that_is_not_there_is_an_error_and_no_root_is_none() {
 #[test]
 fn every_bad_adapter_of_the_fixtures_is_refused_with_the_expected_word() {
     let Some(fixtures) = fixtures() else { return };
-    let root = fixtures.join("bad_adapters");
-    let registry = open(Some(&root), smollm2()).unwrap();
+    let root = copied(&fixtures, "bad_adapters");
+    let num_adapters = fs::read_dir(&root).unwrap().count();
+    let registry = open(Some(root.path()), smollm2()).unwrap();
     let refused = refused(&registry);
-    assert_eq!(refused.len(), fs::read_dir(&root).unwrap().count(), "{:?}", registry.resident());
+    assert_eq!(refused.len(), num_adapters, "{:?}", registry.resident());
     for (name, cause) in refused {
-        let expected = fs::read_to_string(root.join(&name).join("EXPECT.txt")).unwrap();
+        let expected = fs::read_to_string(root.path().join(&name).join("EXPECT.txt")).unwrap();
         println!("{name}: {cause}");
         assert!(cause.contains(expected.trim()), "{name}: {cause:?} does not mention {expected:?}");
     }
@@ -305,7 +322,8 @@ fn every_adapter_of_the_fixtures_loads_with_full_coverage() {
             assert_eq!(found, (num_sites, max_rank, num_virtual_tokens), "{name} {kind}");
         }
     }
-    let real = open(Some(&fixtures.join("real")), qwen_coder_half_b()).unwrap();
+    let root = copied(&fixtures, "real");
+    let real = open(Some(root.path()), qwen_coder_half_b()).unwrap();
     let coverage = real.status("conala").and_then(|status| status.coverage);
     assert_eq!(coverage.map(|coverage| coverage.num_sites), Some(168), "{:?}", refused(&real));
 }

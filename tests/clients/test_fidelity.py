@@ -1,6 +1,7 @@
 """Log-probabilities of the server against float32 references, base and adapters."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -29,8 +30,10 @@ pytestmark = pytest.mark.skipif(not FIDELITY.exists(), reason="skipped: the refe
 
 
 @pytest.fixture(scope="module", params=BASES)
-def base(request):
-    with serving("--model", request.param, "--adapters", FIXTURES / BASES[request.param] / "adapters") as server:
+def base(request, tmp_path_factory):
+    # lorry keeps generations in the folder that it serves, and the fixtures are to stay as they are.
+    adapters = shutil.copytree(FIXTURES / BASES[request.param] / "adapters", tmp_path_factory.mktemp("adapters") / "served")
+    with serving("--model", request.param, "--adapters", adapters) as server:
         yield request.param, server
 
 
