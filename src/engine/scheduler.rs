@@ -291,17 +291,19 @@ impl Scheduler {
         turns.clear();
         turns.extend((0..running.len()).filter(is_decoding));
         turns.sort_by_cached_key(|&index| (streams.standing(running[index].flow()), index));
-        let floors = streams.floors();
+        let floors = (turns.len() > uncontested).then(|| streams.floors());
+        let is_ahead =
+            |index: usize| floors.as_ref().is_some_and(|floors| streams.is_ahead(running[index].flow(), floors));
         let mut num_decoding = 0;
         for &index in &*turns {
-            if num_decoding < uncontested || !streams.is_ahead(running[index].flow(), &floors) {
+            if num_decoding < uncontested || !is_ahead(index) {
                 shares[index] = 1;
                 num_decoding += 1;
             }
         }
-        let floors = fairness.floors();
+        let floors = (num_decoding >= uncontested).then(|| fairness.floors());
         let is_waited_for =
-            |index: &usize| num_decoding < uncontested || !fairness.is_ahead(running[*index].flow(), &floors);
+            |index: &usize| !floors.as_ref().is_some_and(|floors| fairness.is_ahead(running[*index].flow(), floors));
         turns.clear();
         turns.extend((0..running.len()).filter(|index| !is_decoding(index) && is_waited_for(index)));
         turns.sort_by_cached_key(|&index| (fairness.standing(running[index].flow()), index));

@@ -115,6 +115,15 @@ mod tests {
         speculation.draft().to_vec()
     }
 
+    /// How many are guessed in a step in which so many come true.
+    fn guess(speculation: &mut Speculation, text: &[u32], num_accepted: usize) -> usize {
+        speculation.propose(text, &[], 64);
+        let length = speculation.draft().len();
+        (0..num_accepted.min(length)).for_each(|_| speculation.accept());
+        speculation.settle();
+        length
+    }
+
     #[test]
     fn the_latest_longest_match_says_what_follows() {
         assert_eq!(proposed(&[1, 2, 3, 4, 5, 1, 2], 8), [3, 4, 5]);
@@ -143,13 +152,7 @@ mod tests {
     fn guesses_grow_with_success_and_shrink_with_failure() {
         let text: Vec<u32> = (0..40).chain(0..5).collect();
         let mut speculation = Speculation::default();
-        let mut next = |num_accepted: usize| {
-            speculation.propose(&text, &[], 64);
-            let length = speculation.draft().len();
-            (0..num_accepted.min(length)).for_each(|_| speculation.accept());
-            speculation.settle();
-            length
-        };
+        let mut next = |num_accepted: usize| guess(&mut speculation, &text, num_accepted);
         assert_eq!([next(9), next(9), next(4), next(9), next(9)], [3, 6, 12, 4, 8]);
     }
 
@@ -164,13 +167,7 @@ mod tests {
     fn a_guess_that_fails_ends_the_copying() {
         let text: Vec<u32> = (0..200).chain(0..5).collect();
         let mut speculation = Speculation::default();
-        let mut next = |num_accepted: usize| {
-            speculation.propose(&text, &[], 64);
-            let length = speculation.draft().len();
-            (0..num_accepted.min(length)).for_each(|_| speculation.accept());
-            speculation.settle();
-            (length, speculation.run)
-        };
+        let mut next = |num_accepted: usize| (guess(&mut speculation, &text, num_accepted), speculation.run);
         assert_eq!([next(99), next(99), next(99)], [(3, 3), (6, 9), (12, 21)]);
         assert_eq!([next(99), next(99), next(60)], [(24, 45), (48, 93), (64, 0)]);
         assert_eq!([next(99), next(99)], [(15, 15), (30, 45)]);
