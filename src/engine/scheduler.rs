@@ -323,14 +323,15 @@ impl Scheduler {
         }
     }
 
-    /// Adds rows for guessed tokens while they are cheap: with nobody prefilling, and as long as the step is small enough
-    /// for reading the weights, and not the arithmetic of its rows, to take most of its time.
+    /// Adds rows for guessed tokens while they are cheap: with every sequence decoding and none left out, and as long as the
+    /// step is small enough for reading the weights, and not the arithmetic of its rows, to take most of its time.
     fn speculate(&mut self) {
-        let mut num_rows: usize = self.shares.iter().sum();
-        if self.max_draft_tokens == 0 || num_rows != self.running.len() {
+        let is_decoding = |(sequence, share): (&Sequence, &usize)| sequence.num_uncomputed_tokens() == 1 && *share == 1;
+        if self.max_draft_tokens == 0 || !self.running.iter().zip(&self.shares).all(is_decoding) {
             return;
         }
         let num_decoding = self.running.len();
+        let mut num_rows = num_decoding;
         let as_base = self.step_rows.as_base;
         let max_rows =
             if num_decoding == 1 { MAX_COPIED_ROWS } else { as_base.clamp(MAX_SPECULATED_ROWS, MAX_COPIED_ROWS) };

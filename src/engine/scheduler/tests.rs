@@ -283,8 +283,15 @@ fn an_idle_scheduler_keeps_no_adapter_alive() {
 
 #[derive(Debug, Clone)]
 enum Action {
-    Arrive { num_prompt_tokens: usize, max_tokens: usize, adapter: usize, prompt_logprobs: bool },
+    Arrive {
+        num_prompt_tokens: usize,
+        max_tokens: usize,
+        adapter: usize,
+        prompt_logprobs: bool,
+    },
     Cancel(usize),
+    /// The steps from now on take another time than those before.
+    Learn(StepRows),
     Step,
 }
 
@@ -296,7 +303,7 @@ fn output_of(prompt_logprobs: bool) -> PromptOutput {
 }
 
 fn actions() -> impl Strategy<Value = Vec<Action>> {
-    let arrive = (1..=100usize, 0..=28usize, 0..3usize, any::<bool>()).prop_map(
+    let arrive = (prop_oneof![1..=4usize, 1..=100usize], 0..=28usize, 0..3usize, any::<bool>()).prop_map(
         |(num_prompt_tokens, max_tokens, adapter, prompt_logprobs)| Action::Arrive {
             num_prompt_tokens,
             max_tokens,
@@ -304,7 +311,10 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
             prompt_logprobs,
         },
     );
-    let action = prop_oneof![2 => arrive, 1 => (0..8usize).prop_map(Action::Cancel), 6 => Just(Action::Step)];
+    let learn = (0..6usize, prop_oneof![0..40usize, Just(usize::MAX)])
+        .prop_map(|(as_base, beside_decoding)| Action::Learn(StepRows { as_base, beside_decoding }));
+    let cancel = (0..8usize).prop_map(Action::Cancel);
+    let action = prop_oneof![4 => arrive, 2 => cancel, 1 => learn, 12 => Just(Action::Step)];
     prop::collection::vec(action, 1..120)
 }
 
@@ -340,12 +350,18 @@ fn check_plan(
         }
         let tokens = [sequence.tokens(), sequence.draft()].concat();
         assert_eq!(plan.tokens[planned.rows.clone()], tokens[planned.first_position..end]);
-        assert!(sequence.draft().is_empty() || end == tokens.len(), "only a decoding sequence guesses");
+        let guesses = !sequence.draft().is_empty();
+        assert!(!guesses || end == tokens.len(), "a guess comes behind the last token's row");
+        assert!(!guesses || planned.first_position + 1 == sequence.tokens().len(), "only a decoding sequence guesses");
     }
     assert_eq!(row, plan.tokens.len());
     for other in &scheduler.running {
         let decodes = other.num_uncomputed_tokens() == 1;
-        assert!(!decodes || planned_ids.contains(&other.id()), "decode rows always go");
+        let is_contested = scheduler.running.len() > scheduler.step_rows.uncontested();
+        assert!(
+            !decodes || is_contested || planned_ids.contains(&other.id()),
+            "decode rows that cost little always go"
+        );
     }
     for planned in &plan.sequences {
         for (index, _) in planned.rows.clone().enumerate() {
@@ -430,6 +446,7 @@ proptest! {
                 }
                 Action::Cancel(index) if index < live.len() => scheduler.remove(live.remove(index)),
                 Action::Cancel(_) => {}
+                Action::Learn(step_rows) => scheduler.set_step_rows(step_rows),
                 Action::Step => {
                     let num_preempted = scheduler.num_preempted();
                     scheduler.schedule();
