@@ -3,18 +3,16 @@
 //! Names and meanings are those that llama.cpp's `convert_hf_to_gguf.py` gives, so that a file made here is read like any
 //! other. What a field says is carried over, or it is known to change nothing, or the checkpoint is refused.
 
-use std::cell::RefCell;
-use std::collections::BTreeSet;
 use std::path::Path;
 
 use candle_core::quantized::gguf_file::Value as Gguf;
 use serde_json::{Map, Value};
 
 use super::family::Family;
+use super::fields::{FILE, Fields, refuse};
+use super::prequantized::Method;
 use super::rope::{self, RopeFactors};
 use super::{CheckpointError, read_json};
-
-pub const FILE: &str = "config.json";
 
 /// Fields that say nothing about what a decoder computes.
 const WITHOUT_EFFECT: &[&str] = &[
@@ -62,12 +60,6 @@ const WITHOUT_EFFECT: &[&str] = &[
     "use_cache",
 ];
 
-/// The fields, of which every one must be taken.
-pub struct Fields {
-    values: Map<String, Value>,
-    taken: RefCell<BTreeSet<String>>,
-}
-
 /// What the configuration says, in GGUF's terms.
 pub struct Config {
     pub family: &'static Family,
@@ -84,7 +76,7 @@ pub struct Config {
     /// `None` where the checkpoint's tensors say it: it is tied if there is no head.
     pub ties_embedding: Option<bool>,
     /// How the matrices were quantized by another program.
-    pub quantization: Option<Value>,
+    pub method: Option<Method>,
     pub rope_factors: RopeFactors,
     pub bos_token_id: Option<u32>,
     pub eos_token_ids: Vec<u32>,
@@ -95,7 +87,7 @@ impl Config {
         let values = read_json::<Map<String, Value>>(folder, FILE)?.ok_or_else(|| {
             CheckpointError::file(FILE, "is not there: a checkpoint is a folder as save_pretrained writes it")
         })?;
-        Self::parse(Fields { values, taken: RefCell::default() })
+        Self::parse(Fields::new(values))
     }
 
     fn parse(fields: Fields) -> Result<Self, CheckpointError> {
@@ -144,7 +136,7 @@ impl Config {
 
         let vocab_size = fields.count("vocab_size")?;
         metadata.count("vocab_size", vocab_size)?;
-        let quantization = fields.take("quantization_config").or_else(|| fields.take("quantization")).cloned();
+        let method = Method::of(&fields)?;
         let config = Self {
             family,
             metadata: metadata.pairs,
@@ -156,12 +148,12 @@ impl Config {
             num_experts,
             vocab_size,
             ties_embedding: fields.flag("tie_word_embeddings")?,
-            quantization,
+            method,
             rope_factors,
             bos_token_id: fields.ids("bos_token_id")?.first().copied(),
             eos_token_ids: fields.ids("eos_token_id")?,
         };
-        fields.refuse_the_rest()?;
+        fields.refuse_the_rest(WITHOUT_EFFECT)?;
         Ok(config)
     }
 
@@ -221,91 +213,4 @@ impl Metadata {
     pub fn flags(&mut self, key: &str, values: &[bool]) {
         self.set(key, Gguf::Array(values.iter().copied().map(Gguf::Bool).collect()));
     }
-}
-
-impl Fields {
-    /// A field with a value; one that is `null` is as one that is not there.
-    pub fn take(&self, name: &str) -> Option<&Value> {
-        self.taken.borrow_mut().insert(name.to_owned());
-        self.values.get(name).filter(|value| !value.is_null())
-    }
-
-    pub fn text(&self, name: &str) -> Result<Option<String>, CheckpointError> {
-        let wrong = || refuse(name, "is not text");
-        self.take(name).map(|value| value.as_str().map(str::to_owned).ok_or_else(wrong)).transpose()
-    }
-
-    pub fn flag(&self, name: &str) -> Result<Option<bool>, CheckpointError> {
-        self.take(name).map(|value| value.as_bool().ok_or_else(|| refuse(name, "is not true or false"))).transpose()
-    }
-
-    /// At least 1.
-    pub fn optional_count(&self, name: &str) -> Result<Option<usize>, CheckpointError> {
-        let count = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0);
-        self.take(name).map(|value| count(value).ok_or_else(|| refuse(name, "is not a number from 1 on"))).transpose()
-    }
-
-    pub fn count(&self, name: &str) -> Result<usize, CheckpointError> {
-        self.optional_count(name)?.ok_or_else(|| refuse(name, "is missing"))
-    }
-
-    pub fn optional_number(&self, name: &str) -> Result<Option<f32>, CheckpointError> {
-        self.take(name).map(|value| number(name, value)).transpose()
-    }
-
-    pub fn number(&self, name: &str) -> Result<f32, CheckpointError> {
-        self.optional_number(name)?.ok_or_else(|| refuse(name, "is missing"))
-    }
-
-    /// Refuses a field that is there with another value than these.
-    pub fn must_be(&self, name: &str, accepted: &[Value]) -> Result<(), CheckpointError> {
-        match self.take(name) {
-            Some(value) if !accepted.contains(value) => Err(refuse(name, format!("{value} is not served"))),
-            _ => Ok(()),
-        }
-    }
-
-    /// One id or a list of them.
-    fn ids(&self, name: &str) -> Result<Vec<u32>, CheckpointError> {
-        self.take(name).map_or(Ok(Vec::new()), |value| ids(value).ok_or_else(|| refuse(name, "is no token id")))
-    }
-
-    /// What is left must be without effect, or be off.
-    fn refuse_the_rest(&self) -> Result<(), CheckpointError> {
-        let taken = self.taken.borrow();
-        let is_off = |value: &Value| match value {
-            Value::Null | Value::Bool(false) => true,
-            Value::Array(list) => list.is_empty(),
-            Value::Object(map) => map.is_empty(),
-            _ => false,
-        };
-        let left = self
-            .values
-            .iter()
-            .find(|(name, value)| !taken.contains(*name) && !WITHOUT_EFFECT.contains(&name.as_str()) && !is_off(value));
-        match left {
-            Some((name, value)) => {
-                Err(refuse(name, format!("{value} is not known, and may change what the model computes")))
-            }
-            None => Ok(()),
-        }
-    }
-}
-
-/// One token id or a list of them.
-pub fn ids(value: &Value) -> Option<Vec<u32>> {
-    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-    match value {
-        Value::Array(list) => list.iter().map(id).collect(),
-        value => Some(vec![id(value)?]),
-    }
-}
-
-pub fn number(name: &str, value: &Value) -> Result<f32, CheckpointError> {
-    let number = value.as_f64().map(|n| n as f32).filter(|n| n.is_finite());
-    number.ok_or_else(|| refuse(name, format!("{value} is not a number")))
-}
-
-pub fn refuse(field: &str, reason: impl ToString) -> CheckpointError {
-    CheckpointError::file(FILE, format!("{field}: {}", reason.to_string()))
 }

@@ -3,7 +3,8 @@
 use serde_json::{Value, json};
 
 use super::CheckpointError;
-use super::config::{Fields, Metadata, refuse};
+use super::config::Metadata;
+use super::fields::{Fields, refuse};
 
 pub struct Family {
     /// As `config.json` names it.

@@ -1,4 +1,4 @@
-//! Weights into GGUF's types, by mistralrs-quant's in-situ quantization; and out of the types that it reads.
+//! Weights into GGUF's types, by mistralrs-quant's in-situ quantization.
 
 use std::str::FromStr;
 use std::sync::Arc;
@@ -7,14 +7,8 @@ use std::sync::atomic::AtomicUsize;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::Linear;
-use mistralrs_quant::{
-    IsqType, QuantMethod, QuantMethodConfig, QuantizeOntoGuard, QuantizedConfig, ShardedSafeTensors,
-};
-use mistralrs_quant::{ShardedVarBuilder, UnquantLinear};
+use mistralrs_quant::{IsqType, QuantMethod, QuantMethodConfig, QuantizeOntoGuard, UnquantLinear};
 use serde::{Deserialize, Deserializer};
-
-use super::CheckpointError;
-use super::shards::Shards;
 
 /// What the matrices of a checkpoint become; `model.quantize`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +72,14 @@ impl<'de> Deserialize<'de> for Quantization {
     }
 }
 
+/// `general.file_type` of GGUF for the type that most matrices have.
+pub fn file_type_of_most<'a>(tensors: impl Iterator<Item = &'a QTensor>) -> Option<u32> {
+    let types: Vec<GgmlDType> = tensors.filter(|tensor| tensor.rank() > 1).map(QTensor::dtype).collect();
+    let most = *types.iter().max_by_key(|dtype| types.iter().filter(|other| other == dtype).count())?;
+    let is_of = |isq: &IsqType| GgmlDType::try_from(*isq).is_ok_and(|dtype| dtype == most);
+    TYPES.iter().find(|(_, isq, _)| is_of(isq)).map(|(_, _, number)| *number)
+}
+
 /// A matrix, or a stack of them, in the type that was asked for. Where a row does not divide into the type's blocks, the library takes the
 /// next type of about as many bits that it does divide into.
 pub fn pack(weights: Tensor, quantization: Quantization) -> candle_core::Result<QTensor> {
@@ -118,8 +120,7 @@ fn from_uqff(serialized: &[u8], shape: Shape) -> candle_core::Result<QTensor> {
 }
 
 /// Numbers of GGUF for the types that in-situ quantization gives.
-const BLOCK_TYPES: [(u32, GgmlDType); 11] = [
-    (0, GgmlDType::F32),
+const BLOCK_TYPES: [(u32, GgmlDType); 10] = [
     (2, GgmlDType::Q4_0),
     (3, GgmlDType::Q4_1),
     (6, GgmlDType::Q5_0),
@@ -142,39 +143,4 @@ fn unquantized(dtype: DType) -> GgmlDType {
 
 fn columns(shape: &Shape) -> usize {
     shape.dims().last().copied().unwrap_or(0)
-}
-
-/// Matrices of a checkpoint that was quantized by another program, as the library reads them on a CPU.
-pub struct Prequantized {
-    config: Option<QuantizedConfig>,
-    tensors: ShardedVarBuilder,
-}
-
-impl Prequantized {
-    /// `config` is `quantization_config` of the checkpoint's configuration.
-    pub fn new(config: Option<&serde_json::Value>, shards: Shards) -> Result<Self, CheckpointError> {
-        let refuse = |reason: String| CheckpointError::file(super::config::FILE, reason);
-        let config = config.map(QuantizedConfig::deserialize).transpose();
-        let config = config.map_err(|e| refuse(format!("quantization_config: {e}")))?;
-        if let Some(QuantizedConfig::GptqAwq { .. } | QuantizedConfig::MXFP4 {}) = config {
-            return Err(refuse(
-                "quantization_config: GPTQ, AWQ and MXFP4 are not read on a CPU: give the checkpoint that it was made of, \
-                 or a GGUF file"
-                    .to_owned(),
-            ));
-        }
-        let tensors = ShardedSafeTensors::wrap(Box::new(shards), DType::F32, Device::Cpu);
-        Ok(Self { config, tensors })
-    }
-
-    /// Whether matrices are in a form of their own.
-    pub fn is_quantized(&self) -> bool {
-        self.config.is_some()
-    }
-
-    /// The matrix `{module}.weight` of `shape` `(out, in)`, dequantized.
-    pub fn dequantize(&self, module: &str, shape: (usize, usize)) -> candle_core::Result<Tensor> {
-        let layer = mistralrs_quant::linear_no_bias(shape.1, shape.0, &self.config, self.tensors.pp(module))?;
-        layer.dequantize_w()?.to_dtype(DType::F32)
-    }
 }

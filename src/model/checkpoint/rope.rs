@@ -8,7 +8,8 @@ use std::collections::BTreeSet;
 use serde_json::{Map, Value};
 
 use super::CheckpointError;
-use super::config::{Fields, Metadata, number, refuse};
+use super::config::Metadata;
+use super::fields::{Fields, number, refuse};
 
 /// What frequencies are divided by, one by one, as tensors of the file: `[rotary dimensions / 2]`.
 pub type RopeFactors = Vec<(&'static str, Vec<f32>)>;

@@ -77,6 +77,24 @@ impl Shards {
         Tensor::from_raw_buffer(bytes, place.dtype, &place.shape, &Device::Cpu)
             .map_err(|e| CheckpointError::tensor(name, e))
     }
+
+    /// A part of a quantized matrix, which the configuration says the shape of.
+    pub fn tensor_of(
+        &self,
+        name: &str,
+        shape: &[usize],
+        is_type: impl Fn(DType) -> bool,
+    ) -> Result<Tensor, CheckpointError> {
+        let tensor = self.tensor(name)?;
+        if tensor.dims() == shape && is_type(tensor.dtype()) {
+            return Ok(tensor);
+        }
+        let (dims, dtype) = (tensor.dims(), tensor.dtype());
+        let reason = format!(
+            "is {dims:?} in {dtype:?}, and by quantization_config and the model's sizes in config.json it would be {shape:?}"
+        );
+        Err(CheckpointError::tensor(name, reason))
+    }
 }
 
 impl Files {
@@ -150,6 +168,8 @@ fn hint(folder: &Path) -> &'static str {
     };
     if ends(".gguf") {
         "name the GGUF file in the folder"
+    } else if ends(".uqff") {
+        "UQFF numbers the layers in an order that only its program knows and is not read: give the checkpoint that it was made of"
     } else if ends(".bin") || ends(".pt") || ends(".pth") {
         "pickles can run code when opened and are not read: save the model as safetensors"
     } else {

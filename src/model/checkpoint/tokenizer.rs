@@ -7,7 +7,8 @@ use candle_core::quantized::gguf_file::Value as Gguf;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::config::{Config, ids};
+use super::config::Config;
+use super::fields::ids;
 use super::{CheckpointError, read_json, read_text};
 use crate::tokenizer::{NORMALIZER, PRE_TOKENIZER};
 
