@@ -154,6 +154,8 @@ fn what_would_change_the_model_is_refused_by_name() {
         ),
         ("num_attention_heads", json!(0)),
         ("hidden_size", json!("64")),
+        ("hidden_size", json!(80)),
+        ("intermediate_size", json!(80)),
         ("layer_types", json!(["full_attention", "sliding_attention"])),
         ("a_field_of_the_future", json!(0.5)),
     ] {

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 
 use super::family::Family;
 use super::fields::{FILE, Fields, refuse};
+use super::matrix::BLOCK_LEN;
 use super::prequantized::Method;
 use super::rope::{self, RopeFactors};
 use super::{CheckpointError, read_json};
@@ -97,14 +98,18 @@ impl Config {
         metadata.general("architecture", Gguf::String(family.gguf.to_owned()));
 
         let num_layers = fields.count("num_hidden_layers")?;
-        let hidden_size = fields.count("hidden_size")?;
+        let width = |name| match fields.count(name)? {
+            width if width.is_multiple_of(BLOCK_LEN) => Ok(width),
+            width => Err(refuse(name, format!("{width} is not served: it is no multiple of {BLOCK_LEN}"))),
+        };
+        let hidden_size = width("hidden_size")?;
         let num_heads = fields.count("num_attention_heads")?;
         let num_kv_heads = fields.optional_count("num_key_value_heads")?.unwrap_or(num_heads);
         let head_dim = fields.optional_count("head_dim")?.unwrap_or(hidden_size / num_heads);
         metadata.count("block_count", num_layers)?;
         metadata.count("context_length", fields.count("max_position_embeddings")?)?;
         metadata.count("embedding_length", hidden_size)?;
-        let mut intermediate_size = fields.count("intermediate_size")?;
+        let mut intermediate_size = width("intermediate_size")?;
         metadata.count("feed_forward_length", intermediate_size)?;
         let mut num_experts = None;
         if family.has_experts {
@@ -113,7 +118,7 @@ impl Config {
             let count = count.map_or_else(|| fields.count("num_experts"), Ok)?;
             metadata.count("expert_count", count)?;
             metadata.count("expert_used_count", fields.count("num_experts_per_tok")?)?;
-            intermediate_size = fields.count("moe_intermediate_size")?;
+            intermediate_size = width("moe_intermediate_size")?;
             metadata.count("expert_feed_forward_length", intermediate_size)?;
             num_experts = Some(count);
         }
