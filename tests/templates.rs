@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::{env, fs};
 
 use lorry::prompt::chat::{ChatTemplate, Ending};
+use lorry::tools::CallFormat;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -110,4 +111,26 @@ fn templates_render_as_transformers_renders_them() {
     let count = reference.templates.len();
     println!("{} of {count} templates render as transformers has them", count - different.len());
     assert!(different.is_empty(), "{}", different.join("\n"));
+}
+
+#[test]
+fn calls_are_worded_as_the_template_renders_them_or_not_offered() {
+    let reference: Reference =
+        serde_json::from_str(include_str!("templates/reference.json")).expect("reference.py wrote it");
+    let formats = reference.templates.iter().filter_map(|(name, Template { source, .. })| {
+        let template = ChatTemplate::new(source, reference.bos_token.clone(), reference.eos_token.clone());
+        Some((name.as_str(), template.expect("it compiles").call_format()?))
+    });
+    assert_eq!(
+        formats.collect::<Vec<_>>(),
+        [
+            ("granite", CallFormat::Granite),
+            ("hermes", CallFormat::Hermes),
+            ("llama3", CallFormat::Llama),
+            ("mistral-tekken", CallFormat::MistralNamed),
+            ("mistral-v3", CallFormat::Mistral),
+            ("smollm3", CallFormat::Hermes),
+            ("xml-calls", CallFormat::Xml),
+        ]
+    );
 }

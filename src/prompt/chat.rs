@@ -57,15 +57,23 @@ impl ChatTemplate {
     pub fn new(source: &str, bos_token: String, eos_token: String) -> Result<Self, PromptError> {
         let invalid = |error: Error| PromptError::ChatTemplate(error.to_string());
         let environment = environment::with_template(KEY, source).map_err(invalid)?;
-        let (source, call_format) = (source.to_owned(), CallFormat::of_template(source));
-        let template = Self { environment, source, bos_token, eos_token, call_format, call_form: CallForm::default() };
-        let shows = |call_form: &CallForm| {
-            let probe = CallForm::probe();
-            let text = template.render_in(&probe, Ending::LastMessage, None, *call_form);
-            text.is_ok_and(|text| CallForm::is_shown(&text))
+        let (source, call_form) = (source.to_owned(), CallForm::default());
+        let template = Self { environment, source, bos_token, eos_token, call_format: None, call_form };
+        let probe = CallForm::probe();
+        let shown = CallForm::ALL.into_iter().find_map(|call_form| {
+            let text = template.render_in(&probe, Ending::LastMessage, None, call_form).ok()?;
+            CallForm::is_shown(&text).then_some((call_form, text))
+        });
+        let call_format = match &shown {
+            // Not one that offers no tools.
+            Some(_) | None if !template.source.contains("tools") => None,
+            Some((call_form, text)) => {
+                let prompt = template.render_in(&probe[..1], Ending::Prompt, None, *call_form).unwrap_or_default();
+                CallFormat::of_call(text, CallForm::PROBED, &prompt)
+            }
+            None => CallFormat::of_instructions(&template.source),
         };
-        let call_form = CallForm::ALL.into_iter().find(shows).unwrap_or_default();
-        Ok(Self { call_form, ..template })
+        Ok(Self { call_format, call_form: shown.map(|(call_form, _)| call_form).unwrap_or_default(), ..template })
     }
 
     /// As the model's file has it.

@@ -24,9 +24,12 @@ impl CallForm {
         Self { silence_is_none: true, arguments_are_text: true },
     ];
 
+    /// What [`Self::probe`] calls.
+    pub const PROBED: &str = "look_up";
+
     /// A conversation with a call.
     pub fn probe() -> [Value; 3] {
-        let function = json!({"name": "look_up", "arguments": "{\"word\": \"probe\"}"});
+        let function = json!({"name": Self::PROBED, "arguments": "{\"word\": \"probe\"}"});
         let call = json!({"id": "abcdefgh1", "type": "function", "function": function});
         [
             json!({"role": "user", "content": "Look it up."}),
@@ -37,7 +40,7 @@ impl CallForm {
 
     /// Whether the call of [`Self::probe`] is in what was rendered of it.
     pub fn is_shown(rendered: &str) -> bool {
-        ["look_up", "word", "probe"].iter().all(|part| rendered.contains(part))
+        [Self::PROBED, "word", "probe"].iter().all(|part| rendered.contains(part))
     }
 }
 

@@ -111,7 +111,7 @@ impl Tools {
                 let arguments = Marker::new(ARGUMENTS, special_id).part();
                 format!("call_{index}: {} {arguments} json_{index}\njson_{index}: %json {schema}\n", literal(name))
             }
-            CallFormat::Hermes | CallFormat::Mistral | CallFormat::Llama => {
+            CallFormat::Hermes | CallFormat::Mistral | CallFormat::Granite | CallFormat::Llama => {
                 let (name, key) = (pattern(name), format.arguments());
                 let start = format!(r#"{SPACE}[\[;,]?{SPACE}(```json)?{SPACE}\{{{SPACE}"name""#);
                 format!(
@@ -245,6 +245,7 @@ mod tests {
         for (format, markers) in [
             (CallFormat::Hermes, ["<tool_call>", "</tool_call>"]),
             (CallFormat::Mistral, ["[TOOL_CALLS]", "]"]),
+            (CallFormat::Granite, ["<|tool_call|>", "]"]),
             (CallFormat::Llama, ["<|python_tag|>", ";"]),
             (CallFormat::MistralNamed, ["[TOOL_CALLS]", "[ARGS]"]),
             (CallFormat::Xml, ["<tool_call>", "</tool_call>"]),

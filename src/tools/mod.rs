@@ -1,7 +1,7 @@
 //! Functions that a chat offers to the model, and how calls of them are read from what it writes.
 //!
-//! How a model words a call is known from its chat template alone, which shows it ([`CallFormat`]). A call is read while
-//! it is written ([`CallReader`]); what only looks like one stays text.
+//! How a model words a call is known from its chat template alone: from what it renders of one, or tells the model
+//! ([`CallFormat`]). A call is read while it is written ([`CallReader`]); what only looks like one stays text.
 
 mod call_grammar;
 mod forced;

@@ -338,10 +338,10 @@ impl CallReader {
         if closings.iter().any(|closing| closing.starts_with(rest)) {
             return false;
         }
-        // Several calls of Mistral's stand in one list, those of Llama side by side.
+        // Those of Llama stand side by side.
+        let has_several = self.format.is_list() || self.format == CallFormat::Llama;
         let next = rest.strip_prefix(',').map(str::trim_start);
-        let is_next =
-            matches!(self.format, CallFormat::Mistral | CallFormat::Llama) && (next.is_some() || rest.starts_with('{'));
+        let is_next = has_several && (next.is_some() || rest.starts_with('{'));
         self.pending = next.unwrap_or(rest).to_owned();
         self.state = if is_next { State::Opened { opening: "" } } else { State::Text };
         true

@@ -61,6 +61,7 @@ fn every_wording_of_a_call_is_read() {
         (CallFormat::Hermes, format!("```json\n{call}\n```"), "", vec![READ]),
         (CallFormat::Hermes, format!("<tool_call>\n{call}"), "", vec![READ]),
         (CallFormat::Mistral, format!("[TOOL_CALLS][{call}, {other}]"), "", vec![READ, write]),
+        (CallFormat::Granite, format!("Hm.<|tool_call|>[{call},\n{other}]"), "Hm.", vec![READ, write]),
         (
             CallFormat::MistralNamed,
             r#"Hm.[TOOL_CALLS]read[ARGS]{"path": "a.py", "lines": 3}[TOOL_CALLS]write_file[CALL_ID]x1[ARGS] {"path": "}\""}"#
