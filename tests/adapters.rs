@@ -1,12 +1,14 @@
 //! Adapters from files: what fits is loaded wholly, what does not is refused with its cause.
 
+mod fixtures;
 mod shapes;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
+use fixtures::{copy_adapters, fixtures};
 use lorry::adapter::canonical::Adapter;
 use lorry::adapter::error::AdapterError;
 use lorry::adapter::files::AdapterFiles;
@@ -42,28 +44,10 @@ fn qwen_coder_half_b() -> Shapes {
     Shapes::new(151_936, 896, 4864, 24, (14, 2))
 }
 
-/// The fixtures lie beside the repository; without them the tests that need them have nothing to say.
-fn fixtures() -> Option<PathBuf> {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/fixtures");
-    if !dir.is_dir() {
-        println!("skipped: the fixtures are not here");
-        return None;
-    }
-    Some(dir)
-}
-
-/// A folder of the fixtures to open: a registry keeps generations in its root, and the fixtures are to stay as they are.
+/// A folder of the fixtures to open.
 fn copied(fixtures: &Path, name: &str) -> TempDir {
     let root = tempfile::tempdir().unwrap();
-    let is_adapter =
-        |entry: &fs::DirEntry| entry.path().is_dir() && !entry.file_name().to_string_lossy().starts_with('.');
-    for adapter in fs::read_dir(fixtures.join(name)).unwrap().map(Result::unwrap).filter(is_adapter) {
-        let to = root.path().join(adapter.file_name());
-        fs::create_dir(&to).unwrap();
-        for file in fs::read_dir(adapter.path()).unwrap().map(Result::unwrap) {
-            fs::copy(file.path(), to.join(file.file_name())).unwrap();
-        }
-    }
+    copy_adapters(&fixtures.join(name), root.path());
     root
 }
 

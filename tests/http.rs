@@ -1,10 +1,14 @@
 //! The OpenAI interface over a socket with the real `smollm2:135m`, fetched before with `lorry pull smollm2:135m`.
 //! What does not need a model is tested beside the code.
 
-use std::path::PathBuf;
+mod fixtures;
+
+use std::fs;
+use std::path::Path;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use fixtures::{copy_adapters, fixtures};
 use lorry::app::App;
 use lorry::config::{self, Config, Overrides};
 use lorry::engine::{EngineHandle, EngineState};
@@ -37,8 +41,13 @@ fn server() -> Option<&'static Server> {
 }
 
 fn start() -> Server {
-    let fixtures = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared/fixtures/smollm2-135m/adapters");
-    let adapters = if fixtures.exists() { fixtures.to_string_lossy().into_owned() } else { String::new() };
+    // The server lives as long as the process, and so does its folder.
+    let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("http_adapters");
+    let adapters = fixtures().map_or_else(String::new, |fixtures| {
+        let _ = fs::remove_dir_all(&root);
+        copy_adapters(&fixtures.join("smollm2-135m/adapters"), &root);
+        root.to_string_lossy().into_owned()
+    });
     let overrides = Overrides { model: Some(MODEL.to_owned()), adapters: Some(adapters), ..Overrides::default() };
     let app = App::load(Config::load(None, &overrides).expect("the defaults are valid")).expect("the model loads");
     let adapters = app.adapters.resident().iter().map(|adapter| adapter.name.clone()).collect();

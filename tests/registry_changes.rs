@@ -1,11 +1,13 @@
 //! Changes of the folder of adapters that clients ask for: safe, atomic, and possible to take back.
 
+mod fixtures;
 mod folder;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use fixtures::{copy_adapter, fixtures};
 use folder::{Fixture, Shapes, eventually, generation, install, status, write};
 use lorry::adapter::registry::{AcquireError, AdapterRegistry, ChangeError, Phase};
 use lorry::metrics::Metrics;
@@ -126,28 +128,14 @@ async fn a_restart_finds_everything_as_it_was() {
     }
 }
 
-/// The fixtures lie beside the repository.
 fn bad_adapters() -> Option<Vec<(String, PathBuf, String)>> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/fixtures/bad_adapters");
-    let Ok(entries) = fs::read_dir(&root) else {
-        println!("skipped: the fixtures are not here");
-        return None;
-    };
-    let bad = entries.map(|entry| {
+    let bad = fs::read_dir(fixtures()?.join("bad_adapters")).unwrap().map(|entry| {
         let path = entry.unwrap().path();
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
         let word = fs::read_to_string(path.join("EXPECT.txt")).unwrap().trim().to_owned();
         (name, path, word)
     });
     Some(bad.collect())
-}
-
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
-    }
 }
 
 #[tokio::test]
@@ -162,11 +150,11 @@ async fn every_bad_adapter_is_refused_at_start_by_hot_add_and_by_install_with_it
     };
     let registry = fixture.registry_of(fixture.dir.path(), smollm2());
     for (name, path, word) in &bad {
-        copy(path, &fixture.path(".staging").join(name));
+        copy_adapter(path, &fixture.path(".staging").join(name));
         let error = install(&registry, name, &format!(".staging/{name}"), None).await.unwrap_err();
         assert!(matches!(&error, ChangeError::Refused(cause) if cause.contains(word)), "{name}: {error}");
         assert!(!fixture.path(name).exists());
-        copy(path, &fixture.path(name));
+        copy_adapter(path, &fixture.path(name));
     }
     bad.iter().for_each(|(name, _, word)| check(&registry, name, word));
     drop(registry);
