@@ -1,0 +1,271 @@
+"""What deploy/ configures does what it says, with Debian's HAProxy and Prometheus and real servers."""
+
+import http.client
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from lorry_server import REPOSITORY, Server, serving
+
+DEPLOY = REPOSITORY / "deploy"
+HAPROXY_CONFIG = DEPLOY / "haproxy" / "haproxy.cfg"
+ADAPTERS = ["bash", "conala", "conala-ia3", "docstring", "fim-python"]
+BASE = "qwen2.5-coder:0.5b"
+MAX_WAIT_SECONDS = 30
+
+
+def needs(*programs):
+    missing = [program for program in programs if shutil.which(program) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"skipped: {', '.join(missing)} not installed (make proxies)")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(condition, what):
+    deadline = time.monotonic() + MAX_WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"after {MAX_WAIT_SECONDS} s: {what}"
+        time.sleep(0.05)
+
+
+def status_of(url):
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            return reply.status
+    except urllib.error.HTTPError as refused:
+        return refused.code
+    except OSError:
+        return None
+
+
+def post(url, path, body):
+    request = urllib.request.Request(f"{url}{path}", json.dumps(body).encode())
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as refused:
+        return refused.code, refused.read().decode()
+
+
+def ask(url, max_tokens=2, **fields):
+    return post(url, "/v1/completions", {"prompt": "print", "max_tokens": max_tokens, "ignore_eos": True, **fields})
+
+
+def samples(replica, pattern):
+    """The label's value and the count of each series that the pattern finds in `/metrics`."""
+    with urllib.request.urlopen(f"{replica.url}/metrics", timeout=5) as reply:
+        text = reply.read().decode()
+    return [(label, int(count)) for label, count in re.findall(rf"^{pattern}.*}} (\d+)$", text, re.MULTILINE)]
+
+
+def requests_ended(replica):
+    """By adapter."""
+    ended = {}
+    for adapter, count in samples(replica, r'lorry_requests_total\{adapter="([^"]+)"'):
+        ended[adapter] = ended.get(adapter, 0) + count
+    return ended
+
+
+def refusals(replica):
+    return sum(count for _, count in samples(replica, r'lorry_rejected_total\{reason="([^"]+)"'))
+
+
+@dataclass(frozen=True)
+class Pool:
+    url: str
+    replicas: list[Server]
+
+    def home_of(self, adapter):
+        """The replica that a request for it goes to."""
+        before = [requests_ended(replica).get(adapter, 0) for replica in self.replicas]
+        assert ask(self.url, model=adapter)[0] == 200
+        after = [requests_ended(replica).get(adapter, 0) for replica in self.replicas]
+        [home] = [at for at, (old, new) in enumerate(zip(before, after)) if new > old]
+        return self.replicas[home]
+
+
+@contextmanager
+def haproxy(folder, addresses):
+    """HAProxy before these replicas; yields its URL, at once."""
+    bind, metrics_bind = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    process = subprocess.Popen(
+        ["haproxy", "-db", "-f", HAPROXY_CONFIG],
+        env={
+            **os.environ,
+            "HAPROXY_SOCKET": str(folder / "haproxy.sock"),
+            "LORRY_BIND": bind,
+            "LORRY_METRICS_BIND": metrics_bind,
+            **{f"LORRY_REPLICA_{at}": address for at, address in enumerate(addresses, 1)},
+        },
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield f"http://{bind}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def pool(folder):
+    """Two replicas behind HAProxy, which finds both well."""
+    environment = {"LORRY__ENGINE__KV_CACHE_MIB": "64", "LORRY__ENGINE__THREADS": "1"}
+    with ExitStack() as stack:
+        replicas = [
+            stack.enter_context(serving("--adapters", REPOSITORY / "adapters", environment=environment)) for _ in range(2)
+        ]
+        url = stack.enter_context(haproxy(folder, [replica.url.removeprefix("http://") for replica in replicas]))
+        wait_until(lambda: status_of(f"{url}/health") == 200, "HAProxy finds no replica")
+        yield Pool(url, replicas)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    with pool(tmp_path_factory.mktemp("haproxy")) as two:
+        yield two
+
+
+class Load:
+    """One client for each adapter, each of which asks again as soon as it has its reply."""
+
+    def __init__(self, url):
+        self.url = url
+        self.replies = []
+        self.is_over = threading.Event()
+        self.clients = [threading.Thread(target=self.ask_on, args=[adapter]) for adapter in ADAPTERS]
+
+    def ask_on(self, adapter):
+        while not self.is_over.is_set():
+            try:
+                self.replies.append(ask(self.url, model=adapter, max_tokens=8))
+            except OSError as error:
+                self.replies.append((None, repr(error)))
+
+    def wait_for(self, count):
+        goal = len(self.replies) + count
+        wait_until(lambda: len(self.replies) >= goal, "clients get no replies")
+
+    def failures(self):
+        return [reply for reply in self.replies if reply[0] != 200]
+
+    def __enter__(self):
+        for client in self.clients:
+            client.start()
+        return self
+
+    def __exit__(self, *_):
+        self.is_over.set()
+        for client in self.clients:
+            client.join()
+
+
+@contextmanager
+def stream(pool, adapter, max_tokens):
+    """A stream that has begun: its connection, and the reply after its first event."""
+    connection = http.client.HTTPConnection(pool.url.removeprefix("http://"), timeout=60)
+    body = {"model": adapter, "prompt": "print", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    reply = connection.getresponse()
+    assert reply.status == 200
+    assert reply.readline().startswith(b"data: {")
+    try:
+        yield reply
+    finally:
+        connection.close()
+
+
+@needs("haproxy")
+def test_requests_for_an_adapter_go_to_one_replica_however_they_name_it(two):
+    before = [requests_ended(replica) for replica in two.replicas]
+    ways = lambda adapter: [
+        {"model": adapter},
+        {"model": f"{BASE}-{adapter}"},
+        {"model": f"{adapter}+icl:python@1"},
+        {"model": BASE, "adapter": adapter},
+        {"model": BASE, "adapters": [{"name": adapter}]},
+        {"lora": [{"name": adapter}]},
+        {"adapter_id": adapter},
+        {"lora_path": adapter},
+        {"lora_name": adapter},
+    ]
+    homes = set()
+    for adapter in ADAPTERS:
+        for fields in ways(adapter):
+            status, reply = ask(two.url, **fields)
+            assert status == 200, (fields, reply)
+        came = [requests_ended(now).get(adapter, 0) - old.get(adapter, 0) for now, old in zip(two.replicas, before)]
+        assert sorted(came) == [0, len(ways(adapter))], (adapter, came)
+        homes.add(came.index(0))
+    assert len(homes) == 2, "both replicas have adapters"
+
+
+@needs("haproxy")
+def test_requests_for_the_base_are_spread(two):
+    for fields in [{"model": BASE}, {}] * 8:
+        assert ask(two.url, **fields)[0] == 200
+    ended = [requests_ended(replica) for replica in two.replicas]
+    assert all(replica.get("base") for replica in ended), ended
+
+
+@needs("haproxy")
+def test_a_prompt_larger_than_a_buffer_comes_to_the_home_of_its_adapter(two):
+    home = two.home_of("conala")
+    before = refusals(home)
+    status, refusal = post(two.url, "/v1/completions", {"model": "conala", "max_tokens": 1, "prompt": "print " * 60_000})
+    assert status == 400, refusal
+    assert refusals(home) == before + 1
+
+
+@needs("haproxy")
+def test_a_killed_replica_costs_only_the_streams_that_it_had_begun(tmp_path):
+    with pool(tmp_path) as two:
+        adapter = ADAPTERS[0]
+        doomed = two.home_of(adapter)
+        with Load(two.url) as load, stream(two, adapter, max_tokens=2000) as cut:
+            load.wait_for(10)
+            doomed.process.kill()
+            with pytest.raises((http.client.IncompleteRead, ConnectionError)) as end:
+                while line := cut.read1():
+                    assert b"[DONE]" not in line
+            print(f"the client of the stream sees {end.value!r}")
+            load.wait_for(20)
+        assert load.failures() == []
+
+
+@needs("haproxy")
+def test_a_replica_that_stops_ends_its_streams_and_costs_nothing(tmp_path):
+    with pool(tmp_path) as two:
+        adapter = ADAPTERS[0]
+        leaving = two.home_of(adapter)
+        with Load(two.url) as load:
+            with stream(two, adapter, max_tokens=100) as whole:
+                leaving.process.terminate()
+                assert b"data: [DONE]" in whole.read()
+            load.wait_for(20)
+            assert leaving.process.wait(MAX_WAIT_SECONDS) == 0
+        assert load.failures() == []
+
+
+@needs("haproxy")
+def test_without_a_replica_the_refusal_is_json_and_health_says_so(tmp_path):
+    with haproxy(tmp_path, [f"127.0.0.1:{free_port()}" for _ in range(2)]) as url:
+        wait_until(lambda: status_of(f"{url}/health") == 503, "HAProxy does not see that there is none")
+        status, refusal = ask(url, model=BASE)
+        assert status == 503
+        assert json.loads(refusal)["error"]["code"] == "unavailable"
