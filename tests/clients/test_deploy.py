@@ -7,12 +7,14 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import pytest
 
@@ -22,6 +24,8 @@ DEPLOY = REPOSITORY / "deploy"
 HAPROXY_CONFIG = DEPLOY / "haproxy" / "haproxy.cfg"
 ADAPTERS = ["bash", "conala", "conala-ia3", "docstring", "fim-python"]
 BASE = "qwen2.5-coder:0.5b"
+# Of the servers that ask for one.
+ADMIN_KEY = "metrics-of-everything"
 MAX_WAIT_SECONDS = 30
 
 
@@ -54,7 +58,7 @@ def status_of(url):
 
 
 def post(url, path, body):
-    request = urllib.request.Request(f"{url}{path}", json.dumps(body).encode())
+    request = urllib.request.Request(f"{url}{path}", json.dumps(body).encode(), {"Authorization": f"Bearer {ADMIN_KEY}"})
     try:
         with urllib.request.urlopen(request, timeout=60) as reply:
             return reply.status, json.load(reply)
@@ -269,3 +273,110 @@ def test_without_a_replica_the_refusal_is_json_and_health_says_so(tmp_path):
         status, refusal = ask(url, model=BASE)
         assert status == 503
         assert json.loads(refusal)["error"]["code"] == "unavailable"
+
+
+PROMETHEUS = DEPLOY / "prometheus"
+EXPERIMENT = """
+[[experiments.run]]
+name = "first"
+alias = "coder"
+arms = [
+    { name = "base", model = "qwen2.5-coder:0.5b", weight = 1 },
+    { name = "tuned", model = "conala", weight = 1 },
+]
+"""
+
+
+@needs("promtool")
+@pytest.mark.parametrize("check", [["check", "config", "prometheus.yml"], ["test", "rules", "alerts_test.yml"]])
+def test_promtool_passes(check):
+    run = subprocess.run(["promtool", *check], cwd=PROMETHEUS, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@needs("promtool")
+def test_every_alert_has_a_test():
+    alerts = re.findall(r"alert: (\w+)", (PROMETHEUS / "alerts.yml").read_text())
+    tests = (PROMETHEUS / "alerts_test.yml").read_text()
+    raised = re.findall(r"alertname: (\w+)\n +exp_alerts", tests)
+    assert sorted(raised) == sorted(alerts)
+
+
+def use(url):
+    """In every way that a panel shows."""
+    for model in [BASE, *ADAPTERS, "coder"]:
+        for _ in range(2):
+            assert ask(url, model=model, max_tokens=4, prompt="def add(a, b):")[0] == 200
+    # Its text repeats itself, so that tokens are guessed.
+    assert ask(url, model=BASE, max_tokens=40, prompt="x = [1, 2, 3]\n" * 12)[0] == 200
+    assert ask(url, model="nobody")[0] == 404
+    body = {"model": "bash", "prompt": "ls", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as leaving:
+        leaving.readline()
+
+
+@contextmanager
+def prometheus(folder, address, key):
+    """Prometheus as deploy/ configures it, but for one server, its key, and every second."""
+    (folder / "lorry.key").write_text(key)
+    config = (PROMETHEUS / "prometheus.yml").read_text()
+    for shipped, here in {
+        "lorry:8080": address,
+        ": 15s": ": 1s",
+        "    # authorization:\n    #   credentials_file: /etc/prometheus/lorry.key":
+            f"    authorization:\n      credentials_file: {folder / 'lorry.key'}",
+        "alerts.yml": str(PROMETHEUS / "alerts.yml"),
+    }.items():
+        assert shipped in config
+        config = config.replace(shipped, here)
+    (folder / "prometheus.yml").write_text(config)
+    url = f"http://127.0.0.1:{free_port()}"
+    process = subprocess.Popen(
+        [
+            "prometheus",
+            f"--config.file={folder / 'prometheus.yml'}",
+            f"--storage.tsdb.path={folder / 'data'}",
+            f"--web.listen-address={url.removeprefix('http://')}",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: status_of(f"{url}/-/ready") == 200, "Prometheus is not ready")
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def query(url, expression):
+    with urllib.request.urlopen(f"{url}/api/v1/query?query={quote(expression)}", timeout=10) as reply:
+        return json.load(reply)["data"]["result"]
+
+
+@needs("prometheus")
+def test_every_panel_of_the_dashboards_has_data_of_a_used_server(tmp_path):
+    config = tmp_path / "lorry.toml"
+    config.write_text(f'[server]\nadmin_key = "{ADMIN_KEY}"\n[[server.keys]]\nname = "team"\nkey = "team"\nadapters = []\n{EXPERIMENT}')
+    # Adapters make room for each other, so that some are loaded while Prometheus looks.
+    environment = {
+        "LORRY__ENGINE__KV_CACHE_MIB": "64",
+        "LORRY__ADAPTERS__HOST_BUDGET_MIB": "16",
+        "LORRY__ADAPTERS__MIN_RESIDENCY_SECONDS": "0",
+    }
+    with serving("--adapters", REPOSITORY / "adapters", "--config", config, environment=environment) as server:
+        with prometheus(tmp_path, server.url.removeprefix("http://"), ADMIN_KEY) as url:
+            # Of what grows, two scrapes with something between them.
+            for scrapes in (1, 3):
+                use(server.url)
+                seen = f"count_over_time(lorry_cancelled_total[30s]) >= {scrapes}"
+                wait_until(lambda: query(url, seen), "Prometheus does not see what was used")
+            run = subprocess.run(
+                [sys.executable, DEPLOY / "grafana" / "check.py", url, "--interval", "30s"],
+                capture_output=True,
+                text=True,
+            )
+            assert run.returncode == 0, run.stdout + run.stderr
+            print(run.stdout)
