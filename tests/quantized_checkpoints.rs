@@ -3,7 +3,6 @@
 mod tiny;
 mod tiny_checkpoint;
 
-use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -12,6 +11,8 @@ use kernels::Isa;
 use kernels::attention::{BLOCK_SIZE, BlockId};
 use kernels::device::Logits;
 use lorry::adapter::canonical::Adapter;
+use lorry::config::ModelConfig;
+use lorry::model::base_file::BaseFile;
 use lorry::model::base_weights::GgufWeights;
 use lorry::model::file::ModelFile;
 use lorry::model::gguf::GgufFile;
@@ -366,7 +367,7 @@ fn tensors_that_are_not_what_the_configuration_says_are_refused_by_name() {
     fn part(checkpoint: &mut Checkpoint, part: &str) -> Tensor {
         checkpoint.tensors.remove(&format!("{UP}.{part}")).unwrap()
     }
-    let changes: [(Checkpoint, &str, Change); 16] = [
+    let changes: [(Checkpoint, &str, Change); 17] = [
         (of(GPTQ), ".scales", |c| drop(part(c, "scales"))),
         (of(GPTQ), ".qzeros", |c| drop(part(c, "qzeros"))),
         (of(GPTQ), "quantization_config", |c| c.config["quantization_config"] = Value::Null),
@@ -388,7 +389,11 @@ fn tensors_that_are_not_what_the_configuration_says_are_refused_by_name() {
             c.tensors.insert(format!("{UP}.weight"), whole);
         }),
         (of(FORMS[2]), ".weight", |c| c.config["quantization_config"]["bits"] = json!(8)),
-        (of(FORMS[2]), ".scales", |c| c.config["quantization_config"]["group_size"] = json!(64)),
+        (of(FORMS[2]), ".scales", |c| c.config["quantization_config"][UP] = json!({"bits": 4, "group_size": 64})),
+        // 96 inputs.
+        (of(FORMS[2]), "no groups of 64", |c| {
+            c.config["quantization_config"]["model.layers.0.mlp.down_proj"] = json!({"bits": 4, "group_size": 64});
+        }),
         (of(FORMS[2]), UP, |c| drop(part(c, "biases"))),
         // The weights themselves, without their scale.
         (fp8(), ".weight_scale", |c| {
@@ -417,14 +422,15 @@ fn tensors_that_are_not_what_the_configuration_says_are_refused_by_name() {
 }
 
 #[test]
-fn uqff_is_refused_by_name() {
+fn uqff_and_single_files_are_refused_by_name() {
     let checkpoint = Checkpoint::new("llama");
-    checkpoint.convert("q8_0").unwrap();
-    fs::remove_dir_all(checkpoint.home.path().join("models")).unwrap();
-    let file = |name: &str| checkpoint.path().join(name);
-    fs::rename(file("model.safetensors"), file("residual.safetensors")).unwrap();
+    checkpoint.write("residual.safetensors", "");
     checkpoint.write("q4k-0.uqff", "");
-    let refusal =
-        lorry::model::checkpoint::quantized(checkpoint.path(), "q8_0".parse().unwrap(), checkpoint.home.path());
-    assert!(refusal.unwrap_err().to_string().contains("UQFF"));
+    checkpoint.write("config.json", checkpoint.config.to_string());
+    for (path, named) in [("", "UQFF"), ("q4k-0.uqff", "UQFF"), ("residual.safetensors", "name its folder")] {
+        let path = checkpoint.path().join(path).display().to_string();
+        let model = ModelConfig { id: path.trim_end_matches('/').to_owned(), quantize: "q4k".parse().unwrap() };
+        let refusal = BaseFile::of(&model, checkpoint.home.path()).unwrap_err().to_string();
+        assert!(refusal.contains(named), "{path}: {refusal}");
+    }
 }

@@ -31,7 +31,7 @@ impl BaseFile {
     pub fn of(model: &ModelConfig, home: &Path) -> Result<Self, BaseFileError> {
         let source = catalogue::resolve(&model.id)?;
         let path = pull::pull(&source, home)?;
-        if !path.is_dir() {
+        if !checkpoint::is_of_checkpoint(&path) {
             return Ok(Self { id: source.id, path });
         }
         match checkpoint::quantized(&path, model.quantize, home) {

@@ -32,7 +32,7 @@ use config::Config;
 use converter::Converter;
 use prequantized::Prequantized;
 pub use quantize::Quantization;
-use shards::Shards;
+use shards::{Shards, UQFF};
 
 use super::gguf::GgufFile;
 use super::pull;
@@ -66,11 +66,24 @@ impl CheckpointError {
     }
 }
 
+/// Whether a path is of a file within a checkpoint, or the folder of one.
+pub fn is_of_checkpoint(path: &Path) -> bool {
+    path.is_dir() || path.extension().is_some_and(|extension| extension == "safetensors" || extension == "uqff")
+}
+
 /// The GGUF file that `folder` becomes, made below `home` unless it is there. Blocks; safe to call from many processes.
 ///
 /// # Errors
 /// What of the checkpoint cannot be served, by file and field or by tensor; nothing is left then.
 pub fn quantized(folder: &Path, quantization: Quantization, home: &Path) -> Result<PathBuf, CheckpointError> {
+    if folder.is_file() {
+        let reason = if folder.extension().is_some_and(|extension| extension == "uqff") {
+            UQFF
+        } else {
+            "is one file of a checkpoint: name its folder"
+        };
+        return Err(CheckpointError::file(&folder.display().to_string(), reason));
+    }
     let unreadable = |e: io::Error| CheckpointError::file(&folder.display().to_string(), e);
     let folder = fs::canonicalize(folder).map_err(unreadable)?;
     let fingerprint = fingerprint(&folder, quantization).map_err(unreadable)?;

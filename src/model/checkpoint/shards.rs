@@ -160,6 +160,8 @@ fn dtype(dtype: Dtype) -> Option<DType> {
     })
 }
 
+pub const UQFF: &str = "UQFF numbers the layers in an order that only its program knows and is not read: give the checkpoint that it was made of";
+
 /// What to do where there are no weights in safetensors.
 fn hint(folder: &Path) -> &'static str {
     let ends = |ending: &str| {
@@ -169,7 +171,7 @@ fn hint(folder: &Path) -> &'static str {
     if ends(".gguf") {
         "name the GGUF file in the folder"
     } else if ends(".uqff") {
-        "UQFF numbers the layers in an order that only its program knows and is not read: give the checkpoint that it was made of"
+        UQFF
     } else if ends(".bin") || ends(".pt") || ends(".pth") {
         "pickles can run code when opened and are not read: save the model as safetensors"
     } else {
