@@ -13,7 +13,7 @@ PAGE         := tests/page
 SDKS         := tests/sdks
 BENCH        ?= --prompt-tokens 128 --batch 8 --num-adapters 1
 
-.PHONY: serve test environments build fmt lint unit cuda ptx gpu-binaries test-gpu bench-gpu compiler clients contract page browser models bench bench-test clean-venv
+.PHONY: serve test environments build fmt lint unit cuda ptx gpu-binaries test-gpu bench-gpu compiler clients contract page browser daemons models bench bench-test clean-venv
 
 ## serve: the default model and the adapters of ./adapters on 127.0.0.1:8080
 serve: build
@@ -97,6 +97,12 @@ browser: | compiler
 		|| { [ "$$(id -u)" = 0 ] && apt-get update -qq \
 			&& apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core $$(command -v npm > /dev/null || echo nodejs npm); } \
 		|| { echo "make page needs Chromium and Node.js: apt-get install chromium nodejs npm" >&2; exit 1; }
+
+## daemons: HAProxy and Prometheus; where they are not there, the tests of deploy/ are skipped
+daemons:
+	@{ command -v haproxy && command -v promtool; } > /dev/null \
+		|| { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends haproxy prometheus; } \
+		|| { echo "the tests of deploy/ need them: apt-get install haproxy prometheus" >&2; exit 1; }
 
 ## models: fetch what the tests need
 models: build

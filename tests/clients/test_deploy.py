@@ -31,7 +31,7 @@ MAX_WAIT_SECONDS = 30
 
 def needs(*programs):
     missing = [program for program in programs if shutil.which(program) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"skipped: {', '.join(missing)} not installed (make proxies)")
+    return pytest.mark.skipif(bool(missing), reason=f"skipped: {', '.join(missing)} not installed (make daemons)")
 
 
 def free_port():
