@@ -1,6 +1,6 @@
 """What long prompts cost with keys and values in f16 and in q8_0, and what the rounding changes.
 
-    python3 benches/long_context.py                    the default model up to 32k tokens, in about ten minutes on two cores
+    python3 benches/long_context.py                    the default model up to 32k tokens, in about fifteen minutes on two cores
     python3 benches/long_context.py --lengths 256,512  less of it, in seconds
 
 Prompts are source code of this repository, each length the beginning of the next one, so that a prompt is computed from where the
