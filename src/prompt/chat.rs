@@ -65,8 +65,8 @@ impl ChatTemplate {
             CallForm::is_shown(&text).then_some((call_form, text))
         });
         let call_format = match &shown {
-            // Not one that offers no tools.
-            Some(_) | None if !template.source.contains("tools") => None,
+            // It offers none.
+            _ if !template.source.contains("tools") => None,
             Some((call_form, text)) => {
                 let prompt = template.render_in(&probe[..1], Ending::Prompt, None, *call_form).unwrap_or_default();
                 CallFormat::of_call(text, CallForm::PROBED, &prompt)

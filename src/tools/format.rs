@@ -128,7 +128,7 @@ mod tests {
             (format!("<|tool_call|>[{turned}]"), Some(CallFormat::Granite)),
             (other.to_owned(), Some(CallFormat::Llama)),
             (format!("<|python_tag|>{other}"), Some(CallFormat::Llama)),
-            // Of GLM, Functionary, Seed, Command R, DeepSeek, GigaChat, Phi and one who only calls the same marker a call's.
+            // GLM, Functionary, Seed, Command R, GigaChat, DeepSeek and Phi, and what stands in or behind what no format has it.
             ("<tool_call>look\n<arg_key>a</arg_key>\n<arg_value>b</arg_value>\n</tool_call>".to_owned(), None),
             (r#"<function=look>{"a": "b"}</function>"#.to_owned(), None),
             ("<seed:tool_call>\n<function=look>\n<parameter=a>b</parameter>\n</function>".to_owned(), None),

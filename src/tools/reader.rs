@@ -338,7 +338,7 @@ impl CallReader {
         if closings.iter().any(|closing| closing.starts_with(rest)) {
             return false;
         }
-        // Those of Llama stand side by side.
+        // Several calls stand in one list, or, as those of Llama, side by side.
         let has_several = self.format.is_list() || self.format == CallFormat::Llama;
         let next = rest.strip_prefix(',').map(str::trim_start);
         let is_next = has_several && (next.is_some() || rest.starts_with('{'));
