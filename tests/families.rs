@@ -14,18 +14,17 @@ use candle_core::quantized::gguf_file::Value;
 use half::f16;
 use kernels::Isa;
 use kernels::attention::{BLOCK_SIZE, BlockId};
-use kernels::device::Logits;
 use lorry::adapter::canonical::Adapter;
 use lorry::adapter::loader;
 use lorry::model::base_weights::GgufWeights;
 use lorry::model::checkpoint::quantized;
 use lorry::model::gguf::GgufFile;
 use lorry::model::memory::Memory;
-use lorry::model::{AdapterGroup, ForwardBatch, SequenceRows};
+use lorry::model::{AdapterGroup, SequenceRows};
 use model::{Family, Model, PeftCase, REFERENCE, write_checkpoint};
 use serde_json::{Value as Json, json};
 use tiny::peft::{PeftAdapter, with_virtual_tokens};
-use tiny::{Loaded, Place, logits_alone, place};
+use tiny::{Loaded, Place, logits_alone, logits_of_rows, place};
 
 /// The other form of the same: what `config.json` says of it, instead of a file's metadata.
 #[test]
@@ -290,19 +289,8 @@ fn logits_together(
             }
             sequences.push(SequenceRows { rows: range, first_position, block_table: &tables[i] });
         }
-        let logits_rows: Vec<usize> = (0..rows.len()).collect();
-        let batch = ForwardBatch {
-            copies: &[],
-            tokens: &rows,
-            sequences: &sequences,
-            groups: &groups,
-            logits_rows: &logits_rows,
-        };
-        let mut keep = |row: usize, logits: &mut dyn Logits| {
-            all[owners[row]].push(logits.all()?.to_vec());
-            Ok(())
-        };
-        decoder.forward(&batch, &mut keep).unwrap();
+        let of_rows = logits_of_rows(decoder, &rows, &sequences, &groups);
+        owners.into_iter().zip(of_rows).for_each(|(owner, logits): (usize, _)| all[owner].push(logits));
     }
     all
 }

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use half::f16;
 use kernels::Isa;
 use kernels::attention::{BLOCK_SIZE, BlockId};
-use kernels::device::Logits;
 use lorry::adapter::canonical::Adapter;
 use lorry::config::ModelConfig;
 use lorry::model::base_file::BaseFile;
@@ -17,12 +16,12 @@ use lorry::model::base_weights::GgufWeights;
 use lorry::model::file::ModelFile;
 use lorry::model::gguf::GgufFile;
 use lorry::model::spec::Module;
-use lorry::model::{AdapterGroup, BaseWeights, ForwardBatch, SequenceRows};
+use lorry::model::{AdapterGroup, BaseWeights, SequenceRows};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
-use tiny::{Loaded, Lora, Place, logits_alone, place, random_tokens};
+use tiny::{Loaded, Lora, Place, logits_alone, logits_of_rows, place, random_tokens};
 use tiny_checkpoint::packing::{Form, GPTQ, pair, quantize};
 use tiny_checkpoint::{Checkpoint, HEAD_DIM, HIDDEN, INTERMEDIATE, LAYERS, MATRICES, Tensor, matrix_shape, tensor};
 
@@ -173,21 +172,7 @@ fn together(decoder: &mut dyn Loaded, sequences: &[(Vec<u32>, Option<Arc<Adapter
     let of_rows = rows_of.into_iter().zip(&tables);
     let sequences: Vec<_> =
         of_rows.map(|(rows, block_table)| SequenceRows { rows, first_position: 0, block_table }).collect();
-    let logits_rows: Vec<usize> = (0..tokens.len()).collect();
-    let batch = ForwardBatch {
-        copies: &[],
-        tokens: &tokens,
-        sequences: &sequences,
-        groups: &groups,
-        logits_rows: &logits_rows,
-    };
-    let mut all = vec![Vec::new(); tokens.len()];
-    let mut keep = |row: usize, logits: &mut dyn Logits| {
-        all[row] = logits.all()?.to_vec();
-        Ok(())
-    };
-    decoder.forward(&batch, &mut keep).unwrap();
-    all
+    logits_of_rows(decoder, &tokens, &sequences, &groups)
 }
 
 const UP: &str = "model.layers.1.mlp.up_proj";

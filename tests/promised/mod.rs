@@ -9,7 +9,6 @@ use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 use kernels::attention::{BLOCK_SIZE, BlockId};
-use kernels::device::Logits;
 use lorry::adapter::canonical::Adapter;
 use lorry::adapter::files::AdapterFiles;
 use lorry::adapter::loader;
@@ -22,7 +21,7 @@ use lorry::generation::{Access, GenerationError, GenerationOptions, GenerationRe
 use lorry::metrics::Metrics;
 use lorry::model::base_weights::GgufWeights;
 use lorry::model::spec::{Architecture, ModelSpec, Module};
-use lorry::model::{AdapterGroup, ForwardBatch, SequenceRows};
+use lorry::model::{AdapterGroup, SequenceRows};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use safetensors::tensor::{Dtype, TensorView, serialize};
@@ -31,7 +30,7 @@ use tokio::sync::mpsc::{self, UnboundedReceiver};
 use crate::events::next_event;
 use crate::shapes::Shapes;
 use crate::tiny::peft::{Kind, PeftAdapter, with_virtual_tokens};
-use crate::tiny::{Loaded, Lora, Place, TinyModel, logits_alone, place, random_tokens};
+use crate::tiny::{Loaded, Lora, Place, TinyModel, logits_alone, logits_of_rows, place, random_tokens};
 use crate::{ADAPTER_STEP, engine_place, places};
 
 const MAX_QUEUED: usize = 256;
@@ -110,19 +109,8 @@ fn logits_together(decoder: &mut dyn Loaded, members: &[Member], chunk: usize) -
             }
             sequences.push(SequenceRows { rows, first_position, block_table: &tables[i] });
         }
-        let logits_rows: Vec<usize> = (0..tokens.len()).collect();
-        let batch = ForwardBatch {
-            copies: &[],
-            tokens: &tokens,
-            sequences: &sequences,
-            groups: &groups,
-            logits_rows: &logits_rows,
-        };
-        let mut keep = |row: usize, logits: &mut dyn Logits| {
-            all[owners[row]].push(logits.all()?.to_vec());
-            Ok(())
-        };
-        decoder.forward(&batch, &mut keep).unwrap();
+        let of_rows = logits_of_rows(decoder, &tokens, &sequences, &groups);
+        owners.into_iter().zip(of_rows).for_each(|(owner, logits): (usize, _)| all[owner].push(logits));
         step += 1;
     }
     all

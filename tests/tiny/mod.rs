@@ -362,16 +362,21 @@ pub fn logits_alone(decoder: &mut dyn Loaded, tokens: &[u32], adapter: Option<&A
     let rows = 0..tokens.len();
     let groups: Vec<_> =
         adapter.map(|adapter| AdapterGroup { rows: rows.clone(), adapter: adapter.clone() }).into_iter().collect();
-    let batch = ForwardBatch {
-        copies: &[],
-        tokens,
-        sequences: &[SequenceRows { rows: rows.clone(), first_position: 0, block_table: &block_table }],
-        groups: &groups,
-        logits_rows: &rows.collect::<Vec<_>>(),
-    };
-    let mut all = Vec::new();
-    let mut keep = |_, logits: &mut dyn Logits| {
-        all.push(logits.all()?.to_vec());
+    logits_of_rows(decoder, tokens, &[SequenceRows { rows, first_position: 0, block_table: &block_table }], &groups)
+}
+
+/// Logits `[row][vocab]` of one step.
+pub fn logits_of_rows(
+    decoder: &mut dyn Loaded,
+    tokens: &[u32],
+    sequences: &[SequenceRows<'_>],
+    groups: &[AdapterGroup],
+) -> Vec<Vec<f32>> {
+    let logits_rows: Vec<usize> = (0..tokens.len()).collect();
+    let batch = ForwardBatch { copies: &[], tokens, sequences, groups, logits_rows: &logits_rows };
+    let mut all = vec![Vec::new(); tokens.len()];
+    let mut keep = |row: usize, logits: &mut dyn Logits| {
+        all[row] = logits.all()?.to_vec();
         Ok(())
     };
     decoder.forward(&batch, &mut keep).unwrap();
