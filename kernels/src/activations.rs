@@ -17,27 +17,63 @@ pub struct QuantizedRows {
     /// `[rows, width]`
     values: Vec<i8>,
     /// `[rows, width / BLOCK]`
-    scales: Vec<f32>,
-    /// Sums over each [`SUM_GROUP`] of `values`, `[rows, width / SUM_GROUP]`: of the first and of the last two of every
-    /// four, which is how 16-bit kernels sum them.
-    sums: Vec<[i16; 2]>,
-    /// Each group's sum times its scale: what a minimum of the weights is multiplied with.
-    scaled_sums: Vec<f32>,
+    terms: Vec<BlockTerms>,
+}
+
+/// What a product needs of a block beside its values. Side by side, so that a kernel reaches all by one pointer.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct BlockTerms {
+    pub scale: f32,
+    /// The sum of the values times their scale: what a minimum of the weights is multiplied with.
+    pub scaled_sum: f32,
+    /// The same of each [`SUM_GROUP`].
+    pub scaled_sums: [f32; 2],
+    /// The sum of the values times -128: what to begin with where weights are bytes with 128 on top.
+    pub start: i32,
+    /// The same of each [`SUM_GROUP`].
+    pub starts: [i32; 2],
+    /// Sums over each [`SUM_GROUP`]: of the first and of the last two of every four, which is how 16-bit kernels sum them.
+    pub sums: [[i16; 2]; 2],
 }
 
 /// A row of [`QuantizedRows`].
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct QuantizedRow<'a> {
     pub values: &'a [i8],
-    pub scales: &'a [f32],
-    pub sums: &'a [[i16; 2]],
-    pub scaled_sums: &'a [f32],
+    pub terms: &'a [BlockTerms],
 }
 
-/// Sum of one or more groups' values.
-#[inline(always)]
-pub(crate) fn sum_of(groups: &[[i16; 2]]) -> i32 {
-    groups.iter().map(|[a, b]| i32::from(*a) + i32::from(*b)).sum()
+/// What weights are stored with on top where they are bytes.
+pub(crate) const BYTE_OFFSET: i32 = 128;
+
+impl BlockTerms {
+    #[inline(always)]
+    fn of(scale: f32, values: &[i8]) -> Self {
+        let mut sums = [[0; 2]; 2];
+        for (sums, group) in sums.iter_mut().zip(values.as_chunks::<SUM_GROUP>().0) {
+            for q in group.as_chunks::<4>().0 {
+                sums[0] += i16::from(q[0]) + i16::from(q[1]);
+                sums[1] += i16::from(q[2]) + i16::from(q[3]);
+            }
+        }
+        let whole = sums.map(|[a, b]| i32::from(a) + i32::from(b));
+        let scaled_sums = whole.map(|sum| sum as f32 * scale);
+        let starts = whole.map(|sum| -BYTE_OFFSET * sum);
+        Self {
+            scale,
+            scaled_sum: scaled_sums[0] + scaled_sums[1],
+            scaled_sums,
+            start: starts[0] + starts[1],
+            starts,
+            sums,
+        }
+    }
+
+    /// [`BlockTerms::start`] where weights have `offset` on top: of the block, or of one of its groups.
+    #[inline(always)]
+    pub fn start_for(&self, offset: i32, group: Option<usize>) -> i32 {
+        (group.map_or(self.start, |group| self.starts[group]) >> BYTE_OFFSET.ilog2()) * offset
+    }
 }
 
 impl QuantizedRows {
@@ -66,9 +102,7 @@ impl QuantizedRows {
         self.num_rows = num_rows;
         self.width = width;
         self.values.resize(num_rows * width, 0);
-        self.scales.resize(num_rows * width / BLOCK, 0.0);
-        self.sums.resize(num_rows * width / SUM_GROUP, [0; 2]);
-        self.scaled_sums.resize(num_rows * width / SUM_GROUP, 0.0);
+        self.terms.resize(num_rows * width / BLOCK, BlockTerms::default());
     }
 
     /// Replaces the content with `num_rows` rows, each written as f32 by `produce(row, buffer)` and rounded here.
@@ -86,50 +120,34 @@ impl QuantizedRows {
         self.resize(num_rows, width);
         let source = DisjointMut::new(&mut source[..num_rows * width]);
         let values = DisjointMut::new(&mut self.values);
-        let scales = DisjointMut::new(&mut self.scales);
-        let sums = DisjointMut::new(&mut self.sums);
-        let scaled_sums = DisjointMut::new(&mut self.scaled_sums);
+        let terms = DisjointMut::new(&mut self.terms);
         let isa = cpu.isa();
         cpu.pool().run(num_rows, &|row| {
             // SAFETY: each task takes the ranges of its own row.
-            let (x, q, scale, sum, scaled) = unsafe {
+            let (x, q, terms) = unsafe {
                 (
                     source.slice(row * width, width),
                     values.slice(row * width, width),
-                    scales.slice(row * width / BLOCK, width / BLOCK),
-                    sums.slice(row * width / SUM_GROUP, width / SUM_GROUP),
-                    scaled_sums.slice(row * width / SUM_GROUP, width / SUM_GROUP),
+                    terms.slice(row * width / BLOCK, width / BLOCK),
                 )
             };
             produce(row, x);
             let x = &*x;
-            dispatch!(
-                isa,
-                quantize_row(x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [[i16; 2]], scaled: &mut [f32])
-            );
+            dispatch!(isa, quantize_row(x: &[f32], q: &mut [i8], terms: &mut [BlockTerms]));
         });
     }
 
     /// Rounds one row, on the thread at hand.
     pub(crate) fn set_row(&mut self, isa: Isa, row: usize, x: &[f32]) {
         let of = |per: usize| row * self.width / per..(row + 1) * self.width / per;
-        let (q, scale) = (&mut self.values[of(1)], &mut self.scales[of(BLOCK)]);
-        let (sum, scaled) = (&mut self.sums[of(SUM_GROUP)], &mut self.scaled_sums[of(SUM_GROUP)]);
-        dispatch!(
-            isa,
-            quantize_row(x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [[i16; 2]], scaled: &mut [f32])
-        );
+        let (q, terms) = (&mut self.values[of(1)], &mut self.terms[of(BLOCK)]);
+        dispatch!(isa, quantize_row(x: &[f32], q: &mut [i8], terms: &mut [BlockTerms]));
     }
 
-    /// One row's values, scales and sums.
+    /// One row's values and their terms.
     pub(crate) fn row(&self, row: usize) -> QuantizedRow<'_> {
         let of = |per: usize| row * self.width / per..(row + 1) * self.width / per;
-        QuantizedRow {
-            values: &self.values[of(1)],
-            scales: &self.scales[of(BLOCK)],
-            sums: &self.sums[of(SUM_GROUP)],
-            scaled_sums: &self.scaled_sums[of(SUM_GROUP)],
-        }
+        QuantizedRow { values: &self.values[of(1)], terms: &self.terms[of(BLOCK)] }
     }
 
     /// Rounds `rows` `[num_rows, width]`.
@@ -139,29 +157,15 @@ impl QuantizedRows {
 }
 
 #[inline(always)]
-fn quantize_row<S: Simd>(
-    x: &[f32],
-    values: &mut [i8],
-    scales: &mut [f32],
-    sums: &mut [[i16; 2]],
-    scaled_sums: &mut [f32],
-) {
+fn quantize_row<S: Simd>(x: &[f32], values: &mut [i8], terms: &mut [BlockTerms]) {
     let blocks = x.chunks_exact(BLOCK).zip(values.chunks_exact_mut(BLOCK));
-    for ((block, q), (scale, sums)) in blocks.zip(scales.iter_mut().zip(sums.chunks_exact_mut(2))) {
+    for ((block, q), terms) in blocks.zip(terms) {
+        let mut scale = 0.0;
         quantize_block::<S>(block, q, |largest| {
-            *scale = largest / 127.0;
+            scale = largest / 127.0;
             if largest > 0.0 { 127.0 / largest } else { 0.0 }
         });
-        for (sum, group) in sums.iter_mut().zip(q.chunks_exact(SUM_GROUP)) {
-            *sum = [0; 2];
-            for q in group.as_chunks::<4>().0 {
-                sum[0] += i16::from(q[0]) + i16::from(q[1]);
-                sum[1] += i16::from(q[2]) + i16::from(q[3]);
-            }
-        }
-    }
-    for ((scaled, sum), i) in scaled_sums.iter_mut().zip(sums).zip(0..) {
-        *scaled = sum_of(&[*sum]) as f32 * scales[i / (BLOCK / SUM_GROUP)];
+        *terms = BlockTerms::of(scale, q);
     }
 }
 
@@ -187,13 +191,23 @@ mod tests {
             let mut rows = QuantizedRows::default();
             rows.quantize(&cpu, 5, 96, &mut x);
             for (i, v) in x.iter().enumerate() {
-                let scale = rows.scales[i / BLOCK];
+                let scale = rows.terms[i / BLOCK].scale;
                 assert!((f32::from(rows.values[i]) * scale - v).abs() <= scale * 0.5001);
             }
-            for (g, sum) in rows.sums.iter().enumerate() {
-                let values = rows.values[g * 16..][..16].iter().map(|&v| i16::from(v)).enumerate();
-                let (first, last): (Vec<_>, Vec<_>) = values.partition(|(i, _)| i % 4 < 2);
-                assert_eq!(*sum, [first, last].map(|half| half.iter().map(|(_, v)| v).sum::<i16>()));
+            for (terms, values) in rows.terms.iter().zip(rows.values.as_chunks::<BLOCK>().0) {
+                let sum_of = |values: &[i8]| values.iter().map(|&v| i32::from(v)).sum::<i32>();
+                assert_eq!(terms.start, -128 * sum_of(values));
+                assert_eq!(terms.start_for(16, None), -16 * sum_of(values));
+                assert_eq!(terms.scaled_sum, terms.scaled_sums[0] + terms.scaled_sums[1]);
+                for (g, values) in values.as_chunks::<SUM_GROUP>().0.iter().enumerate() {
+                    assert_eq!(terms.start_for(32, Some(g)), -32 * sum_of(values));
+                    assert_eq!(terms.scaled_sums[g], sum_of(values) as f32 * terms.scale);
+                    let (first, last): (Vec<_>, Vec<_>) = values.iter().enumerate().partition(|(i, _)| i % 4 < 2);
+                    assert_eq!(
+                        terms.sums[g],
+                        [first, last].map(|half| half.iter().map(|(_, v)| i16::from(**v)).sum::<i16>())
+                    );
+                }
             }
         }
     }

@@ -223,7 +223,7 @@ fn score_q8(tile: &Tile<'_>, blocks: &[BlockId], queries: &QuantizedRows, of: Ra
         let [records, _] = tile.head(*block);
         let job = gemm::Tile { layout: KEY_LAYOUT, offset: KEY_FORMAT.offset(), records, activations: queries };
         let products = &mut products[of.clone()];
-        gemm::multiply_rows(tile.isa, &job, of.start, products);
+        gemm::multiply_rows(tile.isa, &[job], of.start, &mut [products]);
         for (scores, products) in scores[of.clone()].iter_mut().zip(products) {
             scores[number * BLOCK_SIZE..][..BLOCK_SIZE].copy_from_slice(products);
         }

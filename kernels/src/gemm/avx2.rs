@@ -194,13 +194,11 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
     let mut acc = [[_mm256_setzero_ps(); 2]; ROWS];
     for b in 0..num_blocks {
         // SAFETY: block b of the tile and of each row (asserted above).
-        let (record, x, sums, scaled_sums, scales_x) = unsafe {
+        let (record, x, terms) = unsafe {
             (
                 tile.records.as_ptr().add(b * layout.record_bytes()),
                 rows.map(|row| row.values.as_ptr().add(b * BLOCK)),
-                rows.map(|row| &*row.sums.as_ptr().add(b * 2).cast::<[[i16; 2]; 2]>()),
-                rows.map(|row| &*row.scaled_sums.as_ptr().add(b * 2).cast::<[f32; 2]>()),
-                rows.map(|row| *row.scales.get_unchecked(b)),
+                rows.map(|row| row.terms.get_unchecked(b)),
             )
         };
         if let Some(ahead) = ahead {
@@ -217,8 +215,9 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
                         return [_mm256_setzero_si256(); 2];
                     }
                     // SAFETY: two 16-bit sums, one for each half of a 32-bit lane.
-                    let pair =
-                        |g: usize| _mm256_set1_epi32(unsafe { sums[m][g].as_ptr().cast::<i32>().read_unaligned() });
+                    let pair = |g: usize| {
+                        _mm256_set1_epi32(unsafe { terms[m].sums[g].as_ptr().cast::<i32>().read_unaligned() })
+                    };
                     let sum = if GROUPS == 1 { _mm256_add_epi16(pair(0), pair(1)) } else { pair(g) };
                     [_mm256_mullo_epi16(sum, minus_offset); 2]
                 });
@@ -271,11 +270,10 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
                 |at: usize, half: usize| unsafe { _mm256_cvtph_ps(_mm_loadu_si128(parts.add(at + half * 16).cast())) };
             for m in 0..ROWS {
                 for half in 0..2 {
-                    let scale = _mm256_mul_ps(f16_lanes(0, half), _mm256_set1_ps(scales_x[m]));
+                    let scale = _mm256_mul_ps(f16_lanes(0, half), _mm256_set1_ps(terms[m].scale));
                     acc[m][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[m][half]), scale, acc[m][half]);
                     if MIN {
-                        let [first, second] = *scaled_sums[m];
-                        let sum_x = if GROUPS == 1 { first + second } else { scaled_sums[m][g] };
+                        let sum_x = if GROUPS == 1 { terms[m].scaled_sum } else { terms[m].scaled_sums[g] };
                         let min = f16_lanes(layout.scales_bytes(), half);
                         acc[m][half] = _mm256_fnmadd_ps(min, _mm256_set1_ps(sum_x), acc[m][half]);
                     }

@@ -1,52 +1,312 @@
 //! AVX-512 VNNI: `vpdpbusd` multiplies four unsigned weights with four signed activations and adds them to 32 bits, for all
 //! 16 rows of a tile at once.
+//!
+//! A multiplication needs its weights and its activations in registers, and two loads a cycle are all that there are. So up to
+//! six rows of activations share what is loaded of the weights, and two tiles what is loaded of the activations. Where that takes
+//! several passes, the first keeps the unpacked weights for the others, of as many blocks as stay in the first cache.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
+use std::cell::RefCell;
+use std::ops::Range;
 
 use super::{BLOCK, Tile, TileOut};
-use crate::activations::{QuantizedRow, sum_of};
+use crate::activations::QuantizedRow;
 use crate::quantized::{Layout, ROWS_PER_TILE};
 
-/// Rows of activations that share one pass over a tile: their sums and totals fill half of the 32 registers.
-const ROWS_PER_PASS: usize = 8;
+/// Rows of activations that share one pass over two tiles: their sums and totals fill 24 of the 32 registers.
+const ROWS_PER_PASS: usize = 6;
+/// Rows from which loads count; up to there memory does, which one tile after the other reads as one stream.
+const ROWS_FOR_PAIRS: usize = 4;
+/// Blocks of which several passes share the unpacked weights: 16 KiB for two tiles.
+const BLOCKS_PER_CHUNK: usize = 16;
 /// Bytes of one quad of the tile's 16 rows: one register.
 const VECTOR: usize = ROWS_PER_TILE * 4;
+/// Vectors of the unpacked weights of one block.
+const UNPACKED_BLOCK: usize = 8;
+/// Bytes ahead of the record at hand that are asked for from memory where one pass is all.
+const PREFETCH: usize = 4096;
+/// Bytes that memory gives at once.
+const LINE: usize = 64;
 
-pub(super) fn multiply(tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
+/// Where a pass takes weights from.
+mod source {
+    /// The records. They are used once.
+    pub const RECORDS: u8 = 0;
+    /// The records. They are kept as bytes for the passes to come.
+    pub const RECORDS_TO_KEEP: u8 = 1;
+    /// What an earlier pass has kept.
+    pub const KEPT: u8 = 2;
+}
+
+thread_local! {
+    /// The unpacked weights of the chunk at hand, `[blocks][tiles][quads]`.
+    static UNPACKED: RefCell<Vec<__m512i>> = const { RefCell::new(Vec::new()) };
+}
+
+pub(super) fn multiply(tiles: &[Tile<'_>], first_row: usize, outs: &mut [&mut TileOut]) {
+    let Some(Tile { layout, .. }) = tiles.first() else { return };
     // SAFETY: `Isa::Avx512Vnni` is chosen only where the features were detected.
-    match tile.layout {
-        Layout { bits: 4, groups: 1, has_min: false } => unsafe { all_rows::<4, 1, false>(tile, first_row, out) },
-        Layout { bits: 4, groups: 1, has_min: true } => unsafe { all_rows::<4, 1, true>(tile, first_row, out) },
-        Layout { bits: 4, groups: 2, has_min: false } => unsafe { all_rows::<4, 2, false>(tile, first_row, out) },
-        Layout { bits: 4, groups: 2, has_min: true } => unsafe { all_rows::<4, 2, true>(tile, first_row, out) },
-        Layout { bits: 5, has_min: false, .. } => unsafe { all_rows::<5, 1, false>(tile, first_row, out) },
-        Layout { bits: 5, has_min: true, .. } => unsafe { all_rows::<5, 1, true>(tile, first_row, out) },
-        Layout { bits: 6, .. } => unsafe { all_rows::<6, 2, false>(tile, first_row, out) },
-        _ => unsafe { all_rows::<8, 1, false>(tile, first_row, out) },
+    match layout {
+        Layout { bits: 4, groups: 1, has_min: false } => unsafe { all_tiles::<4, 1, false>(tiles, first_row, outs) },
+        Layout { bits: 4, groups: 1, has_min: true } => unsafe { all_tiles::<4, 1, true>(tiles, first_row, outs) },
+        Layout { bits: 4, groups: 2, has_min: false } => unsafe { all_tiles::<4, 2, false>(tiles, first_row, outs) },
+        Layout { bits: 4, groups: 2, has_min: true } => unsafe { all_tiles::<4, 2, true>(tiles, first_row, outs) },
+        Layout { bits: 5, has_min: false, .. } => unsafe { all_tiles::<5, 1, false>(tiles, first_row, outs) },
+        Layout { bits: 5, has_min: true, .. } => unsafe { all_tiles::<5, 1, true>(tiles, first_row, outs) },
+        Layout { bits: 6, .. } => unsafe { all_tiles::<6, 2, false>(tiles, first_row, outs) },
+        _ => unsafe { all_tiles::<8, 1, false>(tiles, first_row, outs) },
     }
 }
 
+/// Two tiles at a time, where that pays.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn all_rows<const BITS: usize, const GROUPS: usize, const MIN: bool>(
-    tile: &Tile<'_>,
+fn all_tiles<const BITS: usize, const GROUPS: usize, const MIN: bool>(
+    tiles: &[Tile<'_>],
     first_row: usize,
-    out: &mut TileOut,
+    outs: &mut [&mut TileOut],
 ) {
-    let bulk = out.len() / ROWS_PER_PASS * ROWS_PER_PASS;
-    let (passes, rest) = out.split_at_mut(bulk);
-    for (i, out) in passes.chunks_exact_mut(ROWS_PER_PASS).enumerate() {
-        some_rows::<BITS, GROUPS, MIN, ROWS_PER_PASS>(tile, first_row + i * ROWS_PER_PASS, out);
+    match (tiles, outs) {
+        ([a, b], [out_a, out_b]) if out_a.len() >= ROWS_FOR_PAIRS => {
+            all_rows::<BITS, GROUPS, MIN, 2>([a, b], first_row, [out_a, out_b]);
+        }
+        (tiles, outs) => {
+            for (tile, out) in tiles.iter().zip(outs) {
+                all_rows::<BITS, GROUPS, MIN, 1>([tile], first_row, [out]);
+            }
+        }
     }
-    let fours = rest.len() / 4 * 4;
-    let (four, rest) = rest.split_at_mut(fours);
-    if !four.is_empty() {
-        some_rows::<BITS, GROUPS, MIN, 4>(tile, first_row + bulk, four);
+}
+
+/// Blocks of inputs that some passes take in turn.
+struct Chunk<'a> {
+    blocks: Range<usize>,
+    /// Their weights, `[blocks][tiles][UNPACKED_BLOCK]`, where a source keeps them or has kept them.
+    unpacked: &'a mut [__m512i],
+    /// How far ahead of a record memory is asked for, in bytes.
+    ahead: usize,
+    /// The passes take turns in that, block by block: so many lines as a record has cannot all be on their way in one.
+    num_passes: usize,
+    pass: usize,
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn all_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const TILES: usize>(
+    tiles: [&Tile<'_>; TILES],
+    first_row: usize,
+    mut outs: [&mut TileOut; TILES],
+) {
+    let num_rows = outs[0].len();
+    let num_blocks = tiles[0].activations.width() / BLOCK;
+    if num_rows <= ROWS_PER_PASS {
+        let mut whole = Chunk { blocks: 0..num_blocks, unpacked: &mut [], ahead: PREFETCH, num_passes: 1, pass: 0 };
+        return pass::<BITS, GROUPS, MIN, { source::RECORDS }, TILES>(tiles, &mut whole, first_row, outs);
     }
-    match rest.len() {
-        1 => some_rows::<BITS, GROUPS, MIN, 1>(tile, first_row + bulk + fours, rest),
-        2 => some_rows::<BITS, GROUPS, MIN, 2>(tile, first_row + bulk + fours, rest),
-        3 => some_rows::<BITS, GROUPS, MIN, 3>(tile, first_row + bulk + fours, rest),
-        _ => {}
+    let record_bytes = Layout { bits: BITS, groups: GROUPS, has_min: MIN }.record_bytes();
+    let num_passes = num_rows.div_ceil(ROWS_PER_PASS);
+    let num_chunks = num_blocks.div_ceil(BLOCKS_PER_CHUNK);
+    UNPACKED.with_borrow_mut(|unpacked| {
+        unpacked.resize(BLOCKS_PER_CHUNK * 2 * UNPACKED_BLOCK, _mm512_setzero_si512());
+        // As even as it goes, chunks as well as passes.
+        let mut first_block = 0;
+        for chunks_left in (1..=num_chunks).rev() {
+            let blocks = first_block..first_block + (num_blocks - first_block).div_ceil(chunks_left);
+            first_block = blocks.end;
+            // The next chunk, or the first one of the next tiles.
+            let blocks_ahead = if chunks_left > 1 { blocks.len() } else { TILES * num_blocks - blocks.start };
+            let mut chunk = Chunk { blocks, unpacked, ahead: blocks_ahead * record_bytes, num_passes, pass: 0 };
+            let mut done = 0;
+            for pass_number in 0..num_passes {
+                chunk.pass = pass_number;
+                let rows = done..done + (num_rows - done).div_ceil(num_passes - pass_number);
+                let first_row = first_row + done;
+                done = rows.end;
+                let outs = outs.each_mut().map(|out| &mut out[rows.clone()]);
+                if rows.start == 0 {
+                    pass::<BITS, GROUPS, MIN, { source::RECORDS_TO_KEEP }, TILES>(tiles, &mut chunk, first_row, outs);
+                } else {
+                    pass::<BITS, GROUPS, MIN, { source::KEPT }, TILES>(tiles, &mut chunk, first_row, outs);
+                }
+            }
+        }
+    });
+}
+
+/// Zeros that the compiler does not know to be such: copied they cost nothing, while of registers that are set to zero those from
+/// the 16th on wait for what they held before.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn opaque_zero() -> __m512i {
+    let mut zero = _mm512_setzero_si512();
+    // SAFETY: no instruction at all; the value passes through a register.
+    unsafe { asm!("/* {0} */", inout(zmm_reg) zero, options(pure, nomem, nostack, preserves_flags)) };
+    zero
+}
+
+/// At most [`ROWS_PER_PASS`] rows.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn pass<const BITS: usize, const GROUPS: usize, const MIN: bool, const SOURCE: u8, const TILES: usize>(
+    tiles: [&Tile<'_>; TILES],
+    chunk: &mut Chunk<'_>,
+    first_row: usize,
+    outs: [&mut TileOut; TILES],
+) {
+    match outs[0].len() {
+        1 => some_rows::<BITS, GROUPS, MIN, SOURCE, TILES, 1>(tiles, chunk, first_row, outs),
+        2 => some_rows::<BITS, GROUPS, MIN, SOURCE, TILES, 2>(tiles, chunk, first_row, outs),
+        3 => some_rows::<BITS, GROUPS, MIN, SOURCE, TILES, 3>(tiles, chunk, first_row, outs),
+        4 => some_rows::<BITS, GROUPS, MIN, SOURCE, TILES, 4>(tiles, chunk, first_row, outs),
+        5 => some_rows::<BITS, GROUPS, MIN, SOURCE, TILES, 5>(tiles, chunk, first_row, outs),
+        6 => some_rows::<BITS, GROUPS, MIN, SOURCE, TILES, 6>(tiles, chunk, first_row, outs),
+        rows => unreachable!("{rows} rows in a pass"),
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn some_rows<
+    const BITS: usize,
+    const GROUPS: usize,
+    const MIN: bool,
+    const SOURCE: u8,
+    const TILES: usize,
+    const ROWS: usize,
+>(
+    tiles: [&Tile<'_>; TILES],
+    chunk: &mut Chunk<'_>,
+    first_row: usize,
+    outs: [&mut TileOut; TILES],
+) {
+    let layout = Layout { bits: BITS, groups: GROUPS, has_min: MIN };
+    let activations = tiles[0].activations;
+    let num_blocks = activations.width() / BLOCK;
+    let rows: [QuantizedRow<'_>; ROWS] = std::array::from_fn(|m| activations.row(first_row + m));
+
+    let (keeps, has_kept) = (SOURCE == source::RECORDS_TO_KEEP, SOURCE == source::KEPT);
+    // What the unchecked reads below rely on; a row has as many blocks as its width says.
+    assert!(tiles.iter().all(|tile| tile.records.len() == num_blocks * layout.record_bytes()));
+    assert!(chunk.blocks.end <= num_blocks);
+    assert!(!(keeps || has_kept) || chunk.unpacked.len() >= chunk.blocks.len() * TILES * UNPACKED_BLOCK);
+    assert!(MIN || tiles.iter().all(|tile| tile.offset == offset_of::<BITS, GROUPS>()));
+    let quads_per_group = 8 / GROUPS;
+    let zero = opaque_zero();
+    let mut acc = [[_mm512_setzero_ps(); TILES]; ROWS];
+    if chunk.blocks.start > 0 {
+        for m in 0..ROWS {
+            for t in 0..TILES {
+                // SAFETY: the row's 16 results so far.
+                acc[m][t] = unsafe { _mm512_loadu_ps(outs[t][m].as_ptr()) };
+            }
+        }
+    }
+    let mut until_turn = chunk.pass;
+    for b in chunk.blocks.clone() {
+        // SAFETY: block b of the tiles and of each row (asserted above).
+        let (records, x, terms) = unsafe {
+            (
+                tiles.map(|tile| tile.records.as_ptr().add(b * layout.record_bytes())),
+                rows.map(|row| row.values.as_ptr().add(b * BLOCK)),
+                rows.map(|row| row.terms.get_unchecked(b)),
+            )
+        };
+        if until_turn == 0 {
+            until_turn = chunk.num_passes;
+            for record in records {
+                for line in 0..layout.record_bytes().div_ceil(LINE) {
+                    // A prefetch reads nothing, wherever it points.
+                    _mm_prefetch::<_MM_HINT_T0>(record.wrapping_add(chunk.ahead + line * LINE).cast());
+                }
+            }
+        }
+        until_turn -= 1;
+        for g in 0..GROUPS {
+            let mut dot = [[zero; TILES]; ROWS];
+            if !MIN {
+                for m in 0..ROWS {
+                    let start = if GROUPS == 1 { terms[m].start } else { terms[m].starts[g] };
+                    dot[m] = [for_offset::<BITS, GROUPS>(_mm512_set1_epi32(start)); TILES];
+                }
+            }
+            for quad in g * quads_per_group..(g + 1) * quads_per_group {
+                let mut w = [zero; TILES];
+                for t in 0..TILES {
+                    let at = ((b - chunk.blocks.start) * TILES + t) * UNPACKED_BLOCK + quad;
+                    if has_kept {
+                        // SAFETY: every block of the chunk has its vectors (asserted above).
+                        w[t] = unsafe { *chunk.unpacked.get_unchecked(at) };
+                    } else {
+                        // SAFETY: it points to a whole record of this layout (asserted above).
+                        w[t] = unsafe { weights::<BITS>(records[t], quad) };
+                    }
+                    if keeps {
+                        // SAFETY: as where they are read.
+                        unsafe { *chunk.unpacked.get_unchecked_mut(at) = w[t] };
+                    }
+                }
+                for m in 0..ROWS {
+                    // SAFETY: four of the block's 32 activations.
+                    let x = _mm512_set1_epi32(unsafe { x[m].add(quad * 4).cast::<i32>().read_unaligned() });
+                    for t in 0..TILES {
+                        dot[m][t] = _mm512_dpbusd_epi32(dot[m][t], w[t], x);
+                    }
+                }
+            }
+            // SAFETY: scales (and minima) follow the weights in the record.
+            let f16_lanes = |record: *const u8, at: usize| unsafe {
+                let at = layout.weight_bytes() + g * 2 * ROWS_PER_TILE + at;
+                _mm512_cvtph_ps(_mm256_loadu_si256(record.add(at).cast()))
+            };
+            let scales = records.map(|record| f16_lanes(record, 0));
+            for m in 0..ROWS {
+                let scale_x = _mm512_set1_ps(terms[m].scale);
+                for t in 0..TILES {
+                    let scale = _mm512_mul_ps(scales[t], scale_x);
+                    acc[m][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m][t]), scale, acc[m][t]);
+                }
+            }
+            if MIN {
+                let minima = records.map(|record| f16_lanes(record, layout.scales_bytes()));
+                for m in 0..ROWS {
+                    let sum_x = if GROUPS == 1 { terms[m].scaled_sum } else { terms[m].scaled_sums[g] };
+                    let sum_x = _mm512_set1_ps(sum_x);
+                    for t in 0..TILES {
+                        acc[m][t] = _mm512_fnmadd_ps(minima[t], sum_x, acc[m][t]);
+                    }
+                }
+            }
+        }
+    }
+    for m in 0..ROWS {
+        for t in 0..TILES {
+            // SAFETY: the row's 16 results.
+            unsafe { _mm512_storeu_ps(outs[t][m].as_mut_ptr(), acc[m][t]) };
+        }
+    }
+}
+
+/// What weights without a minimum are stored with on top.
+const fn offset_of<const BITS: usize, const GROUPS: usize>() -> i32 {
+    match (BITS, GROUPS) {
+        (4, 1) => 8,
+        (4, _) => 4,
+        (5, _) => 16,
+        (6, _) => 32,
+        _ => 128,
+    }
+}
+
+/// [`BlockTerms::start`](crate::activations::BlockTerms) for that offset instead of 128.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn for_offset<const BITS: usize, const GROUPS: usize>(start: __m512i) -> __m512i {
+    match offset_of::<BITS, GROUPS>() {
+        4 => _mm512_srai_epi32::<5>(start),
+        8 => _mm512_srai_epi32::<4>(start),
+        16 => _mm512_srai_epi32::<3>(start),
+        32 => _mm512_srai_epi32::<2>(start),
+        _ => start,
     }
 }
 
@@ -91,64 +351,5 @@ unsafe fn weights<const BITS: usize>(record: *const u8, quad: usize) -> __m512i 
             _mm512_or_si512(low, _mm512_and_si512(moved, _mm512_set1_epi8(0x30)))
         }
         _ => low,
-    }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const ROWS: usize>(
-    tile: &Tile<'_>,
-    first_row: usize,
-    out: &mut TileOut,
-) {
-    let layout = Layout { bits: BITS, groups: GROUPS, has_min: MIN };
-    let num_blocks = tile.activations.width() / BLOCK;
-    let rows: [QuantizedRow<'_>; ROWS] = std::array::from_fn(|m| tile.activations.row(first_row + m));
-    // What the unchecked reads below rely on; a row has as many blocks as its width says.
-    assert_eq!(tile.records.len(), num_blocks * layout.record_bytes());
-    let quads_per_group = 8 / GROUPS;
-    let mut acc = [_mm512_setzero_ps(); ROWS];
-    for b in 0..num_blocks {
-        // SAFETY: block b of the tile and of each row (asserted above).
-        let (record, x, sums, scaled_sums, scales_x) = unsafe {
-            (
-                tile.records.as_ptr().add(b * layout.record_bytes()),
-                rows.map(|row| row.values.as_ptr().add(b * BLOCK)),
-                rows.map(|row| &*row.sums.as_ptr().add(b * 2).cast::<[[i16; 2]; 2]>()),
-                rows.map(|row| &*row.scaled_sums.as_ptr().add(b * 2).cast::<[f32; 2]>()),
-                rows.map(|row| *row.scales.get_unchecked(b)),
-            )
-        };
-        for g in 0..GROUPS {
-            let mut dot: [__m512i; ROWS] = std::array::from_fn(|m| {
-                let sum_x = sum_of(if GROUPS == 1 { sums[m] } else { &sums[m][g..=g] });
-                _mm512_set1_epi32(if MIN { 0 } else { -tile.offset * sum_x })
-            });
-            for quad in g * quads_per_group..(g + 1) * quads_per_group {
-                // SAFETY: `record` points to a whole record of this layout (asserted above).
-                let w = unsafe { weights::<BITS>(record, quad) };
-                for m in 0..ROWS {
-                    // SAFETY: four of the block's 32 activations.
-                    let x = _mm512_set1_epi32(unsafe { x[m].add(quad * 4).cast::<i32>().read_unaligned() });
-                    dot[m] = _mm512_dpbusd_epi32(dot[m], w, x);
-                }
-            }
-            // SAFETY: scales (and minima) follow the weights in the record.
-            let parts = unsafe { record.add(layout.weight_bytes() + g * 2 * ROWS_PER_TILE) };
-            let f16_lanes = |at: usize| unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(parts.add(at).cast())) };
-            for m in 0..ROWS {
-                let scale = _mm512_mul_ps(f16_lanes(0), _mm512_set1_ps(scales_x[m]));
-                acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m]), scale, acc[m]);
-                if MIN {
-                    let sum_x = if GROUPS == 1 { scaled_sums[m][0] + scaled_sums[m][1] } else { scaled_sums[m][g] };
-                    let min = f16_lanes(layout.scales_bytes());
-                    acc[m] = _mm512_fnmadd_ps(min, _mm512_set1_ps(sum_x), acc[m]);
-                }
-            }
-        }
-    }
-    for (acc, out) in acc.iter().zip(out) {
-        // SAFETY: the row's 16 results.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), *acc) };
     }
 }

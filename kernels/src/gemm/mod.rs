@@ -84,8 +84,10 @@ impl<'a> Work<'a> {
         }
         assert_eq!(end, num_rows, "groups of rows do not cover the activations");
         let tile_bytes = matrix.in_features() / BLOCK * matrix.layout().record_bytes();
-        let rows_per_group = num_rows.div_ceil(num_groups).clamp(1, 8);
-        let tiles_per_task = (TASK_BYTES / (tile_bytes * rows_per_group)).max(1);
+        // Six rows take about as long as reading the weights.
+        let rows_per_group = num_rows.div_ceil(num_groups);
+        let tiles_per_task =
+            (6 * TASK_BYTES / (tile_bytes * (6 + rows_per_group))).max(1).next_multiple_of(TILES_PER_CALL);
         let tasks_per_group = matrix.num_tiles().div_ceil(tiles_per_task);
         let num_tasks = num_groups * tasks_per_group;
         let out = DisjointMut::new(&mut *product.out);
@@ -127,7 +129,9 @@ pub(crate) type TileOut = [[f32; ROWS_PER_TILE]];
 const TASK_BYTES: usize = 128 * 1024;
 
 /// Activation rows handed to a tile kernel at once; bounds its result buffer.
-const ROWS_PER_CALL: usize = 64;
+const ROWS_PER_CALL: usize = 128;
+/// Tiles handed to a kernel at once: what is loaded of the activations serves both.
+const TILES_PER_CALL: usize = 2;
 
 /// Multiplies all rows of `activations` with every product's weights.
 ///
@@ -170,57 +174,59 @@ impl Work<'_> {
         let first_tile = task % self.tasks_per_group * self.tiles_per_task;
         let last_tile = (first_tile + self.tiles_per_task).min(matrix.num_tiles());
         let out_features = matrix.out_features();
-        let mut buffer = [[0.0; ROWS_PER_TILE]; ROWS_PER_CALL];
-        for tile in first_tile..last_tile {
-            let (layout, offset, records) = (matrix.layout(), matrix.offset(), matrix.tile(tile));
-            let job = Tile { layout, offset, records, activations };
-            let first_out = tile * ROWS_PER_TILE;
-            let width = ROWS_PER_TILE.min(out_features - first_out);
-            multiply_tile(isa, &job, rows.clone(), &mut buffer, &mut |row, results| {
-                // SAFETY: this task alone writes these columns of these rows of this product.
-                let target = unsafe { self.out.slice(row * out_features + first_out, width) };
-                match self.bias {
-                    Some(bias) => {
-                        for ((t, r), b) in target.iter_mut().zip(results).zip(&bias[first_out..]) {
-                            *t = r + b;
-                        }
+        let mut buffers = [[[0.0; ROWS_PER_TILE]; ROWS_PER_CALL]; TILES_PER_CALL];
+        let (layout, offset) = (matrix.layout(), matrix.offset());
+        for first_tile in (first_tile..last_tile).step_by(TILES_PER_CALL) {
+            let num_tiles = TILES_PER_CALL.min(last_tile - first_tile);
+            let tile = |number: usize| {
+                let records = matrix.tile(first_tile + number.min(num_tiles - 1));
+                Tile { layout, offset, records, activations }
+            };
+            let tiles: [Tile<'_>; TILES_PER_CALL] = std::array::from_fn(tile);
+            let first_out = first_tile * ROWS_PER_TILE;
+            let width = (num_tiles * ROWS_PER_TILE).min(out_features - first_out);
+            for first_row in rows.clone().step_by(ROWS_PER_CALL) {
+                let num_rows = ROWS_PER_CALL.min(rows.end - first_row);
+                let mut outs = buffers.each_mut().map(|buffer| &mut buffer[..num_rows]);
+                multiply_rows(isa, &tiles[..num_tiles], first_row, &mut outs[..num_tiles]);
+                for row in 0..num_rows {
+                    let start = (first_row + row) * out_features + first_out;
+                    // SAFETY: this task alone writes these columns of these rows of this product.
+                    let targets = unsafe { self.out.slice(start, width) }.chunks_mut(ROWS_PER_TILE);
+                    for ((target, out), first_out) in targets.zip(&outs).zip((first_out..).step_by(ROWS_PER_TILE)) {
+                        put(target, &out[row], self.bias.map(|bias| &bias[first_out..]));
                     }
-                    None => match <&mut [f32; ROWS_PER_TILE]>::try_from(&mut *target) {
-                        // The size is known here, so this is two stores instead of a call.
-                        Ok(whole) => *whole = *results,
-                        Err(_) => target.copy_from_slice(&results[..width]),
-                    },
                 }
-            });
+            }
         }
     }
 }
 
-/// Multiplies one tile with `rows` of its activations and gives each row's 16 results to `store`.
-fn multiply_tile(
-    isa: Isa,
-    tile: &Tile<'_>,
-    rows: Range<usize>,
-    buffer: &mut [[f32; ROWS_PER_TILE]; ROWS_PER_CALL],
-    store: &mut dyn FnMut(usize, &[f32; ROWS_PER_TILE]),
-) {
-    for first_row in rows.clone().step_by(ROWS_PER_CALL) {
-        let out = &mut buffer[..ROWS_PER_CALL.min(rows.end - first_row)];
-        multiply_rows(isa, tile, first_row, out);
-        for (i, results) in out.iter().enumerate() {
-            store(first_row + i, results);
+/// Writes a row's results of one tile, as many as there are, with the bias of these columns.
+#[inline(always)]
+fn put(target: &mut [f32], results: &[f32; ROWS_PER_TILE], bias: Option<&[f32]>) {
+    match bias {
+        Some(bias) => {
+            for ((t, r), b) in target.iter_mut().zip(results).zip(bias) {
+                *t = r + b;
+            }
         }
+        None => match <&mut [f32; ROWS_PER_TILE]>::try_from(&mut *target) {
+            // The size is known here, so this is a few stores instead of a call.
+            Ok(whole) => *whole = *results,
+            Err(_) => target.copy_from_slice(&results[..target.len()]),
+        },
     }
 }
 
-/// Multiplies one tile with the rows from `first_row` on, as many as `out` has.
-pub(crate) fn multiply_rows(isa: Isa, tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
+/// Multiplies at most [`TILES_PER_CALL`] tiles, all alike, with the rows from `first_row` on, as many as each of `outs` has.
+pub(crate) fn multiply_rows(isa: Isa, tiles: &[Tile<'_>], first_row: usize, outs: &mut [&mut TileOut]) {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => avx2::multiply(tile, first_row, out),
+        Isa::Avx2 => tiles.iter().zip(outs).for_each(|(tile, out)| avx2::multiply(tile, first_row, out)),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Vnni => avx512::multiply(tile, first_row, out),
-        _ => portable::multiply(tile, first_row, out),
+        Isa::Avx512Vnni => avx512::multiply(tiles, first_row, outs),
+        _ => tiles.iter().zip(outs).for_each(|(tile, out)| portable::multiply(tile, first_row, out)),
     }
 }
 

@@ -3,7 +3,6 @@
 use half::f16;
 
 use super::{BLOCK, Tile, TileOut};
-use crate::activations::sum_of;
 use crate::quantized::{Layout, ROWS_PER_TILE};
 
 pub(super) fn multiply(tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
@@ -19,14 +18,12 @@ pub(super) fn multiply(tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
         for (m, out) in out.iter_mut().enumerate() {
             let row = activations.row(first_row + m);
             let x = &row.values[b * BLOCK..][..BLOCK];
-            let scale_x = row.scales[b];
-            let sums = &row.sums[b * 2..][..2];
+            let terms = &row.terms[b];
             for g in 0..layout.groups {
                 let quads = 8 / layout.groups;
-                let sum_x = sum_of(if layout.groups == 1 { sums } else { &sums[g..=g] });
-                let scaled = &row.scaled_sums[b * 2..][..2];
-                let scaled_sum = if layout.groups == 1 { scaled[0] + scaled[1] } else { scaled[g] };
-                let mut dot = [-offset * sum_x; ROWS_PER_TILE];
+                let group = (layout.groups > 1).then_some(g);
+                let scaled_sum = group.map_or(terms.scaled_sum, |g| terms.scaled_sums[g]);
+                let mut dot = [terms.start_for(offset, group); ROWS_PER_TILE];
                 for quad in g * quads..(g + 1) * quads {
                     for (dot, w) in dot.iter_mut().zip(weights[quad].chunks_exact(4)) {
                         for (w, x) in w.iter().zip(&x[quad * 4..]) {
@@ -36,7 +33,7 @@ pub(super) fn multiply(tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
                 }
                 let parts = &record[layout.weight_bytes() + g * 2 * ROWS_PER_TILE..];
                 for (r, out) in out.iter_mut().enumerate() {
-                    *out += dot[r] as f32 * (f16_at(parts, r) * scale_x);
+                    *out += dot[r] as f32 * (f16_at(parts, r) * terms.scale);
                     if layout.has_min {
                         *out -= f16_at(&parts[layout.scales_bytes()..], r) * scaled_sum;
                     }
