@@ -18,6 +18,7 @@ use super::{CheckpointError, read_json};
 /// Fields that say nothing about what a decoder computes.
 const WITHOUT_EFFECT: &[&str] = &[
     "_attn_implementation",
+    "_attn_implementation_autoset",
     "_model_name_or_path",
     "_name_or_path",
     "architectures",
@@ -25,6 +26,7 @@ const WITHOUT_EFFECT: &[&str] = &[
     "attention_dropout",
     "attn_implementation",
     "auto_map",
+    "cache_implementation",
     "decoder_start_token_id",
     "dtype",
     "embd_pdrop",
@@ -37,10 +39,13 @@ const WITHOUT_EFFECT: &[&str] = &[
     "id2label",
     "initializer_range",
     "is_decoder",
+    "is_llama_config",
     "keys_to_ignore_at_inference",
     "label2id",
+    "max_sequence_length",
     "max_window_layers",
     "mlp_bias",
+    "model_name",
     "original_max_position_embeddings",
     "output_attentions",
     "output_hidden_states",
@@ -55,9 +60,9 @@ const WITHOUT_EFFECT: &[&str] = &[
     "torch_dtype",
     "transformers.js_config",
     "transformers_version",
+    "unk_token_id",
     "unsloth_fixed",
     "unsloth_version",
-    "unk_token_id",
     "use_cache",
 ];
 
@@ -217,5 +222,92 @@ impl Metadata {
 
     pub fn flags(&mut self, key: &str, values: &[bool]) {
         self.set(key, Gguf::Array(values.iter().copied().map(Gguf::Bool).collect()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// A small configuration of a family, with what each has of its own.
+    fn small(model_type: &str, more: &Value) -> Result<Config, CheckpointError> {
+        let mut values = json!({
+            "model_type": model_type, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "max_position_embeddings": 512, "vocab_size": 300
+        });
+        let own = match model_type {
+            "starcoder2" => json!({"norm_epsilon": 1e-5}),
+            "gemma2" | "gemma3_text" => {
+                json!({"rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256, "sliding_window": 4096})
+            }
+            "qwen3_moe" => json!({
+                "rms_norm_eps": 1e-6, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32
+            }),
+            _ => json!({"rms_norm_eps": 1e-6}),
+        };
+        let values = values.as_object_mut().unwrap();
+        for fields in [&own, more] {
+            values.extend(fields.as_object().unwrap().clone());
+        }
+        Config::parse(Fields::new(values.clone()))
+    }
+
+    /// As public checkpoints have them: Gemma 2 and 3, SmolLM2, Phi-4-mini, StarCoder2-7B, Qwen3-Coder, LLaMA, and what
+    /// unsloth, GPTQModel and AutoRound write.
+    #[test]
+    fn fields_that_publishers_left_in_their_configurations_are_known() {
+        let gptq = json!({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": false, "sym": true});
+        let with = |more: Value| {
+            let mut config = gptq.clone();
+            config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            json!({"quantization_config": config})
+        };
+        for (model_type, more) in [
+            ("gemma2", json!({"cache_implementation": "hybrid", "sliding_window_size": 4096})),
+            ("gemma3_text", json!({"cache_implementation": "hybrid", "model_name": "unsloth/gemma-3-1b-it"})),
+            ("llama", json!({"is_llama_config": true, "rope_interleaved": false})),
+            ("llama", json!({"max_sequence_length": 2048, "_attn_implementation_autoset": true})),
+            ("phi3", json!({"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": false})),
+            (
+                "starcoder2",
+                json!({
+                    "activation_function": "gelu", "attention_softmax_in_fp32": true, "layer_norm_epsilon": 1e-5,
+                    "scale_attention_softmax_in_fp32": true, "scale_attn_weights": true
+                }),
+            ),
+            ("qwen3_moe", json!({"qkv_bias": false, "shared_expert_intermediate_size": 0, "use_qk_norm": true})),
+            ("qwen2", with(json!({"pack_dtype": "int32", "pack_impl": "cpu", "hyb_act": false, "lm_head": false}))),
+            (
+                "qwen2",
+                with(json!({
+                    "data_type": "int", "enable_quanted_input": true, "enable_minmax_tuning": true, "seqlen": 2048,
+                    "scale_dtype": "torch.float16", "lr": 0.001, "minmax_lr": 0.001, "gradient_accumulate_steps": 1,
+                    "amp": true, "quant_block_list": null, "enable_norm_bias_tuning": false, "provider": "auto-round"
+                })),
+            ),
+        ] {
+            if let Err(e) = small(model_type, &more) {
+                panic!("{model_type} with {more}: {e}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_same_fields_are_refused_by_name_where_they_say_something_else() {
+        for (model_type, field, value) in [
+            ("gemma2", "sliding_window_size", json!(2048)),
+            ("llama", "rope_interleaved", json!(true)),
+            ("llama", "scale_attn_weights", json!(true)),
+            ("phi3", "full_attn_mod", json!(2)),
+            ("phi3", "interpolate_factor", json!(4)),
+            ("phi3", "lm_head_bias", json!(true)),
+            ("qwen3_moe", "shared_expert_intermediate_size", json!(512)),
+            ("qwen3_moe", "use_qk_norm", json!(false)),
+        ] {
+            let refusal = small(model_type, &json!({field: value.clone()})).err().map(|e| e.to_string());
+            assert!(refusal.as_ref().is_some_and(|text| text.contains(field)), "{field} = {value}: {refusal:?}");
+        }
     }
 }

@@ -67,7 +67,7 @@ const FAMILIES: [Family; 12] = [
         model_type: "phi3",
         gguf: "phi3",
         modules: &[("self_attn.qkv_proj", "attn_qkv"), ("mlp.gate_up_proj", "ffn_up")],
-        carry_over: one_window,
+        carry_over: phi3,
         ..PLAIN
     },
     Family {
@@ -183,6 +183,9 @@ fn unused_window(fields: &Fields, metadata: &mut Metadata) -> Result<(), Checkpo
 fn qwen3_moe(fields: &Fields, metadata: &mut Metadata) -> Result<(), CheckpointError> {
     fields.must_be("decoder_sparse_step", &[json!(1)])?;
     fields.must_be("mlp_only_layers", &[json!([])])?;
+    // Qwen3-Coder's say what other models of experts have, and that it has norms of heads.
+    fields.must_be("shared_expert_intermediate_size", &[json!(0)])?;
+    fields.must_be("use_qk_norm", &[json!(true)])?;
     // Files of GGUF are of models that do, unless they say otherwise; configurations the other way round.
     if !fields.flag("norm_topk_prob")?.unwrap_or(false) {
         metadata.flag("expert_weights_norm", false);
@@ -216,9 +219,26 @@ fn smollm3(fields: &Fields, metadata: &mut Metadata) -> Result<(), CheckpointErr
     unused_window(fields, metadata)
 }
 
+/// Phi-4-mini's say of attention and positions that they are the usual ones.
+fn phi3(fields: &Fields, metadata: &mut Metadata) -> Result<(), CheckpointError> {
+    fields.must_be("full_attn_mod", &[json!(1)])?;
+    fields.must_be("interpolate_factor", &[json!(1)])?;
+    one_window(fields, metadata)
+}
+
 fn starcoder2(fields: &Fields, metadata: &mut Metadata) -> Result<(), CheckpointError> {
     fields.must_be("mlp_type", &[json!("default")])?;
     fields.must_be("norm_type", &[json!("layer_norm")])?;
+    // StarCoder2-7B's still have those of StarCoder, which say nothing to a model of this type.
+    for field in [
+        "activation_function",
+        "attention_softmax_in_fp32",
+        "layer_norm_epsilon",
+        "scale_attention_softmax_in_fp32",
+        "scale_attn_weights",
+    ] {
+        fields.take(field);
+    }
     // The biases are there or not; their tensors say it.
     fields.take("use_bias");
     one_window(fields, metadata)
@@ -228,7 +248,10 @@ fn starcoder2(fields: &Fields, metadata: &mut Metadata) -> Result<(), Checkpoint
 /// `layer_types` says otherwise.
 fn gemma_attention(fields: &Fields, metadata: &mut Metadata, full_every: usize) -> Result<(), CheckpointError> {
     metadata.number("attention.scale", fields.number("query_pre_attn_scalar")?.powf(-0.5));
-    metadata.count("attention.sliding_window", fields.count("sliding_window")?)?;
+    let window = fields.count("sliding_window")?;
+    metadata.count("attention.sliding_window", window)?;
+    // Gemma 2 says it twice.
+    fields.must_be("sliding_window_size", &[json!(window)])?;
     let layers = fields.count("num_hidden_layers")?;
     let patterns =
         [fields.optional_count("sliding_window_pattern")?, fields.optional_count("_sliding_window_pattern")?];

@@ -23,6 +23,7 @@ const WITHOUT_EFFECT: &[&str] = &[
     "_load_in_4bit",
     "_load_in_8bit",
     "activation_scheme",
+    "amp",
     "autoround_version",
     "backend",
     "batch_size",
@@ -38,8 +39,12 @@ const WITHOUT_EFFECT: &[&str] = &[
     "do_fuse",
     // Bits and groups of single modules, which the shapes of their tensors must fit.
     "dynamic",
+    "enable_minmax_tuning",
+    "enable_norm_bias_tuning",
+    "enable_quanted_input",
     "exllama_config",
     "fuse_max_seq_len",
+    "gradient_accumulate_steps",
     "ignored_layers",
     "iters",
     "llm_int8_enable_fp32_cpu_offload",
@@ -49,8 +54,10 @@ const WITHOUT_EFFECT: &[&str] = &[
     "lm_head",
     "load_in_4bit",
     "low_gpu_mem_usage",
+    "lr",
     "max_input_length",
     "meta",
+    "minmax_lr",
     "model_file_base_name",
     "model_name_or_path",
     "model_seqlen",
@@ -60,14 +67,19 @@ const WITHOUT_EFFECT: &[&str] = &[
     "modules_to_not_convert",
     "mse",
     "nsamples",
+    "pack_impl",
     "pad_token_id",
     "parallel_packing",
+    "provider",
     "quantizer",
+    "scale_dtype",
     // How the scales were rounded.
     "scale_fmt",
+    "seqlen",
     "static_groups",
     // The zeros say it.
     "sym",
+    "to_quant_block_names",
     "tokenizer",
     "true_sequential",
     "use_cuda_fp16",
@@ -107,6 +119,7 @@ impl Method {
             (None, Some(value)) => ("quantization", value),
         };
         let fields = Fields::of_object(name, value)?;
+        fields.must_be("data_type", &[json!("int")])?;
         let method = match fields.text("quant_method")?.as_deref() {
             Some("gptq") => Self::Integers(gptq(&fields)?),
             Some("awq") => Self::Integers(awq(&fields)?),
