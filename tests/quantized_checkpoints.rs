@@ -17,7 +17,7 @@ use lorry::model::file::ModelFile;
 use lorry::model::gguf::GgufFile;
 use lorry::model::spec::Module;
 use lorry::model::{AdapterGroup, BaseWeights, SequenceRows};
-use rand::SeedableRng;
+use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
@@ -176,12 +176,20 @@ fn together(decoder: &mut dyn Loaded, sequences: &[(Vec<u32>, Option<Arc<Adapter
 }
 
 const UP: &str = "model.layers.1.mlp.up_proj";
+const STATE: &str = "weight.quant_state.bitsandbytes__fp4";
+
+/// [`UP`].
+fn matrix(path: &Path) -> Vec<f32> {
+    let (base, mut matrix) = (GgufWeights::open(path).unwrap(), vec![0.0; INTERMEDIATE * HIDDEN]);
+    for (index, row) in matrix.chunks_mut(HIDDEN).enumerate() {
+        base.dequantize_row(1, Module::UpProj, index, row).unwrap();
+    }
+    matrix
+}
 
 /// One row of [`UP`].
 fn row(path: &Path) -> Vec<f32> {
-    let mut row = vec![0.0; HIDDEN];
-    GgufWeights::open(path).unwrap().dequantize_row(1, Module::UpProj, 5, &mut row).unwrap();
-    row
+    matrix(path)[5 * HIDDEN..6 * HIDDEN].to_vec()
 }
 
 /// MLX says it under two names; single modules have bits and groups of their own, or stay floats.
@@ -202,46 +210,79 @@ fn modules_of_mlx_have_the_bits_that_are_said_of_them() {
     assert!(checkpoint.refusal().contains("quantization"));
 }
 
-/// 1.5 in E4M3, twice.
-fn fp8() -> Checkpoint {
+/// In blocks of 32 × 32 that each have a scale of their own, and its weights.
+fn fp8() -> (Checkpoint, Vec<f32>) {
     let mut checkpoint = Checkpoint::new("llama");
-    checkpoint.config["quantization_config"] = json!({"quant_method": "fp8", "weight_block_size": [128, 128]});
-    let bytes = vec![0x3c; INTERMEDIATE * HIDDEN];
+    checkpoint.config["quantization_config"] = json!({"quant_method": "fp8", "weight_block_size": [32, 32]});
+    let (values, scales) = ([(0x38, 1.0), (0x3c, 1.5), (0x40, 2.0), (0xb8, -1.0)], [0.25_f32, 0.5, 1.0, 2.0, 3.0, 4.0]);
+    let mut rng = ChaCha8Rng::seed_from_u64(8);
+    let elements: Vec<(u8, f32)> = (0..INTERMEDIATE * HIDDEN).map(|_| values[rng.random_range(0..4)]).collect();
+    let bytes = elements.iter().map(|(byte, _)| *byte).collect();
     let weight = Tensor { dtype: Dtype::F8_E4M3, shape: vec![INTERMEDIATE, HIDDEN], bytes };
-    let scale = Tensor { dtype: Dtype::F32, shape: vec![1, 1], bytes: 2.0_f32.to_le_bytes().to_vec() };
+    let bytes = scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+    let scale = Tensor { dtype: Dtype::F32, shape: vec![INTERMEDIATE / 32, HIDDEN / 32], bytes };
     checkpoint.tensors.insert(format!("{UP}.weight"), weight);
     checkpoint.tensors.insert(format!("{UP}.weight_scale_inv"), scale);
-    checkpoint
+    let block = |at: usize| at / HIDDEN / 32 * (HIDDEN / 32) + at % HIDDEN / 32;
+    let weights = elements.iter().enumerate().map(|(at, (_, value))| value * scales[block(at)]).collect();
+    (checkpoint, weights)
 }
 
-/// Every nibble is the tenth of NF4's sixteen values, of which the scale is 2.
-fn nf4() -> Checkpoint {
+/// As bitsandbytes writes it, and its weights: every value of `map`, and a scale for each 64, quantized itself or not.
+fn bitsandbytes(kind: &str, map: [f32; 16], is_nested: bool) -> (Checkpoint, Vec<f32>) {
     let mut checkpoint = Checkpoint::new("llama");
     checkpoint.config["quantization_config"] = json!({"quant_method": "bitsandbytes", "load_in_4bit": true});
-    let count = INTERMEDIATE * HIDDEN;
+    let (count, mut rng) = (INTERMEDIATE * HIDDEN, ChaCha8Rng::seed_from_u64(7));
+    let codes: Vec<u8> = (0..count).map(|_| rng.random_range(0..16)).collect();
+    let scale_codes: Vec<u8> = (0..count / 64).map(|_| rng.random()).collect();
+    let (nested_map, nested_scales, offset) = ((0..256).map(|at| at as f32 / 255.0), [0.5, 2.0, 1.0], 0.25);
+    let nested_map: Vec<f32> = nested_map.collect();
+    let scale = |(at, code): (usize, &u8)| nested_map[usize::from(*code)] * nested_scales[at / 32] + offset;
+    let scales: Vec<f32> = scale_codes.iter().enumerate().map(scale).collect();
+
     let floats = |values: &[f32]| Tensor {
         dtype: Dtype::F32,
         shape: vec![values.len()],
         bytes: values.iter().flat_map(|value| value.to_le_bytes()).collect(),
     };
     let bytes = |shape: Vec<usize>, bytes: Vec<u8>| Tensor { dtype: Dtype::U8, shape, bytes };
-    let state = json!({"blocksize": 64, "shape": [INTERMEDIATE, HIDDEN], "dtype": "float32"}).to_string();
-    for (part, tensor) in [
-        ("weight", bytes(vec![count / 2, 1], vec![0x99; count / 2])),
-        ("weight.absmax", floats(&vec![2.0; count / 64])),
-        ("weight.quant_map", floats(&[0.0; 16])),
-        ("weight.quant_state.bitsandbytes__nf4", bytes(vec![state.len()], state.into_bytes())),
-    ] {
-        checkpoint.tensors.insert(format!("{UP}.{part}"), tensor);
+    let mut state = json!({"quant_type": kind, "blocksize": 64, "shape": [INTERMEDIATE, HIDDEN], "dtype": "bfloat16"});
+    let packed = codes.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect();
+    let mut parts =
+        vec![("weight".to_owned(), bytes(vec![count / 2, 1], packed)), ("weight.quant_map".to_owned(), floats(&map))];
+    if is_nested {
+        for (field, value) in [("nested_blocksize", json!(32)), ("nested_offset", json!(offset))] {
+            state[field] = value;
+        }
+        parts.extend([
+            ("weight.absmax".to_owned(), bytes(vec![scale_codes.len()], scale_codes)),
+            ("weight.nested_absmax".to_owned(), floats(&nested_scales)),
+            ("weight.nested_quant_map".to_owned(), floats(&nested_map)),
+        ]);
+    } else {
+        parts.push(("weight.absmax".to_owned(), floats(&scales)));
     }
-    checkpoint
+    let state = state.to_string();
+    parts.push((format!("weight.quant_state.bitsandbytes__{kind}"), bytes(vec![state.len()], state.into_bytes())));
+    checkpoint.tensors.extend(parts.into_iter().map(|(part, tensor)| (format!("{UP}.{part}"), tensor)));
+    let weights = codes.iter().enumerate().map(|(at, code)| map[usize::from(*code)] * scales[at / 64]);
+    (checkpoint, weights.collect())
 }
+
+/// The sixteen values, lowest code first; of NF4 the true ones but for their digits.
+const NF4: [f32; 16] =
+    [-1.0, -0.696, -0.525, -0.395, -0.284, -0.185, -0.091, 0.0, 0.08, 0.161, 0.246, 0.338, 0.441, 0.563, 0.723, 1.0];
+const FP4: [f32; 16] =
+    [0.0, 0.0052, 0.667, 1.0, 0.333, 0.5, 0.167, 0.25, 0.0, -0.0052, -0.667, -1.0, -0.333, -0.5, -0.167, -0.25];
 
 #[test]
 fn fp8_and_bitsandbytes_are_dequantized() {
-    assert_eq!(row(&fp8().convert("none").unwrap()), [3.0; HIDDEN]);
-    let row = row(&nf4().convert("none").unwrap());
-    assert!(row.iter().all(|value| (value - 2.0 * 0.160_930_2).abs() < 1e-6), "{row:?}");
+    let (checkpoint, expected) = fp8();
+    assert!(matrix(&checkpoint.convert("none").unwrap()) == expected);
+    for (kind, map, is_nested) in [("nf4", NF4, false), ("nf4", NF4, true), ("fp4", FP4, false), ("fp4", FP4, true)] {
+        let (checkpoint, expected) = bitsandbytes(kind, map, is_nested);
+        assert!(matrix(&checkpoint.convert("none").unwrap()) == expected, "{kind}, nested: {is_nested}");
+    }
 }
 
 #[test]
@@ -335,7 +376,7 @@ fn what_a_configuration_says_of_another_packing_is_refused_by_name() {
         let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         assert!(is_named, "{field} = {value}: {refusal}");
     }
-    let mut checkpoint = fp8();
+    let (mut checkpoint, _) = fp8();
     for sizes in [json!([128]), json!([0, 128]), json!("128")] {
         checkpoint.config["quantization_config"]["weight_block_size"] = sizes;
         assert!(checkpoint.refusal().contains("weight_block_size"));
@@ -352,7 +393,7 @@ fn tensors_that_are_not_what_the_configuration_says_are_refused_by_name() {
     fn part(checkpoint: &mut Checkpoint, part: &str) -> Tensor {
         checkpoint.tensors.remove(&format!("{UP}.{part}")).unwrap()
     }
-    let changes: [(Checkpoint, &str, Change); 17] = [
+    let changes: [(Checkpoint, &str, Change); 20] = [
         (of(GPTQ), ".scales", |c| drop(part(c, "scales"))),
         (of(GPTQ), ".qzeros", |c| drop(part(c, "qzeros"))),
         (of(GPTQ), "quantization_config", |c| c.config["quantization_config"] = Value::Null),
@@ -381,19 +422,25 @@ fn tensors_that_are_not_what_the_configuration_says_are_refused_by_name() {
         }),
         (of(FORMS[2]), UP, |c| drop(part(c, "biases"))),
         // The weights themselves, without their scale.
-        (fp8(), ".weight_scale", |c| {
+        (fp8().0, ".weight_scale", |c| {
             let scale = part(c, "weight_scale_inv");
             c.tensors.insert(format!("{UP}.weight_scale"), scale);
         }),
-        (fp8(), ".weight_scale_inv", |c| {
+        (fp8().0, ".weight_scale_inv", |c| {
             let whole = Checkpoint::new("llama").tensors.remove(&format!("{UP}.weight")).unwrap();
             c.tensors.insert(format!("{UP}.weight"), whole);
         }),
-        // What the library counts on.
-        (nf4(), UP, |c| {
+        (bitsandbytes("nf4", NF4, false).0, "weight.absmax", |c| {
             let absmax = part(c, "weight.absmax");
             let (shape, bytes) = (vec![1], absmax.bytes[..4].to_vec());
             c.tensors.insert(format!("{UP}.weight.absmax"), Tensor { shape, bytes, ..absmax });
+        }),
+        (bitsandbytes("nf4", NF4, true).0, "weight.nested_absmax", |c| drop(part(c, "weight.nested_absmax"))),
+        (bitsandbytes("fp4", FP4, false).0, "quant_state", |c| drop(part(c, STATE))),
+        (bitsandbytes("fp4", FP4, false).0, STATE, |c| {
+            let state = json!({"blocksize": 64, "shape": [HIDDEN, INTERMEDIATE]}).to_string();
+            let state = Tensor { dtype: Dtype::U8, shape: vec![state.len()], bytes: state.into_bytes() };
+            c.tensors.insert(format!("{UP}.{STATE}"), state);
         }),
     ];
     for (i, (mut checkpoint, named, change)) in changes.into_iter().enumerate() {
@@ -401,7 +448,7 @@ fn tensors_that_are_not_what_the_configuration_says_are_refused_by_name() {
         let refusal = checkpoint.refusal();
         assert!(refusal.contains(named), "{i}, {named}: {refusal}");
     }
-    let mut checkpoint = fp8();
+    let (mut checkpoint, _) = fp8();
     part(&mut checkpoint, "weight_scale_inv");
     assert!(checkpoint.refusal().contains("weight_scale_inv"));
 }

@@ -85,7 +85,7 @@ impl Layout {
         let zero_words = words_of(outputs)?;
         let codes = Codes { words: words(shards, &name("qweight"), &code_shape)?, bits: self.bits };
         let zeros = Codes { words: words(shards, &name("qzeros"), &[num_groups, zero_words])?, bits: self.bits };
-        let scales = floats(shards, &name("scales"), &[num_groups, outputs])?;
+        let scales = shards.floats_of(&name("scales"), &[num_groups, outputs])?;
         let group_of = self.groups(shards, &name("g_idx"), inputs, num_groups)?;
 
         let zero = |group: usize, output: usize| match self.packing {
@@ -149,10 +149,4 @@ fn words(shards: &Shards, name: &str, shape: &[usize]) -> Result<Vec<u32>, Check
     let words = shards.tensor_of(name, shape, |dtype| dtype == DType::I32)?.flatten_all();
     let words = words.and_then(|words| words.to_vec1::<i32>()).map_err(|e| CheckpointError::tensor(name, e))?;
     Ok(words.into_iter().map(i32::cast_unsigned).collect())
-}
-
-fn floats(shards: &Shards, name: &str, shape: &[usize]) -> Result<Vec<f32>, CheckpointError> {
-    let floats = shards.tensor_of(name, shape, |dtype| dtype.is_float())?.to_dtype(DType::F32);
-    let floats = floats.and_then(|floats| floats.flatten_all()).and_then(|floats| floats.to_vec1::<f32>());
-    floats.map_err(|e| CheckpointError::tensor(name, e))
 }

@@ -4,6 +4,7 @@
 //! the next start is quick, adapters, devices and the tokenizer are the same for every base, and memory is mapped from the
 //! file instead of held.
 
+mod bitsandbytes;
 mod config;
 mod converter;
 mod family;
@@ -39,7 +40,7 @@ use super::pull;
 use crate::hexadecimal::hexadecimal;
 
 /// Of the way that a checkpoint is converted: a file of another one is made anew.
-const VERSION: &str = "2";
+const VERSION: &str = "3";
 /// What a converted file was made of, in its metadata.
 const SOURCE: &str = "lorry.checkpoint.fingerprint";
 const MAX_TEXT_BYTES: u64 = 256 << 20;

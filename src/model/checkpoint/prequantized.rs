@@ -1,7 +1,7 @@
 //! Checkpoints that another program has quantized: what their configuration says of it, and their matrices.
 //!
-//! MLX's integers, FP8 and bitsandbytes are dequantized by mistralrs-quant. GPTQ and AWQ it reads on a card only, so that they have
-//! a reader here.
+//! MLX's integers and FP8 are dequantized by mistralrs-quant. GPTQ and AWQ it reads on a card only, and bitsandbytes' four bits are
+//! right on a card only, so that they have readers here.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -11,6 +11,7 @@ use mistralrs_quant::{QuantizedConfig, ShardedSafeTensors, ShardedVarBuilder};
 use serde_json::{Value, json};
 
 use super::CheckpointError;
+use super::bitsandbytes;
 use super::fields::{Fields, refuse};
 use super::integers::{Layout, Packing};
 use super::matrix::{BLOCK_LEN, Form, Matrix};
@@ -153,14 +154,7 @@ impl Method {
             Self::Mlx { .. } => &["scales", "biases"],
             // Activations are rounded as those of every base are.
             Self::Fp8 { .. } => &["weight_scale_inv", "activation_scale", "input_scale"],
-            Self::Bitsandbytes => &[
-                "weight.absmax",
-                "weight.quant_map",
-                "weight.nested_absmax",
-                "weight.nested_quant_map",
-                "weight.quant_state.bitsandbytes__nf4",
-                "weight.quant_state.bitsandbytes__fp4",
-            ],
+            Self::Bitsandbytes => bitsandbytes::PARTS,
         }
     }
 }
@@ -299,6 +293,7 @@ impl<'a> Prequantized<'a> {
         let (config, form) = match self.method {
             None => return Err(refuse("is not of floats, and config.json has no quantization_config".to_owned())),
             Some(Method::Integers(layout)) => return layout.read(self.shards, module, shape),
+            Some(Method::Bitsandbytes) => return bitsandbytes::read(self.shards, module, shape),
             Some(Method::Mlx { of_most, of_modules }) => {
                 let Affine { bits, group_size } = *of_modules.get(module).unwrap_or(of_most);
                 if !shape.1.is_multiple_of(group_size) {
@@ -321,9 +316,6 @@ impl<'a> Prequantized<'a> {
                 }
                 let weight_block_size = block_size.map(|sizes| sizes.to_vec());
                 (QuantizedConfig::Fp8 { weight_block_size }, Form::Dequantized)
-            }
-            Some(Method::Bitsandbytes) => {
-                (QuantizedConfig::Bitsandbytes { bnb_4bit_quant_type: None }, Form::Dequantized)
             }
         };
         let dequantize = || {

@@ -95,6 +95,13 @@ impl Shards {
         );
         Err(CheckpointError::tensor(name, reason))
     }
+
+    /// The values of such a part, of any type of floats, row-major.
+    pub fn floats_of(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, CheckpointError> {
+        let floats = self.tensor_of(name, shape, |dtype| dtype.is_float())?.to_dtype(DType::F32);
+        let floats = floats.and_then(|floats| floats.flatten_all()).and_then(|floats| floats.to_vec1::<f32>());
+        floats.map_err(|e| CheckpointError::tensor(name, e))
+    }
 }
 
 impl Files {
