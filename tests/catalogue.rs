@@ -8,6 +8,7 @@ use lorry::model::memory::Memory;
 use lorry::prompt::chat::ChatTemplate;
 use lorry::prompt::fim::FillInMiddle;
 use lorry::tokenizer::Tokenizer;
+use serde_json::Value;
 
 #[test]
 fn what_the_catalogue_says_of_a_model_is_what_its_file_says() {
@@ -38,5 +39,38 @@ fn what_the_catalogue_says_of_a_model_is_what_its_file_says() {
             Ok(_) => Chat::Plain,
         };
         assert_eq!(model.chat, chat, "{id}");
+    }
+}
+
+/// Of models that have not been fetched, too: the templates of `templates/` have what those of their families have.
+#[test]
+fn what_the_catalogue_says_of_chats_is_what_templates_of_the_families_show() {
+    let reference: Value = serde_json::from_str(include_str!("templates/reference.json")).unwrap();
+    let of_family = |id: &str| {
+        let family = id.split([':', '.']).next().unwrap_or(id);
+        Some(match family {
+            "qwen2" | "qwen3" => "hermes",
+            "qwen3-coder" => "xml-calls",
+            "deepseek-coder" => "deepseek-coder",
+            "codellama" => "llama2",
+            "codestral" => "mistral-v1",
+            "granite3" => "granite",
+            "codegemma" => "gemma",
+            "phi4-mini" => "phi3",
+            "smollm3" => "smollm3",
+            "smollm2" => "chatml",
+            _ => return None,
+        })
+    };
+    for model in models() {
+        let chat = match of_family(&model.id) {
+            None => Chat::None,
+            Some(name) => {
+                let source = reference["templates"][name]["source"].as_str().unwrap();
+                let template = ChatTemplate::new(source, String::new(), String::new()).unwrap();
+                if template.call_format().is_some() { Chat::Tools } else { Chat::Plain }
+            }
+        };
+        assert_eq!(model.chat, chat, "{}", model.id);
     }
 }
