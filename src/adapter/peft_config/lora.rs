@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::fields::{Entries, Fields, parse_error};
 use crate::adapter::error::AdapterError;
@@ -12,6 +12,9 @@ use crate::adapter::sites::{HEAD_PATH, SiteSelector};
 const MAX_RANK: usize = 1024;
 /// Entries of one `*_pattern`: several per site of any base, and few enough to compile.
 const MAX_PATTERN_ENTRIES: usize = 2048;
+
+/// For what was trained of the base itself.
+const INSTEAD: &str = "merge the adapter into its base and serve that";
 
 /// PEFT's defaults for fields a file may leave out.
 const DEFAULT_RANK: usize = 8;
@@ -83,8 +86,13 @@ impl LoraConfig {
         fields.take_layers(&mut config.selector)?;
         let saved: Vec<String> = fields.take_as("modules_to_save")?.unwrap_or_default();
         if let Some(module) = saved.iter().find(|module| *module != HEAD_PATH) {
-            let reason = format!("{module:?} is not supported (supported: {HEAD_PATH})");
+            let reason = format!("{module:?} is not supported (supported: {HEAD_PATH}): {INSTEAD}");
             return Err(AdapterError::field("modules_to_save", reason));
+        }
+        let tokens = fields.take("trainable_token_indices");
+        if ![Value::Null, json!([]), json!({})].contains(&tokens) {
+            let reason = format!("embeddings of single tokens are not supported: {INSTEAD}");
+            return Err(AdapterError::field("trainable_token_indices", reason));
         }
         config.replaces_head = !saved.is_empty();
         for (is_set, field) in [(config.use_dora, "use_dora"), (config.lora_bias, "lora_bias")] {

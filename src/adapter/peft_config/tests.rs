@@ -93,6 +93,15 @@ fn defaults_and_fields_without_effect_are_accepted() {
 }
 
 #[test]
+fn what_was_trained_of_the_base_itself_is_refused_with_what_to_do() {
+    for field in [r#""modules_to_save": ["embed_tokens"]"#, r#""trainable_token_indices": {"embed_tokens": [5]}"#] {
+        let refusal = config(&format!(",{field}")).unwrap_err().to_string();
+        assert!(refusal.contains("merge the adapter into its base"), "{refusal}");
+    }
+    config(r#","trainable_token_indices": []"#).unwrap();
+}
+
+#[test]
 fn another_method_is_refused_by_its_type_before_its_fields() {
     for text in [r#"{"block_size": 4, "peft_type": "LOHA"}"#, r#"{"peft_type": 3}"#, "{}"] {
         assert!(PeftConfig::parse(text.as_bytes()).unwrap_err().to_string().contains("peft_type"), "{text}");
