@@ -329,7 +329,10 @@ impl Encoder<'_> {
             (None, ..) | (_, _, Err(_)) => Ok(()),
             (Some(_), Wording::Messages(_), Ok(template)) if template.call_format().is_some() => Ok(()),
             (Some(_), Wording::Messages(_), _) => {
-                refused(format!("`{}` was not taught to call `tools`: leave them out", self.base.id))
+                let id = &self.base.id;
+                refused(format!(
+                    "the chat template of `{id}` shows no way to call `tools` that is known here: leave them out"
+                ))
             }
             _ => refused("`tools` need the chat template: send `prompt_format`: \"chat\"".to_owned()),
         }
