@@ -71,6 +71,8 @@ pub struct ServerConfig {
     pub body_timeout_seconds: u64,
     pub keep_alive_seconds: u64,
     pub write_timeout_seconds: u64,
+    /// 0 for no limit.
+    pub max_request_seconds: u64,
     /// 0 for none.
     pub sse_keep_alive_seconds: u64,
     /// Files in PEM; both are empty where connections are not encrypted.
@@ -275,6 +277,7 @@ impl Config {
             ("server.body_timeout_seconds", self.server.body_timeout_seconds, 1),
             ("server.header_timeout_seconds", self.server.header_timeout_seconds, 1),
             ("server.keep_alive_seconds", self.server.keep_alive_seconds, 1),
+            ("server.max_request_seconds", self.server.max_request_seconds, 0),
             ("server.sse_keep_alive_seconds", self.server.sse_keep_alive_seconds, 0),
             ("server.write_timeout_seconds", self.server.write_timeout_seconds, 1),
         ];

@@ -37,6 +37,12 @@ pub enum GenerationError {
     Overloaded,
     #[error("the server is shutting down")]
     ShuttingDown,
+    /// Its time was over before any output.
+    #[error(
+        "there was no output within the {max_seconds} seconds that a request may take: send less, try again when the \
+         server has less to do, or raise server.max_request_seconds"
+    )]
+    DeadlineExceeded { max_seconds: u64 },
     /// The engine ended while, or before, the request ran.
     #[error("the engine has stopped; the server must be restarted")]
     EngineStopped,

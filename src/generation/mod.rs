@@ -3,6 +3,7 @@
 
 mod beam_search;
 mod beams;
+mod deadline;
 mod encoder;
 mod error;
 pub(crate) mod model_name;

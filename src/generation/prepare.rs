@@ -9,6 +9,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 
 use super::beam_search::{BeamOptions, BeamSearch};
 use super::beams::BeamRun;
+use super::deadline::Deadline;
 use super::encoder::{EncodedPrompt, Encoder};
 use super::recorder::Recorder;
 use super::text_stream::{Echo, TextStream, TextStreamOptions};
@@ -48,6 +49,7 @@ pub struct Prepared {
     options: GenerationOptions,
     seed: i64,
     places: Places,
+    deadline: Option<Deadline>,
 }
 
 impl Generation {
@@ -77,19 +79,27 @@ impl Generation {
     /// each prompt.
     ///
     /// # Errors
-    /// What is wrong with the request; its places are given back.
+    /// What is wrong with the request, or that it took too long; its places are given back.
     pub async fn prepare(
         &self,
         request: GenerationRequest,
         access: &Access,
         places: Places,
     ) -> Result<Prepared, GenerationError> {
-        let model = self.resolve(&request.selection, access).await?;
-        let options = request.options.clone();
-        self.check_token_ids(&options)?;
-        let (prompts, grammar, prediction) = self.encode(&model, request).await?;
-        let seed = options.seed.unwrap_or_else(random_seed);
-        Ok(Prepared { model, prompts, grammar, prediction, options, seed, places })
+        let deadline = Deadline::new(places.accepted, self.config.server.max_request_seconds);
+        let of_deadline = deadline.clone();
+        let prepared = async {
+            let model = self.resolve(&request.selection, access).await?;
+            let options = request.options.clone();
+            self.check_token_ids(&options)?;
+            let (prompts, grammar, prediction) = self.encode(&model, request).await?;
+            let seed = options.seed.unwrap_or_else(random_seed);
+            Ok(Prepared { model, prompts, grammar, prediction, options, seed, places, deadline })
+        };
+        match of_deadline {
+            Some(deadline) => deadline.limit(prepared).await,
+            None => prepared.await,
+        }
     }
 
     /// The tokens of the first prompt, as the model reads them.
@@ -180,6 +190,8 @@ impl Generation {
                 config: &config.generation,
             };
             let encoded = prompts.iter().map(|prompt| encoder.encode(prompt)).collect::<Result<_, _>>()?;
+            // Whoever leaves now gives its adapter back at once, however long the grammar takes.
+            drop(adapter);
             let compile = |(constraint, param)| {
                 grammars.compile(&constraint).map_err(|error| GenerationError::InvalidParameter {
                     param,
@@ -232,9 +244,9 @@ impl Generation {
 
     /// What is sent to the engine, and what comes back from it.
     fn sequences(&self, prepared: Prepared) -> (Generated, Vec<Request>) {
-        let Prepared { model, prompts, grammar, prediction, options, seed, places } = prepared;
+        let Prepared { model, prompts, grammar, prediction, options, seed, places, deadline } = prepared;
         let Places { permits, accepted, in_flight: _in_flight } = places;
-        let (sequences, requests) = match options.beams {
+        let (sequences, requests): (Vec<TextStream>, _) = match options.beams {
             Some(beams) => {
                 let searched = prompts.iter().zip(permits.chunks(beams.num_beams));
                 let searched = searched
@@ -253,6 +265,7 @@ impl Generation {
                 choices.zip(permits).map(sequence).unzip()
             }
         };
+        let sequences = sequences.into_iter().map(|sequence| sequence.with_deadline(deadline.clone())).collect();
         let num_choices = options.num_choices;
         let (prompts, mut icl): (_, Vec<_>) = prompts.into_iter().map(|prompt| (prompt.tokens, prompt.icl)).unzip();
         let icl = icl.iter_mut().find_map(Option::take);

@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, watch};
 
 use self::indented_block::IndentedBlock;
 use super::GenerationError;
+use super::deadline::{Alarm, Deadline};
 use super::recorder::{Recorder, Timing};
 use crate::engine::prediction::Prediction;
 use crate::engine::request::{Event, FinishReason, TokenLogprob};
@@ -27,6 +28,7 @@ pub struct TextStream {
     assembler: TextAssembler,
     recorder: Recorder,
     time_limit: Option<Duration>,
+    alarm: Option<Alarm>,
     ready: VecDeque<Result<TextEvent, GenerationError>>,
     ended: bool,
     score: Option<f32>,
@@ -144,6 +146,7 @@ impl TextStream {
             assembler,
             recorder,
             time_limit,
+            alarm: None,
             ready: VecDeque::new(),
             ended: false,
             score: None,
@@ -158,6 +161,12 @@ impl TextStream {
     pub(super) fn with_prediction(mut self, prediction: Option<Prediction>) -> Self {
         self.prediction = prediction;
         self
+    }
+
+    /// Ends it at `deadline` with what there is.
+    #[must_use]
+    pub(super) fn with_deadline(self, deadline: Option<Deadline>) -> Self {
+        Self { alarm: deadline.map(Alarm::new), ..self }
     }
 
     /// From now on, `limit` pays for each token of the output.
@@ -203,6 +212,9 @@ impl TextStream {
             Event::PromptToken(logprob) => self.assembler.prompt_logprobs.push(logprob),
             Event::Token { id, logprob } => {
                 self.recorder.token();
+                if let Some(alarm) = &self.alarm {
+                    alarm.deadline.note_output();
+                }
                 if let Some(prediction) = &mut self.prediction {
                     prediction.follow(id);
                 }
@@ -228,6 +240,15 @@ impl TextStream {
     fn is_out_of_time(&self) -> bool {
         let limit = self.time_limit.filter(|_| self.assembler.has_line);
         limit.zip(self.recorder.since_first_token()).is_some_and(|(limit, elapsed)| elapsed > limit)
+    }
+
+    /// The deadline has passed. One of several sequences that has nothing yet is cut like the others; where none has, that is an error.
+    fn on_deadline(&mut self, deadline: &Deadline) {
+        if deadline.has_output() {
+            self.release_rest(FinishReason::Length);
+        } else {
+            self.fail(deadline.exceeded());
+        }
     }
 
     /// Finishes with what is held back, for `reason` unless a stop is in it.
@@ -284,9 +305,16 @@ impl Stream for TextStream {
             if this.ended {
                 return Poll::Ready(None);
             }
-            match ready!(this.events.poll_recv(cx)) {
-                Some(event) => this.on_event(event),
-                None => this.fail(GenerationError::EngineStopped),
+            match this.events.poll_recv(cx) {
+                Poll::Ready(Some(event)) => this.on_event(event),
+                Poll::Ready(None) => this.fail(GenerationError::EngineStopped),
+                // What was drawn in time is given.
+                Poll::Pending => {
+                    let Some(alarm) = &mut this.alarm else { return Poll::Pending };
+                    ready!(alarm.poll(cx));
+                    let deadline = alarm.deadline.clone();
+                    this.on_deadline(&deadline);
+                }
             }
         }
     }

@@ -52,7 +52,7 @@ impl ErrorBody {
         match self.code {
             Some("model_not_found" | "adapter_not_found" | "store_not_found" | "not_found") => "not_found_error",
             Some("body_too_large") => "request_too_large",
-            Some("request_timeout") => "timeout_error",
+            Some("request_timeout" | "deadline_exceeded") => "timeout_error",
             Some("rate_limit_exceeded") => "rate_limit_error",
             _ if self.kind == "server_error" => "api_error",
             _ => self.kind,
@@ -68,6 +68,7 @@ impl ApiError {
             StatusCode::SERVICE_UNAVAILABLE => "overloaded",
             StatusCode::NOT_IMPLEMENTED => "invalid",
             StatusCode::TOO_MANY_REQUESTS => "rate_limited",
+            StatusCode::GATEWAY_TIMEOUT => "deadline",
             status if status.is_server_error() => "internal",
             _ => "invalid",
         }));
@@ -254,6 +255,10 @@ impl From<GenerationError> for ApiError {
             }
             GenerationError::Overloaded | GenerationError::ShuttingDown | GenerationError::OutOfMemory(_) => {
                 Self::unavailable(message)
+            }
+            // Not 503: a proxy that sends it elsewhere at once would have the client wait as long again.
+            GenerationError::DeadlineExceeded { .. } => {
+                Self::new(StatusCode::GATEWAY_TIMEOUT, "server_error", Some("deadline_exceeded"), message)
             }
             GenerationError::EngineStopped => {
                 Self { rejection: Some(Rejection("internal")), ..Self::unavailable(message) }

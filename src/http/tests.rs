@@ -4,6 +4,7 @@ mod anthropic;
 mod beams;
 mod compare;
 mod contract;
+mod deadlines;
 mod gaps;
 mod grammar;
 mod icl;
@@ -140,6 +141,17 @@ impl Server {
         experiments: &str,
         chat_template: Result<ChatTemplate, PromptError>,
     ) -> Self {
+        Self::start_within(control_tokens, step, experiments, chat_template, 0).await
+    }
+
+    /// Requests take `max_request_seconds` at most.
+    async fn start_within(
+        control_tokens: &[&str],
+        step: Duration,
+        experiments: &str,
+        chat_template: Result<ChatTemplate, PromptError>,
+        max_request_seconds: u64,
+    ) -> Self {
         let tokenizer = Arc::new(Tokenizer::tiny(control_tokens));
         let spec = ModelSpec {
             architecture: Architecture::Llama,
@@ -168,6 +180,7 @@ impl Server {
         let mut config = Config::load(Some(&file), &Overrides::default()).unwrap();
         config.engine.max_queued = MAX_QUEUED;
         config.server.max_body_bytes = 10_000;
+        config.server.max_request_seconds = max_request_seconds;
         config.experiments = toml::from_str(experiments).unwrap();
         let config = Arc::new(config);
         let limits = EngineConfig {

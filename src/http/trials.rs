@@ -182,6 +182,7 @@ impl Trial {
             | GenerationError::InvalidSelection { .. }
             | GenerationError::Icl(_)
             | GenerationError::OutOfMemory(_)
+            | GenerationError::DeadlineExceeded { .. }
             | GenerationError::EngineStopped
             | GenerationError::Failed(_) => self.failed(),
         }

@@ -92,7 +92,7 @@ impl Metrics {
             adapters: Adapters::default(),
             registry: Mutex::default(),
             device_adapters: OnceLock::new(),
-            rejected_total: d.counters("lorry_rejected_total", "Requests refused before generation.", &["reason"]),
+            rejected_total: d.counters("lorry_rejected_total", "Requests refused before any output.", &["reason"]),
             cancelled_total: d.counters("lorry_cancelled_total", "Requests whose clients left.", &["phase"]),
             grammars_compiled_total: d.counter(
                 "lorry_grammars_compiled_total",

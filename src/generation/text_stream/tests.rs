@@ -110,6 +110,7 @@ fn stream(stop: &[&str]) -> (mpsc::UnboundedSender<Event>, TextStream, Arc<crate
         assembler,
         recorder,
         time_limit: None,
+        alarm: None,
         ready: VecDeque::new(),
         ended: false,
         score: None,

@@ -153,7 +153,7 @@ fn sampling() -> Properties {
         "stop_token_ids": array(TOKEN_ID(), "Tokens that end the output."),
         "ignore_eos": boolean("Goes on where the model would end."),
         "n_indent": integer(-1, MAX_INDENT, "Ends the output before a line that is indented less."),
-        "t_max_predict_ms": integer(-1, u32::MAX.into(), "Most milliseconds for the output; 0 and less set no limit."),
+        "t_max_predict_ms": integer(-1, u32::MAX.into(), "Most milliseconds from the first token on, as soon as a line has ended; 0 and less set no limit."),
         "prediction": prediction(),
         "samplers": array(required_text(), "llama.cpp's order of sampling, where it comes to the same as the one here."),
     }));

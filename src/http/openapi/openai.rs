@@ -12,8 +12,9 @@ use crate::http::types::{ChatChoice, ChatChunkChoice, CompletionChoice, Reply};
 use crate::http::unsupported::Route;
 
 const TAG: &str = "OpenAI";
-/// A model that is not there, an adapter that cannot be served, a key's limit, and an endpoint for embeddings that fails.
-pub const OF_GENERATION: [u16; 4] = [404, 422, 429, 502];
+/// A model that is not there, an adapter that cannot be served, a key's limit, an endpoint for embeddings that fails, and the
+/// server's limit of time.
+pub const OF_GENERATION: [u16; 5] = [404, 422, 429, 502, 504];
 
 pub fn describe(document: &mut Document) {
     describe_completions(document);
