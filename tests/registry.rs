@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use folder::{Fixture, MAX_WAIT, eventually, generation, phases, status, weights, write};
+use futures::FutureExt;
 use futures::future::join_all;
 use lorry::adapter::registry::{AcquireError, AdapterRegistry, ChangeError, Phase, SelfTest, Source, Tier, Usage};
 use rand::{RngExt, SeedableRng};
@@ -134,6 +135,20 @@ async fn a_request_waits_for_memory_and_not_for_ever() {
         drop(held);
     });
     assert_eq!(acquired.unwrap().name, "b");
+}
+
+#[tokio::test]
+async fn what_nobody_waits_for_any_more_is_not_loaded() {
+    let names: Vec<String> = (0..100).map(|number| format!("adapter-{number:02}")).collect();
+    let fixture = Fixture::new(&names.iter().map(String::as_str).collect::<Vec<_>>()).with_room_for(1);
+    let registry = fixture.registry();
+    assert_eq!(fixture.num_loads(), 1);
+    for name in &names[1..] {
+        assert!(registry.acquire(name).now_or_never().is_none());
+    }
+    assert_eq!(registry.acquire("adapter-07").await.unwrap().name, "adapter-07");
+    // Of those that were left at once, some may have begun before.
+    assert!(fixture.num_loads() < 50, "{}", fixture.num_loads());
 }
 
 #[tokio::test]

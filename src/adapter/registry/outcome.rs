@@ -60,7 +60,7 @@ impl State {
                     Urgency::Fill if entry.manifest.pin => Urgency::Prefetch,
                     urgency => urgency,
                 };
-                self.load_of(Target::Adapter(name), urgency, now);
+                self.load_of(Target::Adapter(name), urgency, now).is_due = true;
             }
         }
     }

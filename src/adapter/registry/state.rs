@@ -86,6 +86,8 @@ pub(super) struct Load {
     pub target: Target,
     pub item: ItemId,
     pub urgency: Urgency,
+    /// It is loaded whether or not anybody waits.
+    pub is_due: bool,
     order: u64,
     since: Duration,
     waiters: Vec<oneshot::Sender<Lease>>,
@@ -98,6 +100,11 @@ impl Load {
             Target::Adapter(name) if self.waiters.iter().any(|waiter| !waiter.is_closed()) => Some(name),
             _ => None,
         }
+    }
+
+    /// Whether it was asked for by requests alone, which have all gone.
+    fn is_abandoned(&self) -> bool {
+        !self.is_due && !self.waiters.is_empty() && self.waiters.iter().all(oneshot::Sender::is_closed)
     }
 
     pub fn end(self, lease: &Lease) {
@@ -343,7 +350,7 @@ impl State {
         let index = self.loads.iter().position(|load| load.target.is(&target)).unwrap_or_else(|| {
             self.num_items += 1;
             let (item, order) = (ItemId(self.num_items), self.next_order());
-            self.loads.push(Load { target, item, urgency, order, since: now, waiters: Vec::new() });
+            self.loads.push(Load { target, item, urgency, is_due: false, order, since: now, waiters: Vec::new() });
             self.loads.len() - 1
         });
         let load = &mut self.loads[index];
@@ -394,6 +401,10 @@ impl State {
             let load = &self.loads[index];
             if change != u64::MAX && (load.urgency < Urgency::Request || load.order > change) {
                 break;
+            }
+            if load.is_abandoned() {
+                self.loads.remove(index);
+                continue;
             }
             match self.begin(index, now) {
                 Reservation::Granted { .. } => return Task::Load(self.loads[index].target.clone()),
