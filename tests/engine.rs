@@ -1,141 +1,25 @@
-//! The engine over a model whose logits are a pure function of its adapter and the tokens it finds in the KV store.
+//! The engine over a fake model: what its clients are told, and what it gives back.
 
 mod events;
+mod hash_model;
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, mpsc as channel};
 use std::time::Duration;
 
 use events::next_event;
-use kernels::attention::{BLOCK_SIZE, BlockId};
-use kernels::device::{Caller, DeviceError, HostLogits, Logits};
+use hash_model::{BROKEN, HashModel, NAN, PANIC, Stepwise};
 use lorry::adapter::canonical::{Adapter, AdapterWeights, Prelude};
 use lorry::engine::fairness::Account;
 use lorry::engine::prediction::Prediction;
 use lorry::engine::request::{Event, FinishReason, PromptOutput, Request, SamplingParams};
 use lorry::engine::{EngineConfig, EngineHandle, EngineState, EngineStopped, Overloaded};
 use lorry::metrics::Metrics;
-use lorry::model::spec::{Architecture, Features, ModelSpec};
-use lorry::model::{ForwardBatch, Model};
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 
-const VOCAB_SIZE: usize = 64;
-/// Tokens that make the fake model misbehave.
-const BROKEN: u32 = 61;
-const PANIC: u32 = 62;
-const NAN: u32 = 63;
-
-/// Keeps one number per KV position, a hash of adapter and tokens up to there, and makes the logits from it: a wrong
-/// block, position, adapter or order of rows changes everything that follows.
-struct HashModel {
-    spec: ModelSpec,
-    num_blocks: usize,
-    states: HashMap<(BlockId, usize), u64>,
-    /// Steps wait while a test holds it.
-    gate: Arc<Mutex<()>>,
-}
-
-impl HashModel {
-    fn new(gate: Arc<Mutex<()>>, num_blocks: usize) -> Self {
-        let spec = ModelSpec {
-            architecture: Architecture::Llama,
-            hidden_size: 32,
-            intermediate_size: 32,
-            num_layers: 1,
-            num_heads: 1,
-            num_kv_heads: 1,
-            head_dim: 32,
-            vocab_size: VOCAB_SIZE,
-            rope_theta: 1e4,
-            norm_eps: 1e-5,
-            context_length: 1024,
-            features: Features::PLAIN,
-        };
-        Self { spec, num_blocks, states: HashMap::new(), gate }
-    }
-}
-
-fn mix(state: u64, value: u64) -> u64 {
-    let mixed = (state ^ value.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    mixed ^ (mixed >> 29)
-}
-
-impl Model for HashModel {
-    fn spec(&self) -> &ModelSpec {
-        &self.spec
-    }
-
-    fn num_kv_blocks(&self) -> usize {
-        self.num_blocks
-    }
-
-    fn forward(&mut self, batch: &ForwardBatch<'_>, caller: &mut dyn Caller) -> Result<(), DeviceError> {
-        caller.meanwhile();
-        drop(self.gate.lock());
-        for copy in batch.copies {
-            for offset in 0..BLOCK_SIZE {
-                match self.states.get(&(copy.from, offset)).copied() {
-                    Some(state) => self.states.insert((copy.to, offset), state),
-                    None => self.states.remove(&(copy.to, offset)),
-                };
-            }
-        }
-        let mut row_states = vec![0; batch.tokens.len()];
-        for sequence in batch.sequences {
-            let slot = |position: usize| (sequence.block_table[position / BLOCK_SIZE], position % BLOCK_SIZE);
-            for (position, row) in (sequence.first_position..).zip(sequence.rows.clone()) {
-                match batch.tokens[row] {
-                    BROKEN => return Err(DeviceError::BaseLayer("a broken layer".to_owned())),
-                    PANIC => panic!("a bad token"),
-                    _ => {}
-                }
-                let group = batch.groups.iter().find(|group| group.rows.contains(&row));
-                let adapter = group.map_or(0, |group| group.adapter.generation.bytes().map(u64::from).sum());
-                let before = if position == 0 { 1 } else { self.states[&slot(position - 1)] };
-                row_states[row] = mix(mix(before, adapter), u64::from(batch.tokens[row]));
-                self.states.insert(slot(position), row_states[row]);
-            }
-        }
-        for (index, &row) in batch.logits_rows.iter().enumerate() {
-            let mut logits: Vec<f32> =
-                (0..VOCAB_SIZE as u64).map(|id| (mix(row_states[row], id) >> 40) as f32 / (1 << 21) as f32).collect();
-            logits[BROKEN as usize..].fill(-1e9);
-            logits[NAN as usize] = if batch.tokens[row] == NAN { f32::NAN } else { -1e9 };
-            caller.on_logits(index, &mut HostLogits(&mut logits))?;
-        }
-        Ok(())
-    }
-}
-
-/// Does a step when a test says so, after what is done meanwhile; one of them fails before.
-struct Stepwise {
-    inner: HashModel,
-    go_on: channel::Receiver<()>,
-    steps_left: usize,
-}
-
-impl Model for Stepwise {
-    fn spec(&self) -> &ModelSpec {
-        &self.inner.spec
-    }
-
-    fn num_kv_blocks(&self) -> usize {
-        self.inner.num_blocks
-    }
-
-    fn forward(&mut self, batch: &ForwardBatch<'_>, caller: &mut dyn Caller) -> Result<(), DeviceError> {
-        self.steps_left =
-            self.steps_left.checked_sub(1).ok_or_else(|| DeviceError::BaseLayer("a worn layer".to_owned()))?;
-        caller.meanwhile();
-        self.go_on.recv().expect("the test goes on");
-        self.inner.forward(batch, &mut |index: usize, logits: &mut dyn Logits| caller.on_logits(index, logits))
-    }
-}
-
-fn start_stepwise(num_steps: usize) -> (EngineHandle, channel::Sender<()>) {
+fn start_stepwise(config: EngineConfig, num_steps: usize) -> (EngineHandle, channel::Sender<()>) {
     let (step, go_on) = channel::channel();
     let model = Stepwise { inner: HashModel::new(Arc::default(), 64), go_on, steps_left: num_steps };
-    (EngineHandle::start(Box::new(model), CONFIG, Arc::new(Metrics::new("base"))), step)
+    (EngineHandle::start(Box::new(model), config, Arc::new(Metrics::new("base"))), step)
 }
 
 const CONFIG: EngineConfig = EngineConfig {
@@ -417,7 +301,7 @@ fn who_sees_the_last_event_sees_the_resources_returned() {
 
 #[test]
 fn what_came_of_a_step_is_told_while_the_next_one_runs_and_at_once_if_there_is_none() {
-    let (handle, step) = start_stepwise(4);
+    let (handle, step) = start_stepwise(CONFIG, 4);
     let mut long = Ask::new(vec![1; 20], 3).submit(&handle);
     assert!(matches!(next_event(&mut long), Some(Event::Started { .. })), "its first step is held");
     let mut short = Ask::new(vec![2; 50], 1).submit(&handle);
@@ -436,9 +320,49 @@ fn what_came_of_a_step_is_told_while_the_next_one_runs_and_at_once_if_there_is_n
 }
 
 #[test]
+fn whoever_leaves_holds_nothing_in_the_next_step_be_it_decoding_prefilling_or_queued() {
+    const DECODING: usize = 0;
+    for leaving in 0..3 {
+        let config = EngineConfig { max_batch_rows: 32, max_sequences: 2, ..CONFIG };
+        let (handle, step) = start_stepwise(config, 1000);
+        // One more that stays: what it is told says that a step has begun.
+        let mut staying = Ask::new(vec![4; 5], 100).submit(&handle);
+        let mut asks = vec![Some(Ask::new(vec![1; 5], 100).submit(&handle))];
+        let go_on = |staying: &mut UnboundedReceiver<Event>| {
+            step.send(()).unwrap();
+            while !matches!(next_event(staying), Some(Event::Token { .. })) {}
+        };
+        go_on(&mut staying);
+        go_on(&mut staying);
+        if leaving != DECODING {
+            asks[DECODING] = None;
+            // A slot for a prompt of many steps, none for the one behind it.
+            asks.extend([2, 3].map(|token| Some(Ask::new(vec![token; 500], 100).submit(&handle))));
+            go_on(&mut staying);
+            go_on(&mut staying);
+            assert_eq!((handle.state().running, handle.state().waiting), (2, 1));
+        }
+        let before = (handle.state(), handle.num_free_places());
+        asks[leaving] = None;
+        // The step under way ends, and the next one is without it.
+        go_on(&mut staying);
+        let after = handle.state();
+        assert_eq!(handle.num_free_places(), before.1 + 1, "{leaving}");
+        assert_eq!(after.running + after.waiting, before.0.running + before.0.waiting - 1, "{leaving}");
+        if leaving == DECODING {
+            assert_eq!(after.kv_blocks_used, 1, "of the one that stays");
+        }
+        drop((staying, asks));
+        step.send(()).unwrap();
+        wait_until_empty(&handle);
+        assert_eq!(handle.num_free_places(), CONFIG.max_queued);
+    }
+}
+
+#[test]
 fn tokens_are_told_though_the_next_step_fails_at_once() {
     let alone = output_tokens(&collect(Ask::new(vec![1; 20], 10).submit(&start_roomy())));
-    let (handle, step) = start_stepwise(3);
+    let (handle, step) = start_stepwise(CONFIG, 3);
     let receiver = Ask::new(vec![1; 20], 10).submit(&handle);
     (0..3).for_each(|_| step.send(()).unwrap());
     let events = collect(receiver);

@@ -36,6 +36,11 @@ pub struct Server {
 
 /// A LoRA on the queries of both layers, different for every seed; seed 0 changes nothing.
 pub fn write_adapter(dir: &Path, seed: u64) {
+    write_adapter_of_rank(dir, seed, RANK);
+}
+
+/// As [`write_adapter`]; each rank takes 2 KiB.
+pub fn write_adapter_of_rank(dir: &Path, seed: u64, rank: usize) {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut random = |count: usize, size: f32| -> Vec<u8> {
         (0..count).flat_map(|_| (size * rng.random_range(-1.0f32..1.0)).to_le_bytes()).collect()
@@ -43,15 +48,15 @@ pub fn write_adapter(dir: &Path, seed: u64) {
     let mut tensors = BTreeMap::new();
     for layer in 0..2 {
         let site = format!("base_model.model.model.layers.{layer}.self_attn.q_proj");
-        tensors.insert(format!("{site}.lora_A.weight"), (vec![RANK, 256], random(RANK * 256, 0.1)));
+        tensors.insert(format!("{site}.lora_A.weight"), (vec![rank, 256], random(rank * 256, 0.1)));
         let size = if seed == 0 { 0.0 } else { 0.5 };
-        tensors.insert(format!("{site}.lora_B.weight"), (vec![256, RANK], random(256 * RANK, size)));
+        tensors.insert(format!("{site}.lora_B.weight"), (vec![256, rank], random(256 * rank, size)));
     }
     let views = tensors.iter().map(|(name, (shape, bytes))| {
         let view = TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap();
         (name, view)
     });
-    let config = json!({"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK,
+    let config = json!({"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
         "target_modules": ["q_proj"]});
     fs::create_dir_all(dir).unwrap();
     fs::write(dir.join("adapter_model.safetensors"), serialize(views, None).unwrap()).unwrap();
@@ -84,6 +89,11 @@ impl Server {
     /// The folder of the adapters.
     pub fn root(&self) -> PathBuf {
         self.dir.path().join("adapters")
+    }
+
+    /// Host and port.
+    pub fn address(&self) -> &str {
+        self.url.trim_start_matches("http://")
     }
 
     pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
