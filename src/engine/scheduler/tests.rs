@@ -26,11 +26,22 @@ pub(super) fn step(scheduler: &mut Scheduler) -> Vec<SequenceId> {
 }
 
 pub(super) fn finish_step(scheduler: &mut Scheduler) -> Vec<SequenceId> {
+    finish_step_telling(scheduler, |_, _| {})
+}
+
+/// `on_token` is told whose token is drawn, and at which position the logits were.
+fn finish_step_telling(scheduler: &mut Scheduler, mut on_token: impl FnMut(SequenceId, usize)) -> Vec<SequenceId> {
+    let plan = scheduler.plan();
+    let position = |row: &usize| {
+        let planned = plan.sequences.iter().find(|planned| planned.rows.contains(row)).expect("a row is somebody's");
+        planned.first_position + row - planned.rows.start
+    };
+    let positions: Vec<usize> = plan.logits_rows.iter().map(position).collect();
     scheduler.commit();
     let logits = scheduler.plan().logits.clone();
     let mut ended: Vec<SequenceId> = Vec::new();
     let mut num_drawn: HashMap<SequenceId, usize> = HashMap::new();
-    for (id, logits_use) in logits {
+    for ((id, logits_use), position) in logits.into_iter().zip(positions) {
         let sequence = scheduler.get_mut(id).expect("a planned sequence runs");
         let num_drawn = num_drawn.entry(id).or_default();
         match logits_use {
@@ -43,6 +54,7 @@ pub(super) fn finish_step(scheduler: &mut Scheduler) -> Vec<SequenceId> {
             LogitsUse::Verify { .. } | LogitsUse::Score(_) | LogitsUse::Report => continue,
         }
         *num_drawn += 1;
+        on_token(id, position);
         let sequence = scheduler.get_mut(id).expect("a planned sequence runs");
         // Output that repeats itself, with surprises.
         sequence.push(if sequence.tokens().len().is_multiple_of(7) { 8 } else { 7 });
@@ -426,6 +438,8 @@ proptest! {
         let mut next_positions = HashMap::new();
         let mut positions = Positions::default();
         let mut live: Vec<SequenceId> = Vec::new();
+        // Of each sequence, where its next token is drawn, and how many it is to have yet.
+        let mut expected: HashMap<SequenceId, (usize, usize)> = HashMap::new();
         let mut next_id = 0;
         let num_actions = actions.len();
         // A tail of steps ends whatever the actions have left.
@@ -439,6 +453,7 @@ proptest! {
                     let id = SequenceId(next_id);
                     next_id += 1;
                     live.push(id);
+                    expected.insert(id, (num_prompt_tokens - 1, max_tokens));
                     // Few distinct prompts, so that prefixes are shared.
                     let prompt: Vec<u32> =
                         (0..num_prompt_tokens as u32).map(|position| position / 40 * (id.0 % 2) as u32).collect();
@@ -457,7 +472,13 @@ proptest! {
                     check_plan(&scheduler, &mut next_positions, was_preempted);
                     positions.compute(&scheduler);
                     prop_assert!(live.is_empty() || !scheduler.plan().sequences.is_empty(), "no deadlock");
-                    let ended = finish_step(&mut scheduler);
+                    let ended = finish_step_telling(&mut scheduler, |id, position| {
+                        let (next, num_left) = expected.get_mut(&id).expect("it has come");
+                        assert_eq!(position, *next, "a token is drawn once, behind the one before");
+                        *next += 1;
+                        *num_left = num_left.checked_sub(1).expect("no token more than was asked for");
+                    });
+                    prop_assert!(ended.iter().all(|id| expected[id].1 == 0), "no token less");
                     live.retain(|id| !ended.contains(id));
                 }
             }
