@@ -9,7 +9,7 @@ use futures::future;
 use kernels::device::{DeviceError, Peaks};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::adapter::canonical::Adapter;
@@ -80,7 +80,7 @@ pub enum BenchError {
 }
 
 /// One run. Rates are in tokens per second, over all requests together.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     pub model: String,
     /// What it ran on.
@@ -102,7 +102,7 @@ pub struct Report {
     pub int8_share: Option<f64>,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Ttft {
     pub p50: f64,
     pub max: f64,

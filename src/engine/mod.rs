@@ -13,7 +13,7 @@ pub mod scheduler;
 pub mod sequence;
 pub mod speculate;
 mod step;
-mod step_cost;
+pub mod step_cost;
 
 use std::any::Any;
 use std::fmt;
