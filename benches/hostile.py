@@ -73,12 +73,11 @@ class Server:
 
 
 @contextmanager
-def serving(lorry: Path, model: str, size: Size):
+def serving(lorry: Path, model: str, settings: dict[str, str]):
+    """A server without adapters; `settings` are environment variables."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        environment = {**os.environ, "NO_COLOR": "1", "LORRY__EXPERIMENTS__PATH": str(Path(folder) / "experiments.db")}
-        if size.body_seconds:
-            environment["LORRY__SERVER__BODY_TIMEOUT_SECONDS"] = str(size.body_seconds)
+        environment = {**os.environ, "NO_COLOR": "1", "LORRY__EXPERIMENTS__PATH": str(Path(folder) / "experiments.db"), **settings}
         with log.open("wb") as output:
             command = [lorry, "serve", "--model", model, "--adapters", "", "--host", HOST, "--port", "0"]
             process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
@@ -264,7 +263,8 @@ def main() -> int:
     size = QUICK if arguments.quick else FULL
     allow_open_files()
     is_as_it_should_be = True
-    with serving(arguments.lorry, arguments.model, size) as server:
+    settings = {"LORRY__SERVER__BODY_TIMEOUT_SECONDS": str(size.body_seconds)} if size.body_seconds else {}
+    with serving(arguments.lorry, arguments.model, settings) as server:
         print(json.dumps({"processor": processor(), "model": arguments.model}))
         for attack, expected in ATTACKS.items():
             report = run(attack, server, size)

@@ -77,11 +77,12 @@ impl App {
         let BaseFile { id, path } = BaseFile::of(&config.model, &home)?;
         let metrics = Arc::new(Metrics::new(&id));
 
-        let resident = load_model(Source::File(&path), &config.engine)?;
+        let mut resident = load_model(Source::File(&path), &config.engine)?;
+        let block_files = resident.open_block_files(&config.engine, &path, &metrics)?;
         let (spec, device) = (resident.model.spec().clone(), resident.device.clone());
         let base = load_base(&path, &id, device)?;
         let adapters = Arc::new(load_adapters(&config, &path, &metrics)?);
-        let engine = resident.start(&config.engine, metrics.clone());
+        let engine = resident.start(&config.engine, block_files, metrics.clone());
 
         let (database, on_roll_back) = (config.experiments.path(&home), roll_back_adapter(&adapters));
         let registered = adapters.clone();

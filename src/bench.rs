@@ -151,7 +151,7 @@ pub async fn run_random(shape: &Shape, config: &EngineConfig, args: &BenchArgs) 
             "peak_bytes_per_s": bytes_per_second, "peak_int8_operations_per_s": int8_operations_per_second});
         writeln!(stdout(), "{peaks}")?;
     }
-    let engine = resident.start(config, Arc::new(Metrics::new("bench")));
+    let engine = resident.start(config, None, Arc::new(Metrics::new("bench")));
     let most = args.num_adapters.iter().copied().max().unwrap_or(0);
     let adapters: Vec<_> = (0..most as u64).map(|seed| random::lora(&spec, RANDOM_RANK, seed)).collect();
     let model_id = format!("random:{}", shape.name);

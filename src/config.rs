@@ -147,6 +147,8 @@ pub struct EngineConfig {
     pub context_length: usize,
     pub max_draft_tokens: usize,
     pub max_inter_token_ms: u64,
+    pub prefix_cache_dir: PathBuf,
+    pub prefix_cache_dir_mib: u64,
 }
 
 /// Where the base is to run.
@@ -343,6 +345,13 @@ impl AdaptersConfig {
             rescan: Duration::from_secs(self.rescan_seconds),
             keep_generations: self.keep_generations,
         }
+    }
+}
+
+impl EngineConfig {
+    /// The folder in which the prefix cache goes on, unless it is in memory alone.
+    pub fn prefix_cache_dir(&self) -> Option<&Path> {
+        (!self.prefix_cache_dir.as_os_str().is_empty()).then_some(self.prefix_cache_dir.as_path())
     }
 }
 

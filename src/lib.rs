@@ -9,6 +9,7 @@
 
 pub mod adapter;
 pub mod app;
+mod background;
 pub mod bench;
 pub mod compare;
 pub mod config;

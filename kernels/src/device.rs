@@ -7,6 +7,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::attention::KvStore;
 use crate::canonical::AdapterWeights;
 use crate::mapped_file::MappedRows;
 use crate::quantized::WeightType;
@@ -217,6 +218,9 @@ pub trait Device: fmt::Debug + Send + Sized + 'static {
     fn reserve(&mut self, limits: StepLimits, num_blocks: usize) -> Result<(), DeviceError>;
 
     fn num_kv_blocks(&self) -> usize;
+
+    /// The KV store, where it is in the host's memory.
+    fn host_kv(&mut self) -> Option<&mut KvStore>;
 
     /// KV blocks that the device's memory holds beside the weights and a step of `limits`, with `adapter_bytes` left for
     /// adapters; `None` when it is the host's memory.

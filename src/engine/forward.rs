@@ -11,7 +11,7 @@ use super::sampler::{SamplingError, Scratch};
 use super::scheduler::Scheduler;
 use super::sequence::{LogitsUse, SequenceId};
 use super::step::publish;
-use crate::metrics::{Metrics, Vllm};
+use crate::metrics::Metrics;
 
 /// A drawn token, or why there is none.
 pub(super) struct Sampled {
@@ -25,6 +25,8 @@ pub(super) struct Sampled {
 pub(super) struct UnderWay<'a> {
     pub scheduler: &'a Scheduler,
     pub num_arriving: usize,
+    /// Whether the prefix cache is on disk too.
+    pub has_disk: bool,
     pub clients: &'a mut HashMap<SequenceId, Client>,
     pub outbox: &'a mut Outbox,
     pub metrics: &'a Metrics,
@@ -43,13 +45,18 @@ impl UnderWay<'_> {
             let sequence = self.scheduler.sequence(planned);
             let cached_tokens = planned.first_position.saturating_sub(sequence.num_virtual_tokens());
             let prompt_tokens = sequence.num_prompt_tokens() as u64;
-            let Vllm { prompt_tokens_total, prefix_cache_queries_total, prefix_cache_hits_total, .. } =
-                &self.metrics.vllm;
-            prompt_tokens_total.inc_by(prompt_tokens);
+            let vllm = &self.metrics.vllm;
+            vllm.prompt_tokens_total.inc_by(prompt_tokens);
             // One whose every logit is wanted does not ask the cache.
             if client.prompt_output != PromptOutput::Logprobs {
-                prefix_cache_queries_total.inc_by(prompt_tokens);
-                prefix_cache_hits_total.inc_by(cached_tokens as u64);
+                let from_disk = sequence.num_restored_tokens().min(cached_tokens) as u64;
+                let from_memory = cached_tokens as u64 - from_disk;
+                vllm.prefix_cache_queries_total.inc_by(prompt_tokens);
+                vllm.prefix_cache_hits_total.inc_by(from_memory);
+                if self.has_disk {
+                    vllm.external_prefix_cache_queries_total.inc_by(prompt_tokens - from_memory);
+                    vllm.external_prefix_cache_hits_total.inc_by(from_disk);
+                }
             }
             self.outbox.push(planned.id, Event::Started { queue, cached_tokens });
             if client.prompt_output == PromptOutput::Logprobs {

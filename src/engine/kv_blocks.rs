@@ -3,6 +3,8 @@
 //! A block is *used* (held by one or more sequences), *idle* (cached, held by none) or *free*. Idle blocks are taken
 //! when no free one is left.
 
+use std::collections::VecDeque;
+
 use kernels::attention::{BLOCK_SIZE, BlockId};
 
 use super::prefix_cache::{ChainHash, PrefixCache};
@@ -13,6 +15,8 @@ pub struct BlockPool {
     ref_counts: Vec<u32>,
     free: Vec<BlockId>,
     cache: PrefixCache,
+    /// Full blocks that have been computed, in that order, for who keeps them elsewhere too; `None` where nobody does.
+    unsaved: Option<VecDeque<(ChainHash, BlockId)>>,
 }
 
 impl BlockPool {
@@ -24,7 +28,14 @@ impl BlockPool {
             ref_counts: vec![0; num_blocks],
             free: (0..num_ids).rev().map(BlockId).collect(),
             cache: PrefixCache::new(num_blocks),
+            unsaved: None,
         }
+    }
+
+    /// Remembers the full blocks that are computed from now on until they are asked for.
+    #[must_use]
+    pub fn with_saving(self) -> Self {
+        Self { unsaved: Some(VecDeque::new()), ..self }
     }
 
     /// Blocks that hold `num_tokens` positions.
@@ -82,6 +93,45 @@ impl BlockPool {
         if self.cache.contains(block) {
             return;
         }
+        self.cache_block(block, parent, tokens, chain);
+        if let Some(unsaved) = &mut self.unsaved
+            && let Some(chain) = chain.filter(|_| self.cache.contains(block))
+        {
+            // No more are cached than there are blocks: if there are more here, the oldest have been evicted.
+            if unsaved.len() == self.ref_counts.len() {
+                unsaved.pop_front();
+            }
+            unsaved.push_back((chain, block));
+        }
+    }
+
+    /// Caches a block whose content is kept elsewhere, as the latest of the idle ones. It is to be written at once. `None`
+    /// where it is cached already, or all blocks are used.
+    pub fn restore(&mut self, parent: ChainHash, tokens: &[u32], chain: ChainHash) -> Option<BlockId> {
+        if self.is_cached(&chain) {
+            return None;
+        }
+        let block = self.allocate()?;
+        self.cache_block(block, parent, tokens, Some(chain));
+        self.release_shared(block);
+        Some(block)
+    }
+
+    /// The block that was computed first of those not asked for yet and still cached.
+    pub fn next_unsaved(&mut self) -> Option<(ChainHash, BlockId)> {
+        let Self { unsaved, cache, .. } = self;
+        std::iter::from_fn(|| unsaved.as_mut()?.pop_front()).find(|(chain, block)| cache.get(chain) == Some(*block))
+    }
+
+    pub fn has_unsaved(&self) -> bool {
+        self.unsaved.as_ref().is_some_and(|unsaved| !unsaved.is_empty())
+    }
+
+    pub fn is_cached(&self, chain: &ChainHash) -> bool {
+        self.cache.get(chain).is_some()
+    }
+
+    fn cache_block(&mut self, block: BlockId, parent: ChainHash, tokens: &[u32], chain: Option<ChainHash>) {
         while let Some(superseded) = self.cache.take_superseded(&parent, tokens) {
             self.free.push(superseded);
         }

@@ -7,6 +7,7 @@ pub mod kv_blocks;
 mod outbox;
 pub mod prediction;
 pub mod prefix_cache;
+pub mod prefix_disk;
 pub mod request;
 pub mod sampler;
 pub mod scheduler;
@@ -28,6 +29,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::metrics::Metrics;
 use crate::model::Model;
+use prefix_disk::BlockFiles;
 use request::{Event, Request};
 use step::Engine;
 
@@ -94,12 +96,26 @@ impl EngineHandle {
     /// # Panics
     /// When the system cannot start a thread.
     pub fn start(model: Box<dyn Model>, config: EngineConfig, metrics: Arc<Metrics>) -> Self {
+        Self::start_with_files(model, config, None, metrics)
+    }
+
+    /// As [`EngineHandle::start`], with a prefix cache that goes on in files. They are of no use where the model's KV store is not
+    /// in the host's memory.
+    ///
+    /// # Panics
+    /// When the system cannot start a thread.
+    pub fn start_with_files(
+        model: Box<dyn Model>,
+        config: EngineConfig,
+        block_files: Option<BlockFiles>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         let (commands, receiver) = mpsc::channel();
         let num_kv_blocks = model.num_kv_blocks();
         let context_length = config.context_length.min(num_kv_blocks * BLOCK_SIZE);
         let is_alive = Arc::new(AtomicBool::new(true));
         let max_queued = config.max_queued;
-        let engine = Engine::new(model, &config, metrics.clone());
+        let engine = Engine::new(model, &config, block_files, metrics.clone());
         let thread = thread::Builder::new()
             .name("lorry-engine".to_owned())
             .spawn({
@@ -198,7 +214,10 @@ fn run(mut engine: Engine, commands: &mpsc::Receiver<Command>, is_alive: &Atomic
             Some(Command::Submit(requests, accepted)) => {
                 requests.into_iter().for_each(|request| engine.enqueue(request, accepted));
             }
-            Some(Command::Stop) => break "the server is shutting down".to_owned(),
+            Some(Command::Stop) => {
+                engine.save_all();
+                break "the server is shutting down".to_owned();
+            }
             // A panic must not leave clients waiting for ever; the engine is not used after one.
             None => match catch_unwind(AssertUnwindSafe(|| engine.step())) {
                 Ok(Ok(())) => {}
@@ -218,9 +237,21 @@ fn run(mut engine: Engine, commands: &mpsc::Receiver<Command>, is_alive: &Atomic
     }
 }
 
+/// How often an engine with nothing to compute has blocks written, so many that a new request does not notice.
+const SAVE_POLL: Duration = Duration::from_millis(20);
+
 /// The next command; `None` when there is none and a step to do.
 fn next_command(engine: &Engine, commands: &mpsc::Receiver<Command>) -> Option<Command> {
-    if engine.is_idle() { Some(commands.recv().unwrap_or(Command::Stop)) } else { commands.try_recv().ok() }
+    if !engine.is_idle() {
+        commands.try_recv().ok()
+    } else if engine.has_unsaved() {
+        match commands.recv_timeout(SAVE_POLL) {
+            Err(mpsc::RecvTimeoutError::Timeout) => None,
+            command => Some(command.unwrap_or(Command::Stop)),
+        }
+    } else {
+        Some(commands.recv().unwrap_or(Command::Stop))
+    }
 }
 
 /// Logs why a step failed and says it to the clients.

@@ -10,9 +10,11 @@ use sha2::{Digest, Sha256};
 /// A pool belongs to one base, so the base needs no part in it. The hash is cryptographic because prompts are chosen by
 /// clients: a collision would hand one client's KV to another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct ChainHash([u8; 32]);
+pub struct ChainHash([u8; ChainHash::LEN]);
 
 impl ChainHash {
+    pub const LEN: usize = 32;
+
     /// The chain before its first block.
     pub fn root(adapter_generation: Option<&str>) -> Self {
         let mut hasher = Sha256::new();
@@ -24,6 +26,14 @@ impl ChainHash {
             }
         }
         Self(hasher.finalize().into())
+    }
+
+    pub fn from_bytes(bytes: [u8; Self::LEN]) -> Self {
+        Self(bytes)
+    }
+
+    pub fn as_bytes(&self) -> &[u8; Self::LEN] {
+        &self.0
     }
 
     /// The chain with one more full block of `tokens`.

@@ -9,9 +9,12 @@ mod admission;
 use std::collections::VecDeque;
 use std::ops::Range;
 
+use kernels::attention::BlockId;
+
 use super::fairness::Fairness;
 use super::kv_blocks::BlockPool;
-use super::sequence::{LogitsUse, Sequence, SequenceId};
+use super::prefix_cache::ChainHash;
+use super::sequence::{LogitsUse, PrefixBlock, Sequence, SequenceId};
 use crate::model::{AdapterGroup, BlockCopy};
 
 /// Rows of a step up to which guessing is worth its rows: about where the arithmetic of the rows begins to take longer
@@ -121,15 +124,21 @@ impl Scheduler {
         Self { max_draft_tokens, ..self }
     }
 
+    /// Says from now on which blocks have been computed ([`Scheduler::next_unsaved`]).
+    #[must_use]
+    pub fn with_saving(self) -> Self {
+        Self { pool: self.pool.with_saving(), ..self }
+    }
+
     /// What the steps from now on should hold.
     pub fn set_step_rows(&mut self, step_rows: StepRows) {
         self.step_rows = step_rows;
     }
 
-    /// Adds a sequence that is younger than all others and fits into the pool alone.
+    /// Adds a sequence that fits into the pool alone.
     pub fn enqueue(&mut self, sequence: Sequence) {
         self.fairness.enter(sequence.flow());
-        self.waiting.push_back(sequence);
+        self.wait(sequence);
     }
 
     /// Ends a sequence in any state and returns its blocks.
@@ -166,6 +175,36 @@ impl Scheduler {
 
     pub fn blocks_used(&self) -> usize {
         self.pool.blocks_used()
+    }
+
+    /// Blocks that can be restored without keeping a running sequence from its next one.
+    pub fn blocks_to_spare(&self) -> usize {
+        self.pool.blocks_available().saturating_sub(self.running.len())
+    }
+
+    pub fn is_cached(&self, chain: &ChainHash) -> bool {
+        self.pool.is_cached(chain)
+    }
+
+    /// Of idle blocks, this one is evicted last.
+    pub fn touch(&mut self, chain: &ChainHash) {
+        if let Some(block) = self.pool.acquire_cached(chain) {
+            self.pool.release_shared(block);
+        }
+    }
+
+    /// The place of a block whose content is to be written there before the next step; `None` if it has none.
+    pub fn restore(&mut self, PrefixBlock { parent, chain, tokens }: &PrefixBlock) -> Option<BlockId> {
+        self.pool.restore(*parent, tokens, *chain)
+    }
+
+    /// A block that has been computed and stays as it is until the next plan.
+    pub fn next_unsaved(&mut self) -> Option<(ChainHash, BlockId)> {
+        self.pool.next_unsaved()
+    }
+
+    pub fn has_unsaved(&self) -> bool {
+        self.pool.has_unsaved()
     }
 
     /// Of the pool, how much sequences hold; 1 is all.

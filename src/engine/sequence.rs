@@ -25,6 +25,14 @@ pub struct Leader {
     pub num_tokens: usize,
 }
 
+/// A full block at the start of a sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PrefixBlock {
+    pub parent: ChainHash,
+    pub chain: ChainHash,
+    pub tokens: [u32; BLOCK_SIZE],
+}
+
 #[derive(Debug)]
 pub struct Sequence {
     id: SequenceId,
@@ -52,6 +60,7 @@ pub struct Sequence {
     speculation: Speculation,
     prediction: Option<Prediction>,
     leader: Option<Leader>,
+    num_restored_tokens: usize,
 }
 
 impl Sequence {
@@ -89,6 +98,7 @@ impl Sequence {
             speculation: Speculation::default(),
             prediction: None,
             leader: None,
+            num_restored_tokens: 0,
         }
     }
 
@@ -158,6 +168,29 @@ impl Sequence {
 
     pub fn block_table(&self) -> &[BlockId] {
         &self.block_table
+    }
+
+    /// The full blocks that it could take from a cache, in order.
+    pub(super) fn prefix_blocks(&self) -> Vec<PrefixBlock> {
+        if self.needs_all_logits() {
+            return Vec::new();
+        }
+        let mut parent = ChainHash::root(self.generation());
+        let (blocks, _) = self.tokens[..self.tokens.len() - 1].as_chunks::<BLOCK_SIZE>();
+        let blocks = blocks.iter().map(|tokens| {
+            let chain = parent.extend(tokens);
+            PrefixBlock { parent: std::mem::replace(&mut parent, chain), chain, tokens: *tokens }
+        });
+        blocks.collect()
+    }
+
+    /// Tokens whose blocks have been read from the disk for it, virtual ones included.
+    pub fn num_restored_tokens(&self) -> usize {
+        self.num_restored_tokens
+    }
+
+    pub(super) fn set_restored(&mut self, num_tokens: usize) {
+        self.num_restored_tokens = num_tokens;
     }
 
     /// Whom it has waited for last.

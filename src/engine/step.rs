@@ -13,6 +13,7 @@ use super::EngineConfig;
 use super::client::{Client, Drawn, End};
 use super::forward::{Sampled, UnderWay};
 use super::outbox::Outbox;
+use super::prefix_disk::{BlockFiles, PrefixDisk};
 use super::request::{Event, FinishReason, Request};
 use super::sampler::{Sampler, Scratch};
 use super::scheduler::Scheduler;
@@ -32,6 +33,7 @@ pub(super) struct Engine {
     outbox: Outbox,
     /// Requests whose adapters are not on the device yet, oldest first.
     arriving: VecDeque<Arriving>,
+    prefix_disk: Option<PrefixDisk>,
     next_id: u64,
     metrics: Arc<Metrics>,
     buffers: Buffers,
@@ -61,17 +63,28 @@ struct Buffers {
 }
 
 impl Engine {
-    pub fn new(model: Box<dyn Model>, config: &EngineConfig, metrics: Arc<Metrics>) -> Self {
+    pub fn new(
+        mut model: Box<dyn Model>,
+        config: &EngineConfig,
+        block_files: Option<BlockFiles>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         let num_blocks = model.num_kv_blocks();
+        let mut scheduler = Scheduler::new(config.max_batch_rows, config.max_sequences, num_blocks)
+            .with_speculation(config.max_draft_tokens);
+        let block_files = block_files.filter(|_| model.host_kv().is_some());
+        if block_files.is_some() {
+            scheduler = scheduler.with_saving();
+        }
         metrics.vllm.set_capacity(BLOCK_SIZE, num_blocks, config.max_sequences.min(config.max_batch_rows));
         Self {
             model,
             context_length: config.context_length.min(num_blocks * BLOCK_SIZE),
-            scheduler: Scheduler::new(config.max_batch_rows, config.max_sequences, num_blocks)
-                .with_speculation(config.max_draft_tokens),
+            scheduler,
             clients: HashMap::new(),
             outbox: Outbox::default(),
             arriving: VecDeque::new(),
+            prefix_disk: block_files.map(|files| PrefixDisk::new(files, config.max_batch_rows)),
             next_id: 0,
             metrics,
             buffers: Buffers::default(),
@@ -82,6 +95,11 @@ impl Engine {
 
     pub fn is_idle(&self) -> bool {
         self.clients.is_empty() && self.arriving.is_empty()
+    }
+
+    /// Whether blocks wait to be written though nothing is to be computed.
+    pub fn has_unsaved(&self) -> bool {
+        self.scheduler.has_unsaved()
     }
 
     /// Puts a request in the queue, or fails it when the model could not run it.
@@ -141,13 +159,21 @@ impl Engine {
             request.max_tokens.min(self.context_length - num_positions(&prompt_tokens, adapter.as_deref()));
         let sequence = Sequence::new(id, &prompt_tokens, max_tokens, adapter, prompt_output);
         let sequence = sequence.with_pinned_prefix(num_pinned_tokens).with_prediction(prediction);
-        self.scheduler.enqueue(sequence.for_account(request.account));
+        let sequence = sequence.for_account(request.account);
+        match &mut self.prefix_disk {
+            Some(disk) => disk.enqueue(sequence, &mut self.scheduler),
+            None => self.scheduler.enqueue(sequence),
+        }
     }
 
     /// One pass of the model over the rows of this step. After an error the engine can only be aborted.
     pub fn step(&mut self) -> Result<(), DeviceError> {
         self.drop_cancelled();
         self.start_arrived();
+        if let (Some(disk), Some(kv)) = (&mut self.prefix_disk, self.model.host_kv()) {
+            disk.save(&mut self.scheduler, kv);
+            disk.restore(&mut self.scheduler, kv);
+        }
         let num_preempted = self.scheduler.num_preempted();
         self.scheduler.set_step_rows(self.step_cost.step_rows(self.max_inter_token));
         self.scheduler.schedule();
@@ -157,10 +183,10 @@ impl Engine {
             self.metrics.set_device_adapters(&tier);
         }
         if self.scheduler.plan().sequences.is_empty() {
-            publish(&self.metrics, &self.scheduler, self.arriving.len());
+            publish(&self.metrics, &self.scheduler, self.num_arriving());
             self.deliver();
             // With a step, the model does it beside that.
-            if !self.model.bring_adapters() && !self.arriving.is_empty() {
+            if !self.model.bring_adapters() && self.num_arriving() > 0 {
                 thread::sleep(ARRIVAL_POLL);
             }
             return Ok(());
@@ -177,6 +203,13 @@ impl Engine {
             self.deliver();
         }
         Ok(())
+    }
+
+    /// To be called before the end, while all is well.
+    pub fn save_all(&mut self) {
+        if let (Some(disk), Some(kv)) = (&mut self.prefix_disk, self.model.host_kv()) {
+            disk.save_all(&mut self.scheduler, kv);
+        }
     }
 
     /// Fails every sequence; the engine is used up. Nothing of its bookkeeping is relied on.
@@ -218,6 +251,9 @@ impl Engine {
         cancelled.extend(self.clients.iter().filter(|(_, client)| client.events.is_closed()).map(|(id, _)| *id));
         for id in cancelled.drain(..) {
             self.scheduler.remove(id);
+            if let Some(disk) = &mut self.prefix_disk {
+                disk.remove(id);
+            }
             self.clients.remove(&id);
         }
         self.buffers.ended = cancelled;
@@ -225,7 +261,8 @@ impl Engine {
 
     /// Runs the planned rows. Clients are told meanwhile what came of the step before.
     fn forward(&mut self) -> Result<(), DeviceError> {
-        let Self { model, scheduler, clients, arriving, outbox, metrics, buffers, .. } = self;
+        let (num_arriving, has_disk) = (self.num_arriving(), self.prefix_disk.is_some());
+        let Self { model, scheduler, clients, outbox, metrics, buffers, .. } = self;
         let Buffers { sequences, sampled, sampling, raw_logits, .. } = buffers;
         let plan = scheduler.plan();
         let mut rows = recycle(mem::take(sequences));
@@ -241,9 +278,8 @@ impl Engine {
             groups: &plan.groups,
             logits_rows: &plan.logits_rows,
         };
-        let num_arriving = arriving.len();
         let mut under_way =
-            UnderWay { scheduler, num_arriving, clients, outbox, metrics, sampled, sampling, raw_logits };
+            UnderWay { scheduler, num_arriving, has_disk, clients, outbox, metrics, sampled, sampling, raw_logits };
         model.forward(&batch, &mut under_way)?;
         *sequences = recycle(rows);
         Ok(())
@@ -297,10 +333,15 @@ impl Engine {
         self.outbox.push(id, event);
     }
 
+    /// Requests that are accepted and not with the scheduler.
+    fn num_arriving(&self) -> usize {
+        self.arriving.len() + self.prefix_disk.as_ref().map_or(0, PrefixDisk::num_waiting)
+    }
+
     /// Tells the clients all that there is to say.
     fn deliver(&mut self) {
         if !self.outbox.is_empty() {
-            publish(&self.metrics, &self.scheduler, self.arriving.len());
+            publish(&self.metrics, &self.scheduler, self.num_arriving());
             self.outbox.deliver(&mut self.clients);
         }
     }

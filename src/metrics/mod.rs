@@ -31,6 +31,7 @@ pub struct Metrics {
     adapters: Adapters,
     registry: Mutex<Option<AskRegistry>>,
     device_adapters: OnceLock<DeviceAdapters>,
+    disk_blocks: OnceLock<Arc<DiskBlocks>>,
     /// `reason`: `overloaded`, `invalid`, `not_found`, `rate_limited`, `internal`.
     pub rejected_total: IntCounterVec,
     /// `phase`: `queue`, `prefill`, `decode`, what the request was in.
@@ -80,6 +81,31 @@ impl DeviceAdapters {
     }
 }
 
+/// The prefix cache's blocks on disk.
+#[derive(Debug)]
+pub struct DiskBlocks {
+    pub bytes: IntGauge,
+    /// `event`: `written`, `unwritten` (it failed, or has lately), `read`, `lost` (damaged or gone), `evicted`.
+    blocks_total: IntCounterVec,
+}
+
+impl DiskBlocks {
+    fn new(d: &Declarations) -> Self {
+        Self {
+            bytes: d.gauge("lorry_prefix_cache_disk_bytes", "Bytes of the prefix cache on disk, all bases together."),
+            blocks_total: d.counters(
+                "lorry_prefix_cache_disk_blocks_total",
+                "Blocks, by what became of them.",
+                &["event"],
+            ),
+        }
+    }
+
+    pub fn count(&self, event: &str) {
+        self.blocks_total.with_label_values(&[event]).inc();
+    }
+}
+
 impl Metrics {
     /// Of a server of this base.
     pub fn new(model_name: &str) -> Self {
@@ -93,6 +119,7 @@ impl Metrics {
             registry: Mutex::default(),
             device_adapters: OnceLock::new(),
             rejected_total: d.counters("lorry_rejected_total", "Requests refused before any output.", &["reason"]),
+            disk_blocks: OnceLock::new(),
             cancelled_total: d.counters("lorry_cancelled_total", "Requests whose clients left.", &["phase"]),
             grammars_compiled_total: d.counter(
                 "lorry_grammars_compiled_total",
@@ -131,6 +158,11 @@ impl Metrics {
 
     pub fn set_device_adapters(&self, tier: &AdapterTier) {
         self.device_adapters.get_or_init(|| DeviceAdapters::new(&self.declarations)).set(tier);
+    }
+
+    /// Of a server whose prefix cache has a folder.
+    pub fn disk_blocks(&self) -> Arc<DiskBlocks> {
+        self.disk_blocks.get_or_init(|| Arc::new(DiskBlocks::new(&self.declarations))).clone()
     }
 
     /// Has the registry asked at every scrape: nobody tells when a lease ends.

@@ -26,6 +26,9 @@ pub struct Vllm {
     /// In tokens, of prompts that the cache may serve.
     pub prefix_cache_queries_total: IntCounter,
     pub prefix_cache_hits_total: IntCounter,
+    /// The same of the cache on disk: what was not in memory, and was found there.
+    pub external_prefix_cache_queries_total: IntCounter,
+    pub external_prefix_cache_hits_total: IntCounter,
     /// Rows spent on guessed tokens, and guesses that came true.
     pub draft_tokens_total: IntCounter,
     pub accepted_tokens_total: IntCounter,
@@ -65,6 +68,12 @@ impl Vllm {
                 .counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."),
             prefix_cache_hits_total: d
                 .counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache."),
+            external_prefix_cache_queries_total: d.counter(
+                "vllm:external_prefix_cache_queries_total",
+                "Prompt tokens that were not in memory, looked up on disk.",
+            ),
+            external_prefix_cache_hits_total: d
+                .counter("vllm:external_prefix_cache_hits_total", "Prompt tokens found on disk."),
             draft_tokens_total: d.counter("vllm:spec_decode_num_draft_tokens_total", "Rows spent on guessed tokens."),
             accepted_tokens_total: d
                 .counter("vllm:spec_decode_num_accepted_tokens_total", "Guessed tokens that came true."),

@@ -4,6 +4,7 @@
 
 use std::path::Path;
 
+use kernels::attention::KvStore;
 use kernels::device::{
     AdapterTier, Caller, Device, DeviceError, Layer, MatrixSource, Output, Peaks, Placement, StepLimits,
 };
@@ -267,6 +268,10 @@ impl<D: Device> Model for Decoder<D> {
 
     fn num_kv_blocks(&self) -> usize {
         self.device.num_kv_blocks()
+    }
+
+    fn host_kv(&mut self) -> Option<&mut KvStore> {
+        self.device.host_kv()
     }
 
     fn place(&mut self, adapter: &Adapter) -> Result<Placement, DeviceError> {

@@ -12,6 +12,7 @@ use candle_core::quantized::gguf_file::Value;
 use kernels::device::DeviceError;
 use kernels::mapped_file::{MappedFile, MappedRows};
 use kernels::quantized::WeightType;
+use sha2::{Digest, Sha256};
 
 use super::metadata;
 use super::spec::ModelSpec;
@@ -140,6 +141,11 @@ impl GgufFile {
         }
         self.files.push(Arc::new(file));
         Ok(())
+    }
+
+    /// Adds every byte of the model to a hash.
+    pub fn hash_into(&self, sha256: &mut Sha256) {
+        self.files.iter().for_each(|file| sha256.update(file.bytes()));
     }
 
     /// Gives the memory of the tensors read so far back to the system.

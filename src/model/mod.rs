@@ -23,6 +23,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
+use kernels::attention::KvStore;
 use kernels::device::{AdapterTier, Caller, DeviceError, Lease, Peaks, Placement};
 pub use kernels::step::{BlockCopy, FIRST_VIRTUAL_TOKEN, SequenceRows};
 
@@ -88,6 +89,11 @@ pub trait Model: Send {
 
     /// Blocks of the KV store.
     fn num_kv_blocks(&self) -> usize;
+
+    /// The KV store, where it is in the host's memory.
+    fn host_kv(&mut self) -> Option<&mut KvStore> {
+        None
+    }
 
     /// Sees to it that rows can run with an adapter; they may for as long as the lease is held. What is on its way comes with
     /// steps, or by [`Model::bring_adapters`].

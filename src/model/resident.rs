@@ -1,10 +1,9 @@
 //! Puts a model where it is to run: chooses the device, loads the weights onto it and makes room for steps.
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
+use std::{env, fs, io, thread};
 
 use kernels::attention::BLOCK_SIZE;
 use kernels::cuda::Cuda;
@@ -12,6 +11,7 @@ use kernels::cuda::nvidia::{Nvidia, OpenError};
 use kernels::device::{Device, DeviceError, StepLimits};
 use kernels::host::Host;
 use kernels::{Cpu, Isa};
+use sha2::{Digest, Sha256};
 use tracing::{info, warn};
 
 use super::decoder::Decoder;
@@ -21,7 +21,9 @@ use super::random::{RandomTensors, Shape};
 use super::spec::ModelSpec;
 use super::{Model, unquantized};
 use crate::config::{DeviceChoice, EngineConfig};
+use crate::engine::prefix_disk::{self, BlockFiles, Folder};
 use crate::engine::{self, EngineHandle};
+use crate::hexadecimal::hexadecimal;
 use crate::metrics::Metrics;
 
 /// Rows of a step where nobody says otherwise: what keeps the arithmetic of the device busy without keeping others waiting.
@@ -40,6 +42,14 @@ pub enum ResidentError {
     Random(io::Error),
     #[error("engine.device = \"cuda\": {0}")]
     NoGpu(#[from] OpenError),
+    #[error("{0}")]
+    PrefixDisk(#[from] prefix_disk::OpenError),
+    #[error(
+        "engine.prefix_cache_dir is for bases on the CPU, and this one is on {0}: leave it empty, or set engine.device = \"cpu\""
+    )]
+    PrefixDiskOnCard(String),
+    #[error("engine.prefix_cache_dir: this build cannot be told from others, its program cannot be read: {0}")]
+    PrefixDiskIdentity(io::Error),
 }
 
 /// Where weights come from.
@@ -62,8 +72,42 @@ pub struct Resident {
 }
 
 impl Resident {
-    /// Starts the engine that steps it.
-    pub fn start(self, config: &EngineConfig, metrics: Arc<Metrics>) -> EngineHandle {
+    /// Opens the folder in which its prefix cache goes on; `None` where `config` names none. `file` is that of the base.
+    ///
+    /// # Errors
+    /// When the folder cannot be used, or the model is on a card.
+    pub fn open_block_files(
+        &mut self,
+        config: &EngineConfig,
+        file: &Path,
+        metrics: &Metrics,
+    ) -> Result<Option<BlockFiles>, ResidentError> {
+        let Some(dir) = config.prefix_cache_dir() else { return Ok(None) };
+        let Some(kv) = self.model.host_kv() else {
+            return Err(ResidentError::PrefixDiskOnCard(self.device.clone()));
+        };
+        let block_bytes = kv.bytes_of_block();
+        let identity = self.identity(config, file)?;
+        let folder = Folder::open(dir, &identity, block_bytes, config.prefix_cache_dir_mib.saturating_mul(1 << 20))?;
+        Ok(Some(BlockFiles::start(folder, metrics.disk_blocks())))
+    }
+
+    /// Of everything that keys and values depend on, but for adapters and tokens: the weights, how they are computed (another build may
+    /// round otherwise), and what is kept of them.
+    fn identity(&self, config: &EngineConfig, file: &Path) -> Result<String, ResidentError> {
+        let mut sha256 = Sha256::new();
+        let weights =
+            GgufFile::open(file).map_err(|source| ResidentError::Load { path: file.to_path_buf(), source })?;
+        weights.hash_into(&mut sha256);
+        let program = env::current_exe().and_then(fs::read).map_err(ResidentError::PrefixDiskIdentity)?;
+        sha256.update(&program);
+        let isa = instruction_set(config);
+        sha256.update(format!("{isa} {} {}", config.kv_cache_type, self.model.spec().context_length));
+        Ok(hexadecimal(sha256)[..32].to_owned())
+    }
+
+    /// Starts the engine that steps it, with a prefix cache that goes on in files where there are some.
+    pub fn start(self, config: &EngineConfig, block_files: Option<BlockFiles>, metrics: Arc<Metrics>) -> EngineHandle {
         metrics.device_info.with_label_values(&[&self.device]).set(1);
         let engine_config = engine::EngineConfig {
             max_batch_rows: self.limits.max_rows,
@@ -73,7 +117,7 @@ impl Resident {
             max_draft_tokens: config.max_draft_tokens,
             max_inter_token: Some(config.max_inter_token_ms).filter(|ms| *ms > 0).map(Duration::from_millis),
         };
-        EngineHandle::start(self.model, engine_config, metrics)
+        EngineHandle::start_with_files(self.model, engine_config, block_files, metrics)
     }
 }
 
@@ -136,8 +180,11 @@ fn warn_of_little_memory(source: Source<'_>, config: &EngineConfig) {
 fn host(config: &EngineConfig) -> Host {
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let num_threads = if config.threads == 0 { cores } else { config.threads };
-    let cpu = Cpu::new(config.instruction_set.unwrap_or_else(Isa::detect), num_threads);
-    Host::new(cpu, unquantized::load, config.kv_cache_type)
+    Host::new(Cpu::new(instruction_set(config), num_threads), unquantized::load, config.kv_cache_type)
+}
+
+fn instruction_set(config: &EngineConfig) -> Isa {
+    config.instruction_set.unwrap_or_else(Isa::detect)
 }
 
 fn cuda(card: Nvidia, config: &EngineConfig) -> Cuda<Nvidia> {
@@ -214,5 +261,18 @@ mod tests {
             &config,
         );
         assert!(loaded.unwrap().device.starts_with("CPU"));
+    }
+
+    #[test]
+    fn a_prefix_cache_on_disk_is_refused_on_a_card() {
+        let mut shape = "0.5b".parse::<Shape>().unwrap();
+        (shape.spec.num_layers, shape.spec.vocab_size) = (1, 512);
+        let config = Config::load(None, &Overrides::default()).unwrap().engine;
+        let config = EngineConfig { prefix_cache_dir: "nowhere".into(), ..config };
+        let card = Cuda::new(Emulator::new(1 << 30), 1 << 20, config.kv_cache_type);
+        let mut loaded = load_onto(Source::Random(&shape), card, &config, 16).unwrap();
+        let refusal = loaded.open_block_files(&config, Path::new("no file"), &Metrics::default()).unwrap_err();
+        let refusal = refusal.to_string();
+        assert!(refusal.contains("engine.prefix_cache_dir") && refusal.contains(&loaded.device), "{refusal}");
     }
 }

@@ -1,6 +1,7 @@
 //! The KV store: keys and values of every layer, in blocks of positions.
 
 use std::fmt;
+use std::ops::Range;
 use std::str::FromStr;
 
 use half::f16;
@@ -162,6 +163,45 @@ impl KvStore {
         num_layers * 2 * num_kv_heads * kv_type.head_bytes(head_dim)
     }
 
+    /// Bytes of one block over all layers.
+    pub fn bytes_of_block(&self) -> usize {
+        Self::block_bytes(self.kv_type, self.layers.len(), self.num_kv_heads, self.head_dim)
+    }
+
+    /// All of a block, as [`KvStore::write_block`] takes it.
+    ///
+    /// # Panics
+    /// When it lies outside the store.
+    pub fn read_block(&self, block: BlockId) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(self.bytes_of_block());
+        let range = self.range_in_layer(block);
+        for LayerKv { k, v } in &self.layers {
+            [k, v].into_iter().for_each(|zeros| bytes.extend_from_slice(&zeros.get()[range.clone()]));
+        }
+        bytes
+    }
+
+    /// Replaces all of a block by what was read of one, in a store of the same type and shape.
+    ///
+    /// # Panics
+    /// When the block lies outside the store, or there are not as many bytes as it has.
+    pub fn write_block(&mut self, block: BlockId, bytes: &[u8]) {
+        assert_eq!(bytes.len(), self.bytes_of_block(), "bytes of a block");
+        let range = self.range_in_layer(block);
+        let mut parts = bytes.chunks_exact(range.len().max(1));
+        for LayerKv { k, v } in &mut self.layers {
+            for (zeros, part) in [k, v].into_iter().zip(&mut parts) {
+                zeros.get_mut()[range.clone()].copy_from_slice(part);
+            }
+        }
+    }
+
+    /// Where the keys, and the values, of a block are.
+    fn range_in_layer(&self, block: BlockId) -> Range<usize> {
+        let len = self.num_kv_heads * self.kv_type.head_bytes(self.head_dim);
+        block.0 as usize * len..(block.0 as usize + 1) * len
+    }
+
     /// Keys and values of one head in a block.
     pub(super) fn head(&self, layer: usize, block: BlockId, kv_head: usize) -> [&[u8]; 2] {
         let len = self.kv_type.head_bytes(self.head_dim);
@@ -188,11 +228,10 @@ impl KvStore {
     /// # Panics
     /// When one of them lies outside the store.
     pub fn copy_block(&mut self, from: BlockId, to: BlockId) {
-        let block_len = self.num_kv_heads * self.kv_type.head_bytes(self.head_dim);
-        let (from, to) = (from.0 as usize * block_len, to.0 as usize * block_len);
+        let (from, to) = (self.range_in_layer(from), self.range_in_layer(to));
         for LayerKv { k, v } in &mut self.layers {
             for zeros in [k, v] {
-                zeros.get_mut().copy_within(from..from + block_len, to);
+                zeros.get_mut().copy_within(from.clone(), to.start);
             }
         }
     }

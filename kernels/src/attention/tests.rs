@@ -148,23 +148,30 @@ fn setting_a_position_equals_storing_it_without_rotation() {
 }
 
 #[test]
-fn a_copied_block_is_attended_to_as_the_first_one() {
+fn a_block_that_was_copied_or_read_and_written_is_attended_to_as_the_first_one() {
     let (kv_heads, head_dim) = (2, 64);
     let cpu = Cpu::new(Isa::detect(), 1);
     let (k, v) = (values(kv_heads * head_dim, 1), values(kv_heads * head_dim, 2));
     let q = values(4 * head_dim, 3);
     for kv_type in KvType::ALL {
-        let mut store = KvStore::new(kv_type, 1, kv_heads, head_dim, 3);
-        store.set((0, None), KvSlot { block: BlockId(0), offset: 0, position: 0 }, &k, &v);
+        let new = || KvStore::new(kv_type, 2, kv_heads, head_dim, 4);
+        let mut store = new();
+        store.set((1, None), KvSlot { block: BlockId(0), offset: 0, position: 0 }, &k, &v);
         store.copy_block(BlockId(0), BlockId(2));
-        let [first, copied, other] = [0, 2, 1].map(|block| {
+        let bytes = store.read_block(BlockId(0));
+        store.write_block(BlockId(3), &bytes);
+        let outputs = [0, 2, 3, 1].map(|block| {
             let table = [BlockId(block)];
             let queries = Queries { first_row: 0, num_rows: 1, first_position: 0, block_table: &table };
             let mut out = vec![f32::NAN; q.len()];
-            attend(&cpu, &store, (0, Scoring::plain(head_dim)), 1, &|_| queries, &q, &mut out);
+            attend(&cpu, &store, (1, Scoring::plain(head_dim)), 1, &|_| queries, &q, &mut out);
             out
         });
-        assert!(first == copied && first != other, "{kv_type}");
+        let [first, copied, written, other] = outputs;
+        assert!(first == copied && first == written && first != other, "{kv_type}");
+        let mut elsewhere = new();
+        elsewhere.write_block(BlockId(1), &bytes);
+        assert!(elsewhere.read_block(BlockId(1)) == bytes && bytes.len() == store.bytes_of_block());
     }
 }
 

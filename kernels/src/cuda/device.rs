@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::attention::{KvType, Scoring};
+use crate::attention::{KvStore, KvType, Scoring};
 use crate::canonical::{AdapterWeights, LAYERS_PER_BLOCK};
 use crate::device::{AdapterTier, Caller, Device, DeviceError, Layer, MatrixSource, Peaks, Placement, StepLimits};
 use crate::mapped_file::MappedRows;
@@ -100,6 +100,10 @@ impl<D: Driver> Device for Cuda<D> {
 
     fn num_kv_blocks(&self) -> usize {
         self.step.as_ref().map_or(0, |step| step.kv.num_blocks)
+    }
+
+    fn host_kv(&mut self) -> Option<&mut KvStore> {
+        None
     }
 
     fn max_kv_blocks(&self, limits: StepLimits, adapter_bytes: usize) -> Result<Option<usize>, DeviceError> {

@@ -211,6 +211,10 @@ impl Device for Host {
         self.kv.num_blocks()
     }
 
+    fn host_kv(&mut self) -> Option<&mut KvStore> {
+        Some(&mut self.kv)
+    }
+
     fn max_kv_blocks(&self, _limits: StepLimits, _adapter_bytes: usize) -> Result<Option<usize>, DeviceError> {
         Ok(None)
     }

@@ -22,11 +22,8 @@ use crate::adapter::files::{AdapterFiles, Fingerprint, Glance};
 use crate::adapter::residency::Urgency;
 use crate::adapter::root::{NAME_RULE, Root, is_valid_name};
 use crate::adapter::{generations, loader};
+use crate::background::lower_priority;
 use crate::model::BaseWeights;
-
-/// Of the thread, in steps of `nice`: about a tenth of a core that the engine wants too.
-#[cfg(target_os = "linux")]
-const NICE: i32 = 10;
 
 pub struct Worker {
     pub(super) shared: Arc<Shared>,
@@ -46,7 +43,7 @@ impl Worker {
 
     /// Runs until the registry is dropped. Tells `opened` when all that fits at the beginning is loaded.
     pub fn run(mut self, opened: Sender<()>) {
-        lower_priority();
+        lower_priority("adapters are loaded");
         self.scan(Urgency::Fill);
         let mut opened = Some(opened);
         loop {
@@ -228,14 +225,3 @@ fn message(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
 }
-
-#[cfg(target_os = "linux")]
-fn lower_priority() {
-    // On Linux a thread has a priority of its own.
-    if let Err(e) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICE) {
-        tracing::warn!("adapters are loaded at full priority: {e}");
-    }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn lower_priority() {}

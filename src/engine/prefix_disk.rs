@@ -1,0 +1,181 @@
+//! The prefix cache's second tier: KV blocks in a folder, which outlive evictions and restarts.
+//!
+//! Blocks are copied out when they have been computed, as many after a step as a step fills, and written by a thread of their
+//! own. A request whose prompt goes on on the disk where the memory has no more of it waits until that is read, as one does
+//! whose adapter is cold; all others go past it. What is read goes into the prefix cache, and the scheduler finds it there.
+
+mod block_files;
+mod folder;
+
+use std::collections::VecDeque;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kernels::attention::{BLOCK_SIZE, KvStore};
+
+pub use block_files::BlockFiles;
+pub use folder::{Folder, OpenError};
+
+use super::scheduler::Scheduler;
+use super::sequence::{PrefixBlock, Sequence, SequenceId};
+
+/// How long a sequence waits for the next block; then what is left is computed.
+const MAX_WAIT: Duration = Duration::from_secs(2);
+/// How often the end of the engine looks whether the disk takes more.
+const SAVE_POLL: Duration = Duration::from_millis(1);
+
+/// The blocks on disk, and who waits for some of them.
+pub(super) struct PrefixDisk {
+    files: BlockFiles,
+    /// In the order in which they came.
+    waiting: VecDeque<Sequence>,
+    /// For the first of them.
+    reading: Option<Reading>,
+    max_saved_per_step: usize,
+}
+
+impl PrefixDisk {
+    /// `max_batch_rows` are those of a step.
+    pub fn new(files: BlockFiles, max_batch_rows: usize) -> Self {
+        let max_saved_per_step = max_batch_rows.div_ceil(BLOCK_SIZE);
+        Self { files, waiting: VecDeque::new(), reading: None, max_saved_per_step }
+    }
+
+    pub fn num_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Hands a sequence to the scheduler, now or when what the disk has of it is in memory.
+    pub fn enqueue(&mut self, sequence: Sequence, scheduler: &mut Scheduler) {
+        self.files.receive();
+        if self.to_read(&sequence, scheduler).is_empty() {
+            self.start(sequence, 0, scheduler);
+        } else {
+            self.waiting.push_back(sequence);
+        }
+    }
+
+    /// Ends a sequence that waits.
+    pub fn remove(&mut self, id: SequenceId) {
+        let Some(index) = self.waiting.iter().position(|sequence| sequence.id() == id) else { return };
+        self.waiting.remove(index);
+        if index == 0 {
+            self.reading = None;
+        }
+    }
+
+    /// Between two steps: puts what has been read into the cache, and starts the sequences that have waited for it.
+    pub fn restore(&mut self, scheduler: &mut Scheduler, kv: &mut KvStore) {
+        while let Some(first) = self.waiting.front() {
+            let mut reading = match self.reading.take() {
+                Some(reading) => reading,
+                None => {
+                    // What was asked for others, who have left.
+                    while self.files.next_read().is_some() {}
+                    // What comes should not take the place of what is there.
+                    first.prefix_blocks().iter().rev().for_each(|block| scheduler.touch(&block.chain));
+                    Reading {
+                        left: self.to_read(first, scheduler),
+                        asked: VecDeque::new(),
+                        num_restored: 0,
+                        last: Instant::now(),
+                    }
+                }
+            };
+            if !reading.go_on(&mut self.files, scheduler, kv) {
+                self.reading = Some(reading);
+                return;
+            }
+            // Computed again, they are to be written again if they turn out to be lost.
+            reading.asked.iter().for_each(|block| self.files.forget(&block.chain));
+            if let Some(sequence) = self.waiting.pop_front() {
+                self.start(sequence, reading.num_restored * BLOCK_SIZE, scheduler);
+            }
+        }
+    }
+
+    /// Between two steps: has blocks written that have been computed.
+    pub fn save(&mut self, scheduler: &mut Scheduler, kv: &KvStore) {
+        self.files.receive();
+        for _ in 0..self.max_saved_per_step {
+            if !self.files.can_write() {
+                return;
+            }
+            let Some((chain, block)) = scheduler.next_unsaved() else { return };
+            if !self.files.has(&chain) {
+                self.files.write(chain, kv.read_block(block));
+            }
+        }
+    }
+
+    /// Before the end: has all blocks written that have been computed, for as long as the disk takes them.
+    pub fn save_all(&mut self, scheduler: &mut Scheduler, kv: &KvStore) {
+        let mut last = Instant::now();
+        while scheduler.has_unsaved() && last.elapsed() < MAX_WAIT {
+            if self.files.can_write() {
+                last = Instant::now();
+            } else {
+                thread::sleep(SAVE_POLL);
+            }
+            self.save(scheduler, kv);
+        }
+    }
+
+    fn start(&mut self, mut sequence: Sequence, num_restored_tokens: usize, scheduler: &mut Scheduler) {
+        let chains = sequence.prefix_blocks().into_iter().map(|block| block.chain);
+        // Without its start, a chain is of no use.
+        self.files.touch(chains.filter(|chain| self.files.has(chain)).rev().collect());
+        sequence.set_restored(num_restored_tokens);
+        scheduler.enqueue(sequence);
+    }
+
+    /// What the disk has and the memory has not. Nothing while the disk owes answers that nobody waits for any more: it may be slow.
+    fn to_read(&self, sequence: &Sequence, scheduler: &Scheduler) -> VecDeque<PrefixBlock> {
+        if self.reading.is_none() && self.files.num_reading() > 0 {
+            return VecDeque::new();
+        }
+        let missing = sequence.prefix_blocks().into_iter().filter(|block| !scheduler.is_cached(&block.chain));
+        missing.take_while(|block| self.files.has(&block.chain)).take(scheduler.blocks_to_spare()).collect()
+    }
+}
+
+/// Blocks on their way from the disk to the cache.
+struct Reading {
+    /// Not asked for yet.
+    left: VecDeque<PrefixBlock>,
+    asked: VecDeque<PrefixBlock>,
+    num_restored: usize,
+    /// When the last block came; at first, when it began.
+    last: Instant,
+}
+
+impl Reading {
+    /// Takes what has come and asks for more. Says whether it is over: all is there, or the rest is not to be had.
+    fn go_on(&mut self, files: &mut BlockFiles, scheduler: &mut Scheduler, kv: &mut KvStore) -> bool {
+        loop {
+            while files.can_read()
+                && let Some(block) = self.left.pop_front()
+            {
+                files.read(block.chain);
+                self.asked.push_back(block);
+            }
+            let Some(next) = self.asked.front() else { return true };
+            match files.next_read() {
+                None => return self.last.elapsed() > MAX_WAIT,
+                // It was asked for another, who has left.
+                Some((chain, _)) if chain != next.chain => {}
+                Some((_, None)) => return true,
+                Some((_, Some(bytes))) => {
+                    match scheduler.restore(next) {
+                        Some(block) => kv.write_block(block, &bytes),
+                        None if scheduler.is_cached(&next.chain) => {}
+                        None => return true,
+                    }
+                    self.num_restored += 1;
+                    self.last = Instant::now();
+                    self.asked.pop_front();
+                }
+            }
+        }
+    }
+}
