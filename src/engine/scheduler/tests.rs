@@ -202,6 +202,44 @@ fn a_prompt_that_another_is_computing_is_not_computed_again() {
     }
 }
 
+proptest! {
+    #[test]
+    fn a_prompt_that_is_sent_again_at_any_time_is_computed_once_for_each_adapter(
+        num_prompt_tokens in 33..150usize,
+        max_batch_rows in 8..64usize,
+        mut arrivals in prop::collection::vec((0..12usize, 0..3usize, 1..4usize), 1..12),
+    ) {
+        arrivals.sort_unstable_by_key(|(at, ..)| *at);
+        let adapters = [None, Some(adapter("a")), Some(adapter("b"))];
+        let prompt: Vec<u32> = (0..num_prompt_tokens as u32).collect();
+        let mut scheduler = Scheduler::new(max_batch_rows, 16, 256);
+        let mut num_rows = [0; 3];
+        let mut next = 0;
+        for at in 0.. {
+            while let Some(&(_, adapter, max_tokens)) = arrivals.get(next).filter(|arrival| arrival.0 <= at) {
+                let id = SequenceId(next as u64);
+                scheduler.enqueue(Sequence::new(id, &prompt, max_tokens, adapters[adapter].clone(), PromptOutput::Nothing));
+                next += 1;
+            }
+            if scheduler.is_empty() && next == arrivals.len() {
+                break;
+            }
+            scheduler.schedule();
+            for (id, rows) in shares(&scheduler) {
+                num_rows[arrivals[id as usize].1] += rows;
+            }
+            finish_step(&mut scheduler);
+        }
+        for (index, num_rows) in num_rows.into_iter().enumerate() {
+            let max_tokens = arrivals.iter().filter(|arrival| arrival.1 == index).map(|arrival| arrival.2);
+            let (count, num_decoded) = (max_tokens.clone().count(), max_tokens.sum::<usize>());
+            // The first one; of each other one the last token, and fewer than are worth waiting for.
+            let most = if count == 0 { 0 } else { num_prompt_tokens - 1 + num_decoded + 15 * (count - 1) };
+            prop_assert!(num_rows <= most, "{num_rows} rows of {most} at most");
+        }
+    }
+}
+
 #[test]
 fn whoever_follows_a_cancelled_sequence_goes_on_where_it_was() {
     let prompt: Vec<u32> = (0..100).collect();
