@@ -192,6 +192,19 @@ fn guessing_ahead_changes_no_event_and_returns_everything() {
 }
 
 #[test]
+fn guesses_from_past_replies_come_true_where_the_same_is_asked_again_and_change_no_event() {
+    let metrics = Arc::new(Metrics::new("base"));
+    let handle = start_with(EngineConfig { max_draft_tokens: 63, ..CONFIG }, 64, &metrics, Arc::default());
+    let ask = Ask { temperature: 0.8, ..Ask::new(vec![1, 2, 3, 4], 60) };
+    let expected = collect(ask.submit(&start_roomy()));
+    let num_accepted = [(); 2].map(|()| {
+        assert_eq!(collect(ask.submit(&handle)), expected);
+        metrics.vllm.accepted_tokens_total.get()
+    });
+    assert!(num_accepted[0] < 10 && num_accepted[1] > 40, "{num_accepted:?}");
+}
+
+#[test]
 fn a_prediction_right_or_wrong_changes_no_event() {
     let asks = mixed_asks();
     let expected: Vec<Vec<Event>> = asks.iter().map(|ask| collect(ask.submit(&start_roomy()))).collect();

@@ -5,6 +5,7 @@ pub mod fairness;
 mod forward;
 pub mod kv_blocks;
 mod outbox;
+mod past_replies;
 pub mod prediction;
 pub mod prefix_cache;
 pub mod prefix_disk;

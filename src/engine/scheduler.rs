@@ -13,6 +13,7 @@ use kernels::attention::BlockId;
 
 use super::fairness::Fairness;
 use super::kv_blocks::BlockPool;
+use super::past_replies::PastReplies;
 use super::prefix_cache::ChainHash;
 use super::sequence::{LogitsUse, PrefixBlock, Sequence, SequenceId};
 use crate::model::{AdapterGroup, BlockCopy};
@@ -31,6 +32,7 @@ pub struct Scheduler {
     max_sequences: usize,
     max_draft_tokens: usize,
     pool: BlockPool,
+    past_replies: PastReplies,
     /// By all that is computed, of sequences in any state.
     fairness: Fairness,
     /// By the rows of the running sequences whose prompts are computed: what a prompt has taken does not hold the streams of its
@@ -104,6 +106,7 @@ impl Scheduler {
             max_sequences: max_sequences.clamp(1, max_batch_rows),
             max_draft_tokens: 0,
             pool: BlockPool::new(num_blocks),
+            past_replies: PastReplies::default(),
             fairness: Fairness::default(),
             streams: Fairness::default(),
             step_rows: StepRows::default(),
@@ -138,6 +141,7 @@ impl Scheduler {
     /// Adds a sequence that fits into the pool alone.
     pub fn enqueue(&mut self, sequence: Sequence) {
         self.fairness.enter(sequence.flow());
+        self.past_replies.forget_gone();
         self.wait(sequence);
     }
 
@@ -152,6 +156,9 @@ impl Scheduler {
         };
         if let Some(sequence) = removed {
             self.fairness.leave(sequence.flow());
+            if self.max_draft_tokens > 0 {
+                self.past_replies.learn(&sequence);
+            }
         }
     }
 
@@ -382,7 +389,7 @@ impl Scheduler {
             if most == 0 {
                 continue;
             }
-            sequence.speculate(most);
+            sequence.speculate(self.past_replies.of(sequence.flow()), most);
             // Guesses take a block only if that leaves one for the next token of every sequence.
             while !sequence.is_covered()
                 && self.pool.blocks_available() > num_decoding

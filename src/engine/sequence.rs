@@ -269,12 +269,12 @@ impl Sequence {
         is_scored.then(|| LogitsUse::Score(self.tokens[next]))
     }
 
-    /// Guesses at most `most` next tokens, never more than can be output.
-    pub(super) fn speculate(&mut self, most: usize) {
+    /// Guesses at most `most` next tokens, never more than can be output; `past` are replies of the same flow.
+    pub(super) fn speculate(&mut self, past: &[u32], most: usize) {
         // The row of the last token draws one already.
         let most = most.min(self.num_tokens_left().saturating_sub(1));
         let expected = self.prediction.as_ref().map_or(&[][..], Prediction::expected);
-        self.speculation.propose(&self.tokens, expected, most);
+        self.speculation.propose(&self.tokens, expected, past, most);
     }
 
     /// Most guesses that are worth their rows where the base of a step takes as long as `as_base` rows.

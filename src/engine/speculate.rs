@@ -1,11 +1,15 @@
-//! Guesses the next tokens of a sequence from its own text: where its last few tokens occurred before, what followed then
-//! may follow again. Edited code, lists and renamed functions are mostly repetition.
+//! Guesses the next tokens of a sequence from its own text, and from past replies: where its last few tokens occurred before, what
+//! followed then may follow again. Edited code, lists and renamed functions are mostly repetition.
 //!
 //! A guess costs a row of the step and is never trusted: its row is sampled like any other, and the guess counts only
 //! where it equals the token that was drawn. The output is the same, bit for bit, with and without guessing.
 
+use super::past_replies;
+
 /// Tokens that must match before their continuation is guessed, longest first: a longer match is a better guess.
 const MATCH_LENGTHS: [usize; 3] = [5, 3, 2];
+/// Least of them in past replies: what two tokens were followed by in another text says little.
+const MIN_PAST_MATCH: usize = 3;
 /// Guesses of a sequence that has not been tried yet.
 const FIRST_LENGTH: usize = 3;
 /// Most steps that a sequence whose guesses fail goes without one.
@@ -39,15 +43,16 @@ impl Speculation {
         &self.draft
     }
 
-    /// Guesses at most `most` tokens that follow `tokens`: those that the client expects, else from the text itself.
-    pub fn propose(&mut self, tokens: &[u32], expected: &[u32], most: usize) {
+    /// Guesses at most `most` tokens that follow `tokens`: those that the client expects, else from the text itself or from `past`
+    /// replies.
+    pub fn propose(&mut self, tokens: &[u32], expected: &[u32], past: &[u32], most: usize) {
         self.draft.clear();
         if self.pause > 0 {
             self.pause -= 1;
             return;
         }
         let next = match expected {
-            [] => continuation(tokens).map_or(&[][..], |start| &tokens[start..]),
+            [] => continuation(tokens, past).unwrap_or_default(),
             expected => expected,
         };
         self.draft.extend(next.iter().take(most.min(self.length)));
@@ -95,13 +100,16 @@ impl Speculation {
     }
 }
 
-/// Where the text goes on after the latest earlier occurrence of its longest matching end.
-fn continuation(tokens: &[u32]) -> Option<usize> {
+/// What followed the longest end of the text that occurred before, where it did so last: in the text itself rather than in past
+/// replies.
+fn continuation<'a>(tokens: &'a [u32], past: &'a [u32]) -> Option<&'a [u32]> {
     MATCH_LENGTHS.into_iter().find_map(|length| {
         let (earlier, end) = tokens.split_at_checked(tokens.len().checked_sub(length)?)?;
         // An occurrence may reach into the end itself: a text of one repeated token continues with it.
         let windows = tokens[..earlier.len() + length - 1].windows(length);
-        windows.enumerate().rev().find(|(_, window)| *window == end).map(|(at, _)| at + length)
+        let in_text = windows.enumerate().rev().find(|(_, window)| *window == end);
+        let in_text = in_text.map(|(at, _)| &tokens[at + length..]);
+        in_text.or_else(|| past_replies::continuation(past, end).filter(|_| length >= MIN_PAST_MATCH))
     })
 }
 
@@ -111,13 +119,13 @@ mod tests {
 
     fn proposed(tokens: &[u32], most: usize) -> Vec<u32> {
         let mut speculation = Speculation::default();
-        speculation.propose(tokens, &[], most);
+        speculation.propose(tokens, &[], &[], most);
         speculation.draft().to_vec()
     }
 
     /// How many are guessed in a step in which so many come true.
     fn guess(speculation: &mut Speculation, text: &[u32], num_accepted: usize) -> usize {
-        speculation.propose(text, &[], 64);
+        speculation.propose(text, &[], &[], 64);
         let length = speculation.draft().len();
         (0..num_accepted.min(length)).for_each(|_| speculation.accept());
         speculation.settle();
@@ -134,6 +142,20 @@ mod tests {
     }
 
     #[test]
+    fn past_replies_say_what_follows_where_the_text_does_not() {
+        let past = [1, 2, 3, 4, 5, 6, u32::MAX, 7, 8, 9];
+        let proposed = |tokens: &[u32]| {
+            let mut speculation = Speculation::default();
+            speculation.propose(tokens, &[], &past, 8);
+            speculation.draft().to_vec()
+        };
+        assert_eq!(proposed(&[0, 1, 2, 3]), [4, 5, 6]);
+        assert_eq!(proposed(&[2, 3, 4, 9, 2, 3, 4]), [9, 2, 3], "as long a match in the text itself goes first");
+        assert_eq!(proposed(&[3, 4, 9, 1, 2, 3, 4]), [5, 6], "a longer one in the past goes before that");
+        assert!(proposed(&[0, 1, 2]).is_empty() && proposed(&[7, 8, 9]).is_empty());
+    }
+
+    #[test]
     fn nothing_is_guessed_without_a_match_or_room() {
         assert!(proposed(&[], 8).is_empty());
         assert!(proposed(&[1], 8).is_empty());
@@ -144,7 +166,7 @@ mod tests {
     #[test]
     fn what_the_client_expects_outweighs_the_text() {
         let mut speculation = Speculation::default();
-        speculation.propose(&[1, 2, 3, 1, 2], &[7, 8, 9, 10], 2);
+        speculation.propose(&[1, 2, 3, 1, 2], &[7, 8, 9, 10], &[], 2);
         assert_eq!(speculation.draft(), [7, 8]);
     }
 
@@ -180,7 +202,7 @@ mod tests {
         let mut steps_between = Vec::new();
         let mut steps = 0;
         while steps_between.len() < 8 {
-            speculation.propose(&text, &[], 4);
+            speculation.propose(&text, &[], &[], 4);
             if speculation.draft().is_empty() {
                 steps += 1;
             } else {
