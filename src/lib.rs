@@ -11,6 +11,7 @@ pub mod adapter;
 pub mod app;
 mod background;
 pub mod bench;
+mod columns;
 pub mod compare;
 pub mod config;
 pub mod engine;

@@ -6,6 +6,7 @@ use std::path::Path;
 use super::catalogue::{CatalogueModel, Chat, models};
 use super::gguf::GgufFile;
 use super::memory::{ADAPTER_RANK, Memory, available_bytes, kv_token_bytes, readable};
+use crate::columns::columns;
 use crate::config::EngineConfig;
 
 const TITLES: [&str; 10] =
@@ -65,16 +66,7 @@ fn table_for(available: Option<usize>, rows: impl Iterator<Item = Row>) -> Strin
         let fits = format!("{fits}{}", if is_fetched { ", fetched" } else { "" });
         cells.into_iter().chain([fits]).collect::<Vec<_>>()
     });
-    let lines: Vec<_> = std::iter::once(TITLES.map(str::to_owned).to_vec()).chain(lines).collect();
-    let widths: Vec<_> = (0..TITLES.len())
-        .map(|column| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0))
-        .collect();
-    let mut table = String::new();
-    for line in lines {
-        let cells = line.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
-        table.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
-        table.push('\n');
-    }
+    let mut table = columns(&TITLES, &lines.collect::<Vec<_>>(), TITLES.len());
     let available = available.map_or_else(|| "an unknown part of".to_owned(), readable);
     // Writing to a string cannot fail.
     let _ = write!(

@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::generate::print;
 use super::server::{ServerArgs, TerminalError};
+use crate::columns::columns;
 
 #[derive(Debug, Args)]
 pub struct CompareArgs {
@@ -151,23 +152,7 @@ fn request(args: &CompareArgs) -> Value {
 fn table(reply: &Reply) -> String {
     let header = ["arm", "model", "in", "cached", "out", "TTFT ms", "TPOT ms", "total ms", "logprob", "agreement"];
     let rows: Vec<[String; 10]> = reply.arms.iter().map(row).collect();
-    let width = |column: usize| {
-        let cells = rows.iter().map(|row| row[column].chars().count());
-        cells.chain([header[column].len()]).max().unwrap_or(0)
-    };
-    let widths: [usize; 10] = std::array::from_fn(width);
-    let mut text = String::new();
-    let mut line = |cells: [&str; 10]| {
-        let cells = cells.iter().zip(widths).enumerate().map(|(column, (cell, width))| match column {
-            0 | 1 => format!("{cell:<width$}"),
-            _ => format!("{cell:>width$}"),
-        });
-        let cells: Vec<String> = cells.collect();
-        text.push_str(cells.join("  ").trim_end());
-        text.push('\n');
-    };
-    line(header);
-    rows.iter().for_each(|row| line(row.each_ref().map(String::as_str)));
+    let mut text = columns(&header, &rows, 2);
     // Writing to a string cannot fail.
     let _ = writeln!(text, "seed {}", reply.seed);
     for arm in &reply.arms {

@@ -3,6 +3,7 @@
 
 pub mod chat;
 pub mod compare;
+pub mod events;
 pub mod generate;
 mod server;
 

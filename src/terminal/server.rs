@@ -3,13 +3,13 @@
 use std::io::{self, BufRead, BufReader, Read, Take};
 
 use clap::Args;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{Number, Value};
+
+use super::events::{Event, read_line};
 
 /// Most bytes of a reply that are read.
 const MAX_REPLY_BYTES: u64 = 64 << 20;
-/// What follows the last event.
-const DONE: &str = "[DONE]";
 
 /// As it comes.
 pub type Reply = Take<Box<dyn Read + Send + Sync>>;
@@ -121,19 +121,10 @@ impl<R: Read> Pieces<R> {
             if self.events.read_line(&mut line).map_err(TerminalError::BrokenOff)? == 0 {
                 return Err(TerminalError::BrokenOff(io::ErrorKind::UnexpectedEof.into()));
             }
-            // The others are empty, or comments that keep the connection alive.
-            let Some(data) = line.strip_prefix("data: ") else { continue };
-            if data.trim_end() == DONE {
-                return Ok(None);
-            }
-            let chunk: Chunk = serde_json::from_str(data)?;
-            if let Some(error) = chunk.error {
-                return Err(TerminalError::Failed(error.message));
-            }
-            let texts = chunk.choices.into_iter().map(|choice| choice.text.or(choice.delta.content));
-            let text: String = texts.flatten().collect();
-            if !text.is_empty() {
-                return Ok(Some(text));
+            match read_line(&line)? {
+                Some(Event::Piece { text, .. }) if !text.is_empty() => return Ok(Some(text)),
+                Some(Event::Done) => return Ok(None),
+                Some(Event::Piece { .. }) | None => {}
             }
         }
     }
@@ -150,31 +141,6 @@ impl<R: Read> Iterator for Pieces<R> {
         self.has_ended = !matches!(piece, Some(Ok(_)));
         piece
     }
-}
-
-/// What is read of an event, of a completion or of a chat.
-#[derive(Debug, Deserialize)]
-struct Chunk {
-    #[serde(default)]
-    choices: Vec<Choice>,
-    error: Option<ErrorReply>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Choice {
-    text: Option<String>,
-    #[serde(default)]
-    delta: Delta,
-}
-
-#[derive(Debug, Default, Deserialize)]
-struct Delta {
-    content: Option<String>,
-}
-
-#[derive(Debug, Deserialize)]
-struct ErrorReply {
-    message: String,
 }
 
 #[cfg(test)]
