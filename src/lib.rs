@@ -21,6 +21,7 @@ pub mod grammar;
 mod hexadecimal;
 pub mod http;
 pub mod icl;
+pub mod loadgen;
 pub mod metrics;
 pub mod model;
 pub mod prompt;

@@ -17,6 +17,7 @@ use lorry::app::App;
 use lorry::bench::{self, BenchArgs, Subject};
 use lorry::config::{self, Config, Overrides};
 use lorry::http;
+use lorry::loadgen::{self, LoadgenArgs};
 use lorry::model::base_file::BaseFile;
 use lorry::model::base_weights::GgufWeights;
 use lorry::model::listing;
@@ -77,6 +78,8 @@ enum Command {
         #[command(flatten)]
         args: Box<BenchArgs>,
     },
+    /// Put load on a running server, open loop: at rates, or as a trace tells. One JSON line for each.
+    Loadgen(Box<LoadgenArgs>),
 }
 
 #[derive(Debug, Subcommand)]
@@ -167,6 +170,7 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
             writeln!(stdout(), "{name} is an adapter now\n{report}")?;
             Ok(())
         }
+        Command::Loadgen(args) => Ok(loadgen::run(&args)?),
         Command::Bench { config, args } => {
             let adapters = args.adapters.as_ref().map(|dir| dir.display().to_string());
             let (model, device) = (args.model.clone(), args.device.clone());

@@ -7,4 +7,4 @@ pub mod events;
 pub mod generate;
 mod server;
 
-pub use server::TerminalError;
+pub use server::{ServerArgs, TerminalError};

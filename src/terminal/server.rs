@@ -18,10 +18,10 @@ pub type Reply = Take<Box<dyn Read + Send + Sync>>;
 pub struct ServerArgs {
     /// Address of a running server.
     #[arg(long, default_value = "http://127.0.0.1:8080")]
-    url: String,
+    pub url: String,
     /// Key, where the server needs one.
     #[arg(long, env = "LORRY_API_KEY", hide_env_values = true)]
-    api_key: Option<String>,
+    pub api_key: Option<String>,
 }
 
 /// Fields of a request, as the API has them; what is absent is the server's default.

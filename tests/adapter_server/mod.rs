@@ -29,7 +29,7 @@ const RANK: usize = 4;
 
 /// A server of its own with the adapters `a`, `b` and one that is refused, `broken`.
 pub struct Server {
-    url: String,
+    pub url: String,
     client: Client,
     dir: TempDir,
 }
