@@ -12,8 +12,9 @@ GPU_BINARIES := target/gpu
 PAGE         := tests/page
 SDKS         := tests/sdks
 BENCH        ?= --prompt-tokens 128 --batch 8 --num-adapters 1
+LOADTEST     ?= --help
 
-.PHONY: serve test environments build fmt lint unit cuda ptx gpu-binaries test-gpu bench-gpu compiler clients contract page browser daemons models bench bench-test clean-venv
+.PHONY: serve test environments build fmt lint unit cuda ptx gpu-binaries test-gpu bench-gpu compiler clients contract page browser daemons models bench bench-test loadtest clean-venv
 
 ## serve: the default model and the adapters of ./adapters on 127.0.0.1:8080
 serve: build
@@ -111,6 +112,10 @@ models: build
 ## bench: prefill, decode and time to first token, one JSON line per run; options in BENCH
 bench: build
 	$(LORRY) bench $(BENCH)
+
+## loadtest: a running server at one rate after the other, its knee found and plotted; options in LOADTEST
+loadtest: build $(VENV)/ready
+	$(VENV)/bin/python deploy/loadtest/attack.py $(LOADTEST)
 
 ## bench-test: the scripts of benches/, as far as they come without a card and without peers
 bench-test: models $(PEERS_VENV)/ready
