@@ -247,6 +247,7 @@ async fn token_times(mut events: mpsc::UnboundedReceiver<Event>, start: Instant)
             Event::Token { .. } => times.push(start.elapsed()),
             Event::Finished(_) if !times.is_empty() => return Ok(times),
             Event::Failed(reason) => return Err(BenchError::Failed(reason)),
+            Event::Stopped => return Err(EngineStopped.into()),
             Event::Started { .. }
             | Event::PromptToken(_)
             | Event::PromptLogits(_)

@@ -508,6 +508,19 @@ fn a_failing_step_fails_every_request_and_stops_the_engine() {
 }
 
 #[test]
+fn a_failing_step_is_not_held_against_what_has_not_begun() {
+    let gate = Arc::new(Mutex::new(()));
+    let closed = gate.lock().expect("nobody panicked with it");
+    let config = EngineConfig { max_sequences: 1, ..CONFIG };
+    let handle = start_with(config, 64, &Arc::new(Metrics::new("base")), gate.clone());
+    let culprit = Ask::new(vec![1, PANIC], 5).submit(&handle);
+    let waiting = Ask::new(vec![1], 5).submit(&handle);
+    drop(closed);
+    assert!(matches!(collect(culprit).last(), Some(Event::Failed(_))));
+    assert_eq!(collect(waiting), [Event::Stopped]);
+}
+
+#[test]
 fn stopping_fails_what_is_running_and_refuses_what_comes() {
     let gate = Arc::new(Mutex::new(()));
     let closed = gate.lock().expect("nobody panicked with it");
@@ -516,7 +529,7 @@ fn stopping_fails_what_is_running_and_refuses_what_comes() {
     handle.stop();
     drop(closed);
     for receiver in receivers {
-        assert_eq!(collect(receiver).last(), Some(&Event::Failed("the server is shutting down".to_owned())));
+        assert_eq!(collect(receiver).last(), Some(&Event::Stopped));
     }
     assert!(!handle.is_alive());
     assert_eq!(handle.state(), EngineState::default());

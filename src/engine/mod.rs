@@ -20,13 +20,12 @@ pub mod step_cost;
 use std::any::Any;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use kernels::attention::BLOCK_SIZE;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::metrics::Metrics;
 use crate::model::Model;
@@ -82,7 +81,8 @@ struct Shared {
     context_length: usize,
     num_kv_blocks: usize,
     metrics: Arc<Metrics>,
-    is_alive: Arc<AtomicBool>,
+    /// Closed when the engine has ended or is ending.
+    life: watch::Receiver<()>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -114,15 +114,12 @@ impl EngineHandle {
         let (commands, receiver) = mpsc::channel();
         let num_kv_blocks = model.num_kv_blocks();
         let context_length = config.context_length.min(num_kv_blocks * BLOCK_SIZE);
-        let is_alive = Arc::new(AtomicBool::new(true));
+        let (alive, life) = watch::channel(());
         let max_queued = config.max_queued;
         let engine = Engine::new(model, &config, block_files, metrics.clone());
         let thread = thread::Builder::new()
             .name("lorry-engine".to_owned())
-            .spawn({
-                let is_alive = is_alive.clone();
-                move || run(engine, &receiver, &is_alive)
-            })
+            .spawn(move || run(engine, &receiver, alive))
             .expect("the system can start a thread");
         Self(Arc::new(Shared {
             commands,
@@ -131,7 +128,7 @@ impl EngineHandle {
             context_length,
             num_kv_blocks,
             metrics,
-            is_alive,
+            life,
             thread: Some(thread),
         }))
     }
@@ -147,8 +144,8 @@ impl EngineHandle {
         permit.map(Arc::new).map_err(|_| Overloaded { max_queued: self.0.max_queued })
     }
 
-    /// Hands a request to the engine. Its events end with [`Event::Finished`] or [`Event::Failed`], except that the
-    /// channel closes without either when the engine stops at this very moment.
+    /// Hands a request to the engine. Its events end with [`Event::Finished`], [`Event::Failed`] or [`Event::Stopped`],
+    /// except that the channel closes without any of them when the engine stops at this very moment.
     pub fn submit(&self, request: Request) -> Result<(), EngineStopped> {
         self.submit_together(vec![request])
     }
@@ -174,7 +171,13 @@ impl EngineHandle {
 
     /// False once the engine thread has ended or is ending.
     pub fn is_alive(&self) -> bool {
-        self.0.is_alive.load(Ordering::Acquire)
+        self.0.life.has_changed().is_ok()
+    }
+
+    /// Waits until the engine thread has ended or is ending.
+    pub async fn ended(&self) {
+        // Nothing is ever sent but the end.
+        let _ = self.0.life.clone().changed().await;
     }
 
     pub fn state(&self) -> EngineState {
@@ -203,21 +206,21 @@ impl fmt::Debug for Shared {
         f.debug_struct("Engine")
             .field("max_queued", &self.max_queued)
             .field("context_length", &self.context_length)
-            .field("is_alive", &self.is_alive)
+            .field("is_alive", &self.life.has_changed().is_ok())
             .finish_non_exhaustive()
     }
 }
 
 /// The life of the engine thread: sleeps while there is nothing to do, steps while there is.
-fn run(mut engine: Engine, commands: &mpsc::Receiver<Command>, is_alive: &AtomicBool) {
-    let reason = loop {
+fn run(mut engine: Engine, commands: &mpsc::Receiver<Command>, alive: watch::Sender<()>) {
+    let last = loop {
         match next_command(&engine, commands) {
             Some(Command::Submit(requests, accepted)) => {
                 requests.into_iter().for_each(|request| engine.enqueue(request, accepted));
             }
             Some(Command::Stop) => {
                 engine.save_all();
-                break "the server is shutting down".to_owned();
+                break Event::Stopped;
             }
             // A panic must not leave clients waiting for ever; the engine is not used after one.
             None => match catch_unwind(AssertUnwindSafe(|| engine.step())) {
@@ -227,13 +230,13 @@ fn run(mut engine: Engine, commands: &mpsc::Receiver<Command>, is_alive: &Atomic
             },
         }
     };
-    is_alive.store(false, Ordering::Release);
-    engine.abort(&reason);
+    drop(alive);
+    engine.abort(&last);
     for command in commands.try_iter() {
         let Command::Submit(requests, _) = command else { continue };
         for request in requests {
             drop(request.permit);
-            let _ = request.events.send(Event::Failed(reason.clone()));
+            let _ = request.events.send(Event::Stopped);
         }
     }
 }
@@ -255,10 +258,10 @@ fn next_command(engine: &Engine, commands: &mpsc::Receiver<Command>) -> Option<C
     }
 }
 
-/// Logs why a step failed and says it to the clients.
-fn report_failure(cause: &str) -> String {
+/// Logs why a step failed; the result says it to the clients that had a part in it.
+fn report_failure(cause: &str) -> Event {
     tracing::error!(cause, "the engine stops after a failed step");
-    format!("the engine stopped after an internal error: {cause}")
+    Event::Failed(format!("the engine stopped after an internal error: {cause}"))
 }
 
 fn panic_message(panic: &(dyn Any + Send)) -> &str {

@@ -119,6 +119,8 @@ pub enum Event {
     Finished(FinishReason),
     /// The engine could not go on with this request (an internal error, named).
     Failed(String),
+    /// The engine has ended, for which this request is not the cause: another server can take it.
+    Stopped,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

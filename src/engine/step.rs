@@ -1,6 +1,6 @@
 //! What the engine thread does: plan, forward and sample, emit.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::mem;
 use std::sync::Arc;
 use std::thread;
@@ -107,7 +107,7 @@ impl Engine {
         // The next step begins later for it than those who wait for tokens should notice.
         self.deliver();
         match self.check(&request) {
-            Err(reason) => fail(request, reason),
+            Err(reason) => end_unstarted(request, Event::Failed(reason)),
             Ok(()) if request.adapter.is_none() => self.start(request, accepted, Lease::default()),
             Ok(()) => {
                 self.arriving.push_back(Arriving { request, accepted, lease: None });
@@ -132,7 +132,9 @@ impl Engine {
                     is_full = true;
                     self.arriving.push_back(Arriving { request, accepted, lease });
                 }
-                Err(error) => fail(request, format!("adapter {:?}: {error}", adapter.name)),
+                Err(error) => {
+                    end_unstarted(request, Event::Failed(format!("adapter {:?}: {error}", adapter.name)));
+                }
             }
         }
     }
@@ -212,18 +214,21 @@ impl Engine {
         }
     }
 
-    /// Fails every sequence; the engine is used up. Nothing of its bookkeeping is relied on.
-    pub fn abort(self, reason: &str) {
+    /// Ends with `last` every sequence that has had a part in a step, the one under way included, and the others as no cause
+    /// of it; the engine is used up. Nothing of its bookkeeping is relied on.
+    pub fn abort(self, last: &Event) {
         let Self { mut clients, mut outbox, arriving, metrics, scheduler, .. } = self;
+        let planned: HashSet<SequenceId> = scheduler.plan().sequences.iter().map(|planned| planned.id).collect();
         drop(scheduler);
         metrics.vllm.set_load(0, 0, 0.0);
         // What was drawn before is theirs.
         outbox.deliver(&mut clients);
-        for client in clients.into_values() {
+        for (id, client) in clients {
             drop(client.permit);
-            let _ = client.events.send(Event::Failed(reason.to_owned()));
+            let had_a_part = client.is_started || planned.contains(&id);
+            let _ = client.events.send(if had_a_part { last.clone() } else { Event::Stopped });
         }
-        arriving.into_iter().for_each(|arriving| fail(arriving.request, reason.to_owned()));
+        arriving.into_iter().for_each(|arriving| end_unstarted(arriving.request, Event::Stopped));
     }
 
     /// What cannot run is refused here, because a panic in the model would end every other sequence too.
@@ -353,9 +358,9 @@ pub(super) fn publish(metrics: &Metrics, scheduler: &Scheduler, num_arriving: us
 }
 
 /// Ends a request that has not started. A client that has gone needs no answer.
-fn fail(request: Request, reason: String) {
+fn end_unstarted(request: Request, last: Event) {
     drop(request.permit);
-    let _ = request.events.send(Event::Failed(reason));
+    let _ = request.events.send(last);
 }
 
 /// Positions that a prompt takes with the prelude of its adapter.

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use futures::future::join_all;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
-use super::GenerationError;
 use super::beam_search::{Beam, BeamSearch, Hypothesis};
 use crate::adapter::canonical::Adapter;
 use crate::engine::EngineHandle;
@@ -50,21 +49,23 @@ impl BeamRun {
         drop(self.permits);
         match found {
             Ok(found) => self.choices.iter().zip(found).for_each(|(choice, found)| tell(choice, found)),
-            Err(error) => {
+            Err(last) => {
                 for choice in self.choices {
                     // A client that has gone needs no answer, here and below.
-                    let _ = choice.send(Event::Failed(error.to_string()));
+                    let _ = choice.send(last.clone());
                 }
             }
         }
     }
 
-    async fn search(&self, mut search: BeamSearch) -> Result<Vec<Hypothesis>, GenerationError> {
+    /// # Errors
+    /// The last event of every choice.
+    async fn search(&self, mut search: BeamSearch) -> Result<Vec<Hypothesis>, Event> {
         loop {
             let beams = search.running().iter().zip(&self.permits);
             let (requests, answers): (Vec<_>, Vec<_>) =
                 beams.map(|(beam, permit)| self.ask(beam, permit, search.num_candidates())).unzip();
-            self.engine.submit_together(requests).map_err(|_| GenerationError::EngineStopped)?;
+            self.engine.submit_together(requests).map_err(|_| Event::Stopped)?;
             let mut next_tokens = Vec::with_capacity(answers.len());
             for answer in answers {
                 next_tokens.push(self.next_tokens(answer, search.is_new()).await?);
@@ -113,7 +114,7 @@ impl BeamRun {
         &self,
         mut events: mpsc::UnboundedReceiver<Event>,
         is_first: bool,
-    ) -> Result<Vec<(u32, f32)>, GenerationError> {
+    ) -> Result<Vec<(u32, f32)>, Event> {
         let mut next_tokens = Vec::new();
         while let Some(event) = events.recv().await {
             match event {
@@ -122,11 +123,11 @@ impl BeamRun {
                 }
                 Event::Token { logprob: Some(logprob), .. } => next_tokens = logprob.top,
                 Event::Finished(_) => return Ok(next_tokens),
-                Event::Failed(cause) => return Err(GenerationError::Failed(cause)),
+                Event::Failed(_) | Event::Stopped => return Err(event),
                 _ => {}
             }
         }
-        Err(GenerationError::EngineStopped)
+        Err(Event::Stopped)
     }
 }
 

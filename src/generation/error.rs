@@ -43,8 +43,8 @@ pub enum GenerationError {
          server has less to do, or raise server.max_request_seconds"
     )]
     DeadlineExceeded { max_seconds: u64 },
-    /// The engine ended while, or before, the request ran.
-    #[error("the engine has stopped; the server must be restarted")]
+    /// The engine ended while, or before, the request ran, and not because of it.
+    #[error("the engine has stopped: send the request again when the server is back, or to another one")]
     EngineStopped,
     #[error("generation failed: {0}")]
     Failed(String),

@@ -105,6 +105,7 @@ async fn logits(
         match event {
             Event::PromptLogits(logits) => return Ok(logits),
             Event::Failed(cause) => return Err(SelfTestError::Failed(cause)),
+            Event::Stopped => return Err(SelfTestError::EngineStopped),
             _ => {}
         }
     }

@@ -233,6 +233,7 @@ impl TextStream {
             Event::Score(score) => self.score = Some(score),
             Event::Finished(reason) => self.release_rest(reason),
             Event::Failed(cause) => self.fail(GenerationError::Failed(cause)),
+            Event::Stopped => self.fail(GenerationError::EngineStopped),
         }
     }
 
