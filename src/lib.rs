@@ -26,6 +26,7 @@ pub mod metrics;
 pub mod model;
 pub mod prompt;
 mod rate_limit;
+pub mod service;
 pub mod terminal;
 pub mod tokenizer;
 pub mod tools;

@@ -7,9 +7,10 @@ use std::error::Error;
 use std::io::{self, IsTerminal, Write, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use futures::Stream;
+use futures::stream::unfold;
 use kernels::heap::give_back_large_blocks;
 use lorry::adapter::check;
 use lorry::adapter::import::{self, ImportError};
@@ -21,13 +22,15 @@ use lorry::loadgen::{self, LoadgenArgs};
 use lorry::model::base_file::BaseFile;
 use lorry::model::base_weights::GgufWeights;
 use lorry::model::listing;
+use lorry::service;
 use lorry::terminal::TerminalError;
 use lorry::terminal::chat::{self, ChatArgs};
 use lorry::terminal::compare::{self, CompareArgs};
 use lorry::terminal::generate::{self, GenerateArgs};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
-use tracing::{info, warn};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::info;
 use tracing_subscriber::EnvFilter;
 
 /// Inference server for code generation: one quantized base, many adapters, one batch.
@@ -107,9 +110,6 @@ enum AdaptersCommand {
         model: Option<String>,
     },
 }
-
-/// How long requests under way may take to finish after a signal to stop.
-const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,notify=warn"));
@@ -216,47 +216,24 @@ fn serve(config: Config) -> Result<(), Box<dyn Error>> {
     })?;
     let app = App::load(config)?;
     runtime.block_on(async {
-        info!("serving {} on {}://{address}", app.state.generation.base_id(), server.scheme);
-        let (stopping, mut stopped) = tokio::sync::watch::channel(false);
-        let shutdown = async move {
-            shutdown_signal().await;
-            info!("stopping: requests under way have {} s to finish", SHUTDOWN_GRACE.as_secs());
-            stopping.send_replace(true);
-        };
-        let deadline = async move {
-            // An error means that the server has ended, and this branch no longer matters.
-            let _ = stopped.wait_for(|stopping| *stopping).await;
-            tokio::time::sleep(SHUTDOWN_GRACE).await;
-        };
-        tokio::select! {
-            ended = server.serve(app.state, shutdown) => ended?,
-            () = deadline => warn!("some requests did not finish in time and are cut off"),
-        }
-        app.engine.stop();
-        Ok(())
+        let serving = format!("serving {} on {}://{address}", app.state.generation.base_id(), server.scheme);
+        let service = service::run(server, app.state, app.engine, stop_signals()?);
+        info!("{serving}");
+        Ok(service.await?)
     })
 }
 
-/// Resolves on Ctrl-C or, on Unix, SIGTERM.
-async fn shutdown_signal() {
-    let interrupt = async {
-        if tokio::signal::ctrl_c().await.is_err() {
-            std::future::pending::<()>().await;
+/// Ctrl-C and SIGTERM, each time that one comes.
+///
+/// # Errors
+/// The system does not let them be waited for.
+fn stop_signals() -> io::Result<impl Stream<Item = ()>> {
+    let signals = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    Ok(unfold(signals, async |(mut interrupt, mut terminate)| {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
         }
-    };
-    #[cfg(unix)]
-    let terminate = async {
-        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
-            Ok(mut signal) => {
-                signal.recv().await;
-            }
-            Err(_) => std::future::pending().await,
-        }
-    };
-    #[cfg(not(unix))]
-    let terminate = std::future::pending::<()>();
-    tokio::select! {
-        () = interrupt => {}
-        () = terminate => {}
-    }
+        Some(((), (interrupt, terminate)))
+    }))
 }
