@@ -19,6 +19,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use tokio::sync::watch;
 
 pub use crate::prompt::fim::ContextFile;
@@ -171,6 +173,15 @@ pub struct Generated {
 }
 
 impl Generated {
+    /// Waits for the first event of any sequence, which is still to be had.
+    ///
+    /// # Errors
+    /// It was the end of a sequence that failed.
+    pub async fn begun(&mut self) -> Result<(), GenerationError> {
+        let mut begun: FuturesUnordered<_> = self.sequences.iter_mut().map(TextStream::begun).collect();
+        begun.next().await.unwrap_or(Ok(()))
+    }
+
     /// `limit` pays for the prompts, once each, and for the outputs as they come.
     pub fn charge_to(&mut self, limit: &Arc<RateLimit>) {
         let prompts = self.sequences.iter().step_by(self.num_choices);

@@ -3,6 +3,7 @@
 mod indented_block;
 
 use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -183,6 +184,36 @@ impl TextStream {
         SequenceUsage { prediction, ..self.assembler.usage }
     }
 
+    /// Waits for the first event, which is still to be had.
+    ///
+    /// # Errors
+    /// It was one, and the last.
+    pub async fn begun(&mut self) -> Result<(), GenerationError> {
+        poll_fn(|cx| self.poll_ready(cx)).await;
+        match self.ready.pop_front_if(|event| event.is_err()) {
+            Some(Err(error)) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Ready when there is an event to take, or none will come.
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while self.ready.is_empty() && !self.ended {
+            match self.events.poll_recv(cx) {
+                Poll::Ready(Some(event)) => self.on_event(event),
+                Poll::Ready(None) => self.fail(GenerationError::EngineStopped),
+                // What was drawn in time is given.
+                Poll::Pending => {
+                    let Some(alarm) = &mut self.alarm else { return Poll::Pending };
+                    ready!(alarm.poll(cx));
+                    let deadline = alarm.deadline.clone();
+                    self.on_deadline(&deadline);
+                }
+            }
+        }
+        Poll::Ready(())
+    }
+
     /// Waits for the end of the sequence.
     pub async fn collect(mut self) -> Result<Completed, GenerationError> {
         let (mut text, mut tokens) = (String::new(), Vec::new());
@@ -299,25 +330,8 @@ impl Stream for TextStream {
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
-        loop {
-            if let Some(event) = this.ready.pop_front() {
-                return Poll::Ready(Some(event));
-            }
-            if this.ended {
-                return Poll::Ready(None);
-            }
-            match this.events.poll_recv(cx) {
-                Poll::Ready(Some(event)) => this.on_event(event),
-                Poll::Ready(None) => this.fail(GenerationError::EngineStopped),
-                // What was drawn in time is given.
-                Poll::Pending => {
-                    let Some(alarm) = &mut this.alarm else { return Poll::Pending };
-                    ready!(alarm.poll(cx));
-                    let deadline = alarm.deadline.clone();
-                    this.on_deadline(&deadline);
-                }
-            }
-        }
+        ready!(this.poll_ready(cx));
+        Poll::Ready(this.ready.pop_front())
     }
 }
 

@@ -1,6 +1,6 @@
 //! From a generation under way to a reply, whole or streamed; completions and chat differ only in their [`ReplyShape`].
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Json;
 use axum::response::{IntoResponse, Response};
@@ -9,6 +9,7 @@ use futures::future::try_join_all;
 use futures::stream::{BoxStream, SelectAll, select_all};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
+use tokio::time::timeout;
 
 use super::AppState;
 use super::auth::Caller;
@@ -24,6 +25,9 @@ use crate::generation::{
     TextEvent, TextStream,
 };
 use crate::hexadecimal::hexadecimal;
+
+/// Less than the 30 or 60 seconds after which proxies and clients commonly give up a server that says nothing.
+const MAX_HEADER_PATIENCE: Duration = Duration::from_secs(20);
 
 /// How one interface reads a request and words its choices.
 pub trait ReplyShape: Send + Sized + 'static {
@@ -58,8 +62,12 @@ pub async fn answer<S: ReplyShape>(state: &AppState, caller: &Caller, fields: &F
     }
 }
 
-/// Starts a request, at the arm of its experiment if it names one. `user` is who it says it is for, `id` that of its
-/// reply.
+/// Starts a request, at the arm of its experiment if it names one, and waits for its first event: until then a failure has
+/// a status, and a router may send the request elsewhere when this server is gone. `user` is who it says it is for, `id`
+/// that of its reply.
+///
+/// # Errors
+/// Those of any request, and what ended it before its first event.
 pub async fn begin(
     state: &AppState,
     caller: &Caller,
@@ -78,12 +86,24 @@ pub async fn begin(
                 generated.charge_to(tokens);
             }
             trial.started(&generated.model, generated.icl.as_ref());
+            if let Ok(Err(error)) = timeout(header_patience(state), generated.begun()).await {
+                trial.failed();
+                return Err(error.into());
+            }
             Ok((generated, trial))
         }
         Err(error) => {
             trial.refused(&error);
             Err(error.into())
         }
+    }
+}
+
+/// How long a reply that has nothing to say yet is without a header.
+pub fn header_patience(state: &AppState) -> Duration {
+    match state.config.server.sse_keep_alive_seconds {
+        0 => MAX_HEADER_PATIENCE,
+        seconds => Duration::from_secs(seconds).min(MAX_HEADER_PATIENCE),
     }
 }
 

@@ -5,6 +5,7 @@ mod beams;
 mod compare;
 mod contract;
 mod deadlines;
+mod endings;
 mod gaps;
 mod grammar;
 mod icl;
@@ -51,6 +52,8 @@ use crate::tokenizer::Tokenizer;
 const CONTEXT_LENGTH: usize = 64;
 const MAX_QUEUED: usize = 4;
 const BASE: &str = "tiny-coder:1b";
+/// A prompt that the model panics at.
+const PANIC: &str = "~~~~";
 /// And a database that nobody can open.
 const NO_EXPERIMENTS: &str =
     "path = '/dev/null/experiments.db'\nmax_mib = 1\nmax_queued = 8\nkeep_text = true\nrun = []";
@@ -87,6 +90,8 @@ impl Model for Alphabet {
     fn forward(&mut self, batch: &ForwardBatch<'_>, caller: &mut dyn Caller) -> Result<(), DeviceError> {
         caller.meanwhile();
         std::thread::sleep(self.step);
+        let is_bad = |tokens: &[u32]| tokens.iter().copied().eq(PANIC.bytes().map(u32::from));
+        assert!(!batch.tokens.windows(PANIC.len()).any(is_bad), "a bad token");
         let mut logits = vec![0.0; self.spec.vocab_size];
         for (index, &row) in batch.logits_rows.iter().enumerate() {
             logits.fill(0.0);
@@ -122,6 +127,10 @@ impl Server {
 
     /// With all that a model can have: it fills gaps, chats and calls tools.
     async fn able() -> Self {
+        Self::able_in(Duration::ZERO).await
+    }
+
+    async fn able_in(step: Duration) -> Self {
         let template =
             "{% for message in messages %}{{ message.content }}{% endfor %}{% if tools %}<tool_call>{% endif %}";
         let template = ChatTemplate::new(template, String::new(), String::new());
@@ -132,7 +141,7 @@ impl Server {
              bounds = {{min_samples = 1, max_error_rate = 0.5}}"
         );
         let tokens = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|end|>"];
-        Self::start_with_chat(&tokens, Duration::ZERO, &experiments, template).await
+        Self::start_with_chat(&tokens, step, &experiments, template).await
     }
 
     async fn start_with_chat(

@@ -12,13 +12,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from urllib.parse import quote
 
 import pytest
 
-from lorry_server import REPOSITORY, Server, serving
+from lorry_server import REPOSITORY, Server, serving, starting, wait_until_serving
 
 DEPLOY = REPOSITORY / "deploy"
 HAPROXY_CONFIG = DEPLOY / "haproxy" / "haproxy.cfg"
@@ -87,6 +88,10 @@ def requests_ended(replica):
 
 def refusals(replica):
     return sum(count for _, count in samples(replica, r'lorry_rejected_total\{reason="([^"]+)"'))
+
+
+def requests_running(replica):
+    return sum(count for _, count in samples(replica, r'vllm:num_requests_running\{model_name="([^"]+)"'))
 
 
 @dataclass(frozen=True)
@@ -236,18 +241,45 @@ def test_a_prompt_larger_than_a_buffer_comes_to_the_home_of_its_adapter(two):
     assert refusals(home) == before + 1
 
 
+def read_stream(url, adapter, max_tokens, prompt):
+    """Whether a stream began, and the bytes of its last line."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+    body = {"model": adapter, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+    has_begun, last = False, b""
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        reply = connection.getresponse()
+        has_begun = reply.status == 200
+        for line in reply:
+            last = line.strip() or last
+    except (http.client.HTTPException, OSError) as error:
+        last = repr(error).encode()
+    finally:
+        connection.close()
+    return has_begun, last
+
+
 @needs("haproxy")
 def test_a_killed_replica_costs_only_the_streams_that_it_had_begun(tmp_path):
-    with pool(tmp_path) as two:
+    num_waiting = 12
+    with pool(tmp_path) as two, ThreadPoolExecutor(num_waiting) as clients:
         adapter = ADAPTERS[0]
         doomed = two.home_of(adapter)
         with Load(two.url) as load, stream(two, adapter, max_tokens=2000) as cut:
             load.wait_for(10)
+            # Longer prompts than are computed in no time, and no two alike.
+            prompts = [f"# {number}\n" + "print(1)\n" * 60 for number in range(num_waiting)]
+            waiting = [clients.submit(read_stream, two.url, adapter, 2, prompt) for prompt in prompts]
+            wait_until(lambda: sum(map(requests_running, two.replicas)) > num_waiting, "they do not come")
             doomed.process.kill()
             with pytest.raises((http.client.IncompleteRead, ConnectionError)) as end:
                 while line := cut.read1():
                     assert b"[DONE]" not in line
             print(f"the client of the stream sees {end.value!r}")
+            outcomes = [one.result() for one in waiting]
+            failed = [last for has_begun, last in outcomes if not has_begun]
+            assert failed == [], "what had not begun was sent to the other"
+            assert sum(last == b"data: [DONE]" for _, last in outcomes) > num_waiting / 2
             load.wait_for(20)
         assert load.failures() == []
 
@@ -264,6 +296,41 @@ def test_a_replica_that_stops_ends_its_streams_and_costs_nothing(tmp_path):
             load.wait_for(20)
             assert leaving.process.wait(MAX_WAIT_SECONDS) == 0
         assert load.failures() == []
+
+
+@needs("haproxy")
+def test_replicas_are_upgraded_one_after_the_other_without_a_failed_request(tmp_path):
+    environment = {"LORRY__ENGINE__KV_CACHE_MIB": "64", "LORRY__ENGINE__THREADS": "1"}
+    arguments = ["--model", "smollm2:135m", "--adapters", ""]
+    ports = [free_port() for _ in range(2)]
+    with ExitStack() as stack:
+        start = lambda port: stack.enter_context(starting(*arguments, port=port, environment=environment))
+        replicas = [start(port) for port in ports]
+        for process, log in replicas:
+            wait_until_serving(process, log)
+        url = stack.enter_context(haproxy(tmp_path, [f"127.0.0.1:{port}" for port in ports]))
+        wait_until(lambda: status_of(f"{url}/health") == 200, "HAProxy finds no replica")
+        ended, is_over = [], threading.Event()
+
+        def stream_on(number):
+            while not is_over.is_set():
+                ended.append(read_stream(url, "smollm2:135m", 16, f"# {number}\n"))
+
+        with ThreadPoolExecutor(4) as clients:
+            streaming = [clients.submit(stream_on, number) for number in range(4)]
+            try:
+                for at, (process, _) in enumerate(replicas):
+                    process.terminate()
+                    assert process.wait(MAX_WAIT_SECONDS) == 0
+                    process, log = start(ports[at])
+                    replica = Server(wait_until_serving(process, log), log, process)
+                    # Until then the other must not go.
+                    wait_until(lambda: requests_ended(replica), "the new replica gets no requests")
+            finally:
+                is_over.set()
+            for one in streaming:
+                one.result()
+        assert len(ended) > 20 and set(ended) == {(True, b"data: [DONE]")}, set(ended)
 
 
 @needs("haproxy")

@@ -14,12 +14,13 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use futures::future::join_all;
+use tokio::time::timeout;
 
 use super::AppState;
 use super::auth::Caller;
 use super::error::ApiError;
 use super::fields::Fields;
-use super::reply::{random_id, unix_seconds};
+use super::reply::{header_patience, random_id, unix_seconds};
 use super::sse;
 use super::trials::{Trial, choose_arm};
 use crate::compare::{ArmEvent, Comparison};
@@ -72,7 +73,7 @@ pub async fn compare(
         written: VecDeque::new(),
         has_ended: false,
     };
-    if is_streamed { Ok(run.stream(state, refused)) } else { run.collect(refused).await }
+    if is_streamed { run.stream(state, refused).await } else { run.collect(refused).await }
 }
 
 /// All that an arm needs before it can start.
@@ -135,7 +136,8 @@ impl Run {
         Ok(Json(reply).into_response())
     }
 
-    fn stream(mut self, state: &AppState, refused: Vec<Option<ApiError>>) -> Response {
+    /// As every stream, it has its header with the first event of an arm.
+    async fn stream(mut self, state: &AppState, refused: Vec<Option<ApiError>>) -> Result<Response, ApiError> {
         for (index, error) in refused.into_iter().enumerate() {
             match (self.heads[index].clone(), error) {
                 (Some(head), _) => self.write(index, ChunkEvent::Start(head)),
@@ -143,7 +145,15 @@ impl Run {
                 (None, None) => {}
             }
         }
-        sse::respond(state, futures::stream::unfold(self, async |mut run| Some((run.next().await?, run))))
+        match timeout(header_patience(state), self.comparison.next()).await {
+            Ok(Some((index, ArmEvent::Failed(error)))) if self.on_error == OnError::Fail => {
+                self.trials[index].failed();
+                return Err(self.arms[index].placed(error.into()));
+            }
+            Ok(Some((index, event))) => self.tell(index, event),
+            Ok(None) | Err(_) => {}
+        }
+        Ok(sse::respond(state, futures::stream::unfold(self, async |mut run| Some((run.next().await?, run)))))
     }
 
     /// The data of the next event.
