@@ -1,13 +1,14 @@
 //! The life of a server that is loaded: it serves until it is told to stop or its engine fails, and lets every reply have
-//! an end that its client can read.
+//! an end that its client can read. What becomes of it, a service manager is told that asks for it, such as systemd.
 
 use std::io;
 use std::pin::pin;
 use std::time::Duration;
 
 use futures::{Stream, StreamExt};
+use sd_notify::NotifyState;
 use tokio::sync::oneshot;
-use tokio::time::{sleep, timeout};
+use tokio::time::{interval, sleep, timeout};
 use tracing::{info, warn};
 
 use crate::engine::EngineHandle;
@@ -37,10 +38,13 @@ pub fn run(
     engine: EngineHandle,
     signals: impl Stream<Item = ()>,
 ) -> impl Future<Output = Result<(), ServiceError>> {
+    let status = format!("serving {}", state.generation.base_id());
     let (stop, stopped) = oneshot::channel();
     let served = server.serve(state, async { stopped.await.unwrap_or_default() });
+    tell(&[NotifyState::Ready, NotifyState::Status(&status)]);
     async move {
         let (mut served, mut signals) = (pin!(served), pin!(signals));
+        tokio::spawn(show_life());
         tokio::select! {
             ended = &mut served => return Ok(ended?),
             () = engine.ended() => {}
@@ -49,7 +53,9 @@ pub fn run(
         // An error means that it has ended.
         let _ = stop.send(());
         if engine.is_alive() {
-            info!("stopping: requests under way have {} s to finish", GRACE.as_secs());
+            let status = format!("stopping: requests under way have {} s to finish", GRACE.as_secs());
+            info!("{status}");
+            tell(&[NotifyState::Stopping, NotifyState::Status(&status)]);
             tokio::select! {
                 ended = &mut served => return Ok(ended?),
                 () = engine.ended() => {}
@@ -58,9 +64,28 @@ pub fn run(
             }
         }
         let has_failed = !engine.is_alive();
+        if has_failed {
+            tell(&[NotifyState::Stopping, NotifyState::Status("the engine has failed")]);
+        }
         engine.stop();
         // Whoever does not read by then is left.
         let _ = timeout(LAST_WORDS, served).await;
         if has_failed { Err(ServiceError::EngineFailed) } else { Ok(()) }
+    }
+}
+
+fn tell(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        warn!("the service manager cannot be told how the server is: {error}");
+    }
+}
+
+/// Where the service manager watches, shows that connections are served, twice as often as it wants to see it.
+async fn show_life() {
+    let Some(patience) = sd_notify::watchdog_enabled().filter(|patience| !patience.is_zero()) else { return };
+    let mut period = interval(patience / 2);
+    loop {
+        period.tick().await;
+        tell(&[NotifyState::Watchdog]);
     }
 }

@@ -342,6 +342,30 @@ def test_without_a_replica_the_refusal_is_json_and_health_says_so(tmp_path):
         assert json.loads(refusal)["error"]["code"] == "unavailable"
 
 
+def test_the_service_manager_is_told_how_the_server_is(tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(MAX_WAIT_SECONDS)
+        environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "200000"}
+        with serving("--model", "smollm2:135m", "--adapters", "", environment=environment) as server:
+            told = [manager.recv(4096).decode().split("\n") for _ in range(4)]
+            assert told[0][:2] == ["READY=1", "STATUS=serving smollm2:135m"], told
+            assert told[1:] == [["WATCHDOG=1", ""]] * 3, told
+            server.process.terminate()
+            while (last := manager.recv(4096).decode().split("\n"))[0] == "WATCHDOG=1":
+                pass
+            assert last[0] == "STOPPING=1" and last[1].startswith("STATUS=stopping"), last
+
+
+@needs("systemd-analyze")
+def test_the_unit_of_systemd_is_valid(tmp_path):
+    # It names a program that is not installed here.
+    unit = (DEPLOY / "systemd" / "lorry.service").read_text().replace("/usr/local/bin/lorry", sys.executable)
+    (tmp_path / "lorry.service").write_text(unit)
+    run = subprocess.run(["systemd-analyze", "verify", tmp_path / "lorry.service"], capture_output=True, text=True)
+    assert run.returncode == 0 and "lorry.service" not in run.stderr, run.stderr
+
+
 PROMETHEUS = DEPLOY / "prometheus"
 EXPERIMENT = """
 [[experiments.run]]
