@@ -44,6 +44,10 @@ const UNADMITTED_PATIENCE: Duration = Duration::from_secs(1);
 /// again after a second.
 #[cfg(unix)]
 const BACKLOG: i32 = 4096;
+/// Of a reply that the system keeps until its client takes it. Else it is up to 4 MiB for each connection, of which a third has to
+/// be taken before the system says that anything was: who reads slowly but steadily would look like one who does not.
+#[cfg(unix)]
+const SEND_BUFFER_BYTES: usize = 256 << 10;
 /// Open files of everything but connections: models, adapters, databases.
 #[cfg(unix)]
 const OTHER_FILES: usize = 256;
@@ -67,6 +71,7 @@ pub async fn serve(
         write: Duration::from_secs(config.write_timeout_seconds),
     };
     lengthen_backlog(&listener);
+    bound_send_buffers(&listener);
     allow_open_files(config.max_connections);
     let places = Arc::new(Semaphore::new(config.max_connections));
     let connections = GracefulShutdown::new();
@@ -119,6 +124,17 @@ fn lengthen_backlog(listener: &TcpListener) {
 
 #[cfg(not(unix))]
 fn lengthen_backlog(_: &TcpListener) {}
+
+/// Of the connections to come, which take it from their listener.
+#[cfg(unix)]
+fn bound_send_buffers(listener: &TcpListener) {
+    if let Err(error) = rustix::net::sockopt::set_socket_send_buffer_size(listener, SEND_BUFFER_BYTES) {
+        tracing::warn!("clients that do not read may take much memory: {error}");
+    }
+}
+
+#[cfg(not(unix))]
+fn bound_send_buffers(_: &TcpListener) {}
 
 /// A connection is an open file, of which many systems allow 1024 unless asked for more.
 #[cfg(unix)]
