@@ -5,7 +5,7 @@
 
 use std::cmp::Reverse;
 use std::io;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use cap_std::fs::{Dir, OpenOptions};
 
@@ -14,6 +14,8 @@ use super::root::Root;
 
 const FOLDER: &str = ".lorry/generations";
 const RECORD: &str = "fingerprint.json";
+/// What file systems tell apart that keep no more than microseconds.
+const TICK: Duration = Duration::from_millis(1);
 
 /// Keeps the files in `folder` as `generation` of `name`, and `num_kept` others. Several servers may do so at once in one
 /// folder of adapters: a generation appears whole.
@@ -22,11 +24,7 @@ pub fn keep(root: &Root, name: &str, generation: &str, folder: &Dir, num_kept: u
     if root.dir.exists(&path) && !is_intact(&root.dir.open_dir(&path)?) {
         root.dir.remove_dir_all(&path)?;
     }
-    if root.dir.exists(&path) {
-        // Its time says when the generation was last in use.
-        let record = root.dir.open_with(format!("{path}/{RECORD}"), OpenOptions::new().write(true))?;
-        record.into_std().set_modified(SystemTime::now())?;
-    } else {
+    if !root.dir.exists(&path) {
         root.dir.create_dir_all(format!("{FOLDER}/{name}"))?;
         let staging = root.staging()?;
         let kept = staging.dir()?;
@@ -36,6 +34,11 @@ pub fn keep(root: &Root, name: &str, generation: &str, folder: &Dir, num_kept: u
         kept.write(RECORD, serde_json::to_vec(&Fingerprint::of(&kept))?)?;
         staging.replace(&path)?;
     }
+    // Its time says when the generation was last in use: after all others, also where a clock has been set back.
+    let latest = kept(root, name).into_iter().find(|(_, other, _)| other != generation);
+    let last_used = latest.map_or(SystemTime::UNIX_EPOCH, |(latest, ..)| latest + TICK).max(SystemTime::now());
+    let record = root.dir.open_with(format!("{path}/{RECORD}"), OpenOptions::new().write(true))?;
+    record.into_std().set_modified(last_used)?;
     for (old, _) in list(root, name).iter().filter(|(old, _)| old != generation).skip(num_kept) {
         root.dir.remove_dir_all(format!("{FOLDER}/{name}/{old}"))?;
     }
@@ -54,6 +57,11 @@ fn link(from: &Dir, file: &str, to: &Dir) -> io::Result<()> {
 
 /// The kept generations of `name` and their files, the one last in use first.
 pub fn list(root: &Root, name: &str) -> Vec<(String, Fingerprint)> {
+    kept(root, name).into_iter().map(|(_, generation, fingerprint)| (generation, fingerprint)).collect()
+}
+
+/// As [`list`], with the times of their last use.
+fn kept(root: &Root, name: &str) -> Vec<(SystemTime, String, Fingerprint)> {
     let Ok(entries) = root.dir.read_dir(format!("{FOLDER}/{name}")) else { return Vec::new() };
     let mut kept: Vec<_> = entries
         .flatten()
@@ -64,7 +72,7 @@ pub fn list(root: &Root, name: &str) -> Vec<(String, Fingerprint)> {
         })
         .collect();
     kept.sort_unstable_by_key(|(last_used, ..)| Reverse(*last_used));
-    kept.into_iter().map(|(_, generation, fingerprint)| (generation, fingerprint)).collect()
+    kept
 }
 
 /// The folder of a kept generation; its content is for the caller to verify.
@@ -83,7 +91,7 @@ mod tests {
 
     use super::*;
 
-    fn kept(root: &Root, name: &str) -> Vec<String> {
+    fn names(root: &Root, name: &str) -> Vec<String> {
         list(root, name).into_iter().map(|(generation, _)| generation).collect()
     }
 
@@ -101,9 +109,22 @@ mod tests {
         for generation in ["1", "2", "3", "2", "4"] {
             keep(&root, "a", generation, &write(&root, generation), 2).unwrap();
         }
-        assert_eq!(kept(&root, "a"), ["4", "2", "3"]);
+        assert_eq!(names(&root, "a"), ["4", "2", "3"]);
         assert_eq!(open(&root, "a", "2").unwrap().read_to_string(FILES[0]).unwrap(), "2");
-        assert!(kept(&root, "b").is_empty() && open(&root, "a", "1").is_err());
+        assert!(names(&root, "b").is_empty() && open(&root, "a", "1").is_err());
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_changes_no_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::open(dir.path()).unwrap();
+        keep(&root, "a", "1", &write(&root, "1"), 2).unwrap();
+        let record = root.dir.open_with(format!("{FOLDER}/a/1/{RECORD}"), OpenOptions::new().write(true)).unwrap();
+        record.into_std().set_modified(SystemTime::now() + Duration::from_secs(86_400)).unwrap();
+        for generation in ["2", "3", "4"] {
+            keep(&root, "a", generation, &write(&root, generation), 2).unwrap();
+        }
+        assert_eq!(names(&root, "a"), ["4", "3", "2"]);
     }
 
     #[test]
@@ -125,7 +146,7 @@ mod tests {
             });
             assert_eq!(root.dir.read_to_string(format!("a/{}", FILES[0])).unwrap(), generation);
             let of_kept = open(&root, "a", &generation).unwrap().read_to_string(FILES[0]).unwrap();
-            assert_eq!((of_kept, kept(&root, "a")[0].clone()), (generation.clone(), generation));
+            assert_eq!((of_kept, names(&root, "a")[0].clone()), (generation.clone(), generation));
         }
     }
 
@@ -135,10 +156,10 @@ mod tests {
         let root = Root::open(dir.path()).unwrap();
         let folder = write(&root, "1");
         keep(&root, "a", "1", &folder, 2).unwrap();
-        assert_eq!(kept(&root, "a"), ["1"]);
+        assert_eq!(names(&root, "a"), ["1"]);
         folder.write(FILES[0], "changed").unwrap();
-        assert!(kept(&root, "a").is_empty());
+        assert!(names(&root, "a").is_empty());
         keep(&root, "a", "1", &write(&root, "1"), 2).unwrap();
-        assert_eq!(kept(&root, "a"), ["1"]);
+        assert_eq!(names(&root, "a"), ["1"]);
     }
 }
