@@ -212,6 +212,11 @@ impl ApiError {
         Self::new(status, "server_error", Some(code), message.into())
     }
 
+    /// 507 for files that cannot be changed.
+    fn not_writable(message: String) -> Self {
+        Self::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", Some("not_writable"), message)
+    }
+
     /// 404.
     pub fn unknown_experiment(message: impl Into<String>) -> Self {
         let code = "experiment_not_found";
@@ -283,7 +288,7 @@ impl From<ChangeError> for ApiError {
             ChangeError::NoFolder | ChangeError::NoAdapter(_) => {
                 Self::new(StatusCode::CONFLICT, "invalid_request_error", Some("no_adapter_folder"), message)
             }
-            ChangeError::Folder(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, message),
+            ChangeError::Folder(_) => Self::not_writable(message),
         }
     }
 }
@@ -299,9 +304,7 @@ impl From<StoreError> for ApiError {
             StoreError::NumExamples { .. } | StoreError::TooLarge { .. } => Self::invalid("examples", message),
             StoreError::TooManyStores { .. } => Self::malformed(message),
             StoreError::NoFolder => Self::new(StatusCode::CONFLICT, kind, Some("no_store_folder"), message),
-            StoreError::NotWritable { .. } => {
-                Self::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", Some("not_writable"), message)
-            }
+            StoreError::NotWritable { .. } => Self::not_writable(message),
         }
     }
 }

@@ -25,7 +25,11 @@ pub enum StoreError {
     TooManyStores { max: usize },
     #[error("the server keeps no example stores: set icl.dir")]
     NoFolder,
-    #[error("store `{name}` could not be written ({}): it is served as it was", .source.kind())]
+    #[error(
+        "store `{name}` could not be written ({}): nothing has changed; make room on the disk of icl.dir, or set it to a folder \
+         that the server may write",
+        .source.kind()
+    )]
     NotWritable { name: String, source: io::Error },
 }
 

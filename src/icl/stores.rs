@@ -78,7 +78,7 @@ impl IclStores {
         if is_new && self.read().len() >= MAX_STORES {
             return Err(StoreError::TooManyStores { max: MAX_STORES });
         }
-        write_atomically(dir, &file_name(name), &store.to_jsonl()).map_err(|source| not_writable(name, source))?;
+        write_atomically(dir, &file_name(name), &store.to_jsonl()).map_err(|source| not_writable(dir, name, source))?;
         self.write().insert(name.to_owned(), store.clone());
         Ok(store)
     }
@@ -92,7 +92,7 @@ impl IclStores {
         let _writing = self.lock();
         self.get(name)?;
         match fs::remove_file(dir.join(file_name(name))).and_then(|()| sync_folder(dir)) {
-            Err(source) if source.kind() != ErrorKind::NotFound => return Err(not_writable(name, source)),
+            Err(source) if source.kind() != ErrorKind::NotFound => return Err(not_writable(dir, name, source)),
             _ => self.write().remove(name),
         };
         Ok(())
@@ -177,8 +177,8 @@ fn unknown(name: &str, stores: &BTreeMap<String, Arc<Store>>) -> StoreError {
     StoreError::Unknown { name: name.to_owned(), known: known(stores) }
 }
 
-fn not_writable(name: &str, source: io::Error) -> StoreError {
-    warn!(store = name, error = %source, "an example store could not be written");
+fn not_writable(dir: &Path, name: &str, source: io::Error) -> StoreError {
+    warn!(folder = %dir.display(), store = name, error = %source, "an example store could not be written");
     StoreError::NotWritable { name: name.to_owned(), source }
 }
 

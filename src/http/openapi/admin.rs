@@ -64,13 +64,13 @@ fn describe_adapters(document: &mut Document) {
             .answers(201, "It is new.", &view)
             .answers_with_header(200, "etag")
             .answers_with_header(201, "etag")
-            .refuses(&[404, 409, 412, 422]),
+            .refuses(&[404, 409, 412, 422, 507]),
     );
     document.add(
         conditional(Operation::new("delete", path, ADAPTERS, "Takes an adapter out"))
             .access(Access::Admin)
             .answers(204, "There is none of this name.", &[])
-            .refuses(&[400, 409, 412, 422]),
+            .refuses(&[400, 409, 412, 422, 507]),
     );
     document.add(
         Operation::post(
@@ -92,7 +92,7 @@ fn describe_adapters(document: &mut Document) {
             )
             .answers(200, "As it is now.", &view)
             .answers_with_header(200, "etag")
-            .refuses(&[404, 409, 412, 422]),
+            .refuses(&[404, 409, 412, 422, 507]),
     );
 }
 
@@ -112,14 +112,14 @@ fn describe_vllm(document: &mut Document) {
                 &[json!({"lora_name": "a", "lora_path": "no-such-folder"})],
             )
             .answers(200, "It is there.", &done)
-            .refuses(&[404, 409, 422]),
+            .refuses(&[404, 409, 422, 507]),
     );
     document.add(
         Operation::post("/v1/unload_lora_adapter", "vLLM", "Takes an adapter out")
             .access(Access::Admin)
             .takes(properties(json!({"lora_name": name()})), &["lora_name"], &[json!({"lora_name": "no-such-adapter"})])
             .answers(200, "It is gone.", &done)
-            .refuses(&[404, 409, 412, 422]),
+            .refuses(&[404, 409, 412, 422, 507]),
     );
 }
 
