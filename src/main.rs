@@ -6,11 +6,12 @@
 use std::error::Error;
 use std::io::{self, IsTerminal, Write, stdout};
 use std::path::PathBuf;
+use std::pin::pin;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use futures::Stream;
 use futures::stream::unfold;
+use futures::{Stream, StreamExt};
 use kernels::heap::give_back_large_blocks;
 use lorry::adapter::check;
 use lorry::adapter::import::{self, ImportError};
@@ -210,14 +211,29 @@ fn serve(config: Config) -> Result<(), Box<dyn Error>> {
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
     let runtime = Runtime::new()?;
-    let server = runtime.block_on(async {
+    let (server, signals) = runtime.block_on(async {
+        // The first process of a container gets no signal that it does not wait for.
+        let signals = stop_signals()?;
         let listener = TcpListener::from_std(listener)?;
-        Ok::<_, Box<dyn Error>>(http::Server::start(listener, &config.server)?)
+        Ok::<_, Box<dyn Error>>((http::Server::start(listener, &config.server)?, signals))
     })?;
-    let app = App::load(config)?;
+    let mut signals = pin!(signals);
+    let loading = runtime.spawn_blocking(|| App::load(config));
+    let loaded = runtime.block_on(async {
+        tokio::select! {
+            loaded = loading => Some(loaded),
+            _ = signals.next() => None,
+        }
+    });
+    let Some(loaded) = loaded else {
+        info!("told to stop before the model is loaded");
+        runtime.shutdown_background();
+        return Ok(());
+    };
+    let app = loaded??;
     runtime.block_on(async {
         let serving = format!("serving {} on {}://{address}", app.state.generation.base_id(), server.scheme);
-        let service = service::run(server, app.state, app.engine, stop_signals()?);
+        let service = service::run(server, app.state, app.engine, signals);
         info!("{serving}");
         Ok(service.await?)
     })
