@@ -12,16 +12,19 @@ use super::files::leads_outside;
 const MAX_NAME_LEN: usize = 64;
 /// Hidden, so never an adapter.
 const STAGING: &str = ".lorry/staging";
+/// Where the paths of adapters are, that of their events is.
+const RESERVED_NAME: &str = "events";
 
 /// Whether a client can write it in a model id.
 pub fn is_valid_name(name: &str) -> bool {
     name.len() <= MAX_NAME_LEN
+        && name != RESERVED_NAME
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
         && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
 }
 
 pub const NAME_RULE: &str =
-    "must be 1 to 64 letters, digits, dots, dashes and underscores, beginning with a letter or digit";
+    "must be 1 to 64 letters, digits, dots, dashes and underscores, beginning with a letter or digit, and not `events`";
 
 /// The folder opened. Opened anew for each piece of work: the path may be a link that is pointed elsewhere.
 #[derive(Debug)]
@@ -166,7 +169,7 @@ mod tests {
         for good in ["a", "conala", "A1.b_c-d", &"x".repeat(64)] {
             assert!(is_valid_name(good), "{good}");
         }
-        for bad in ["", "-a", "_a", ".a", "..", "a b", "a/b", "a:b", "é", &"x".repeat(65)] {
+        for bad in ["", "-a", "_a", ".a", "..", "a b", "a/b", "a:b", "é", &"x".repeat(65), "events"] {
             assert!(!is_valid_name(bad), "{bad}");
         }
     }

@@ -15,7 +15,6 @@ mod selection;
 pub mod self_test;
 mod text_stream;
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 
@@ -76,7 +75,7 @@ pub struct Generation {
     engine: EngineHandle,
     metrics: Arc<Metrics>,
     config: Arc<Config>,
-    shutting_down: AtomicBool,
+    shutting_down: watch::Sender<bool>,
     /// Every [`TextStream`] holds a receiver: no receiver means drained.
     in_flight: watch::Sender<()>,
 }
@@ -211,7 +210,7 @@ impl Generation {
             engine,
             metrics,
             config,
-            shutting_down: AtomicBool::new(false),
+            shutting_down: watch::Sender::new(false),
             in_flight,
         }
     }
@@ -276,12 +275,19 @@ impl Generation {
 
     /// Whether new requests have a chance.
     pub fn is_accepting(&self) -> bool {
-        !self.shutting_down.load(Ordering::Relaxed) && self.engine.is_alive()
+        !*self.shutting_down.borrow() && self.engine.is_alive()
+    }
+
+    /// Resolves when no new requests are taken any more.
+    pub fn shutting_down(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut shutting_down = self.shutting_down.subscribe();
+        // An error means that the service is gone.
+        async move { drop(shutting_down.wait_for(|shutting_down| *shutting_down).await) }
     }
 
     /// Refuses new requests from now on, and returns when those under way have ended.
     pub async fn drain(&self) {
-        self.shutting_down.store(true, Ordering::Relaxed);
+        self.shutting_down.send_replace(true);
         self.in_flight.closed().await;
     }
 }

@@ -2,7 +2,6 @@
 //! queue for all, everything that can fail or take time, and the start of all in one batch.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
@@ -60,7 +59,7 @@ impl Generation {
     /// The server is full or stopping, or never has so many places.
     pub fn reserve(&self, num_sequences: usize, param: &'static str) -> Result<Places, GenerationError> {
         let (accepted, in_flight) = (Instant::now(), self.in_flight.subscribe());
-        if self.shutting_down.load(Ordering::Relaxed) {
+        if *self.shutting_down.borrow() {
             return Err(GenerationError::ShuttingDown);
         }
         let max_queued = self.config.engine.max_queued;

@@ -1,6 +1,7 @@
 //! The HTTP interface: OpenAI's routes over [`Generation`], those of Ollama and Anthropic, the life of the adapters,
 //! probes, and one shape for every error.
 
+mod adapter_events;
 mod adapters;
 mod anthropic;
 mod auth;
@@ -194,6 +195,7 @@ fn routes(state: &AppState) -> Router {
         .route("/experiments/{name}", get(experiments::get))
         .route("/experiments/{name}/reset", post(experiments::reset))
         .route("/adapters", get(adapters::list))
+        .route("/adapters/events", get(adapter_events::listen))
         .route("/adapters/{name}", adapter)
         .route("/adapters/{name}/load", post(adapters::load))
         .route("/adapters/{name}/rollback", post(adapters::roll_back))

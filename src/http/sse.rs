@@ -1,5 +1,5 @@
 //! Server-sent events: `data: {json}` and nothing else, but for comments to keep the connection alive where
-//! `server.sse_keep_alive_seconds` asks for them: several clients cannot read those.
+//! `server.sse_keep_alive_seconds` asks for them, as several clients cannot read those, and where events are rare.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -15,15 +15,17 @@ use super::error::ApiError;
 
 /// The data of the last event; the connection's body ends right after it.
 pub const DONE: &str = "[DONE]";
+/// Between comments, where nothing says otherwise: of clients that have gone without a word, only writing tells.
+const RARE_KEEP_ALIVE_SECONDS: u64 = 15;
 
 /// Each event is sent as soon as `data` has it.
 pub fn respond(state: &AppState, data: impl Stream<Item = String> + Send + 'static) -> Response {
-    respond_events(state, data.map(|data| Event::default().data(data)))
+    respond_events(state.config.server.sse_keep_alive_seconds, data.map(|data| Event::default().data(data)))
 }
 
-fn respond_events(state: &AppState, events: impl Stream<Item = Event> + Send + 'static) -> Response {
+fn respond_events(keep_alive_seconds: u64, events: impl Stream<Item = Event> + Send + 'static) -> Response {
     let events = Sse::new(events.map(Ok::<_, Infallible>));
-    let mut response = match state.config.server.sse_keep_alive_seconds {
+    let mut response = match keep_alive_seconds {
         0 => events.into_response(),
         seconds => {
             let keep_alive = KeepAlive::new().interval(Duration::from_secs(seconds)).text("keep-alive");
@@ -40,7 +42,20 @@ pub fn respond_named(
     state: &AppState,
     events: impl Stream<Item = (&'static str, String)> + Send + 'static,
 ) -> Response {
-    respond_events(state, events.map(|(name, data)| Event::default().event(name).data(data)))
+    respond_events(state.config.server.sse_keep_alive_seconds, events.map(named))
+}
+
+/// As [`respond_named`], of events that may be long in coming.
+pub fn respond_rare(state: &AppState, events: impl Stream<Item = (&'static str, String)> + Send + 'static) -> Response {
+    let seconds = match state.config.server.sse_keep_alive_seconds {
+        0 => RARE_KEEP_ALIVE_SECONDS,
+        seconds => seconds,
+    };
+    respond_events(seconds, events.map(named))
+}
+
+fn named((name, data): (&'static str, String)) -> Event {
+    Event::default().event(name).data(data)
 }
 
 /// `value` on one line. `data:` inside is escaped: there are clients that split events at every occurrence.

@@ -1,5 +1,6 @@
 //! The whole interface over a real socket, with an engine whose model continues the alphabet.
 
+mod adapter_events;
 mod anthropic;
 mod beams;
 mod compare;

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -91,9 +92,8 @@ impl Server {
         self.dir.path().join("adapters")
     }
 
-    /// Host and port.
-    pub fn address(&self) -> &str {
-        self.url.trim_start_matches("http://")
+    pub fn address(&self) -> SocketAddr {
+        self.url.trim_start_matches("http://").parse().unwrap()
     }
 
     pub fn request(&self, method: Method, path: &str) -> RequestBuilder {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use cap_std::fs::Dir;
 
@@ -46,7 +47,9 @@ impl Worker {
             return Ok(());
         }
         check_expected(present.as_ref(), expected)?;
+        let started = Instant::now();
         let adapter = self.assemble(name, files).map_err(ChangeError::Refused)?;
+        let took = started.elapsed();
         self.check_size(adapter.coverage.resident_bytes as u64)?;
         let staging = root.staging().map_err(folder_error)?;
         staging.dir().and_then(|folder| files.write(&folder)).map_err(folder_error)?;
@@ -54,7 +57,7 @@ impl Worker {
             self.keep(&root, name, &present.generation, &present.folder);
         }
         staging.replace(name).map_err(folder_error)?;
-        self.take_up(&root, name, Some(adapter))
+        self.take_up(&root, name, Some((adapter, took)))
     }
 
     /// Takes the folder away. Its files stay among the kept generations.
@@ -124,7 +127,7 @@ impl Worker {
     }
 
     /// Makes what is in the folder now what is served, without waiting to notice it.
-    fn take_up(&mut self, root: &Root, name: &str, adapter: Option<Adapter>) -> Result<(), ChangeError> {
+    fn take_up(&mut self, root: &Root, name: &str, adapter: Option<(Adapter, Duration)>) -> Result<(), ChangeError> {
         let folder = root.folder(Path::new(name)).map_err(|e| ChangeError::Folder(e.to_string()))?;
         let fingerprint = Fingerprint::of(&folder);
         let now = self.shared.now();
@@ -133,11 +136,11 @@ impl Worker {
             let noticed = noticed(root, name, Some(fingerprint.clone()), glance);
             self.shared.lock().record(noticed, Urgency::Prefetch, now);
         }
-        let Some(adapter) = adapter else { return Ok(()) };
+        let Some((adapter, took)) = adapter else { return Ok(()) };
         let generation = adapter.generation.clone();
         let bytes = adapter.coverage.resident_bytes as u64;
         let loaded =
-            Loaded { fingerprint: Some(fingerprint), generation: Some(generation.clone()), adapter: Ok(adapter) };
+            Loaded { fingerprint: Some(fingerprint), generation: Some(generation.clone()), adapter: Ok(adapter), took };
         self.shared.lock().adopt(name, loaded, bytes, now);
         self.shared.loaded.notify_one();
         self.keep(root, name, &generation, &folder);

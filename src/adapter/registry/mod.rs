@@ -5,6 +5,7 @@
 
 mod changes;
 mod error;
+mod events;
 mod outcome;
 mod state;
 mod status;
@@ -18,9 +19,10 @@ use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
 use notify::RecommendedWatcher;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, broadcast, oneshot};
 
 pub use error::{AcquireError, ChangeError, RegistryError};
+pub use events::{AdapterChange, AdapterEvent};
 pub use status::{AdapterStatus, AdapterUsage, Phase, SelfTest, Source, Tier, Usage};
 
 use super::canonical::Adapter;
@@ -283,6 +285,11 @@ impl AdapterRegistry {
 
     fn folder(&self) -> Result<&Folder, ChangeError> {
         self.folder.as_ref().ok_or(ChangeError::NoFolder)
+    }
+
+    /// All that happens to adapters from now on. Who does not keep up loses the oldest, and is told how many.
+    pub fn events(&self) -> broadcast::Receiver<Arc<AdapterEvent>> {
+        self.shared.lock().events.listen()
     }
 
     /// The next adapter that was loaded and not yet measured, each generation once. Cancelling loses none.

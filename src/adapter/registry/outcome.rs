@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::error::AcquireError;
+use super::events::AdapterChange;
 use super::state::{CompositionKey, Entry, Load, State, Target};
+use super::status::Tier;
 use crate::adapter::canonical::Adapter;
 use crate::adapter::files::{Fingerprint, Glance};
 use crate::adapter::residency::{ItemId, Reservation, Urgency};
@@ -29,6 +31,8 @@ pub struct Loaded {
     pub fingerprint: Option<Fingerprint>,
     pub generation: Option<String>,
     pub adapter: Result<Adapter, String>,
+    /// Since the files were opened.
+    pub took: Duration,
 }
 
 /// Of the folder.
@@ -36,13 +40,14 @@ impl State {
     /// Takes up a folder, and plans to load it.
     pub fn record(&mut self, noticed: Noticed, urgency: Urgency, now: Duration) {
         let Noticed { name, fingerprint, glance, generation, previous_generations } = noticed;
-        let num_ids = &mut self.num_ids;
-        let entry = self.entries.entry(name.clone()).or_insert_with(|| {
-            *num_ids += 1;
-            Entry { id: *num_ids - 1, ..Entry::default() }
-        });
+        if !self.entries.contains_key(&name) {
+            self.entries.insert(name.clone(), Entry { id: self.num_ids, ..Entry::default() });
+            self.num_ids += 1;
+            self.events.tell(&name, generation.as_deref(), AdapterChange::Registered);
+        }
+        self.identify(&name, generation);
+        let Some(entry) = self.entries.get_mut(&name) else { return };
         entry.fingerprint = fingerprint;
-        entry.generation = generation;
         (entry.method, entry.coverage) = (None, None);
         entry.previous_generations = previous_generations;
         entry.is_missing = false;
@@ -62,6 +67,17 @@ impl State {
                 };
                 self.load_of(Target::Adapter(name), urgency, now).is_due = true;
             }
+        }
+    }
+
+    /// What is known of the generation of the files that the folder has now.
+    fn identify(&mut self, name: &str, generation: Option<String>) {
+        let Some(entry) = self.entries.get_mut(name) else { return };
+        entry.generation = generation;
+        let Some(generation) = &entry.generation else { return };
+        let last_generation = entry.last_generation.replace(generation.clone());
+        if let Some(previous_generation) = last_generation.filter(|last| last != generation) {
+            self.events.tell(name, Some(generation), AdapterChange::Replaced { previous_generation });
         }
     }
 
@@ -94,7 +110,9 @@ impl State {
 
     pub fn forget(&mut self, name: &str) {
         self.retire_current(name);
-        self.entries.remove(name);
+        if let Some(entry) = self.entries.remove(name) {
+            self.events.tell(name, entry.generation.as_deref(), AdapterChange::Removed);
+        }
         if let Some(load) = self.take_load(&Target::Adapter(name.to_owned())) {
             load.end(&Err(AcquireError::Unknown(name.to_owned())));
         }
@@ -120,9 +138,9 @@ impl State {
             return load.end(&Err(AcquireError::Unknown(name.to_owned())));
         };
         entry.fingerprint = loaded.fingerprint;
-        entry.generation = loaded.generation;
+        self.identify(name, loaded.generation);
         match loaded.adapter {
-            Ok(adapter) => self.settle(name, load, adapter, now),
+            Ok(adapter) => self.settle(name, load, adapter, loaded.took, now),
             Err(cause) => {
                 self.residency.remove(load.item);
                 self.refuse(name, cause.clone());
@@ -131,7 +149,7 @@ impl State {
         }
     }
 
-    fn settle(&mut self, name: &str, load: Load, adapter: Adapter, now: Duration) {
+    fn settle(&mut self, name: &str, load: Load, adapter: Adapter, took: Duration, now: Duration) {
         let Some(entry) = self.entries.get_mut(name) else { return };
         let bytes = adapter.coverage.resident_bytes as u64;
         entry.resident_bytes = bytes;
@@ -166,6 +184,8 @@ impl State {
                     adapter.generation
                 );
                 self.metrics.of_adapter(name).loads_total.inc();
+                let change = AdapterChange::Loaded { tier: Tier::Host, seconds: took.as_secs_f64() };
+                self.events.tell(name, Some(&adapter.generation), change);
                 self.resident.insert(load.item, adapter.clone());
                 load.end(&Ok(adapter));
             }
@@ -229,6 +249,7 @@ impl State {
         self.metrics.adapter_refusals_total.inc();
         self.retire_current(name);
         let Some(entry) = self.entries.get_mut(name) else { return };
+        self.events.tell(name, entry.generation.as_deref(), AdapterChange::refused(&cause));
         entry.failure = Some(cause.clone());
         if let Some(load) = self.take_load(&Target::Adapter(name.to_owned())) {
             self.residency.remove(load.item);

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use super::error::AcquireError;
+use super::events::{AdapterChange, Events};
 use super::status::{AdapterStatus, AdapterUsage, Phase, SelfTest, Tier, Usage};
 use super::worker::Worker;
 use crate::adapter::canonical::{Adapter, Coverage, Method};
@@ -35,6 +36,8 @@ pub(super) struct Entry {
     pub fingerprint: Option<Fingerprint>,
     /// Of these files; `None` until they have been read.
     pub generation: Option<String>,
+    /// The last one that was known.
+    pub last_generation: Option<String>,
     pub manifest: Arc<AdapterManifest>,
     pub method: Option<Method>,
     pub coverage: Option<Coverage>,
@@ -149,6 +152,7 @@ pub struct State {
     /// To be dropped by the worker, outside the lock: freeing an adapter takes milliseconds.
     pub(super) trash: Vec<Arc<Adapter>>,
     pub(super) metrics: Arc<Metrics>,
+    pub(super) events: Events,
     is_stopping: bool,
 }
 
@@ -170,6 +174,7 @@ impl State {
             num_ids: 0,
             trash: Vec::new(),
             metrics,
+            events: Events::new(),
             is_stopping: false,
         }
     }
@@ -469,6 +474,9 @@ impl State {
         if let Reservation::Granted { evicted } = &reservation {
             for adapter in evicted.iter().filter_map(|item| self.resident.remove(item)) {
                 self.metrics.of_adapter(label_of(&adapter)).evictions_total.inc();
+                if adapter.members.is_empty() {
+                    self.events.tell(&adapter.name, Some(&adapter.generation), AdapterChange::Evicted);
+                }
                 self.trash.push(adapter);
             }
             let resident = &self.resident;

@@ -133,13 +133,15 @@ impl Worker {
         let (root, folder) = match folder {
             Ok(opened) => opened,
             Err(e) => {
-                let loaded = Loaded { fingerprint: None, generation: None, adapter: Err(e.to_string()) };
+                let adapter = Err(e.to_string());
+                let loaded = Loaded { fingerprint: None, generation: None, adapter, took: started.elapsed() };
                 return self.shared.lock().finish_adapter(name, loaded, self.shared.now());
             }
         };
         let (fingerprint, files) = AdapterFiles::read_settled(&folder, self.options.max_adapter_bytes);
         let known = self.shared.lock().known_generation(name, &fingerprint);
-        let loaded = self.loaded(name, fingerprint.clone(), files);
+        let (generation, adapter) = self.loaded(name, files);
+        let loaded = Loaded { fingerprint: Some(fingerprint.clone()), generation, adapter, took: started.elapsed() };
         let generation = loaded.generation.clone().filter(|_| loaded.adapter.is_ok());
         self.shared.metrics.vllm.adapter_load.observe(started.elapsed().as_secs_f64());
         self.shared.lock().finish_adapter(name, loaded, self.shared.now());
@@ -152,15 +154,17 @@ impl Worker {
         }
     }
 
-    fn loaded(&self, name: &str, fingerprint: Fingerprint, files: Result<AdapterFiles, AdapterError>) -> Loaded {
-        let fingerprint = Some(fingerprint);
+    /// The generation, where the files can be read, and what they turned into.
+    fn loaded(
+        &self,
+        name: &str,
+        files: Result<AdapterFiles, AdapterError>,
+    ) -> (Option<String>, Result<Adapter, String>) {
         match files {
-            Err(e) => Loaded { fingerprint, generation: None, adapter: Err(e.to_string()) },
+            Err(e) => (None, Err(e.to_string())),
             Ok(files) => match self.assemble(name, &files) {
-                Ok(adapter) => {
-                    Loaded { fingerprint, generation: Some(adapter.generation.clone()), adapter: Ok(adapter) }
-                }
-                Err(cause) => Loaded { fingerprint, generation: Some(files.generation()), adapter: Err(cause) },
+                Ok(adapter) => (Some(adapter.generation.clone()), Ok(adapter)),
+                Err(cause) => (Some(files.generation()), Err(cause)),
             },
         }
     }

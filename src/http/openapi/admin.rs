@@ -2,9 +2,10 @@
 
 use serde_json::{Value, json};
 
-use super::document::{Access, Document, JSON, Operation, TEXT};
+use super::document::{Access, Document, EVENTS, JSON, Operation, TEXT};
 use super::schema::{boolean, count, item, not_null, one_of, properties, required_text, text};
 use crate::experiments::{Report, StoredVote};
+use crate::http::adapter_events::{EventView, MissedView};
 use crate::http::adapters::AdapterView;
 use crate::http::feedback::MAX_NAME_LEN;
 use crate::http::icl::{StoreCard, StoreList, WholeStore};
@@ -29,6 +30,12 @@ fn describe_adapters(document: &mut Document) {
         "Each as it is now.",
         &[(JSON, list)],
     ));
+    let event = json!({"anyOf": [document.of::<EventView>(), document.of::<MissedView>()]});
+    document.add(
+        Operation::get("/v1/adapters/events", ADAPTERS, "What happens to adapters, as it happens")
+            .describing("Ends when the server does.")
+            .answers(200, "An event for each change.", &[(EVENTS, event)]),
+    );
     let view = [(JSON, document.of::<AdapterView>())];
     let path = "/v1/adapters/{name}";
     document.add(
