@@ -29,7 +29,7 @@ pub use statistics::Rate;
 pub use store::Unavailable;
 pub use vote::{Outcome, Record, StoredVote, Vote, VoteError, VoteKind, prompt_hash};
 
-use crate::metrics::Metrics;
+use crate::metrics::{ArmSeries, Metrics};
 use canary::CanaryStatus;
 use store::{Store, StoreError};
 use writer::{Command, Writer};
@@ -80,6 +80,8 @@ struct Experiment {
     config: ExperimentConfig,
     /// Of each arm, in full.
     models: Vec<String>,
+    /// Of each arm.
+    series: Vec<Arc<ArmSeries>>,
     /// The configuration as one string.
     definition: String,
     /// Changed by the writer only.
@@ -98,7 +100,7 @@ impl Experiments {
         metrics: Arc<Metrics>,
         on_roll_back: OnRollBack,
     ) -> std::io::Result<Self> {
-        let experiments: Arc<[_]> = config.run.iter().map(|config| Experiment::new(config, &names)).collect();
+        let experiments: Arc<[_]> = config.run.iter().map(|config| Experiment::new(config, &names, &metrics)).collect();
         let (commands, receiver) = sync_channel(config.max_queued);
         let writer = Writer::new(
             path.clone(),
@@ -152,10 +154,24 @@ impl Experiments {
 
     /// Queues a finished run for writing. Never waits: when the queue is full the record is dropped and counted.
     pub fn record(&self, mut record: Record) {
+        self.count(&record);
         record.model = self.names.full_name(&record.model);
         record.text = record.text.filter(|_| self.keep_text);
         if self.commands.try_send(Command::Record(Box::new(record))).is_err() {
             self.metrics.experiment_writes_total.with_label_values(&["dropped"]).inc();
+        }
+    }
+
+    fn count(&self, record: &Record) {
+        let experiment = record.experiment.as_ref().and_then(|name| self.find(name));
+        let Some(series) = experiment.and_then(|(_, experiment)| experiment.series_of(&record.arm)) else { return };
+        series.requests_total.with_label_values(&[record.outcome.name()]).inc();
+        series.prompt_tokens_total.inc_by(record.prompt_tokens.into());
+        series.output_tokens_total.inc_by(record.completion_tokens.into());
+        for (histogram, milliseconds) in
+            [(&series.time_to_first_token, record.ttft_ms), (&series.time_per_output_token, record.tpot_ms)]
+        {
+            milliseconds.into_iter().for_each(|milliseconds| histogram.observe(milliseconds / 1e3));
         }
     }
 
@@ -253,8 +269,10 @@ impl fmt::Debug for Experiments {
 }
 
 impl Experiment {
-    fn new(config: &ExperimentConfig, names: &ModelNames) -> Self {
+    fn new(config: &ExperimentConfig, names: &ModelNames, metrics: &Metrics) -> Self {
+        let series = |arm: &ArmConfig| metrics.new_arm(&config.name, &arm.name, names.adapter(&arm.model));
         Self {
+            series: config.arms.iter().map(series).collect(),
             models: config.arms.iter().map(|arm| names.full_name(&arm.model)).collect(),
             definition: format!("{} {config:?}", names.base_id()),
             canary: config.bounds.is_some().then(|| watch::Sender::new(CanaryStatus::begin(writer::now_ms()))),
@@ -270,6 +288,11 @@ impl Experiment {
     fn arm(&self, name: &str, model: &str) -> Option<&ArmConfig> {
         let mut arms = self.config.arms.iter().zip(&self.models);
         arms.find(|(arm, full)| arm.name == name && *full == model).map(|(arm, _)| arm)
+    }
+
+    fn series_of(&self, arm: &str) -> Option<&ArmSeries> {
+        let mut arms = self.config.arms.iter().zip(&self.series);
+        arms.find(|(known, _)| known.name == arm).map(|(_, series)| series.as_ref())
     }
 
     fn canary_arm(&self) -> Option<&ArmConfig> {

@@ -1,8 +1,9 @@
 //! Every metric of the server, declared once; docs/metrics.md says what each means and who reads it. What means the same as
-//! in vLLM has its name (`vllm.rs`); the rest is `lorry_<noun>_<unit>`, for each adapter (`adapters.rs`) or for the server
-//! (here). Units are base units, and counters end in `_total`.
+//! in vLLM has its name (`vllm.rs`); the rest is `lorry_<noun>_<unit>`, for each adapter (`adapters.rs`), for each arm of an
+//! experiment (`arms.rs`) or for the server (here). Units are base units, and counters end in `_total`.
 
 mod adapters;
+mod arms;
 mod declarations;
 mod scrape;
 mod vllm;
@@ -14,10 +15,12 @@ use kernels::device::AdapterTier;
 use prometheus::{Counter, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, TextEncoder};
 
 pub use adapters::{AdapterSeries, BASE, COMPOSITION, RequestSeries};
+pub use arms::ArmSeries;
 pub use vllm::Vllm;
 
 use crate::adapter::registry::{AdapterUsage, Usage};
 use adapters::Adapters;
+use arms::Arms;
 use declarations::Declarations;
 
 /// What is known of all adapters together, and of each.
@@ -29,6 +32,7 @@ pub struct Metrics {
     declarations: Declarations,
     pub vllm: Vllm,
     adapters: Adapters,
+    arms: Arms,
     registry: Mutex<Option<AskRegistry>>,
     device_adapters: OnceLock<DeviceAdapters>,
     disk_blocks: OnceLock<Arc<DiskBlocks>>,
@@ -116,6 +120,7 @@ impl Metrics {
             model_name: model_name.to_owned(),
             vllm: Vllm::new(model_name),
             adapters: Adapters::default(),
+            arms: Arms::default(),
             registry: Mutex::default(),
             device_adapters: OnceLock::new(),
             rejected_total: d.counters("lorry_rejected_total", "Requests refused before any output.", &["reason"]),
@@ -144,6 +149,13 @@ impl Metrics {
     /// What is counted for an adapter: a registered name, [`BASE`] or [`COMPOSITION`]. To be kept by whoever counts often.
     pub fn of_adapter(&self, label: &str) -> Arc<AdapterSeries> {
         self.adapters.of(label)
+    }
+
+    /// What is counted for an arm of an experiment, which stands on `adapter`, or on the base. To be asked for once.
+    pub fn new_arm(&self, experiment: &str, arm: &str, adapter: Option<&str>) -> Arc<ArmSeries> {
+        let series = Arc::new(ArmSeries::new(experiment, arm, adapter));
+        self.arms.add(series.clone());
+        series
     }
 
     /// The sum of a counter over all adapters that are registered.

@@ -11,7 +11,7 @@ use super::{Metrics, vllm};
 use crate::adapter::registry::{AdapterUsage, Tier, Usage};
 
 impl Metrics {
-    /// Every metric, of the adapters those that `may_see` allows.
+    /// Every metric, of the adapters, and of arms that stand on one, those that `may_see` allows.
     pub(super) fn gather(&self, may_see: impl Fn(&str) -> bool) -> Vec<MetricFamily> {
         let (usage, mut registered) = self.ask_registry();
         let names: BTreeSet<_> = registered.iter().map(|adapter| adapter.name.clone()).collect();
@@ -32,6 +32,7 @@ impl Metrics {
             requests_info(self.vllm.max_adapters.get(), &running, &waiting),
             self.residency(&registered, num_in_memory),
             memory(usage, &registered),
+            self.arms.gather(&may_see),
         ];
         merged(families.into_iter().chain(series.iter().map(|(_, series)| series.gather())).flatten())
     }

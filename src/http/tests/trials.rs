@@ -161,3 +161,40 @@ async fn the_votes_on_a_comparison_are_wins_of_the_arms_that_took_part() {
     assert_eq!((&examples["wins"], &examples["requests"]), (&json!(2), &json!(0)));
     assert_eq!(server.arm(0, |arm| arm["comparisons"] == 3).await["wins"], 1);
 }
+
+#[tokio::test]
+async fn what_the_arms_answer_is_counted_for_each_and_shown_with_their_adapters() {
+    let folder = tempfile::tempdir().unwrap();
+    let hidden = "{name = 'hidden', model = 'no-such-adapter', weight = 1e6}";
+    let server = start(folder.path(), hidden, "").await;
+    assert_eq!(reply(server.completions(body("ann"))).await.0, StatusCode::NOT_FOUND);
+    let rendered = server.metrics.render(|_| true);
+    for series in [
+        "requests_total{arm=\"hidden\",experiment=\"one\",outcome=\"failed\"} 1\n",
+        "requests_total{arm=\"base\",experiment=\"one\",outcome=\"completed\"} 0\n",
+    ] {
+        assert!(rendered.contains(&format!("\nlorry_experiment_{series}")), "{series}: {rendered}");
+    }
+    assert!(!server.metrics.render(|_| false).contains("arm=\"hidden\""));
+
+    let server = start(folder.path(), "", "").await;
+    for user in 0..12 {
+        server.complete(body(&user.to_string())).await;
+    }
+    let rendered = server.metrics.render(|_| false);
+    let sum = |name: &str| -> u64 {
+        let lines = rendered.lines().filter(|line| line.starts_with(&format!("lorry_experiment_{name}")));
+        lines.map(|line| line.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap()).sum()
+    };
+    let both = |name: &str| ["base", "examples"].map(|arm| sum(&format!("{name}{{arm=\"{arm}\",")));
+    assert_eq!(both("requests_total").iter().sum::<u64>(), 12);
+    assert_eq!(both("time_to_first_token_seconds_count"), both("requests_total"));
+    let tokens = ["base", "examples"].map(|arm| {
+        ["prompt", "output"]
+            .map(|kind| sum(&format!("tokens_total{{arm=\"{arm}\",experiment=\"one\",kind=\"{kind}\"}}")))
+    });
+    let requests = both("requests_total");
+    assert_eq!([tokens[0][1], tokens[1][1]], requests.map(|requests| 3 * requests));
+    assert_eq!(tokens[0][0], 3 * requests[0], "three letters each");
+    assert!(tokens[1][0] > 3 * requests[1], "and the examples");
+}
