@@ -57,6 +57,7 @@ pub struct Config {
     /// By name.
     pub prompt_formats: BTreeMap<String, PromptFormatConfig>,
     pub experiments: ExperimentsConfig,
+    pub log: LogConfig,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -197,6 +198,22 @@ pub struct IclConfig {
 #[serde(deny_unknown_fields)]
 pub struct PromptFormatConfig {
     pub template: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LogConfig {
+    pub format: LogFormat,
+    /// Whether the lines of requests have their prompts.
+    pub prompts: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    Text,
+    /// An object on each line.
+    Json,
 }
 
 /// What a string says.

@@ -22,6 +22,7 @@ mod hexadecimal;
 pub mod http;
 pub mod icl;
 pub mod loadgen;
+pub mod log;
 pub mod metrics;
 pub mod model;
 pub mod prompt;

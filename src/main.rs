@@ -4,7 +4,7 @@
 #![deny(clippy::unwrap_used)]
 
 use std::error::Error;
-use std::io::{self, IsTerminal, Write, stdout};
+use std::io::{self, Write, stdout};
 use std::path::PathBuf;
 use std::pin::pin;
 use std::process::ExitCode;
@@ -17,9 +17,10 @@ use lorry::adapter::check;
 use lorry::adapter::import::{self, ImportError};
 use lorry::app::App;
 use lorry::bench::{self, BenchArgs, Subject};
-use lorry::config::{self, Config, Overrides};
+use lorry::config::{self, Config, LogFormat, Overrides};
 use lorry::http;
 use lorry::loadgen::{self, LoadgenArgs};
+use lorry::log;
 use lorry::model::base_file::BaseFile;
 use lorry::model::base_weights::GgufWeights;
 use lorry::model::listing;
@@ -32,7 +33,6 @@ use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
-use tracing_subscriber::EnvFilter;
 
 /// Inference server for code generation: one quantized base, many adapters, one batch.
 #[derive(Debug, Parser)]
@@ -113,12 +113,6 @@ enum AdaptersCommand {
 }
 
 fn main() -> ExitCode {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,notify=warn"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .init();
     match run(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) if is_closed_output(&*e) => ExitCode::SUCCESS,
@@ -139,8 +133,17 @@ fn is_closed_output(error: &(dyn Error + 'static)) -> bool {
 }
 
 fn run(command: Command) -> Result<(), Box<dyn Error>> {
+    let command = match command {
+        Command::Serve { config, overrides } => {
+            let config = Config::load(config.as_deref(), &overrides)?;
+            log::start(config.log.format);
+            return serve(config);
+        }
+        command => command,
+    };
+    log::start(LogFormat::Text);
     match command {
-        Command::Serve { config, overrides } => serve(Config::load(config.as_deref(), &overrides)?),
+        Command::Serve { .. } => Ok(()),
         Command::Pull { model } => {
             let config = Config::load(None, &Overrides { model: Some(model), ..Overrides::default() })?;
             let BaseFile { path, .. } = BaseFile::of(&config.model, &config::lorry_home()?)?;

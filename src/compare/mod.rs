@@ -11,7 +11,7 @@ use futures::stream::{BoxStream, SelectAll, select_all};
 
 use crate::engine::request::FinishReason;
 use crate::generation::{
-    Generated, Generation, GenerationError, Prepared, ResolvedModel, SequenceUsage, TextEvent, Timing,
+    Generated, Generation, GenerationError, Prepared, RequestReport, ResolvedModel, SequenceUsage, TextEvent, Timing,
 };
 use crate::icl::Chosen;
 use crate::rate_limit::RateLimit;
@@ -67,7 +67,7 @@ pub struct ArmResult {
 
 impl Comparison {
     /// Starts every arm that could be prepared, `None` for the others. Each has one prompt, one choice and
-    /// log-probabilities. `charged_to` pays for their tokens.
+    /// log-probabilities. `charged_to` pays for their tokens, and what came of each is said in `report`.
     ///
     /// # Errors
     /// The engine has stopped.
@@ -75,12 +75,14 @@ impl Comparison {
         generation: &Generation,
         arms: Vec<Option<Prepared>>,
         charged_to: Option<&Arc<RateLimit>>,
+        report: &Arc<RequestReport>,
     ) -> Result<Self, GenerationError> {
         let is_there: Vec<bool> = arms.iter().map(Option::is_some).collect();
         let mut generated = generation.launch_together(arms.into_iter().flatten().collect())?;
         if let Some(limit) = charged_to {
             generated.iter_mut().for_each(|arm| arm.charge_to(limit));
         }
+        generated.iter_mut().for_each(|arm| arm.report_to(report));
         let mut generated = generated.into_iter();
         let mut streams = Vec::new();
         let mut start = |index: usize, Generated { model, icl, seed, sequences, .. }: Generated| {

@@ -10,6 +10,7 @@ pub(crate) mod model_name;
 mod prepare;
 mod prompt;
 mod recorder;
+mod report;
 mod resolve;
 mod selection;
 pub mod self_test;
@@ -28,6 +29,7 @@ pub use error::GenerationError;
 pub use prepare::{Places, Prepared, random_seed};
 pub use prompt::Prompt;
 pub use recorder::Timing;
+pub use report::{RequestReport, SequenceReport};
 pub use resolve::ResolvedModel;
 pub use selection::{Access, AdapterEntry, AdapterField, AdapterRef, Selection};
 pub use text_stream::{Completed, PredictionUsage, SequenceUsage, TextDelta, TextEvent, TextStream, TokenRecord};
@@ -186,6 +188,13 @@ impl Generated {
         let prompts = self.sequences.iter().step_by(self.num_choices);
         limit.spend(prompts.map(|sequence| sequence.usage().num_prompt_tokens).sum(), Instant::now());
         self.sequences.iter_mut().for_each(|sequence| sequence.charge_to(limit));
+    }
+
+    /// Each sequence says in `report` what came of it.
+    pub fn report_to(&mut self, report: &Arc<RequestReport>) {
+        for (index, sequence) in self.sequences.iter_mut().enumerate() {
+            sequence.report_to(report, index.is_multiple_of(self.num_choices));
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::report::{RequestReport, SequenceReport};
 use crate::metrics::{AdapterSeries, Metrics, RequestSeries};
 
 /// How long a sequence took, from when HTTP had read its request.
@@ -24,11 +25,16 @@ pub struct Recorder {
     metrics: Arc<Metrics>,
     adapter: Arc<AdapterSeries>,
     accepted: Instant,
-    is_started: bool,
+    submitted: Instant,
+    started: Option<Instant>,
     first_token: Option<Instant>,
     last_token: Instant,
+    num_prompt_tokens: usize,
+    num_cached_tokens: usize,
     num_output_tokens: u32,
     finish_reason: &'static str,
+    report: Option<Arc<RequestReport>>,
+    is_first_choice: bool,
 }
 
 impl Recorder {
@@ -40,17 +46,28 @@ impl Recorder {
             metrics,
             adapter,
             accepted,
-            is_started: false,
+            submitted: Instant::now(),
+            started: None,
             first_token: None,
             last_token: accepted,
+            num_prompt_tokens: 0,
+            num_cached_tokens: 0,
             num_output_tokens: 0,
             finish_reason: "cancelled",
+            report: None,
+            is_first_choice: true,
         }
+    }
+
+    /// What came of the sequence is said in `report`, too; its prompt only of the first of several choices.
+    pub fn report_to(&mut self, report: &Arc<RequestReport>, is_first_choice: bool) {
+        (self.report, self.is_first_choice) = (Some(report.clone()), is_first_choice);
     }
 
     /// The engine has begun, after `queue`. The counts are in tokens.
     pub fn start(&mut self, queue: Duration, num_prompt_tokens: usize, num_cached_tokens: usize) {
-        self.is_started = true;
+        self.started = Some(self.submitted + queue);
+        (self.num_prompt_tokens, self.num_cached_tokens) = (num_prompt_tokens, num_cached_tokens);
         let RequestSeries { running, waiting, prompt_tokens_total, cached_tokens_total, .. } = self.adapter.requests();
         waiting.dec();
         running.inc();
@@ -96,8 +113,24 @@ impl Recorder {
     fn phase(&self) -> &'static str {
         match self.first_token {
             Some(_) => "decode",
-            None if self.is_started => "prefill",
+            None if self.started.is_some() => "prefill",
             None => "queue",
+        }
+    }
+
+    fn as_report(&self) -> SequenceReport {
+        let of_prompt = |num_tokens: usize| if self.is_first_choice { num_tokens } else { 0 };
+        SequenceReport {
+            finish_reason: self.finish_reason,
+            phase: self.phase(),
+            num_prompt_tokens: of_prompt(self.num_prompt_tokens),
+            num_cached_tokens: of_prompt(self.num_cached_tokens),
+            num_output_tokens: self.num_output_tokens as usize,
+            accepted: self.accepted,
+            submitted: self.submitted,
+            started: self.started,
+            first_token: self.first_token,
+            ended: Instant::now(),
         }
     }
 
@@ -110,7 +143,7 @@ impl Recorder {
 impl Drop for Recorder {
     fn drop(&mut self) {
         let (metrics, requests) = (&self.metrics, self.adapter.requests());
-        if self.is_started {
+        if self.started.is_some() {
             requests.running.dec()
         } else {
             requests.waiting.dec()
@@ -124,6 +157,9 @@ impl Drop for Recorder {
         if let Some(per_output_token) = self.per_output_token() {
             metrics.vllm.time_per_output_token.observe(per_output_token.as_secs_f64());
             requests.time_per_output_token.observe(per_output_token.as_secs_f64());
+        }
+        if let Some(report) = &self.report {
+            report.add(self.as_report());
         }
     }
 }
@@ -159,6 +195,28 @@ mod tests {
             assert_eq!(once.get_sample_count(), 1);
         }
         assert_eq!((ended(&metrics, "cancelled"), ended(&metrics, "stop")), (0, 1));
+    }
+
+    #[test]
+    fn each_choice_is_reported_and_their_prompt_once() {
+        let metrics = Arc::new(Metrics::new("base"));
+        let report = Arc::new(RequestReport::default());
+        for is_first_choice in [true, false] {
+            let mut recorder = Recorder::new(metrics.clone(), "base", Instant::now());
+            recorder.report_to(&report, is_first_choice);
+            recorder.start(Duration::from_secs(1), 3, 1);
+            recorder.token();
+            recorder.finish("length");
+        }
+        let tokens = |sequence: &SequenceReport| {
+            [sequence.num_prompt_tokens, sequence.num_cached_tokens, sequence.num_output_tokens]
+        };
+        let sequences = report.sequences();
+        assert_eq!(sequences.iter().map(tokens).collect::<Vec<_>>(), [[3, 1, 1], [0, 0, 1]]);
+        for SequenceReport { finish_reason, submitted, started, first_token, .. } in sequences {
+            assert_eq!((finish_reason, started), ("length", Some(submitted + Duration::from_secs(1))));
+            assert!(first_token.is_some());
+        }
     }
 
     #[test]

@@ -16,6 +16,7 @@ use self::indented_block::IndentedBlock;
 use super::GenerationError;
 use super::deadline::{Alarm, Deadline};
 use super::recorder::{Recorder, Timing};
+use super::report::RequestReport;
 use crate::engine::prediction::Prediction;
 use crate::engine::request::{Event, FinishReason, TokenLogprob};
 use crate::rate_limit::RateLimit;
@@ -173,6 +174,11 @@ impl TextStream {
     /// From now on, `limit` pays for each token of the output.
     pub(super) fn charge_to(&mut self, limit: &Arc<RateLimit>) {
         self.charged_to = Some(limit.clone());
+    }
+
+    /// Its end is said in `report`; of the choices of a prompt, the first has that prompt.
+    pub(super) fn report_to(&mut self, report: &Arc<RequestReport>, is_first_choice: bool) {
+        self.recorder.report_to(report, is_first_choice);
     }
 
     /// What is known so far.

@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use super::AppState;
 use super::error::ApiError;
 use super::key_limits::KeyLimits;
+use super::request_log::RequestLog;
 use crate::config::{Secret, ServerConfig};
 use crate::engine::fairness::Account;
 use crate::generation::Access;
@@ -55,9 +56,20 @@ pub struct Caller {
     pub account: Account,
     /// `None` for whoever may use as much as there is.
     pub limits: Option<KeyLimits>,
+    /// Of the request that is asked.
+    pub log: RequestLog,
 }
 
 impl Caller {
+    /// The name of its key, for people; `None` where no key was needed.
+    fn key_name(&self) -> Option<Arc<str>> {
+        match self.role {
+            Role::Anyone => None,
+            Role::Client => Some(self.account.key.clone()),
+            Role::Admin => Some(Arc::from("admin")),
+        }
+    }
+
     /// What pays for the tokens of its requests.
     pub fn token_limit(&self) -> Option<&Arc<RateLimit>> {
         self.limits.as_ref()?.tokens.as_ref()
@@ -76,23 +88,27 @@ impl Keys {
     }
 
     fn caller(&self, given: Option<&str>) -> Result<Caller, ApiError> {
-        let (identity, account) = (given.map(identity), Account::default());
+        let caller = |role| Caller {
+            role,
+            access: Access::All,
+            identity: given.map(identity),
+            account: Account::default(),
+            limits: None,
+            log: RequestLog::default(),
+        };
         if given.is_some_and(|given| self.admin.matches(given)) {
-            return Ok(Caller { role: Role::Admin, access: Access::All, identity, account, limits: None });
+            return Ok(caller(Role::Admin));
         }
         if self.clients.is_empty() {
             // Clients send a key whether one is needed or not.
-            return Ok(Caller { role: Role::Anyone, access: Access::All, identity, account, limits: None });
+            return Ok(caller(Role::Anyone));
         }
         let client = given.and_then(|given| self.clients.iter().find(|client| client.key.matches(given)));
         match client {
-            Some(Client { access, account, limits, .. }) => Ok(Caller {
-                role: Role::Client,
-                access: access.clone(),
-                identity,
-                account: account.clone(),
-                limits: Some(limits.clone()),
-            }),
+            Some(Client { access, account, limits, .. }) => {
+                let (access, account, limits) = (access.clone(), account.clone(), Some(limits.clone()));
+                Ok(Caller { access, account, limits, ..caller(Role::Client) })
+            }
             None => Err(ApiError::unauthorized("this server needs a key: send `Authorization: Bearer KEY`")),
         }
     }
@@ -125,7 +141,11 @@ impl Keys {
 /// Lets a request through with its [`Caller`], or answers 401.
 pub async fn authenticate(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
     match state.keys.caller(key(request.headers())) {
-        Ok(caller) => {
+        Ok(mut caller) => {
+            if let Some(log) = request.extensions().get::<RequestLog>() {
+                caller.log = log.clone();
+                caller.log.asked_by(caller.key_name());
+            }
             request.extensions_mut().insert(caller);
             next.run(request).await
         }

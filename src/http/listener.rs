@@ -27,14 +27,12 @@ use tokio::task::AbortHandle;
 use tokio_rustls::TlsAcceptor;
 
 use super::error::ApiError;
-use super::tidy;
+use super::{PROBES, tidy};
 use crate::config::ServerConfig;
 use client::{ClientStream, Clock, Patience};
 
 pub use tls::{TlsError, acceptor as tls};
 
-/// What is answered on any connection.
-const PROBES: [&str; 2] = ["/health", "/metrics"];
 /// Connections beyond the limit that are held to hear what they want; the oldest makes room for the next. More than are
 /// accepted in one go, so that each is heard before it has to.
 const MAX_UNADMITTED: usize = 256;

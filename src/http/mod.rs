@@ -18,6 +18,7 @@ mod feedback;
 mod fields;
 mod fim;
 mod gap;
+mod held_body;
 mod icl;
 mod key_limits;
 mod listener;
@@ -30,6 +31,7 @@ mod page;
 mod priority;
 mod probes;
 mod reply;
+mod request_log;
 mod responses;
 mod run;
 mod samplers;
@@ -50,12 +52,12 @@ mod vllm;
 
 use std::any::Any;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{OriginalUri, Request, State};
-use axum::http::{HeaderName, Method, StatusCode, Uri};
+use axum::http::{HeaderName, HeaderValue, Method, Uri};
 use axum::middleware::{Next, from_fn, from_fn_with_state, map_request};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -63,12 +65,9 @@ use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tower_http::catch_panic::CatchPanicLayer;
-use tower_http::classify::ServerErrorsFailureClass;
 use tower_http::cors::{self, AllowHeaders, AllowMethods, CorsLayer};
 use tower_http::decompression::RequestDecompressionLayer;
 use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
-use tower_http::trace::TraceLayer;
-use tracing::Span;
 
 use crate::config::{Config, ServerConfig};
 use crate::experiments::Experiments;
@@ -83,6 +82,9 @@ use responses::KeptResponses;
 pub use listener::TlsError;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const MAX_REQUEST_ID_LEN: usize = 128;
+/// What is asked all the time, and answered on any connection.
+const PROBES: [&str; 2] = ["/health", "/metrics"];
 
 /// What every handler may use; clones are cheap.
 #[derive(Debug, Clone)]
@@ -230,24 +232,21 @@ fn behind_shared_layers(routes: Router, config: &ServerConfig) -> Router {
         router = router.layer(any_origin());
     }
     router
-        .layer(TraceLayer::new_for_http().on_failure(log_failure))
+        .layer(from_fn(request_log::write_line))
         .layer(PropagateRequestIdLayer::new(REQUEST_ID))
         .layer(SetRequestIdLayer::new(REQUEST_ID, MakeRequestUuid))
+        .layer(map_request(drop_strange_id))
 }
 
-/// Only what went wrong here is an error: a client that asks for what is not served is no news, as in every refusal below
-/// 500, and one that is told to come back later is a warning.
-fn log_failure(failure: ServerErrorsFailureClass, latency: Duration, _: &Span) {
-    let milliseconds = latency.as_millis();
-    match failure {
-        ServerErrorsFailureClass::StatusCode(StatusCode::NOT_IMPLEMENTED) => {
-            tracing::debug!(milliseconds, "a request asks for what is not served");
-        }
-        ServerErrorsFailureClass::StatusCode(StatusCode::SERVICE_UNAVAILABLE) => {
-            tracing::warn!(milliseconds, "a request is refused for now");
-        }
-        failure => tracing::error!(milliseconds, %failure, "a request has failed"),
+/// A request keeps the id that it comes with, unless that is none to be written into logs.
+async fn drop_strange_id(mut request: Request) -> Request {
+    let is_sane = |id: &HeaderValue| {
+        (1..=MAX_REQUEST_ID_LEN).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic)
+    };
+    if request.headers().get(REQUEST_ID).is_some_and(|id| !is_sane(id)) {
+        request.headers_mut().remove(REQUEST_ID);
     }
+    request
 }
 
 /// `routes` that generate, which is what keys may do only so much of; behind the layer that authenticates.

@@ -80,11 +80,14 @@ pub async fn begin(
         None => Trial::default(),
     };
     request.charge_to(&caller.account);
+    caller.log.asked(state, &request.prompts);
     match state.generation.start(request, &caller.access).await {
         Ok(mut generated) => {
             if let Some(tokens) = caller.token_limit() {
                 generated.charge_to(tokens);
             }
+            generated.report_to(caller.log.report());
+            caller.log.answered_by(&generated.model);
             trial.started(&generated.model, generated.icl.as_ref());
             if let Ok(Err(error)) = timeout(header_patience(state), generated.begun()).await {
                 trial.failed();

@@ -50,7 +50,8 @@ pub async fn compare(
         Err(error) => (None, Some(error)),
     });
     let (ready, refused): (Vec<_>, Vec<_>) = split.unzip();
-    let comparison = Comparison::start(&state.generation, ready, caller.token_limit())?;
+    let comparison = Comparison::start(&state.generation, ready, caller.token_limit(), caller.log.report())?;
+    comparison.arms().flatten().for_each(|arm| caller.log.answered_by(&arm.model));
     let id = random_id("cmp");
     let heads = comparison.arms().map(|arm| arm.map(ArmHead::of)).collect();
     let trials = comparison.arms().zip(&arms).map(|(started, arm)| match (started, &arm.request) {
@@ -88,6 +89,7 @@ async fn prepare(
     // An experiment's arm takes part as the model it is: what is compared here is no traffic of the experiment.
     choose_arm(state, caller, user, &mut request)?;
     request.charge_to(&caller.account);
+    caller.log.asked(state, &request.prompts);
     Ok(state.generation.prepare(request, &caller.access, places).await?)
 }
 

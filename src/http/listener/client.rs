@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
-use axum::body::{Body, Bytes};
 use axum::response::Response;
-use hyper::body::{Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
+
+use super::super::held_body::HeldBody;
 
 /// How long a client may take.
 #[derive(Debug, Clone, Copy)]
@@ -95,8 +95,8 @@ pub struct Answering(Clock);
 
 impl Answering {
     /// The reply, whose body, sent or not, ends the answer.
-    pub fn with(self, reply: Response) -> hyper::Response<AnswerBody> {
-        reply.map(|body| AnswerBody { body, _answering: self })
+    pub fn with(self, reply: Response) -> hyper::Response<HeldBody<Self>> {
+        reply.map(|body| HeldBody::new(body, self))
     }
 }
 
@@ -106,32 +106,6 @@ impl Drop for Answering {
         state.phase = Phase::Idle { until: Instant::now() + self.0.patience.keep_alive };
         // A read that waits has been told of no deadline.
         state.reader.take().into_iter().for_each(Waker::wake);
-    }
-}
-
-#[derive(Debug)]
-pub struct AnswerBody {
-    body: Body,
-    _answering: Answering,
-}
-
-impl hyper::body::Body for AnswerBody {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
     }
 }
 
@@ -212,6 +186,7 @@ impl AsyncWrite for ClientStream {
 
 #[cfg(test)]
 mod tests {
+    use axum::body::Body;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{TcpListener, TcpSocket};
     use tokio::time::timeout;

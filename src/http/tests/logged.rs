@@ -1,4 +1,4 @@
-//! What of the replies is an error in the log.
+//! At which level the lines of requests are.
 
 use std::sync::Mutex;
 
@@ -44,15 +44,18 @@ async fn only_what_went_wrong_in_the_server_is_logged_as_an_error() {
         .route("/not-served", get(async || ApiError::not_served("embeddings")))
         .route("/not-supported", get(async || ApiError::not_supported("infill")))
         .route("/full", get(async || ApiError::unavailable("full")))
-        .route("/broken", get(async || ApiError::internal()));
+        .route("/broken", get(async || ApiError::internal()))
+        .route("/health", get(loading));
     let router = behind_shared_layers(routes, &Config::load(None, &Overrides::default()).unwrap().server);
     for (path, expected) in [
-        ("/done", None),
-        ("/wrong", None),
-        ("/not-served", None),
-        ("/not-supported", None),
+        ("/done", Some(Level::INFO)),
+        ("/wrong", Some(Level::INFO)),
+        ("/not-served", Some(Level::INFO)),
+        ("/not-supported", Some(Level::INFO)),
         ("/full", Some(Level::WARN)),
         ("/broken", Some(Level::ERROR)),
+        // Asked again and again while the model is loading.
+        ("/health", None),
     ] {
         let levels = Levels::default();
         let _guard = tracing::subscriber::set_default(levels.clone());
