@@ -39,7 +39,7 @@ def queries():
 
 def with_values(expression, interval):
     """The expression as Grafana sends it when all is chosen of each variable."""
-    for variable, value in {"$__rate_interval": interval, "$instance": ".*", "$adapter": ".*"}.items():
+    for variable, value in {"$__rate_interval": interval, "$instance": ".*", "$adapter": ".*", "$experiment": ".*"}.items():
         expression = expression.replace(variable, value)
     return expression
 
