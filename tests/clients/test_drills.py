@@ -380,11 +380,14 @@ def test_a_server_that_is_told_to_stop_while_it_loads_does_so(tmp_path):
     # The default model, which takes longer to load than to ask for.
     with starting("--adapters", "", port=port) as (process, log_path):
 
+        # It listens before it waits for signals, and answers after.
         def answers():
-            with socket.socket() as asking:
-                return asking.connect_ex(("127.0.0.1", port)) == 0
+            try:
+                return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 503
+            except httpx.TransportError:
+                return False
 
-        wait_until(answers, "it does not listen")
+        wait_until(answers, "it does not say that it loads")
         process.terminate()
         assert process.wait(MAX_WAIT_SECONDS) == 0
         assert "told to stop before" in log_path.read_text()
