@@ -130,6 +130,7 @@ fn a_value_out_of_range_is_refused_with_its_key_and_source() {
         ("server", "keep_alive_seconds"),
         ("server", "write_timeout_seconds"),
         ("server", "sse_keep_alive_seconds"),
+        ("server", "max_request_seconds"),
         ("server", "max_connections"),
         ("adapters", "max_wait_seconds"),
         ("adapters", "min_residency_seconds"),
