@@ -12,7 +12,7 @@ pub enum Isa {
     Portable,
     /// AVX2 with FMA and F16C.
     Avx2,
-    /// AVX-512 (F, BW, VL) with VNNI; everything but the GEMM uses the AVX2 code.
+    /// AVX-512 (F, BW, VL) with VNNI; everything but the GEMM and attention uses the AVX2 code.
     Avx512Vnni,
 }
 

@@ -10,6 +10,7 @@ mod gemm;
 mod linear;
 mod peak;
 
+use std::env;
 use std::thread;
 use std::time::Duration;
 
@@ -24,8 +25,10 @@ fn num_turns(bytes: usize) -> usize {
     SPAN.div_ceil(bytes)
 }
 
+/// With the best instruction set of the processor, or the one that the environment's `ISA` names.
 fn all_cores() -> Cpu {
-    Cpu::new(Isa::detect(), thread::available_parallelism().map_or(1, usize::from))
+    let isa = env::var("ISA").map_or_else(|_| Isa::detect(), |name| name.parse().expect("an instruction set"));
+    Cpu::new(isa, thread::available_parallelism().map_or(1, usize::from))
 }
 
 /// A group named after the instruction set in use; `name` is the kernel's.

@@ -6,12 +6,13 @@
 //! ones fit too (15·127·16 = 30480); of 5 bits without an offset only half of them (31·127·8 = 31496).
 //! 8-bit weights are split into sign and magnitude (128·127·2 = 32512), the sign going to the activations.
 //!
-//! From [`UNPACK_ROWS`] rows on, a tile's weights are unpacked to bytes once and read from cache for every pass.
+//! Where there are several passes, weights are unpacked to bytes once and read from cache by each of them.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
+use super::passes::{Extent, LINE, Pass, passes};
 use super::{BLOCK, Tile, TileOut};
 use crate::activations::QuantizedRow;
 use crate::quantized::{Layout, ROWS_PER_TILE};
@@ -19,18 +20,13 @@ use crate::quantized::{Layout, ROWS_PER_TILE};
 /// Rows of activations that share one pass over a tile: twelve running sums, two vectors of weights, one of activations
 /// and one of products are the 16 registers.
 const ROWS_PER_PASS: usize = 6;
-/// Rows of activations from which unpacking first pays.
-const UNPACK_ROWS: usize = 8;
 /// Bytes of one quad of the tile's 16 rows; the kernel works on its two halves of 8 rows.
 const VECTOR: usize = ROWS_PER_TILE * 4;
 /// Bytes of the unpacked weights of one block.
 const UNPACKED_BLOCK: usize = 8 * VECTOR;
 
-/// Bytes ahead of the record at hand that are asked for from memory.
-const PREFETCH: usize = 4096;
-
 thread_local! {
-    /// The unpacked weights of the tile at hand; grows to the widest layer once.
+    /// The unpacked weights of the blocks at hand, `[blocks][quads][halves]`.
     static UNPACKED: RefCell<Vec<__m256i>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -54,17 +50,25 @@ fn multiply_as<const BITS: usize, const GROUPS: usize, const MIN: bool>(
     first_row: usize,
     out: &mut TileOut,
 ) {
-    if out.len() < UNPACK_ROWS || BITS == 8 {
-        return all_rows::<BITS, GROUPS, MIN, false>(tile, &[], first_row, out);
-    }
+    let record_bytes = layout_of::<BITS, GROUPS, MIN>().record_bytes();
+    let (num_rows, num_blocks) = (out.len(), tile.activations.width() / BLOCK);
     UNPACKED.with_borrow_mut(|unpacked| {
-        let num_blocks = tile.records.len() / layout_of::<BITS, GROUPS, MIN>().record_bytes();
-        let needed = num_blocks * UNPACKED_BLOCK / 32;
-        if unpacked.len() < needed {
-            unpacked.resize(needed, _mm256_setzero_si256());
+        for pass in passes(Extent { num_rows, num_blocks, num_tiles: 1, record_bytes }, ROWS_PER_PASS) {
+            let out = &mut out[pass.rows.clone()];
+            if BITS == 8 || pass.num_turns == 1 {
+                run::<BITS, GROUPS, MIN, false>(tile, &[], first_row, &pass, out);
+                continue;
+            }
+            if pass.turn == 0 {
+                let needed = pass.blocks.len() * UNPACKED_BLOCK / 32;
+                if unpacked.len() < needed {
+                    unpacked.resize(needed, _mm256_setzero_si256());
+                }
+                let records = &tile.records[pass.blocks.start * record_bytes..pass.blocks.end * record_bytes];
+                unpack::<BITS>(records, record_bytes, unpacked);
+            }
+            run::<BITS, GROUPS, MIN, true>(tile, unpacked, first_row, &pass, out);
         }
-        unpack_tile::<BITS, GROUPS, MIN>(tile.records, unpacked);
-        all_rows::<BITS, GROUPS, MIN, true>(tile, unpacked, first_row, out);
     });
 }
 
@@ -73,8 +77,7 @@ const fn layout_of<const BITS: usize, const GROUPS: usize, const MIN: bool>() ->
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn unpack_tile<const BITS: usize, const GROUPS: usize, const MIN: bool>(records: &[u8], unpacked: &mut [__m256i]) {
-    let record_bytes = layout_of::<BITS, GROUPS, MIN>().record_bytes();
+fn unpack<const BITS: usize>(records: &[u8], record_bytes: usize, unpacked: &mut [__m256i]) {
     for (record, unpacked) in records.chunks_exact(record_bytes).zip(unpacked.chunks_exact_mut(UNPACKED_BLOCK / 32)) {
         for quad in 0..8 {
             for half in 0..2 {
@@ -139,31 +142,23 @@ fn in_order(mut sum: __m256i) -> __m256i {
     sum
 }
 
-/// Runs the rows [`ROWS_PER_PASS`] at a time, then what is left.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn all_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPACKED: bool>(
+fn run<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPACKED: bool>(
     tile: &Tile<'_>,
     unpacked: &[__m256i],
     first_row: usize,
+    pass: &Pass,
     out: &mut TileOut,
 ) {
-    let bulk = out.len() / ROWS_PER_PASS * ROWS_PER_PASS;
-    let (passes, rest) = out.split_at_mut(bulk);
-    // The first pass asks for what comes next in memory: while it multiplies weights that were unpacked, the next tile.
-    let mut ahead = Some(if UNPACKED { tile.records.len() } else { PREFETCH });
-    for (i, out) in passes.chunks_exact_mut(ROWS_PER_PASS).enumerate() {
-        let first_row = first_row + i * ROWS_PER_PASS;
-        some_rows::<BITS, GROUPS, MIN, UNPACKED, ROWS_PER_PASS>(tile, unpacked, first_row, ahead.take(), out);
-    }
-    let first_row = first_row + bulk;
-    match rest.len() {
-        1 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 1>(tile, unpacked, first_row, ahead, rest),
-        2 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 2>(tile, unpacked, first_row, ahead, rest),
-        3 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 3>(tile, unpacked, first_row, ahead, rest),
-        4 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 4>(tile, unpacked, first_row, ahead, rest),
-        5 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 5>(tile, unpacked, first_row, ahead, rest),
-        _ => {}
+    match out.len() {
+        1 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 1>(tile, unpacked, first_row, pass, out),
+        2 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 2>(tile, unpacked, first_row, pass, out),
+        3 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 3>(tile, unpacked, first_row, pass, out),
+        4 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 4>(tile, unpacked, first_row, pass, out),
+        5 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 5>(tile, unpacked, first_row, pass, out),
+        6 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 6>(tile, unpacked, first_row, pass, out),
+        rows => unreachable!("{rows} rows in a pass"),
     }
 }
 
@@ -173,15 +168,16 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
     tile: &Tile<'_>,
     unpacked: &[__m256i],
     first_row: usize,
-    ahead: Option<usize>,
+    pass: &Pass,
     out: &mut TileOut,
 ) {
     let layout = layout_of::<BITS, GROUPS, MIN>();
     let num_blocks = tile.activations.width() / BLOCK;
-    let rows: [QuantizedRow<'_>; ROWS] = std::array::from_fn(|m| tile.activations.row(first_row + m));
+    let rows: [QuantizedRow<'_>; ROWS] = std::array::from_fn(|m| tile.activations.row(first_row + pass.rows.start + m));
     // What the unchecked reads below rely on; a row has as many blocks as its width says.
     assert_eq!(tile.records.len(), num_blocks * layout.record_bytes());
-    assert!(!UNPACKED || unpacked.len() >= num_blocks * UNPACKED_BLOCK / 32);
+    assert!(pass.blocks.end <= num_blocks);
+    assert!(!UNPACKED || unpacked.len() >= pass.blocks.len() * UNPACKED_BLOCK / 32);
     let ones = _mm256_set1_epi16(1);
     let quads_per_group = 8 / GROUPS;
     // Quads whose 16-bit sums fit, see the module's head.
@@ -192,7 +188,16 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
     };
     let minus_offset = _mm256_set1_epi16(if MIN { 0 } else { -(tile.offset as i16) });
     let mut acc = [[_mm256_setzero_ps(); 2]; ROWS];
-    for b in 0..num_blocks {
+    if pass.blocks.start > 0 {
+        for (acc, out) in acc.iter_mut().zip(&*out) {
+            for half in 0..2 {
+                // SAFETY: 8 of the row's 16 results so far.
+                acc[half] = unsafe { _mm256_loadu_ps(out[half * 8..].as_ptr()) };
+            }
+        }
+    }
+    let mut until_turn = pass.turn;
+    for b in pass.blocks.clone() {
         // SAFETY: block b of the tile and of each row (asserted above).
         let (record, x, terms) = unsafe {
             (
@@ -201,12 +206,14 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
                 rows.map(|row| row.terms.get_unchecked(b)),
             )
         };
-        if let Some(ahead) = ahead {
-            for line in 0..layout.record_bytes().div_ceil(64) {
+        if until_turn == 0 {
+            until_turn = pass.num_turns;
+            for line in 0..layout.record_bytes().div_ceil(LINE) {
                 // A prefetch reads nothing, wherever it points.
-                _mm_prefetch::<_MM_HINT_T0>(record.wrapping_add(ahead + line * 64).cast());
+                _mm_prefetch::<_MM_HINT_T0>(record.wrapping_add(pass.ahead + line * LINE).cast());
             }
         }
+        until_turn -= 1;
         for g in 0..GROUPS {
             let mut dot = [[_mm256_setzero_si256(); 2]; ROWS];
             for first_quad in (g * quads_per_group..(g + 1) * quads_per_group).step_by(run) {
@@ -224,8 +231,10 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
                 for quad in first_quad..first_quad + run {
                     let w: [__m256i; 2] = std::array::from_fn(|half| {
                         if UNPACKED {
-                            // SAFETY: asserted above: every block has its unpacked vectors.
-                            unsafe { *unpacked.get_unchecked(b * UNPACKED_BLOCK / 32 + quad * 2 + half) }
+                            // SAFETY: asserted above: every block of the pass has its unpacked vectors.
+                            unsafe {
+                                *unpacked.get_unchecked((b - pass.blocks.start) * UNPACKED_BLOCK / 32 + quad * 2 + half)
+                            }
                         } else {
                             // SAFETY: `record` points to a whole record of this layout (asserted above).
                             unsafe { weights::<BITS>(record, quad, half) }

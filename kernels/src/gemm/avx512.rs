@@ -8,8 +8,8 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
-use std::ops::Range;
 
+use super::passes::{Extent, LINE, Pass, passes};
 use super::{BLOCK, Tile, TileOut};
 use crate::activations::QuantizedRow;
 use crate::quantized::{Layout, ROWS_PER_TILE};
@@ -18,23 +18,17 @@ use crate::quantized::{Layout, ROWS_PER_TILE};
 const ROWS_PER_PASS: usize = 6;
 /// Rows from which loads count; up to there memory does, which one tile after the other reads as one stream.
 const ROWS_FOR_PAIRS: usize = 4;
-/// Blocks of which several passes share the unpacked weights: 16 KiB for two tiles.
-const BLOCKS_PER_CHUNK: usize = 16;
 /// Bytes of one quad of the tile's 16 rows: one register.
 const VECTOR: usize = ROWS_PER_TILE * 4;
 /// Vectors of the unpacked weights of one block.
 const UNPACKED_BLOCK: usize = 8;
-/// Bytes ahead of the record at hand that are asked for from memory where one pass is all.
-const PREFETCH: usize = 4096;
-/// Bytes that memory gives at once.
-const LINE: usize = 64;
 
 /// Where a pass takes weights from.
 mod source {
     /// The records. They are used once.
     pub const RECORDS: u8 = 0;
     /// The records. They are kept as bytes for the passes to come.
-    pub const RECORDS_TO_KEEP: u8 = 1;
+    pub const TO_KEEP: u8 = 1;
     /// What an earlier pass has kept.
     pub const KEPT: u8 = 2;
 }
@@ -78,18 +72,6 @@ fn all_tiles<const BITS: usize, const GROUPS: usize, const MIN: bool>(
     }
 }
 
-/// Blocks of inputs that some passes take in turn.
-struct Chunk<'a> {
-    blocks: Range<usize>,
-    /// Their weights, `[blocks][tiles][UNPACKED_BLOCK]`, where a source keeps them or has kept them.
-    unpacked: &'a mut [__m512i],
-    /// How far ahead of a record memory is asked for, in bytes.
-    ahead: usize,
-    /// The passes take turns in that, block by block: so many lines as a record has cannot all be on their way in one.
-    num_passes: usize,
-    pass: usize,
-}
-
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn all_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const TILES: usize>(
@@ -97,37 +79,23 @@ fn all_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const TILES
     first_row: usize,
     mut outs: [&mut TileOut; TILES],
 ) {
-    let num_rows = outs[0].len();
-    let num_blocks = tiles[0].activations.width() / BLOCK;
-    if num_rows <= ROWS_PER_PASS {
-        let mut whole = Chunk { blocks: 0..num_blocks, unpacked: &mut [], ahead: PREFETCH, num_passes: 1, pass: 0 };
-        return pass::<BITS, GROUPS, MIN, { source::RECORDS }, TILES>(tiles, &mut whole, first_row, outs);
-    }
-    let record_bytes = Layout { bits: BITS, groups: GROUPS, has_min: MIN }.record_bytes();
-    let num_passes = num_rows.div_ceil(ROWS_PER_PASS);
-    let num_chunks = num_blocks.div_ceil(BLOCKS_PER_CHUNK);
+    let extent = Extent {
+        num_rows: outs[0].len(),
+        num_blocks: tiles[0].activations.width() / BLOCK,
+        num_tiles: TILES,
+        record_bytes: Layout { bits: BITS, groups: GROUPS, has_min: MIN }.record_bytes(),
+    };
     UNPACKED.with_borrow_mut(|unpacked| {
-        unpacked.resize(BLOCKS_PER_CHUNK * 2 * UNPACKED_BLOCK, _mm512_setzero_si512());
-        // As even as it goes, chunks as well as passes.
-        let mut first_block = 0;
-        for chunks_left in (1..=num_chunks).rev() {
-            let blocks = first_block..first_block + (num_blocks - first_block).div_ceil(chunks_left);
-            first_block = blocks.end;
-            // The next chunk, or the first one of the next tiles.
-            let blocks_ahead = if chunks_left > 1 { blocks.len() } else { TILES * num_blocks - blocks.start };
-            let mut chunk = Chunk { blocks, unpacked, ahead: blocks_ahead * record_bytes, num_passes, pass: 0 };
-            let mut done = 0;
-            for pass_number in 0..num_passes {
-                chunk.pass = pass_number;
-                let rows = done..done + (num_rows - done).div_ceil(num_passes - pass_number);
-                let first_row = first_row + done;
-                done = rows.end;
-                let outs = outs.each_mut().map(|out| &mut out[rows.clone()]);
-                if rows.start == 0 {
-                    pass::<BITS, GROUPS, MIN, { source::RECORDS_TO_KEEP }, TILES>(tiles, &mut chunk, first_row, outs);
-                } else {
-                    pass::<BITS, GROUPS, MIN, { source::KEPT }, TILES>(tiles, &mut chunk, first_row, outs);
-                }
+        for pass in passes(extent, ROWS_PER_PASS) {
+            let needed = pass.blocks.len() * TILES * UNPACKED_BLOCK;
+            if pass.num_turns > 1 && unpacked.len() < needed {
+                unpacked.resize(needed, _mm512_setzero_si512());
+            }
+            let outs = outs.each_mut().map(|out| &mut out[pass.rows.clone()]);
+            match (pass.num_turns, pass.turn) {
+                (1, _) => run::<BITS, GROUPS, MIN, { source::RECORDS }, TILES>(tiles, unpacked, first_row, &pass, outs),
+                (_, 0) => run::<BITS, GROUPS, MIN, { source::TO_KEEP }, TILES>(tiles, unpacked, first_row, &pass, outs),
+                _ => run::<BITS, GROUPS, MIN, { source::KEPT }, TILES>(tiles, unpacked, first_row, &pass, outs),
             }
         }
     });
@@ -144,22 +112,22 @@ fn opaque_zero() -> __m512i {
     zero
 }
 
-/// At most [`ROWS_PER_PASS`] rows.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn pass<const BITS: usize, const GROUPS: usize, const MIN: bool, const SOURCE: u8, const TILES: usize>(
+fn run<const BITS: usize, const GROUPS: usize, const MIN: bool, const SOURCE: u8, const TILES: usize>(
     tiles: [&Tile<'_>; TILES],
-    chunk: &mut Chunk<'_>,
+    unpacked: &mut [__m512i],
     first_row: usize,
+    pass: &Pass,
     outs: [&mut TileOut; TILES],
 ) {
-    match outs[0].len() {
-        1 => some_rows::<BITS, GROUPS, MIN, SOURCE, TILES, 1>(tiles, chunk, first_row, outs),
-        2 => some_rows::<BITS, GROUPS, MIN, SOURCE, TILES, 2>(tiles, chunk, first_row, outs),
-        3 => some_rows::<BITS, GROUPS, MIN, SOURCE, TILES, 3>(tiles, chunk, first_row, outs),
-        4 => some_rows::<BITS, GROUPS, MIN, SOURCE, TILES, 4>(tiles, chunk, first_row, outs),
-        5 => some_rows::<BITS, GROUPS, MIN, SOURCE, TILES, 5>(tiles, chunk, first_row, outs),
-        6 => some_rows::<BITS, GROUPS, MIN, SOURCE, TILES, 6>(tiles, chunk, first_row, outs),
+    match pass.rows.len() {
+        1 => some_rows::<BITS, GROUPS, MIN, SOURCE, TILES, 1>(tiles, unpacked, first_row, pass, outs),
+        2 => some_rows::<BITS, GROUPS, MIN, SOURCE, TILES, 2>(tiles, unpacked, first_row, pass, outs),
+        3 => some_rows::<BITS, GROUPS, MIN, SOURCE, TILES, 3>(tiles, unpacked, first_row, pass, outs),
+        4 => some_rows::<BITS, GROUPS, MIN, SOURCE, TILES, 4>(tiles, unpacked, first_row, pass, outs),
+        5 => some_rows::<BITS, GROUPS, MIN, SOURCE, TILES, 5>(tiles, unpacked, first_row, pass, outs),
+        6 => some_rows::<BITS, GROUPS, MIN, SOURCE, TILES, 6>(tiles, unpacked, first_row, pass, outs),
         rows => unreachable!("{rows} rows in a pass"),
     }
 }
@@ -175,25 +143,26 @@ fn some_rows<
     const ROWS: usize,
 >(
     tiles: [&Tile<'_>; TILES],
-    chunk: &mut Chunk<'_>,
+    unpacked: &mut [__m512i],
     first_row: usize,
+    pass: &Pass,
     outs: [&mut TileOut; TILES],
 ) {
     let layout = Layout { bits: BITS, groups: GROUPS, has_min: MIN };
     let activations = tiles[0].activations;
     let num_blocks = activations.width() / BLOCK;
-    let rows: [QuantizedRow<'_>; ROWS] = std::array::from_fn(|m| activations.row(first_row + m));
+    let rows: [QuantizedRow<'_>; ROWS] = std::array::from_fn(|m| activations.row(first_row + pass.rows.start + m));
 
-    let (keeps, has_kept) = (SOURCE == source::RECORDS_TO_KEEP, SOURCE == source::KEPT);
+    let (keeps, has_kept) = (SOURCE == source::TO_KEEP, SOURCE == source::KEPT);
     // What the unchecked reads below rely on; a row has as many blocks as its width says.
     assert!(tiles.iter().all(|tile| tile.records.len() == num_blocks * layout.record_bytes()));
-    assert!(chunk.blocks.end <= num_blocks);
-    assert!(!(keeps || has_kept) || chunk.unpacked.len() >= chunk.blocks.len() * TILES * UNPACKED_BLOCK);
+    assert!(pass.blocks.end <= num_blocks);
+    assert!(!(keeps || has_kept) || unpacked.len() >= pass.blocks.len() * TILES * UNPACKED_BLOCK);
     assert!(MIN || tiles.iter().all(|tile| tile.offset == offset_of::<BITS, GROUPS>()));
     let quads_per_group = 8 / GROUPS;
     let zero = opaque_zero();
     let mut acc = [[_mm512_setzero_ps(); TILES]; ROWS];
-    if chunk.blocks.start > 0 {
+    if pass.blocks.start > 0 {
         for m in 0..ROWS {
             for t in 0..TILES {
                 // SAFETY: the row's 16 results so far.
@@ -201,8 +170,8 @@ fn some_rows<
             }
         }
     }
-    let mut until_turn = chunk.pass;
-    for b in chunk.blocks.clone() {
+    let mut until_turn = pass.turn;
+    for b in pass.blocks.clone() {
         // SAFETY: block b of the tiles and of each row (asserted above).
         let (records, x, terms) = unsafe {
             (
@@ -212,11 +181,11 @@ fn some_rows<
             )
         };
         if until_turn == 0 {
-            until_turn = chunk.num_passes;
+            until_turn = pass.num_turns;
             for record in records {
                 for line in 0..layout.record_bytes().div_ceil(LINE) {
                     // A prefetch reads nothing, wherever it points.
-                    _mm_prefetch::<_MM_HINT_T0>(record.wrapping_add(chunk.ahead + line * LINE).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(record.wrapping_add(pass.ahead + line * LINE).cast());
                 }
             }
         }
@@ -232,17 +201,17 @@ fn some_rows<
             for quad in g * quads_per_group..(g + 1) * quads_per_group {
                 let mut w = [zero; TILES];
                 for t in 0..TILES {
-                    let at = ((b - chunk.blocks.start) * TILES + t) * UNPACKED_BLOCK + quad;
+                    let at = ((b - pass.blocks.start) * TILES + t) * UNPACKED_BLOCK + quad;
                     if has_kept {
                         // SAFETY: every block of the chunk has its vectors (asserted above).
-                        w[t] = unsafe { *chunk.unpacked.get_unchecked(at) };
+                        w[t] = unsafe { *unpacked.get_unchecked(at) };
                     } else {
                         // SAFETY: it points to a whole record of this layout (asserted above).
                         w[t] = unsafe { weights::<BITS>(records[t], quad) };
                     }
                     if keeps {
                         // SAFETY: as where they are read.
-                        unsafe { *chunk.unpacked.get_unchecked_mut(at) = w[t] };
+                        unsafe { *unpacked.get_unchecked_mut(at) = w[t] };
                     }
                 }
                 for m in 0..ROWS {
