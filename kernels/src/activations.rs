@@ -14,15 +14,15 @@ pub const SUM_GROUP: usize = 16;
 pub struct QuantizedRows {
     num_rows: usize,
     width: usize,
-    /// `[rows, width]`
-    values: Vec<i8>,
     /// `[rows, width / BLOCK]`
-    terms: Vec<BlockTerms>,
+    blocks: Vec<QuantizedBlock>,
 }
 
-/// What a product needs of a block beside its values. Side by side, so that a kernel reaches all by one pointer.
+/// [`BLOCK`] activations and what a product needs beside their values, so that a kernel reaches all of it by one pointer.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub(crate) struct BlockTerms {
+#[repr(C)]
+pub(crate) struct QuantizedBlock {
+    pub values: [i8; BLOCK],
     pub scale: f32,
     /// The sum of the values times their scale: what a minimum of the weights is multiplied with.
     pub scaled_sum: f32,
@@ -36,19 +36,18 @@ pub(crate) struct BlockTerms {
     pub sums: [[i16; 2]; 2],
 }
 
-/// A row of [`QuantizedRows`].
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct QuantizedRow<'a> {
-    pub values: &'a [i8],
-    pub terms: &'a [BlockTerms],
-}
-
 /// What weights are stored with on top where they are bytes.
-pub(crate) const BYTE_OFFSET: i32 = 128;
+const BYTE_OFFSET: i32 = 128;
 
-impl BlockTerms {
+impl QuantizedBlock {
     #[inline(always)]
-    fn of(scale: f32, values: &[i8]) -> Self {
+    fn of<S: Simd>(x: &[f32]) -> Self {
+        let mut values = [0; BLOCK];
+        let mut scale = 0.0;
+        quantize_block::<S>(x, &mut values, |largest| {
+            scale = largest / 127.0;
+            if largest > 0.0 { 127.0 / largest } else { 0.0 }
+        });
         let mut sums = [[0; 2]; 2];
         for (sums, group) in sums.iter_mut().zip(values.as_chunks::<SUM_GROUP>().0) {
             for q in group.as_chunks::<4>().0 {
@@ -60,6 +59,7 @@ impl BlockTerms {
         let scaled_sums = whole.map(|sum| sum as f32 * scale);
         let starts = whole.map(|sum| -BYTE_OFFSET * sum);
         Self {
+            values,
             scale,
             scaled_sum: scaled_sums[0] + scaled_sums[1],
             scaled_sums,
@@ -69,7 +69,7 @@ impl BlockTerms {
         }
     }
 
-    /// [`BlockTerms::start`] where weights have `offset` on top: of the block, or of one of its groups.
+    /// [`QuantizedBlock::start`] where weights have `offset` on top: of the block, or of one of its groups.
     #[inline(always)]
     pub fn start_for(&self, offset: i32, group: Option<usize>) -> i32 {
         (group.map_or(self.start, |group| self.starts[group]) >> BYTE_OFFSET.ilog2()) * offset
@@ -101,8 +101,7 @@ impl QuantizedRows {
     pub(crate) fn resize(&mut self, num_rows: usize, width: usize) {
         self.num_rows = num_rows;
         self.width = width;
-        self.values.resize(num_rows * width, 0);
-        self.terms.resize(num_rows * width / BLOCK, BlockTerms::default());
+        self.blocks.resize(num_rows * width / BLOCK, QuantizedBlock::default());
     }
 
     /// Replaces the content with `num_rows` rows, each written as f32 by `produce(row, buffer)` and rounded here.
@@ -119,35 +118,27 @@ impl QuantizedRows {
         assert_eq!(width % BLOCK, 0, "rows of {width} do not divide into blocks of {BLOCK}");
         self.resize(num_rows, width);
         let source = DisjointMut::new(&mut source[..num_rows * width]);
-        let values = DisjointMut::new(&mut self.values);
-        let terms = DisjointMut::new(&mut self.terms);
+        let blocks = DisjointMut::new(&mut self.blocks);
         let isa = cpu.isa();
         cpu.pool().run(num_rows, &|row| {
             // SAFETY: each task takes the ranges of its own row.
-            let (x, q, terms) = unsafe {
-                (
-                    source.slice(row * width, width),
-                    values.slice(row * width, width),
-                    terms.slice(row * width / BLOCK, width / BLOCK),
-                )
-            };
+            let (x, blocks) =
+                unsafe { (source.slice(row * width, width), blocks.slice(row * width / BLOCK, width / BLOCK)) };
             produce(row, x);
             let x = &*x;
-            dispatch!(isa, quantize_row(x: &[f32], q: &mut [i8], terms: &mut [BlockTerms]));
+            dispatch!(isa, quantize_row(x: &[f32], blocks: &mut [QuantizedBlock]));
         });
     }
 
     /// Rounds one row, on the thread at hand.
     pub(crate) fn set_row(&mut self, isa: Isa, row: usize, x: &[f32]) {
-        let of = |per: usize| row * self.width / per..(row + 1) * self.width / per;
-        let (q, terms) = (&mut self.values[of(1)], &mut self.terms[of(BLOCK)]);
-        dispatch!(isa, quantize_row(x: &[f32], q: &mut [i8], terms: &mut [BlockTerms]));
+        let blocks = &mut self.blocks[row * self.width / BLOCK..][..self.width / BLOCK];
+        dispatch!(isa, quantize_row(x: &[f32], blocks: &mut [QuantizedBlock]));
     }
 
-    /// One row's values and their terms.
-    pub(crate) fn row(&self, row: usize) -> QuantizedRow<'_> {
-        let of = |per: usize| row * self.width / per..(row + 1) * self.width / per;
-        QuantizedRow { values: &self.values[of(1)], terms: &self.terms[of(BLOCK)] }
+    /// `[width / BLOCK]`
+    pub(crate) fn row(&self, row: usize) -> &[QuantizedBlock] {
+        &self.blocks[row * self.width / BLOCK..][..self.width / BLOCK]
     }
 
     /// Rounds `rows` `[num_rows, width]`.
@@ -157,15 +148,9 @@ impl QuantizedRows {
 }
 
 #[inline(always)]
-fn quantize_row<S: Simd>(x: &[f32], values: &mut [i8], terms: &mut [BlockTerms]) {
-    let blocks = x.chunks_exact(BLOCK).zip(values.chunks_exact_mut(BLOCK));
-    for ((block, q), terms) in blocks.zip(terms) {
-        let mut scale = 0.0;
-        quantize_block::<S>(block, q, |largest| {
-            scale = largest / 127.0;
-            if largest > 0.0 { 127.0 / largest } else { 0.0 }
-        });
-        *terms = BlockTerms::of(scale, q);
+fn quantize_row<S: Simd>(x: &[f32], blocks: &mut [QuantizedBlock]) {
+    for (block, x) in blocks.iter_mut().zip(x.chunks_exact(BLOCK)) {
+        *block = QuantizedBlock::of::<S>(x);
     }
 }
 
@@ -190,23 +175,20 @@ mod tests {
             x[96..128].fill(0.0);
             let mut rows = QuantizedRows::default();
             rows.quantize(&cpu, 5, 96, &mut x);
-            for (i, v) in x.iter().enumerate() {
-                let scale = rows.terms[i / BLOCK].scale;
-                assert!((f32::from(rows.values[i]) * scale - v).abs() <= scale * 0.5001);
-            }
-            for (terms, values) in rows.terms.iter().zip(rows.values.as_chunks::<BLOCK>().0) {
+            for (block, x) in rows.blocks.iter().zip(x.as_chunks::<BLOCK>().0) {
+                for (q, v) in block.values.iter().zip(x) {
+                    assert!((f32::from(*q) * block.scale - v).abs() <= block.scale * 0.5001);
+                }
                 let sum_of = |values: &[i8]| values.iter().map(|&v| i32::from(v)).sum::<i32>();
-                assert_eq!(terms.start, -128 * sum_of(values));
-                assert_eq!(terms.start_for(16, None), -16 * sum_of(values));
-                assert_eq!(terms.scaled_sum, terms.scaled_sums[0] + terms.scaled_sums[1]);
-                for (g, values) in values.as_chunks::<SUM_GROUP>().0.iter().enumerate() {
-                    assert_eq!(terms.start_for(32, Some(g)), -32 * sum_of(values));
-                    assert_eq!(terms.scaled_sums[g], sum_of(values) as f32 * terms.scale);
+                assert_eq!(block.start, -128 * sum_of(&block.values));
+                assert_eq!(block.start_for(16, None), -16 * sum_of(&block.values));
+                assert_eq!(block.scaled_sum, block.scaled_sums[0] + block.scaled_sums[1]);
+                for (g, values) in block.values.as_chunks::<SUM_GROUP>().0.iter().enumerate() {
+                    assert_eq!(block.start_for(32, Some(g)), -32 * sum_of(values));
+                    assert_eq!(block.scaled_sums[g], sum_of(values) as f32 * block.scale);
                     let (first, last): (Vec<_>, Vec<_>) = values.iter().enumerate().partition(|(i, _)| i % 4 < 2);
-                    assert_eq!(
-                        terms.sums[g],
-                        [first, last].map(|half| half.iter().map(|(_, v)| i16::from(**v)).sum::<i16>())
-                    );
+                    let sum_of = |half: Vec<(usize, &i8)>| half.into_iter().map(|(_, v)| i16::from(*v)).sum::<i16>();
+                    assert_eq!(block.sums[g], [first, last].map(sum_of));
                 }
             }
         }

@@ -14,7 +14,7 @@ use std::cell::RefCell;
 
 use super::passes::{Extent, LINE, Pass, passes};
 use super::{BLOCK, Tile, TileOut};
-use crate::activations::QuantizedRow;
+use crate::activations::QuantizedBlock;
 use crate::quantized::{Layout, ROWS_PER_TILE};
 
 /// Rows of activations that share one pass over a tile: twelve running sums, two vectors of weights, one of activations
@@ -173,7 +173,8 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
 ) {
     let layout = layout_of::<BITS, GROUPS, MIN>();
     let num_blocks = tile.activations.width() / BLOCK;
-    let rows: [QuantizedRow<'_>; ROWS] = std::array::from_fn(|m| tile.activations.row(first_row + pass.rows.start + m));
+    let rows: [&[QuantizedBlock]; ROWS] =
+        std::array::from_fn(|m| tile.activations.row(first_row + pass.rows.start + m));
     // What the unchecked reads below rely on; a row has as many blocks as its width says.
     assert_eq!(tile.records.len(), num_blocks * layout.record_bytes());
     assert!(pass.blocks.end <= num_blocks);
@@ -199,13 +200,8 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
     let mut until_turn = pass.turn;
     for b in pass.blocks.clone() {
         // SAFETY: block b of the tile and of each row (asserted above).
-        let (record, x, terms) = unsafe {
-            (
-                tile.records.as_ptr().add(b * layout.record_bytes()),
-                rows.map(|row| row.values.as_ptr().add(b * BLOCK)),
-                rows.map(|row| row.terms.get_unchecked(b)),
-            )
-        };
+        let (record, x) =
+            unsafe { (tile.records.as_ptr().add(b * layout.record_bytes()), rows.map(|row| row.get_unchecked(b))) };
         if until_turn == 0 {
             until_turn = pass.num_turns;
             for line in 0..layout.record_bytes().div_ceil(LINE) {
@@ -222,9 +218,8 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
                         return [_mm256_setzero_si256(); 2];
                     }
                     // SAFETY: two 16-bit sums, one for each half of a 32-bit lane.
-                    let pair = |g: usize| {
-                        _mm256_set1_epi32(unsafe { terms[m].sums[g].as_ptr().cast::<i32>().read_unaligned() })
-                    };
+                    let pair =
+                        |g: usize| _mm256_set1_epi32(unsafe { x[m].sums[g].as_ptr().cast::<i32>().read_unaligned() });
                     let sum = if GROUPS == 1 { _mm256_add_epi16(pair(0), pair(1)) } else { pair(g) };
                     [_mm256_mullo_epi16(sum, minus_offset); 2]
                 });
@@ -246,9 +241,11 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
                         let magnitude = w.map(|w| _mm256_abs_epi8(w));
                         for m in 0..ROWS {
                             // SAFETY: four of the block's 32 activations.
-                            let x = _mm256_set1_epi32(unsafe { x[m].add(quad * 4).cast::<i32>().read_unaligned() });
+                            let values = _mm256_set1_epi32(unsafe {
+                                x[m].values.as_ptr().add(quad * 4).cast::<i32>().read_unaligned()
+                            });
                             for half in 0..2 {
-                                let signed = _mm256_sign_epi8(x, w[half]);
+                                let signed = _mm256_sign_epi8(values, w[half]);
                                 let products = _mm256_maddubs_epi16(magnitude[half], signed);
                                 dot[m][half] =
                                     in_order(_mm256_add_epi32(dot[m][half], _mm256_madd_epi16(products, ones)));
@@ -257,9 +254,11 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
                     } else {
                         for m in 0..ROWS {
                             // SAFETY: four of the block's 32 activations.
-                            let x = _mm256_set1_epi32(unsafe { x[m].add(quad * 4).cast::<i32>().read_unaligned() });
+                            let values = _mm256_set1_epi32(unsafe {
+                                x[m].values.as_ptr().add(quad * 4).cast::<i32>().read_unaligned()
+                            });
                             for half in 0..2 {
-                                let products = _mm256_maddubs_epi16(w[half], x);
+                                let products = _mm256_maddubs_epi16(w[half], values);
                                 short[m][half] = in_order(_mm256_add_epi16(short[m][half], products));
                             }
                         }
@@ -279,10 +278,10 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
                 |at: usize, half: usize| unsafe { _mm256_cvtph_ps(_mm_loadu_si128(parts.add(at + half * 16).cast())) };
             for m in 0..ROWS {
                 for half in 0..2 {
-                    let scale = _mm256_mul_ps(f16_lanes(0, half), _mm256_set1_ps(terms[m].scale));
+                    let scale = _mm256_mul_ps(f16_lanes(0, half), _mm256_set1_ps(x[m].scale));
                     acc[m][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[m][half]), scale, acc[m][half]);
                     if MIN {
-                        let sum_x = if GROUPS == 1 { terms[m].scaled_sum } else { terms[m].scaled_sums[g] };
+                        let sum_x = if GROUPS == 1 { x[m].scaled_sum } else { x[m].scaled_sums[g] };
                         let min = f16_lanes(layout.scales_bytes(), half);
                         acc[m][half] = _mm256_fnmadd_ps(min, _mm256_set1_ps(sum_x), acc[m][half]);
                     }

@@ -11,7 +11,7 @@ use std::cell::RefCell;
 
 use super::passes::{Extent, LINE, Pass, passes};
 use super::{BLOCK, Tile, TileOut};
-use crate::activations::QuantizedRow;
+use crate::activations::QuantizedBlock;
 use crate::quantized::{Layout, ROWS_PER_TILE};
 
 /// Rows of activations that share one pass over two tiles: their sums and totals fill 24 of the 32 registers.
@@ -151,7 +151,7 @@ fn some_rows<
     let layout = Layout { bits: BITS, groups: GROUPS, has_min: MIN };
     let activations = tiles[0].activations;
     let num_blocks = activations.width() / BLOCK;
-    let rows: [QuantizedRow<'_>; ROWS] = std::array::from_fn(|m| activations.row(first_row + pass.rows.start + m));
+    let rows: [&[QuantizedBlock]; ROWS] = std::array::from_fn(|m| activations.row(first_row + pass.rows.start + m));
 
     let (keeps, has_kept) = (SOURCE == source::TO_KEEP, SOURCE == source::KEPT);
     // What the unchecked reads below rely on; a row has as many blocks as its width says.
@@ -173,11 +173,10 @@ fn some_rows<
     let mut until_turn = pass.turn;
     for b in pass.blocks.clone() {
         // SAFETY: block b of the tiles and of each row (asserted above).
-        let (records, x, terms) = unsafe {
+        let (records, x) = unsafe {
             (
                 tiles.map(|tile| tile.records.as_ptr().add(b * layout.record_bytes())),
-                rows.map(|row| row.values.as_ptr().add(b * BLOCK)),
-                rows.map(|row| row.terms.get_unchecked(b)),
+                rows.map(|row| row.get_unchecked(b)),
             )
         };
         if until_turn == 0 {
@@ -194,7 +193,7 @@ fn some_rows<
             let mut dot = [[zero; TILES]; ROWS];
             if !MIN {
                 for m in 0..ROWS {
-                    let start = if GROUPS == 1 { terms[m].start } else { terms[m].starts[g] };
+                    let start = if GROUPS == 1 { x[m].start } else { x[m].starts[g] };
                     dot[m] = [for_offset::<BITS, GROUPS>(_mm512_set1_epi32(start)); TILES];
                 }
             }
@@ -216,9 +215,10 @@ fn some_rows<
                 }
                 for m in 0..ROWS {
                     // SAFETY: four of the block's 32 activations.
-                    let x = _mm512_set1_epi32(unsafe { x[m].add(quad * 4).cast::<i32>().read_unaligned() });
+                    let values =
+                        _mm512_set1_epi32(unsafe { x[m].values.as_ptr().add(quad * 4).cast::<i32>().read_unaligned() });
                     for t in 0..TILES {
-                        dot[m][t] = _mm512_dpbusd_epi32(dot[m][t], w[t], x);
+                        dot[m][t] = _mm512_dpbusd_epi32(dot[m][t], w[t], values);
                     }
                 }
             }
@@ -229,7 +229,7 @@ fn some_rows<
             };
             let scales = records.map(|record| f16_lanes(record, 0));
             for m in 0..ROWS {
-                let scale_x = _mm512_set1_ps(terms[m].scale);
+                let scale_x = _mm512_set1_ps(x[m].scale);
                 for t in 0..TILES {
                     let scale = _mm512_mul_ps(scales[t], scale_x);
                     acc[m][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m][t]), scale, acc[m][t]);
@@ -238,7 +238,7 @@ fn some_rows<
             if MIN {
                 let minima = records.map(|record| f16_lanes(record, layout.scales_bytes()));
                 for m in 0..ROWS {
-                    let sum_x = if GROUPS == 1 { terms[m].scaled_sum } else { terms[m].scaled_sums[g] };
+                    let sum_x = if GROUPS == 1 { x[m].scaled_sum } else { x[m].scaled_sums[g] };
                     let sum_x = _mm512_set1_ps(sum_x);
                     for t in 0..TILES {
                         acc[m][t] = _mm512_fnmadd_ps(minima[t], sum_x, acc[m][t]);

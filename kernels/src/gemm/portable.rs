@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::{BLOCK, Tile, TileOut};
+use super::{Tile, TileOut};
 use crate::quantized::{Layout, ROWS_PER_TILE};
 
 pub(super) fn multiply(tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
@@ -16,24 +16,23 @@ pub(super) fn multiply(tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
             unpack_quad(layout, record, quad, weights);
         }
         for (m, out) in out.iter_mut().enumerate() {
-            let row = activations.row(first_row + m);
-            let x = &row.values[b * BLOCK..][..BLOCK];
-            let terms = &row.terms[b];
+            let block = &activations.row(first_row + m)[b];
             for g in 0..layout.groups {
                 let quads = 8 / layout.groups;
                 let group = (layout.groups > 1).then_some(g);
-                let scaled_sum = group.map_or(terms.scaled_sum, |g| terms.scaled_sums[g]);
-                let mut dot = [terms.start_for(offset, group); ROWS_PER_TILE];
-                for quad in g * quads..(g + 1) * quads {
-                    for (dot, w) in dot.iter_mut().zip(weights[quad].chunks_exact(4)) {
-                        for (w, x) in w.iter().zip(&x[quad * 4..]) {
+                let scaled_sum = group.map_or(block.scaled_sum, |g| block.scaled_sums[g]);
+                let mut dot = [block.start_for(offset, group); ROWS_PER_TILE];
+                let of_group = g * quads..(g + 1) * quads;
+                for (weights, x) in weights[of_group.clone()].iter().zip(&block.values.as_chunks::<4>().0[of_group]) {
+                    for (dot, w) in dot.iter_mut().zip(weights.chunks_exact(4)) {
+                        for (w, x) in w.iter().zip(x) {
                             *dot += i32::from(*w) * i32::from(*x);
                         }
                     }
                 }
                 let parts = &record[layout.weight_bytes() + g * 2 * ROWS_PER_TILE..];
                 for (r, out) in out.iter_mut().enumerate() {
-                    *out += dot[r] as f32 * (f16_at(parts, r) * terms.scale);
+                    *out += dot[r] as f32 * (f16_at(parts, r) * block.scale);
                     if layout.has_min {
                         *out -= f16_at(&parts[layout.scales_bytes()..], r) * scaled_sum;
                     }
