@@ -12,35 +12,53 @@ pub enum Isa {
     Portable,
     /// AVX2 with FMA and F16C.
     Avx2,
+    /// AVX2 with AVX-VNNI, which only the GEMM uses.
+    AvxVnni,
     /// AVX-512 (F, BW, VL) with VNNI; everything but the GEMM and attention uses the AVX2 code.
     Avx512Vnni,
 }
 
 impl Isa {
+    const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::AvxVnni, Self::Avx512Vnni];
+
     /// The best this processor has.
     pub fn detect() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let avx2 =
-                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
-            let avx512 = is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512vnni");
-            if avx2 && avx512 {
-                return Isa::Avx512Vnni;
-            }
-            if avx2 {
-                return Isa::Avx2;
-            }
-        }
-        Isa::Portable
+        Self::Avx512Vnni.or_less()
     }
 
     /// Every instruction set this processor can run, for tests and benchmarks.
     pub fn available() -> impl Iterator<Item = Isa> {
-        let best = Self::detect();
-        [Isa::Portable, Isa::Avx2, Isa::Avx512Vnni].into_iter().filter(move |isa| *isa <= best)
+        Self::ALL.into_iter().filter(|isa| isa.is_available())
+    }
+
+    /// This, or the best below it that the processor has.
+    fn or_less(self) -> Self {
+        Self::available().filter(|isa| *isa <= self).last().unwrap_or(Self::Portable)
+    }
+
+    fn is_available(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = || {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+            };
+            let avx512 = || {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512vnni")
+            };
+            match self {
+                Self::Portable => true,
+                Self::Avx2 => avx2(),
+                Self::AvxVnni => avx2() && is_x86_feature_detected!("avxvnni"),
+                Self::Avx512Vnni => avx2() && avx512(),
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            self == Self::Portable
+        }
     }
 }
 
@@ -49,6 +67,7 @@ impl fmt::Display for Isa {
         f.write_str(match self {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
+            Isa::AvxVnni => "avx-vnni",
             Isa::Avx512Vnni => "avx512-vnni",
         })
     }
@@ -61,8 +80,9 @@ impl FromStr for Isa {
         match s {
             "portable" => Ok(Isa::Portable),
             "avx2" => Ok(Isa::Avx2),
+            "avx-vnni" => Ok(Isa::AvxVnni),
             "avx512-vnni" => Ok(Isa::Avx512Vnni),
-            other => Err(format!("unknown instruction set {other:?} (portable, avx2, avx512-vnni)")),
+            other => Err(format!("unknown instruction set {other:?} (portable, avx2, avx-vnni, avx512-vnni)")),
         }
     }
 }
@@ -78,7 +98,7 @@ impl Cpu {
     /// `num_threads` counts the calling thread; at least 1. An instruction set the processor lacks is lowered to the best
     /// it has, so that a [`Cpu`] can always run.
     pub fn new(isa: Isa, num_threads: usize) -> Self {
-        Self { isa: isa.min(Isa::detect()), pool: ThreadPool::new(num_threads) }
+        Self { isa: isa.or_less(), pool: ThreadPool::new(num_threads) }
     }
 
     pub fn isa(&self) -> Isa {

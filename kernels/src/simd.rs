@@ -326,7 +326,7 @@ macro_rules! dispatch {
         match $isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `Cpu` never holds an instruction set the processor lacks.
-            $crate::Isa::Avx2 | $crate::Isa::Avx512Vnni => unsafe { avx2($($arg),*) },
+            $crate::Isa::Avx2 | $crate::Isa::AvxVnni | $crate::Isa::Avx512Vnni => unsafe { avx2($($arg),*) },
             _ => $kernel::<$crate::simd::Portable>($($arg),*),
         }
     }};

@@ -46,6 +46,9 @@ fn multiplier(isa: Isa) -> Option<(fn(), usize)> {
         Isa::Avx512Vnni => Some((|| unsafe { x86::multiply_avx512() }, 128)),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
+        Isa::AvxVnni => Some((|| unsafe { x86::multiply_avx_vnni() }, 64)),
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
         Isa::Avx2 => Some((|| unsafe { x86::multiply_avx2() }, 64)),
         _ => None,
     }
@@ -66,6 +69,18 @@ mod x86 {
         for _ in 0..ROUNDS {
             for chain in &mut chains {
                 *chain = _mm256_maddubs_epi16(*chain, weights);
+            }
+        }
+        black_box(chains);
+    }
+
+    #[target_feature(enable = "avx2,avxvnni")]
+    pub fn multiply_avx_vnni() {
+        let (weights, activations) = (black_box(_mm256_set1_epi8(3)), black_box(_mm256_set1_epi8(5)));
+        let mut chains: [__m256i; CHAINS] = black_box([_mm256_setzero_si256(); CHAINS]);
+        for _ in 0..ROUNDS {
+            for chain in &mut chains {
+                *chain = _mm256_dpbusd_avx_epi32(*chain, weights, activations);
             }
         }
         black_box(chains);

@@ -6,6 +6,8 @@
 //! ones fit too (15·127·16 = 30480); of 5 bits without an offset only half of them (31·127·8 = 31496).
 //! 8-bit weights are split into sign and magnitude (128·127·2 = 32512), the sign going to the activations.
 //!
+//! AVX-VNNI does all that in one instruction, with sums of 32 bits from the beginning.
+//!
 //! Where there are several passes, weights are unpacked to bytes once and read from cache by each of them.
 
 use std::arch::asm;
@@ -30,22 +32,32 @@ thread_local! {
     static UNPACKED: RefCell<Vec<__m256i>> = const { RefCell::new(Vec::new()) };
 }
 
-pub(super) fn multiply(tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
-    // SAFETY: `Isa::Avx2` is chosen only where the features were detected.
-    match tile.layout {
-        Layout { bits: 4, groups: 1, has_min: false } => unsafe { multiply_as::<4, 1, false>(tile, first_row, out) },
-        Layout { bits: 4, groups: 1, has_min: true } => unsafe { multiply_as::<4, 1, true>(tile, first_row, out) },
-        Layout { bits: 4, groups: 2, has_min: false } => unsafe { multiply_as::<4, 2, false>(tile, first_row, out) },
-        Layout { bits: 4, groups: 2, has_min: true } => unsafe { multiply_as::<4, 2, true>(tile, first_row, out) },
-        Layout { bits: 5, has_min: false, .. } => unsafe { multiply_as::<5, 1, false>(tile, first_row, out) },
-        Layout { bits: 5, has_min: true, .. } => unsafe { multiply_as::<5, 1, true>(tile, first_row, out) },
-        Layout { bits: 6, .. } => unsafe { multiply_as::<6, 2, false>(tile, first_row, out) },
-        _ => unsafe { multiply_as::<8, 1, false>(tile, first_row, out) },
+pub(super) fn multiply(has_vnni: bool, tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
+    if has_vnni {
+        // SAFETY: `Isa::AvxVnni` is chosen only where the features were detected.
+        unsafe { multiply_by::<true>(tile, first_row, out) }
+    } else {
+        // SAFETY: the same of `Isa::Avx2`.
+        unsafe { multiply_by::<false>(tile, first_row, out) }
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn multiply_as<const BITS: usize, const GROUPS: usize, const MIN: bool>(
+fn multiply_by<const VNNI: bool>(tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
+    match tile.layout {
+        Layout { bits: 4, groups: 1, has_min: false } => multiply_as::<4, 1, false, VNNI>(tile, first_row, out),
+        Layout { bits: 4, groups: 1, has_min: true } => multiply_as::<4, 1, true, VNNI>(tile, first_row, out),
+        Layout { bits: 4, groups: 2, has_min: false } => multiply_as::<4, 2, false, VNNI>(tile, first_row, out),
+        Layout { bits: 4, groups: 2, has_min: true } => multiply_as::<4, 2, true, VNNI>(tile, first_row, out),
+        Layout { bits: 5, has_min: false, .. } => multiply_as::<5, 1, false, VNNI>(tile, first_row, out),
+        Layout { bits: 5, has_min: true, .. } => multiply_as::<5, 1, true, VNNI>(tile, first_row, out),
+        Layout { bits: 6, .. } => multiply_as::<6, 2, false, VNNI>(tile, first_row, out),
+        _ => multiply_as::<8, 1, false, VNNI>(tile, first_row, out),
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn multiply_as<const BITS: usize, const GROUPS: usize, const MIN: bool, const VNNI: bool>(
     tile: &Tile<'_>,
     first_row: usize,
     out: &mut TileOut,
@@ -56,7 +68,7 @@ fn multiply_as<const BITS: usize, const GROUPS: usize, const MIN: bool>(
         for pass in passes(Extent { num_rows, num_blocks, num_tiles: 1, record_bytes }, ROWS_PER_PASS) {
             let out = &mut out[pass.rows.clone()];
             if BITS == 8 || pass.num_turns == 1 {
-                run::<BITS, GROUPS, MIN, false>(tile, &[], first_row, &pass, out);
+                run::<BITS, GROUPS, MIN, VNNI, false>(tile, &[], first_row, &pass, out);
                 continue;
             }
             if pass.turn == 0 {
@@ -67,7 +79,7 @@ fn multiply_as<const BITS: usize, const GROUPS: usize, const MIN: bool>(
                 let records = &tile.records[pass.blocks.start * record_bytes..pass.blocks.end * record_bytes];
                 unpack::<BITS>(records, record_bytes, unpacked);
             }
-            run::<BITS, GROUPS, MIN, true>(tile, unpacked, first_row, &pass, out);
+            run::<BITS, GROUPS, MIN, VNNI, true>(tile, unpacked, first_row, &pass, out);
         }
     });
 }
@@ -142,9 +154,28 @@ fn in_order(mut sum: __m256i) -> __m256i {
     sum
 }
 
+/// Adds the products of four unsigned weights with four signed activations to each 32-bit sum. In assembly, since a function with the
+/// feature that the intrinsic needs could not be a part of those that are common to processors with and without it.
+///
+/// # Safety
+/// The processor has AVX-VNNI.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn run<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPACKED: bool>(
+unsafe fn multiply_quad(mut sum: __m256i, weights: __m256i, activations: __m256i) -> __m256i {
+    // SAFETY: registers only, and the instruction is there (the caller's promise).
+    unsafe {
+        asm!(
+            "{{vex}} vpdpbusd {sum}, {weights}, {activations}",
+            sum = inout(ymm_reg) sum, weights = in(ymm_reg) weights, activations = in(ymm_reg) activations,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sum
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn run<const BITS: usize, const GROUPS: usize, const MIN: bool, const VNNI: bool, const UNPACKED: bool>(
     tile: &Tile<'_>,
     unpacked: &[__m256i],
     first_row: usize,
@@ -152,19 +183,26 @@ fn run<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPACKED: 
     out: &mut TileOut,
 ) {
     match out.len() {
-        1 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 1>(tile, unpacked, first_row, pass, out),
-        2 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 2>(tile, unpacked, first_row, pass, out),
-        3 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 3>(tile, unpacked, first_row, pass, out),
-        4 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 4>(tile, unpacked, first_row, pass, out),
-        5 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 5>(tile, unpacked, first_row, pass, out),
-        6 => some_rows::<BITS, GROUPS, MIN, UNPACKED, 6>(tile, unpacked, first_row, pass, out),
+        1 => some_rows::<BITS, GROUPS, MIN, VNNI, UNPACKED, 1>(tile, unpacked, first_row, pass, out),
+        2 => some_rows::<BITS, GROUPS, MIN, VNNI, UNPACKED, 2>(tile, unpacked, first_row, pass, out),
+        3 => some_rows::<BITS, GROUPS, MIN, VNNI, UNPACKED, 3>(tile, unpacked, first_row, pass, out),
+        4 => some_rows::<BITS, GROUPS, MIN, VNNI, UNPACKED, 4>(tile, unpacked, first_row, pass, out),
+        5 => some_rows::<BITS, GROUPS, MIN, VNNI, UNPACKED, 5>(tile, unpacked, first_row, pass, out),
+        6 => some_rows::<BITS, GROUPS, MIN, VNNI, UNPACKED, 6>(tile, unpacked, first_row, pass, out),
         rows => unreachable!("{rows} rows in a pass"),
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPACKED: bool, const ROWS: usize>(
+fn some_rows<
+    const BITS: usize,
+    const GROUPS: usize,
+    const MIN: bool,
+    const VNNI: bool,
+    const UNPACKED: bool,
+    const ROWS: usize,
+>(
     tile: &Tile<'_>,
     unpacked: &[__m256i],
     first_row: usize,
@@ -183,6 +221,7 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
     let quads_per_group = 8 / GROUPS;
     // Quads whose 16-bit sums fit, see the module's head.
     let run = match BITS {
+        _ if VNNI => quads_per_group,
         5 if MIN => 4,
         8 => 1,
         _ => quads_per_group,
@@ -212,9 +251,14 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
         until_turn -= 1;
         for g in 0..GROUPS {
             let mut dot = [[_mm256_setzero_si256(); 2]; ROWS];
+            if VNNI && !MIN {
+                for m in 0..ROWS {
+                    dot[m] = [_mm256_set1_epi32(x[m].start_for(tile.offset, (GROUPS > 1).then_some(g))); 2];
+                }
+            }
             for first_quad in (g * quads_per_group..(g + 1) * quads_per_group).step_by(run) {
                 let mut short: [[__m256i; 2]; ROWS] = std::array::from_fn(|m| {
-                    if MIN || BITS == 8 {
+                    if VNNI || MIN || BITS == 8 {
                         return [_mm256_setzero_si256(); 2];
                     }
                     // SAFETY: two 16-bit sums, one for each half of a 32-bit lane.
@@ -235,7 +279,17 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
                             unsafe { weights::<BITS>(record, quad, half) }
                         }
                     });
-                    if BITS == 8 {
+                    if VNNI {
+                        for m in 0..ROWS {
+                            // SAFETY: four of the block's 32 activations.
+                            let values = unsafe { x[m].values.as_ptr().add(quad * 4).cast::<i32>().read_unaligned() };
+                            let values = _mm256_set1_epi32(values);
+                            for half in 0..2 {
+                                // SAFETY: the processor has AVX-VNNI, or this were not asked for.
+                                dot[m][half] = unsafe { multiply_quad(dot[m][half], w[half], values) };
+                            }
+                        }
+                    } else if BITS == 8 {
                         // Stored with an offset of 128; the sign moves to the activations.
                         let w = w.map(|w| _mm256_xor_si256(w, _mm256_set1_epi8(-128)));
                         let magnitude = w.map(|w| _mm256_abs_epi8(w));
@@ -264,7 +318,7 @@ fn some_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const UNPA
                         }
                     }
                 }
-                if BITS != 8 {
+                if !VNNI && BITS != 8 {
                     for m in 0..ROWS {
                         for half in 0..2 {
                             dot[m][half] = _mm256_add_epi32(dot[m][half], _mm256_madd_epi16(short[m][half], ones));

@@ -225,7 +225,10 @@ fn put(target: &mut [f32], results: &[f32; ROWS_PER_TILE], bias: Option<&[f32]>)
 pub(crate) fn multiply_rows(isa: Isa, tiles: &[Tile<'_>], first_row: usize, outs: &mut [&mut TileOut]) {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => tiles.iter().zip(outs).for_each(|(tile, out)| avx2::multiply(tile, first_row, out)),
+        Isa::Avx2 | Isa::AvxVnni => {
+            let has_vnni = isa == Isa::AvxVnni;
+            tiles.iter().zip(outs).for_each(|(tile, out)| avx2::multiply(has_vnni, tile, first_row, out));
+        }
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni => avx512::multiply(tiles, first_row, outs),
         _ => tiles.iter().zip(outs).for_each(|(tile, out)| portable::multiply(tile, first_row, out)),
