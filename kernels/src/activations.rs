@@ -18,16 +18,14 @@ pub struct QuantizedRows {
     blocks: Vec<QuantizedBlock>,
 }
 
-/// [`BLOCK`] activations and what a product needs beside their values, so that a kernel reaches all of it by one pointer.
+/// [`BLOCK`] activations and what a product needs beside their values: one cache line.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-#[repr(C)]
+#[repr(C, align(64))]
 pub(crate) struct QuantizedBlock {
     pub values: [i8; BLOCK],
     pub scale: f32,
-    /// The sum of the values times their scale: what a minimum of the weights is multiplied with.
-    pub scaled_sum: f32,
-    /// The same of each [`SUM_GROUP`].
-    pub scaled_sums: [f32; 2],
+    /// Of both [`SUM_GROUP`]s, the sum of the values times their scale: what a minimum of the weights is multiplied with.
+    scaled_sum: f32,
     /// The sum of the values times -128: what to begin with where weights are bytes with 128 on top.
     pub start: i32,
     /// The same of each [`SUM_GROUP`].
@@ -56,23 +54,26 @@ impl QuantizedBlock {
             }
         }
         let whole = sums.map(|[a, b]| i32::from(a) + i32::from(b));
-        let scaled_sums = whole.map(|sum| sum as f32 * scale);
+        let [a, b] = whole.map(|sum| sum as f32 * scale);
         let starts = whole.map(|sum| -BYTE_OFFSET * sum);
-        Self {
-            values,
-            scale,
-            scaled_sum: scaled_sums[0] + scaled_sums[1],
-            scaled_sums,
-            start: starts[0] + starts[1],
-            starts,
-            sums,
-        }
+        Self { values, scale, scaled_sum: a + b, start: starts[0] + starts[1], starts, sums }
     }
 
     /// [`QuantizedBlock::start`] where weights have `offset` on top: of the block, or of one of its groups.
     #[inline(always)]
     pub fn start_for(&self, offset: i32, group: Option<usize>) -> i32 {
-        (group.map_or(self.start, |group| self.starts[group]) >> BYTE_OFFSET.ilog2()) * offset
+        -offset * self.sum(group)
+    }
+
+    /// [`QuantizedBlock::scaled_sum`] of the block, or of one of its groups.
+    #[inline(always)]
+    pub fn scaled_sum(&self, group: Option<usize>) -> f32 {
+        group.map_or(self.scaled_sum, |_| self.sum(group) as f32 * self.scale)
+    }
+
+    #[inline(always)]
+    fn sum(&self, group: Option<usize>) -> i32 {
+        -(group.map_or(self.start, |group| self.starts[group]) >> BYTE_OFFSET.ilog2())
     }
 }
 
@@ -182,10 +183,10 @@ mod tests {
                 let sum_of = |values: &[i8]| values.iter().map(|&v| i32::from(v)).sum::<i32>();
                 assert_eq!(block.start, -128 * sum_of(&block.values));
                 assert_eq!(block.start_for(16, None), -16 * sum_of(&block.values));
-                assert_eq!(block.scaled_sum, block.scaled_sums[0] + block.scaled_sums[1]);
+                assert_eq!(block.scaled_sum(None), block.scaled_sum(Some(0)) + block.scaled_sum(Some(1)));
                 for (g, values) in block.values.as_chunks::<SUM_GROUP>().0.iter().enumerate() {
                     assert_eq!(block.start_for(32, Some(g)), -32 * sum_of(values));
-                    assert_eq!(block.scaled_sums[g], sum_of(values) as f32 * block.scale);
+                    assert_eq!(block.scaled_sum(Some(g)), sum_of(values) as f32 * block.scale);
                     let (first, last): (Vec<_>, Vec<_>) = values.iter().enumerate().partition(|(i, _)| i % 4 < 2);
                     let sum_of = |half: Vec<(usize, &i8)>| half.into_iter().map(|(_, v)| i16::from(*v)).sum::<i16>();
                     assert_eq!(block.sums[g], [first, last].map(sum_of));

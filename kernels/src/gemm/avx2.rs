@@ -335,7 +335,7 @@ fn some_rows<
                     let scale = _mm256_mul_ps(f16_lanes(0, half), _mm256_set1_ps(x[m].scale));
                     acc[m][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[m][half]), scale, acc[m][half]);
                     if MIN {
-                        let sum_x = if GROUPS == 1 { x[m].scaled_sum } else { x[m].scaled_sums[g] };
+                        let sum_x = x[m].scaled_sum((GROUPS > 1).then_some(g));
                         let min = f16_lanes(layout.scales_bytes(), half);
                         acc[m][half] = _mm256_fnmadd_ps(min, _mm256_set1_ps(sum_x), acc[m][half]);
                     }

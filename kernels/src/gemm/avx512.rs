@@ -238,7 +238,7 @@ fn some_rows<
             if MIN {
                 let minima = records.map(|record| f16_lanes(record, layout.scales_bytes()));
                 for m in 0..ROWS {
-                    let sum_x = if GROUPS == 1 { x[m].scaled_sum } else { x[m].scaled_sums[g] };
+                    let sum_x = x[m].scaled_sum((GROUPS > 1).then_some(g));
                     let sum_x = _mm512_set1_ps(sum_x);
                     for t in 0..TILES {
                         acc[m][t] = _mm512_fnmadd_ps(minima[t], sum_x, acc[m][t]);

@@ -20,7 +20,7 @@ pub(super) fn multiply(tile: &Tile<'_>, first_row: usize, out: &mut TileOut) {
             for g in 0..layout.groups {
                 let quads = 8 / layout.groups;
                 let group = (layout.groups > 1).then_some(g);
-                let scaled_sum = group.map_or(block.scaled_sum, |g| block.scaled_sums[g]);
+                let scaled_sum = block.scaled_sum(group);
                 let mut dot = [block.start_for(offset, group); ROWS_PER_TILE];
                 let of_group = g * quads..(g + 1) * quads;
                 for (weights, x) in weights[of_group.clone()].iter().zip(&block.values.as_chunks::<4>().0[of_group]) {
