@@ -218,10 +218,7 @@ fn run(mut engine: Engine, commands: &mpsc::Receiver<Command>, alive: watch::Sen
             Some(Command::Submit(requests, accepted)) => {
                 requests.into_iter().for_each(|request| engine.enqueue(request, accepted));
             }
-            Some(Command::Stop) => {
-                engine.save_all();
-                break Event::Stopped;
-            }
+            Some(Command::Stop) => break Event::Stopped,
             // A panic must not leave clients waiting for ever; the engine is not used after one.
             None => match catch_unwind(AssertUnwindSafe(|| engine.step())) {
                 Ok(Ok(())) => {}
@@ -238,6 +235,10 @@ fn run(mut engine: Engine, commands: &mpsc::Receiver<Command>, alive: watch::Sen
             drop(request.permit);
             let _ = request.events.send(Event::Stopped);
         }
+    }
+    // Nobody waits for this any more.
+    if matches!(last, Event::Stopped) {
+        engine.save_all();
     }
 }
 

@@ -207,7 +207,7 @@ impl Engine {
         Ok(())
     }
 
-    /// To be called before the end, while all is well.
+    /// Has what was computed written, for the next start. Not to be called after a failure.
     pub fn save_all(&mut self) {
         if let (Some(disk), Some(kv)) = (&mut self.prefix_disk, self.model.host_kv()) {
             disk.save_all(&mut self.scheduler, kv);
@@ -215,20 +215,18 @@ impl Engine {
     }
 
     /// Ends with `last` every sequence that has had a part in a step, the one under way included, and the others as no cause
-    /// of it; the engine is used up. Nothing of its bookkeeping is relied on.
-    pub fn abort(self, last: &Event) {
-        let Self { mut clients, mut outbox, arriving, metrics, scheduler, .. } = self;
-        let planned: HashSet<SequenceId> = scheduler.plan().sequences.iter().map(|planned| planned.id).collect();
-        drop(scheduler);
-        metrics.vllm.set_load(0, 0, 0.0);
+    /// of it; no more steps can be made. Nothing of its bookkeeping is relied on.
+    pub fn abort(&mut self, last: &Event) {
+        let planned: HashSet<SequenceId> = self.scheduler.plan().sequences.iter().map(|planned| planned.id).collect();
+        self.metrics.vllm.set_load(0, 0, 0.0);
         // What was drawn before is theirs.
-        outbox.deliver(&mut clients);
-        for (id, client) in clients {
+        self.outbox.deliver(&mut self.clients);
+        for (id, client) in self.clients.drain() {
             drop(client.permit);
             let had_a_part = client.is_started || planned.contains(&id);
             let _ = client.events.send(if had_a_part { last.clone() } else { Event::Stopped });
         }
-        arriving.into_iter().for_each(|arriving| end_unstarted(arriving.request, Event::Stopped));
+        self.arriving.drain(..).for_each(|arriving| end_unstarted(arriving.request, Event::Stopped));
     }
 
     /// What cannot run is refused here, because a panic in the model would end every other sequence too.
