@@ -58,6 +58,7 @@ pub struct Config {
     pub prompt_formats: BTreeMap<String, PromptFormatConfig>,
     pub experiments: ExperimentsConfig,
     pub log: LogConfig,
+    pub traces: TracesConfig,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -216,6 +217,13 @@ pub enum LogFormat {
     Json,
 }
 
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TracesConfig {
+    /// Empty for none.
+    pub url: String,
+}
+
 /// What a string says.
 fn parsed<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(deserializer: D) -> Result<T, D::Error> {
     String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
@@ -315,9 +323,10 @@ impl Config {
         if !(0.0..=2.0).contains(&temperature) {
             return Err(format!("generation.fim_temperature must be between 0 and 2, not {temperature}"));
         }
-        let url = &self.icl.embedding_url;
-        if !(url.is_empty() || url.starts_with("http://") || url.starts_with("https://")) {
-            return Err("icl.embedding_url must begin with http:// or https://".to_owned());
+        for (key, url) in [("icl.embedding_url", &self.icl.embedding_url), ("traces.url", &self.traces.url)] {
+            if !(url.is_empty() || url.starts_with("http://") || url.starts_with("https://")) {
+                return Err(format!("{key} must begin with http:// or https://"));
+            }
         }
         Ok(())
     }

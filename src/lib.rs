@@ -31,3 +31,4 @@ pub mod service;
 pub mod terminal;
 pub mod tokenizer;
 pub mod tools;
+pub mod traces;

@@ -29,6 +29,7 @@ use lorry::terminal::TerminalError;
 use lorry::terminal::chat::{self, ChatArgs};
 use lorry::terminal::compare::{self, CompareArgs};
 use lorry::terminal::generate::{self, GenerateArgs};
+use lorry::traces;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
@@ -205,6 +206,8 @@ fn base_weights(config: &Config) -> Result<GgufWeights, Box<dyn Error>> {
 }
 
 fn serve(config: Config) -> Result<(), Box<dyn Error>> {
+    // Dropped at the end, which sends the last.
+    let _traces = traces::start(&config.traces).map_err(|e| format!("traces.url {:?}: {e}", config.traces.url))?;
     // Request bodies may be large, and few are.
     give_back_large_blocks();
     // Before the model, so that a taken port is known at once.

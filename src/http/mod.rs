@@ -38,6 +38,7 @@ mod samplers;
 mod sampling;
 mod selection;
 mod sent_as;
+mod spans;
 mod sse;
 mod surrogates;
 mod tabby;

@@ -1,5 +1,5 @@
 //! One line of the log for each request, when its reply has ended in any way: who asked for what, what answered, and what
-//! came of it.
+//! came of it. Its trace is made at the same time, of the same.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -9,11 +9,13 @@ use axum::extract::Request;
 use axum::http::{Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
+use opentelemetry::Context;
 use serde_json::{Value, json};
 use tracing::{Instrument, Level, info_span};
 
 use super::error::Rejection;
 use super::held_body::HeldBody;
+use super::spans::{self, EndedRequest};
 use super::{AppState, PROBES, REQUEST_ID, tidy};
 use crate::generation::{Prompt, RequestReport, ResolvedModel, SequenceReport};
 
@@ -68,6 +70,7 @@ pub async fn write_line(mut request: Request, next: Next) -> Response {
     let id = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok()).unwrap_or_default().to_owned();
     let span = info_span!("request", id);
     let mut line = Line {
+        parent: spans::parent(request.headers()),
         id,
         method: request.method().clone(),
         path: tidy(request.uri().path()),
@@ -85,6 +88,8 @@ pub async fn write_line(mut request: Request, next: Next) -> Response {
 
 /// Written when it is dropped.
 struct Line {
+    /// The caller's span.
+    parent: Context,
     id: String,
     method: Method,
     path: String,
@@ -123,6 +128,21 @@ impl Drop for Line {
             (!sequences.is_empty()).then(|| sequences.iter().map(count).sum::<usize>())
         };
         let is_cancelled = |sequence: &&SequenceReport| sequence.finish_reason == "cancelled";
+        let level = self.level(&sequences);
+        let (model, generation) = (all(|(model, _)| Some(model)), all(|(_, generation)| generation.as_deref()));
+        let ended = EndedRequest {
+            parent: &self.parent,
+            method: self.method.as_str(),
+            path: &self.path,
+            begun: self.begun,
+            status: self.status.map(|status| status.as_u16()),
+            has_failed: level == Level::ERROR,
+            model: model.as_deref(),
+            generation: generation.as_deref(),
+            request_id: &self.id,
+            sequences: &sequences,
+        };
+        let trace_id = if level == Level::DEBUG { None } else { ended.record() };
         // An absent field is not written.
         macro_rules! write_at {
             ($level:expr) => {
@@ -133,8 +153,8 @@ impl Drop for Line {
                     key = facts.key.as_deref(),
                     method = self.method.as_str(),
                     route = self.path,
-                    model = all(|(model, _)| Some(model)),
-                    generation = all(|(_, generation)| generation.as_deref()),
+                    model,
+                    generation,
                     status = self.status.map(|status| status.as_u16()),
                     refusal = self.refusal,
                     finish_reason = distinct(sequences.iter().map(|sequence| sequence.finish_reason)),
@@ -143,6 +163,7 @@ impl Drop for Line {
                     completion_tokens = tokens(|sequence| sequence.num_output_tokens),
                     queue_seconds = sequences.iter().filter_map(queue_seconds).reduce(f64::max),
                     ttft_seconds = sequences.iter().filter_map(|sequence| sequence.first_token).min().map(seconds),
+                    trace_id,
                     total_seconds = self.begun.elapsed().as_secs_f64(),
                     cancelled_in = distinct(sequences.iter().filter(is_cancelled).map(|sequence| sequence.phase)),
                     prompt = (!facts.prompts.is_empty()).then(|| json!(facts.prompts).to_string()),
@@ -150,7 +171,7 @@ impl Drop for Line {
                 )
             };
         }
-        match self.level(&sequences) {
+        match level {
             Level::ERROR => write_at!(Level::ERROR),
             Level::WARN => write_at!(Level::WARN),
             Level::INFO => write_at!(Level::INFO),

@@ -1,0 +1,135 @@
+//! Traces as a collector gets them from the command.
+
+mod adapter_server;
+mod running;
+mod tiny;
+
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::routing::post;
+use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
+use opentelemetry_proto::tonic::common::v1::{KeyValue, any_value};
+use opentelemetry_proto::tonic::trace::v1::Span;
+use prost::Message;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use running::Running;
+
+const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+const CALLER: &str = "00f067aa0ba902b7";
+const LONG: Duration = Duration::from_secs(120);
+
+/// Takes what is exported to `/v1/traces` of the URL that it gives.
+async fn collector() -> (String, Receiver<Span>) {
+    let (sender, spans) = channel();
+    let collect = async move |body: Bytes| {
+        let request = ExportTraceServiceRequest::decode(body).unwrap();
+        for resource in request.resource_spans {
+            let attributes = resource.resource.unwrap().attributes;
+            assert_eq!(text(&attributes, "service.name").as_deref(), Some("lorry"));
+            let exported = resource.scope_spans.into_iter().flat_map(|scope| scope.spans);
+            exported.for_each(|span| sender.send(span).unwrap());
+        }
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/v1/traces", listener.local_addr().unwrap());
+    tokio::spawn(async { axum::serve(listener, Router::new().route("/v1/traces", post(collect))).await });
+    (url, spans)
+}
+
+fn value<'a>(attributes: &'a [KeyValue], key: &str) -> Option<&'a any_value::Value> {
+    let attribute = attributes.iter().find(|attribute| attribute.key == key)?;
+    attribute.value.as_ref()?.value.as_ref()
+}
+
+fn text(attributes: &[KeyValue], key: &str) -> Option<String> {
+    match value(attributes, key)? {
+        any_value::Value::StringValue(text) => Some(text.clone()),
+        other => panic!("{key}: {other:?}"),
+    }
+}
+
+fn number(span: &Span, key: &str) -> i64 {
+    match value(&span.attributes, key) {
+        Some(any_value::Value::IntValue(number)) => *number,
+        other => panic!("{key}: {other:?}"),
+    }
+}
+
+fn hexadecimal(id: &[u8]) -> String {
+    id.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_is_a_span_below_its_callers_with_its_phases_below_it() {
+    let (url, spans) = collector().await;
+    let server = Running::start(
+        &format!("[log]\nformat = 'json'\n[traces]\nurl = '{url}'"),
+        &[("OTEL_BSP_SCHEDULE_DELAY", "50")],
+    );
+    let request = server.completion(json!({})).header("traceparent", format!("00-{TRACE}-{CALLER}-01"));
+    let reply: Value = request.send().await.unwrap().json().await.unwrap();
+    let spans = [(); 4].map(|()| spans.recv_timeout(LONG).expect("four spans come"));
+    let named = |name: &str| spans.iter().find(|span| span.name == name).unwrap_or_else(|| panic!("{name}: {spans:?}"));
+    let [request, queue, prefill, decode] = ["POST /v1/completions", "queue", "prefill", "decode"].map(named);
+    assert_eq!(hexadecimal(&request.parent_span_id), CALLER);
+    for span in &spans {
+        assert_eq!(hexadecimal(&span.trace_id), TRACE);
+        assert_eq!(text(&span.attributes, "gen_ai.response.model").as_deref(), Some("tiny-a"));
+        let generation = text(&span.attributes, "lorry.adapter.generation");
+        assert_eq!(generation.as_deref(), reply["adapter"]["generation"].as_str());
+    }
+    for phase in [queue, prefill, decode] {
+        assert_eq!(phase.parent_span_id, request.span_id);
+    }
+    // Each phase ends where the next begins, within the request.
+    let times = [
+        request.start_time_unix_nano,
+        queue.start_time_unix_nano,
+        prefill.start_time_unix_nano,
+        decode.start_time_unix_nano,
+        decode.end_time_unix_nano,
+        request.end_time_unix_nano,
+    ];
+    assert!(times.is_sorted(), "{times:?}");
+    assert_eq!((queue.end_time_unix_nano, prefill.end_time_unix_nano), (times[2], times[3]));
+    assert_eq!(number(request, "http.response.status_code"), 200);
+    let usage = &reply["usage"];
+    assert_eq!(json!(number(prefill, "gen_ai.usage.input_tokens")), usage["prompt_tokens"]);
+    assert_eq!(json!(number(prefill, "lorry.cached_tokens")), usage["prompt_tokens_details"]["cached_tokens"]);
+    assert_eq!(json!(number(decode, "gen_ai.usage.output_tokens")), usage["completion_tokens"]);
+    assert_eq!(server.request_line()["trace_id"], TRACE);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_that_is_not_sampled_and_a_server_without_a_collector_send_nothing() {
+    let (url, spans) = collector().await;
+    let server = Running::start(&format!("[traces]\nurl = '{url}'"), &[("OTEL_BSP_SCHEDULE_DELAY", "50")]);
+    let unsampled = server.completion(json!({})).header("traceparent", format!("00-{TRACE}-{CALLER}-00"));
+    unsampled.send().await.unwrap();
+    // What is no context begins a trace of its own, whose spans are the first that come.
+    server.completion(json!({})).header("traceparent", "nonsense").send().await.unwrap();
+    let first = spans.recv_timeout(LONG).unwrap();
+    assert_ne!(hexadecimal(&first.trace_id), TRACE);
+    drop(server);
+    let off = Running::start("[log]\nformat = 'json'", &[]);
+    let request = off.completion(json!({})).header("traceparent", format!("00-{TRACE}-{CALLER}-01"));
+    request.send().await.unwrap();
+    assert_eq!(off.request_line()["trace_id"], TRACE, "the log has it all the same");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collector_that_is_not_there_costs_a_warning_and_no_request() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/v1/traces", listener.local_addr().unwrap());
+    drop(listener);
+    let server = Running::start(&format!("[traces]\nurl = '{url}'"), &[("OTEL_BSP_SCHEDULE_DELAY", "50")]);
+    for _ in 0..2 {
+        assert!(server.completion(json!({})).send().await.unwrap().status().is_success());
+        server.line_with("traces.url");
+    }
+}
