@@ -269,7 +269,7 @@ mod tests {
         (shape.spec.num_layers, shape.spec.vocab_size) = (1, 512);
         let config = Config::load(None, &Overrides::default()).unwrap().engine;
         let config = EngineConfig { prefix_cache_dir: "nowhere".into(), ..config };
-        let card = Cuda::new(Emulator::new(1 << 30), 1 << 20, config.kv_cache_type);
+        let card = Cuda::new(Emulator::new(1 << 32), 1 << 20, config.kv_cache_type);
         let mut loaded = load_onto(Source::Random(&shape), card, &config, 16).unwrap();
         let refusal = loaded.open_block_files(&config, Path::new("no file"), &Metrics::default()).unwrap_err();
         let refusal = refusal.to_string();
