@@ -1,6 +1,7 @@
 //! The thread that reads and writes the files of KV blocks, and the engine's end of it: nothing here waits for the disk.
 
 use std::collections::{HashSet, VecDeque};
+use std::mem;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::thread::{self, JoinHandle};
@@ -19,6 +20,9 @@ const MAX_BYTES_UNDER_WAY: usize = 16 << 20;
 const WRITE_PAUSE: Duration = Duration::from_secs(60);
 /// How long the end of the server waits for the last blocks to be written.
 const MAX_LAST_WRITES: Duration = Duration::from_secs(10);
+
+/// Blocks that the disk can be told late that they have been of use.
+const MAX_TOUCHED: usize = 4096;
 
 enum Command {
     Write(ChainHash, Vec<u8>),
@@ -47,6 +51,8 @@ pub struct BlockFiles {
     known: HashSet<ChainHash>,
     /// Answers to reads that have come, in the order of the reads.
     read: VecDeque<(ChainHash, Option<Vec<u8>>)>,
+    /// Of use, and not told yet.
+    touched: Vec<ChainHash>,
     num_reading: usize,
     num_writing: usize,
     max_under_way: usize,
@@ -79,6 +85,7 @@ impl BlockFiles {
             thread,
             known,
             read: VecDeque::new(),
+            touched: Vec::new(),
             num_reading: 0,
             num_writing: 0,
             max_under_way: (MAX_BYTES_UNDER_WAY / block_bytes.max(1)).max(1),
@@ -119,10 +126,19 @@ impl BlockFiles {
         self.send(Command::Write(chain, block));
     }
 
-    /// These have been of use, the most important last. A disk that is behind is not told.
+    /// These have been of use, the most important last. A disk that is behind is told later.
     pub fn touch(&mut self, chains: Vec<ChainHash>) {
-        if !chains.is_empty() && self.num_reading == 0 && self.can_write() {
-            self.send(Command::Touch(chains));
+        self.touched.extend(chains);
+        // Those of long ago matter least.
+        let num_forgotten = self.touched.len().saturating_sub(MAX_TOUCHED);
+        self.touched.drain(..num_forgotten);
+        self.tell_touched();
+    }
+
+    fn tell_touched(&mut self) {
+        if !self.touched.is_empty() && self.num_reading == 0 && self.can_write() {
+            let touched = mem::take(&mut self.touched);
+            self.send(Command::Touch(touched));
         }
     }
 
@@ -134,6 +150,11 @@ impl BlockFiles {
 
     /// Takes in what the thread has told.
     pub fn receive(&mut self) {
+        self.take_answers();
+        self.tell_touched();
+    }
+
+    fn take_answers(&mut self) {
         loop {
             match self.answers.try_recv() {
                 Ok(Answer::Read(chain, block)) => {
