@@ -152,7 +152,6 @@ fn some_rows<
     let activations = tiles[0].activations;
     let num_blocks = activations.width() / BLOCK;
     let rows: [&[QuantizedBlock]; ROWS] = std::array::from_fn(|m| activations.row(first_row + pass.rows.start + m));
-
     let (keeps, has_kept) = (SOURCE == source::TO_KEEP, SOURCE == source::KEPT);
     // What the unchecked reads below rely on; a row has as many blocks as its width says.
     assert!(tiles.iter().all(|tile| tile.records.len() == num_blocks * layout.record_bytes()));
