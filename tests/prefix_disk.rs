@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
-use events::next_event;
+use events::Reply;
 use kernels::Isa;
 use kernels::attention::KvType;
 use lorry::adapter::canonical::Adapter;
@@ -134,34 +134,6 @@ struct Ask {
 impl Ask {
     fn new(prompt: Vec<u32>) -> Self {
         Self { prompt, adapter: None, temperature: 0.0 }
-    }
-}
-
-/// Tokens with their log-probabilities, and how it ended.
-#[derive(Debug, PartialEq)]
-struct Reply {
-    cached_tokens: usize,
-    events: Vec<Event>,
-}
-
-impl Reply {
-    fn of(mut receiver: UnboundedReceiver<Event>) -> Self {
-        let mut reply = Self { cached_tokens: 0, events: Vec::new() };
-        while let Some(event) = next_event(&mut receiver) {
-            match event {
-                Event::Started { cached_tokens, .. } => reply.cached_tokens = cached_tokens,
-                event => reply.events.push(event),
-            }
-        }
-        reply
-    }
-
-    fn tokens(&self) -> Vec<u32> {
-        let tokens = self.events.iter().filter_map(|event| match event {
-            Event::Token { id, .. } => Some(*id),
-            _ => None,
-        });
-        tokens.collect()
     }
 }
 

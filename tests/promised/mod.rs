@@ -27,7 +27,7 @@ use rand_chacha::ChaCha8Rng;
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 
-use crate::events::next_event;
+use crate::events::{Reply, next_event};
 use crate::shapes::Shapes;
 use crate::tiny::peft::{Kind, PeftAdapter, with_virtual_tokens};
 use crate::tiny::{Loaded, Lora, Place, TinyModel, logits_alone, logits_of_rows, place, random_tokens};
@@ -237,30 +237,6 @@ impl Ask {
 
     fn run(&self, engine: &EngineHandle) -> Reply {
         Reply::of(self.submit(engine))
-    }
-}
-
-/// What came back: every token with its log-probabilities, and how it ended.
-#[derive(Debug, PartialEq)]
-struct Reply {
-    cached_tokens: usize,
-    events: Vec<Event>,
-}
-
-impl Reply {
-    fn of(mut receiver: UnboundedReceiver<Event>) -> Self {
-        let mut reply = Self { cached_tokens: 0, events: Vec::new() };
-        while let Some(event) = next_event(&mut receiver) {
-            match event {
-                Event::Started { cached_tokens, .. } => reply.cached_tokens = cached_tokens,
-                event => reply.events.push(event),
-            }
-        }
-        reply
-    }
-
-    fn is_failed(&self) -> bool {
-        matches!(self.events.last(), Some(Event::Failed(_)))
     }
 }
 
