@@ -122,9 +122,8 @@ impl PrefixDisk {
     }
 
     fn start(&mut self, mut sequence: Sequence, num_restored_tokens: usize, scheduler: &mut Scheduler) {
-        let chains = sequence.prefix_blocks().into_iter().map(|block| block.chain);
         // Without its start, a chain is of no use.
-        self.files.touch(chains.filter(|chain| self.files.has(chain)).rev().collect());
+        self.files.touch(sequence.prefix_blocks().into_iter().map(|block| block.chain).rev().collect());
         sequence.set_restored(num_restored_tokens);
         scheduler.enqueue(sequence);
     }

@@ -21,7 +21,7 @@ const WRITE_PAUSE: Duration = Duration::from_secs(60);
 /// How long the end of the server waits for the last blocks to be written.
 const MAX_LAST_WRITES: Duration = Duration::from_secs(10);
 
-/// Blocks that the disk can be told late that they have been of use.
+/// Blocks of which the disk is yet to hear or to note that they have been of use, each.
 const MAX_TOUCHED: usize = 4096;
 
 enum Command {
@@ -39,6 +39,8 @@ enum Answer {
         evicted: Vec<ChainHash>,
     },
     Read(ChainHash, Option<Vec<u8>>),
+    /// So many.
+    Touched(usize),
 }
 
 #[derive(Debug)]
@@ -55,6 +57,7 @@ pub struct BlockFiles {
     touched: Vec<ChainHash>,
     num_reading: usize,
     num_writing: usize,
+    num_touching: usize,
     max_under_way: usize,
 }
 
@@ -88,6 +91,7 @@ impl BlockFiles {
             touched: Vec::new(),
             num_reading: 0,
             num_writing: 0,
+            num_touching: 0,
             max_under_way: (MAX_BYTES_UNDER_WAY / block_bytes.max(1)).max(1),
         }
     }
@@ -126,7 +130,8 @@ impl BlockFiles {
         self.send(Command::Write(chain, block));
     }
 
-    /// These have been of use, the most important last. A disk that is behind is told later.
+    /// These have been of use, the most important last. Those that are still to be written are written first, and those that
+    /// are not there do not matter. A disk that is behind is told later.
     pub fn touch(&mut self, chains: Vec<ChainHash>) {
         self.touched.extend(chains);
         // Those of long ago matter least.
@@ -136,8 +141,9 @@ impl BlockFiles {
     }
 
     fn tell_touched(&mut self) {
-        if !self.touched.is_empty() && self.num_reading == 0 && self.can_write() {
+        if !self.touched.is_empty() && self.num_reading == 0 && self.num_touching < MAX_TOUCHED {
             let touched = mem::take(&mut self.touched);
+            self.num_touching += touched.len();
             self.send(Command::Touch(touched));
         }
     }
@@ -175,6 +181,7 @@ impl BlockFiles {
                         self.known.insert(chain);
                     }
                 }
+                Ok(Answer::Touched(num)) => self.num_touching -= num,
                 Err(TryRecvError::Empty) => return,
                 // It has panicked: what is asked of it from now on is never answered, and nobody asks.
                 Err(TryRecvError::Disconnected) => return self.known.clear(),
@@ -191,6 +198,8 @@ impl BlockFiles {
 impl Drop for BlockFiles {
     /// Waits until what was handed over is written, unless the disk does not answer.
     fn drop(&mut self) {
+        let touched = mem::take(&mut self.touched);
+        self.send(Command::Touch(touched));
         drop(self.commands.take());
         let deadline = Instant::now() + MAX_LAST_WRITES;
         while !self.thread.is_finished() && Instant::now() < deadline {
@@ -220,7 +229,10 @@ impl Worker {
             } else if let Some(command) = self.later.pop_front() {
                 match command {
                     Command::Write(chain, block) => self.write(chain, &block),
-                    Command::Touch(chains) => chains.iter().for_each(|chain| self.folder.touch(chain)),
+                    Command::Touch(chains) => {
+                        chains.iter().for_each(|chain| self.folder.touch(chain));
+                        self.answer(Answer::Touched(chains.len()));
+                    }
                     Command::Read(chain) => self.read(chain),
                 }
             } else {

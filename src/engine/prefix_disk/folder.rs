@@ -257,7 +257,9 @@ impl Folder {
 /// One that only its owner reads: a block tells of the prompt it is of.
 fn write_file(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
-    parts.iter().try_for_each(|part| file.write_all(part))
+    parts.iter().try_for_each(|part| file.write_all(part))?;
+    // The system's own time for it is that of its last tick: many files would have the same, and no order.
+    file.set_modified(SystemTime::now())
 }
 
 /// `None` for one of another length.
