@@ -338,20 +338,20 @@ async fn a_body_that_the_budget_has_no_room_for_is_503_until_the_others_are_gone
     };
     let reply = ask().await;
     assert!(reply.starts_with("HTTP/1.1 200 "), "{reply}");
-    let until = async |status: &str| {
-        let asked = async {
-            loop {
-                let reply = ask().await;
-                if reply.starts_with(status) {
-                    return reply;
-                }
-                tokio::time::sleep(Duration::from_millis(10)).await;
+    // What is being read beside another may be the one that finds no room, so that it is sent until it is the other.
+    let refused_beside = async || {
+        loop {
+            let unfinished = open(&server, (post_head(90_000) + &" ".repeat(80_000)).as_bytes()).await;
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            let reply = ask().await;
+            if reply.starts_with("HTTP/1.1 503 ") {
+                return (unfinished, reply);
             }
-        };
-        timeout(Duration::from_secs(60), asked).await.expect("the answer comes to this")
+        }
     };
-    let mut unfinished = open(&server, (post_head(90_000) + &" ".repeat(80_000)).as_bytes()).await;
-    let refused = until("HTTP/1.1 503 ").await;
+    let limit = Duration::from_secs(60);
+    let served = async || while !ask().await.starts_with("HTTP/1.1 200 ") {};
+    let (mut unfinished, refused) = timeout(limit, refused_beside()).await.expect("one of them is refused");
     assert!(refused.contains("retry-after: 1"), "{refused}");
     let error = &body_of(&refused)["error"];
     assert_eq!(error["code"], "overloaded");
@@ -360,11 +360,10 @@ async fn a_body_that_the_budget_has_no_room_for_is_503_until_the_others_are_gone
     let (status, reply) = server.post("/v1/completions", json!({"prompt": "def f(x):", "max_tokens": 1})).await;
     assert_eq!(status, StatusCode::OK, "{reply}");
     unfinished.write_all(" ".repeat(10_000).as_bytes()).await.unwrap();
-    until("HTTP/1.1 200 ").await;
-    let left = open(&server, (post_head(90_000) + &" ".repeat(80_000)).as_bytes()).await;
-    until("HTTP/1.1 503 ").await;
+    timeout(limit, served()).await.expect("what is finished holds nothing");
+    let (left, _) = timeout(limit, refused_beside()).await.expect("one of them is refused");
     drop(left);
-    until("HTTP/1.1 200 ").await;
+    timeout(limit, served()).await.expect("what is left holds nothing");
 }
 
 #[tokio::test(flavor = "multi_thread")]
