@@ -17,7 +17,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from urllib.parse import quote
 
+import kubernetes_validate
 import pytest
+import yaml
 
 from lorry_server import REPOSITORY, Server, serving, starting, wait_until_serving
 
@@ -357,6 +359,13 @@ def test_the_service_manager_is_told_how_the_server_is(tmp_path):
             while (last := manager.recv(4096).decode().split("\n"))[0] == "WATCHDOG=1":
                 pass
             assert last[0] == "STOPPING=1" and last[1].startswith("STATUS=stopping"), last
+
+
+@pytest.mark.parametrize("manifest", ["deployment", "service"])
+def test_the_manifests_are_what_kubernetes_takes(manifest):
+    resource = yaml.safe_load((DEPLOY / "kubernetes" / "base" / f"{manifest}.yaml").read_text())
+    # Fails where a field is missing, wrong or unknown.
+    kubernetes_validate.validate(resource, kubernetes_validate.latest_version(), strict=True)
 
 
 @needs("systemd-analyze")
