@@ -3,7 +3,7 @@
 //! been served least goes first (Sheng et al. 2024, "Fairness in Serving Large Language Models", arXiv:2401.00588).
 
 use std::cmp::Ordering;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -14,8 +14,8 @@ use crate::adapter::canonical::Adapter;
 /// streams do not stutter.
 const MAX_LEAD: f64 = 16.0;
 
-/// Tokens below its share up to which one that comes back is still owed them: it may have been away no longer than clients
-/// take between two requests.
+/// Tokens below its share up to which one that comes back, or had all that it wanted, is still owed them: it may have been away no
+/// longer than clients take between two requests.
 const MAX_CREDIT: f64 = 256.0;
 
 /// Most accounts that are kept for the sake of those who are away.
@@ -136,6 +136,17 @@ impl<Name: Hash + Eq + Clone> Level<Name> {
         served.num_sequences += 1;
     }
 
+    /// Of those with sequences, whoever has no claim to more than `claim` of its peers' is owed no more.
+    fn settle(&mut self, wants: impl Fn(&Name) -> bool, claim: impl Fn(&Name) -> Option<Claim>) {
+        for (name, served) in self.0.iter_mut().filter(|(_, served)| served.num_sequences > 0) {
+            if !wants(name)
+                && let Some(claim) = claim(name)
+            {
+                served.served = served.begin(claim.floor());
+            }
+        }
+    }
+
     /// Forgets who is away and does not matter, and all who are away if they are many.
     fn forget(&mut self, is_peer: impl Fn(&Name) -> bool) {
         let (floor, are_many) = (self.floor(&is_peer), self.0.len() > MAX_REMEMBERED);
@@ -147,6 +158,30 @@ impl<Name: Hash + Eq + Clone> Level<Name> {
         if let Some(served) = self.0.get_mut(name) {
             change(served);
         }
+    }
+}
+
+/// What those of one level with sequences have had.
+#[derive(Debug, Clone, Copy)]
+struct Claim {
+    /// The least served of those that wanted more than they got.
+    least_wanting: Option<f64>,
+    most: f64,
+}
+
+impl Claim {
+    fn of(served: f64, wants: bool) -> Self {
+        Self { least_wanting: wants.then_some(served), most: served }
+    }
+
+    fn with(self, other: Self) -> Self {
+        let both = self.least_wanting.zip(other.least_wanting).map(|(own, other)| own.min(other));
+        Self { least_wanting: both.or(self.least_wanting).or(other.least_wanting), most: self.most.max(other.most) }
+    }
+
+    /// Up to which nobody owes anything to those that want no more: where all have what they want, nobody owes anybody.
+    fn floor(self) -> f64 {
+        self.least_wanting.unwrap_or(self.most)
     }
 }
 
@@ -236,6 +271,25 @@ impl Fairness {
             served.served += num_tokens as f64 / served.weight;
             served.promised -= num_promised as f64 / served.weight;
         });
+    }
+
+    /// A step is planned in which those of `wanting` get less than they want, and all others with sequences here all that they
+    /// want: who wants no more has no claim to what others are served beside it.
+    pub fn settle(&mut self, wanting: &HashSet<&Flow>) {
+        if self.flows.0.len() < 2 {
+            return;
+        }
+        let wanting_keys: HashSet<&Arc<str>> = wanting.iter().map(|flow| &flow.account.key).collect();
+        let active = self.keys.0.iter().filter(|(_, served)| served.num_sequences > 0);
+        let of_keys = active.map(|(key, served)| Claim::of(served.served, wanting_keys.contains(key)));
+        let of_keys = of_keys.reduce(Claim::with);
+        self.keys.settle(|key| wanting_keys.contains(key), |_| of_keys);
+        let mut of_flows: HashMap<Arc<str>, Claim> = HashMap::new();
+        for (flow, served) in self.flows.0.iter().filter(|(_, served)| served.num_sequences > 0) {
+            let claim = Claim::of(served.served, wanting.contains(flow));
+            of_flows.entry(Arc::clone(&flow.account.key)).and_modify(|all| *all = all.with(claim)).or_insert(claim);
+        }
+        self.flows.settle(|flow| wanting.contains(flow), |flow| of_flows.get(&flow.account.key).copied());
     }
 
     /// By what has been computed.

@@ -244,6 +244,7 @@ impl Scheduler {
         self.cover_running();
         self.admit();
         self.share_rows();
+        self.settle_accounts();
         self.speculate();
         self.pack();
     }
@@ -367,6 +368,15 @@ impl Scheduler {
             shares[index] += extra;
             rows_left -= extra;
         }
+    }
+
+    /// Of all that is asked for, and of the streams alone.
+    fn settle_accounts(&mut self) {
+        let Self { running, waiting, shares, fairness, streams, .. } = self;
+        let is_short = |(sequence, share): &(&Sequence, &usize)| **share < sequence.num_uncomputed_tokens();
+        let short = || running.iter().zip(&*shares).filter(is_short).map(|(sequence, _)| sequence);
+        fairness.settle(&short().chain(&*waiting).map(Sequence::flow).collect());
+        streams.settle(&short().filter(|sequence| sequence.is_streaming()).map(Sequence::flow).collect());
     }
 
     /// Adds rows for guessed tokens while they are cheap: with every sequence decoding and none left out, and as long as the

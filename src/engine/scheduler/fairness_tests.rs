@@ -164,6 +164,29 @@ fn who_was_away_is_not_owed_for_it_and_owes_what_it_took() {
 }
 
 #[test]
+fn who_had_all_it_wanted_is_owed_little_for_what_others_had_beside_it() {
+    for accounts in [["a", "a"], ["a", "b"]] {
+        let mut scheduler = scheduler();
+        let [quiet, busy] = accounts.map(|key| account(key, 1, Priority::Completion));
+        let mut next_id = 0;
+        let mut busy = Clients::new(busy, Some("busy"), 1, 4000);
+        let mut quiet = Clients::new(quiet, None, 1, 4000);
+        (0..6).for_each(|_| busy.send(&mut scheduler, &mut next_id));
+        quiet.send(&mut scheduler, &mut next_id);
+        (0..1000).for_each(|_| drop(step(&mut scheduler)));
+        // Now it wants much, and the others are not to stand still for what it never asked for.
+        (0..25).for_each(|_| quiet.send(&mut scheduler, &mut next_id));
+        let mut num_rows = 0;
+        for _ in 0..60 {
+            scheduler.schedule();
+            num_rows += scheduler.plan().sequences.iter().filter(|planned| busy.ids.contains(&planned.id)).count();
+            finish_step(&mut scheduler);
+        }
+        assert!(num_rows > 60, "{accounts:?}: {num_rows}");
+    }
+}
+
+#[test]
 fn what_a_prompt_takes_holds_no_stream_of_its_flow_up() {
     let mut scheduler = scheduler();
     scheduler.set_step_rows(StepRows { as_base: 1, ..StepRows::default() });
