@@ -99,17 +99,17 @@ browser: | compiler
 			&& apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core $$(command -v npm > /dev/null || echo nodejs npm); } \
 		|| { echo "make page needs Chromium and Node.js: apt-get install chromium nodejs npm" >&2; exit 1; }
 
-## daemons: HAProxy and Prometheus, for the tests of deploy/; whoever may not install them is told that those are skipped
+## daemons: HAProxy, Prometheus and systemd's checker, for the tests of deploy/; whoever may not install them is told that those are skipped
 daemons: | browser
-	@{ command -v haproxy && command -v promtool; } > /dev/null \
-		|| { [ "$$(id -u)" != 0 ] && echo "the tests of deploy/ will be skipped: apt-get install haproxy prometheus"; } \
-		|| { apt-get update -qq && apt-get install -y -qq --no-install-recommends haproxy prometheus; }
+	@{ command -v haproxy && command -v promtool && command -v systemd-analyze; } > /dev/null \
+		|| { [ "$$(id -u)" != 0 ] && echo "the tests of deploy/ will be skipped: apt-get install haproxy prometheus systemd"; } \
+		|| { apt-get update -qq && apt-get install -y -qq --no-install-recommends haproxy prometheus systemd; }
 
 ## models: fetch what the tests need
 models: build
 	for model in $(TEST_MODELS); do $(LORRY) pull $$model || exit 1; done
 
-## bench: prefill, decode and time to first token, one JSON line per run; options in BENCH
+## bench: prefill, decode and time to first token, one JSON line per run behind one of the limits; options in BENCH
 bench: build
 	$(LORRY) bench $(BENCH)
 

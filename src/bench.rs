@@ -19,9 +19,9 @@ use crate::engine::request::{Event, PromptOutput, Request, SamplingParams};
 use crate::engine::{EngineHandle, EngineStopped, Overloaded};
 use crate::metrics::Metrics;
 use crate::model::random::{self, Shape};
-use crate::model::resident::{self, ResidentError, Source};
+use crate::model::resident::{self, Resident, ResidentError, Source};
 
-/// Prints one JSON line for each run.
+/// Prints what the device can do at most, where that can be measured, and one JSON line for each run.
 #[derive(Debug, Clone, clap::Args)]
 pub struct BenchArgs {
     /// Model id or path of a GGUF file; the configured model when absent.
@@ -94,12 +94,15 @@ pub struct Report {
     /// Tokens that came after the last request's first token, over the time they took.
     pub decode_tok_s: f64,
     pub ttft_ms: Ttft,
-    /// What decode reads of weights, over the most that the device reads.
+    /// What decode reads of weights, over the most that the device reads. Not of experts: which they are, the rows say.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bandwidth_share: Option<f64>,
     /// What prefill multiplies by weights, over the most that the device multiplies.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub int8_share: Option<f64>,
+    /// What decode multiplies by weights, over the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decode_int8_share: Option<f64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -122,8 +125,36 @@ pub struct Subject<'a> {
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     peaks: Peaks,
-    weight_bytes: usize,
+    /// That every step reads; `None` where that depends on its rows.
+    weight_bytes: Option<usize>,
+    /// That a row is multiplied by.
     num_weights: usize,
+}
+
+impl Limits {
+    /// Measures what the device can do at most; `None` where it has nothing to measure with.
+    ///
+    /// # Errors
+    /// When it does not answer, or has no memory left to measure with.
+    pub fn measure(resident: &Resident) -> Result<Option<Self>, DeviceError> {
+        let (model, spec) = (&resident.model, resident.model.spec());
+        let limits = |peaks| Self {
+            peaks,
+            weight_bytes: spec.features.experts.is_none().then(|| model.weight_bytes()),
+            num_weights: spec.num_weights_of_row(),
+        };
+        Ok(model.measure_peaks()?.map(limits))
+    }
+
+    /// Over the most that the device reads, where every step reads all.
+    fn bandwidth_share(&self, steps_per_second: f64) -> Option<f64> {
+        Some(steps_per_second * self.weight_bytes? as f64 / self.peaks.bytes_per_second)
+    }
+
+    /// Over the most that the device multiplies.
+    fn int8_share(&self, rows_per_second: f64) -> f64 {
+        rows_per_second * 2.0 * self.num_weights as f64 / self.peaks.int8_operations_per_second
+    }
 }
 
 /// One of the combinations that are measured.
@@ -141,16 +172,7 @@ pub async fn run_random(shape: &Shape, config: &EngineConfig, args: &BenchArgs) 
     let resident = resident::load(Source::Random(shape), config)?;
     let spec = resident.model.spec().clone();
     let device = resident.device.clone();
-    let limits = resident.model.measure_peaks()?.map(|peaks| Limits {
-        peaks,
-        weight_bytes: resident.model.weight_bytes(),
-        num_weights: spec.num_linear_weights(),
-    });
-    if let Some(Limits { peaks: Peaks { bytes_per_second, int8_operations_per_second }, weight_bytes, .. }) = limits {
-        let peaks = serde_json::json!({"device": device, "weight_bytes": weight_bytes,
-            "peak_bytes_per_s": bytes_per_second, "peak_int8_operations_per_s": int8_operations_per_second});
-        writeln!(stdout(), "{peaks}")?;
-    }
+    let limits = Limits::measure(&resident)?;
     let engine = resident.start(config, None, Arc::new(Metrics::new("bench")));
     let most = args.num_adapters.iter().copied().max().unwrap_or(0);
     let adapters: Vec<_> = (0..most as u64).map(|seed| random::lora(&spec, RANDOM_RANK, seed)).collect();
@@ -162,7 +184,7 @@ pub async fn run_random(shape: &Shape, config: &EngineConfig, args: &BenchArgs) 
 /// Of random adapters.
 const RANDOM_RANK: usize = 16;
 
-/// Runs `args.repeat` times on an engine that does nothing else and prints each report. The prompts differ in every request,
+/// Prints what the device can do at most, runs `args.repeat` times on an engine that does nothing else, and prints each report. The prompts differ in every request,
 /// so that the prefix cache has nothing to give.
 pub async fn run(
     handle: &EngineHandle,
@@ -171,6 +193,13 @@ pub async fn run(
     subject: Subject<'_>,
 ) -> Result<(), BenchError> {
     check(handle, adapters, args)?;
+    if let Some(Limits { peaks: Peaks { bytes_per_second, int8_operations_per_second }, weight_bytes, .. }) =
+        subject.limits
+    {
+        let peaks = serde_json::json!({"device": subject.device, "weight_bytes": weight_bytes,
+            "peak_bytes_per_s": bytes_per_second, "peak_int8_operations_per_s": int8_operations_per_second});
+        writeln!(stdout(), "{peaks}")?;
+    }
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     for &num_adapters in &args.num_adapters {
         for &batch in &args.batch {
@@ -272,12 +301,7 @@ fn report(args: &BenchArgs, case: Case, subject: Subject<'_>, arrivals: &[Vec<Du
     let millis = |time: Duration| time.as_secs_f64() * 1e3;
     let prefill_tok_s = rate(args.prompt_tokens * arrivals.len(), last_first);
     let decode_tok_s = rate(num_decoded, end - last_first);
-    let bandwidth_share = subject
-        .limits
-        .map(|limits| decode_tok_s / case.batch as f64 * limits.weight_bytes as f64 / limits.peaks.bytes_per_second);
-    let int8_share = subject
-        .limits
-        .map(|limits| prefill_tok_s * 2.0 * limits.num_weights as f64 / limits.peaks.int8_operations_per_second);
+    let limits = subject.limits;
     Report {
         model: subject.model_id.to_owned(),
         device: subject.device.to_owned(),
@@ -288,8 +312,9 @@ fn report(args: &BenchArgs, case: Case, subject: Subject<'_>, arrivals: &[Vec<Du
         prefill_tok_s,
         decode_tok_s,
         ttft_ms: Ttft { p50: millis(first_tokens[first_tokens.len() / 2]), max: millis(last_first) },
-        bandwidth_share,
-        int8_share,
+        bandwidth_share: limits.and_then(|limits| limits.bandwidth_share(decode_tok_s / case.batch as f64)),
+        int8_share: limits.map(|limits| limits.int8_share(prefill_tok_s)),
+        decode_int8_share: limits.map(|limits| limits.int8_share(decode_tok_s)),
     }
 }
 

@@ -16,14 +16,14 @@ use kernels::heap::give_back_large_blocks;
 use lorry::adapter::check;
 use lorry::adapter::import::{self, ImportError};
 use lorry::app::App;
-use lorry::bench::{self, BenchArgs, Subject};
+use lorry::bench::{self, BenchArgs, BenchError, Limits, Subject};
 use lorry::config::{self, Config, LogFormat, Overrides};
 use lorry::http;
 use lorry::loadgen::{self, LoadgenArgs};
 use lorry::log;
 use lorry::model::base_file::BaseFile;
 use lorry::model::base_weights::GgufWeights;
-use lorry::model::listing;
+use lorry::model::{listing, resident};
 use lorry::service;
 use lorry::terminal::TerminalError;
 use lorry::terminal::chat::{self, ChatArgs};
@@ -75,7 +75,7 @@ enum Command {
         #[command(subcommand)]
         command: AdaptersCommand,
     },
-    /// Measure prefill, decode and time to first token in-process; one JSON line per run.
+    /// Measure prefill, decode and time to first token in-process; the limits of the device and one JSON line per run.
     Bench {
         /// Configuration file (TOML).
         #[arg(long, value_name = "FILE")]
@@ -188,11 +188,17 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
                 let run = bench::run_random(shape, &config.engine, &args);
                 return Ok(Runtime::new()?.block_on(run)?);
             }
-            let app = App::load(config)?;
+            let mut limits = Ok(None);
+            let app = App::load_with(config, |source, engine| {
+                let resident = resident::load(source, engine)?;
+                limits = Limits::measure(&resident);
+                Ok(resident)
+            })?;
+            let limits = limits.map_err(BenchError::from)?;
             let adapters = app.adapters.resident();
             let (generation, vocab_size) = (&app.state.generation, app.spec.vocab_size);
             let (model_id, device) = (generation.base_id(), generation.device());
-            let subject = Subject { model_id, device, vocab_size, limits: None };
+            let subject = Subject { model_id, device, vocab_size, limits };
             let run = bench::run(&app.engine, &adapters, &args, subject);
             Ok(Runtime::new()?.block_on(run)?)
         }

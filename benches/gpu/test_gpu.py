@@ -99,6 +99,8 @@ def test_the_bench_gets_its_lines_from_the_real_lorry(binaries, run):
     binaries(lorry=WITH_LESS)
     status, lines = run("bench", "--device", "cpu", "--shapes", "0.5b")
     assert status == 0
+    # What the device can do at most, where that can be measured.
+    lines = [line for line in lines if "batch" in line]
     assert [(line["num_adapters"], line["batch"]) for line in lines] == [(0, 1), (0, 2), (0, 1), (0, 2), (1, 1), (1, 2)]
     assert all(line["device"].startswith("CPU") and line["decode_tok_s"] > 0 for line in lines)
 

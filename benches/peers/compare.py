@@ -27,6 +27,8 @@ from servers import LlamaCpp, Lorry, Server
 
 Measurement = Callable[[], dict[str, float]]
 RATE, TTFT = "tok/s", "TTFT p50, s"
+# Of what the machine can do at most: the limit that a row comes nearest to.
+SHARE = "share of the limit"
 EDIT_SLOT_TOKENS = 1024
 
 
@@ -66,11 +68,12 @@ class Comparison:
 
     def rows(self) -> list[Row]:
         args, repeat = self.args, self.args.repeat
+        prefill_share, decode_shares = ["int8_share"], ["bandwidth_share", "decode_int8_share"]
         clients, count = args.clients, f"{args.adapters} adapters of rank {args.rank}"
         rows = [
-            Row("prefill, 512 tokens", {"lorry": rate(lambda: self.lorry.bench(512, 1, 1, repeat, "prefill_tok_s"))}),
-            Row("decode, 1 sequence", {"lorry": rate(lambda: self.lorry.bench(64, 64, 1, repeat, "decode_tok_s"))}),
-            Row("decode, 16 sequences", {"lorry": rate(lambda: self.lorry.bench(128, 64, 16, repeat, "decode_tok_s"))}),
+            Row("prefill, 512 tokens", {"lorry": lambda: self.lorry_bench("prefill_tok_s", prefill_share, 512, 1, 1)}),
+            Row("decode, 1 sequence", {"lorry": lambda: self.lorry_bench("decode_tok_s", decode_shares, 64, 64, 1)}),
+            Row("decode, 16 sequences", {"lorry": lambda: self.lorry_bench("decode_tok_s", decode_shares, 128, 64, 16)}),
             Row(f"{clients} clients, no adapter", {"lorry": lambda: self.lorry_load(None)}),
             Row(f"{clients} clients, {count}, q and v", {"lorry": lambda: self.lorry_load("qv")}),
             Row(f"{clients} clients, {count}, all linear", {"lorry": lambda: self.lorry_load("all")}),
@@ -95,6 +98,12 @@ class Comparison:
             if server.adapters:
                 all_linear[args.openai_name] = lambda: self.run_load(server, server.adapters)
         return rows
+
+    def lorry_bench(self, rate: str, shares: list[str], prompt_tokens: int, max_tokens: int, batch: int) -> dict[str, float]:
+        figures = self.lorry.bench(prompt_tokens, max_tokens, batch, self.args.repeat)
+        # A machine whose limits cannot be measured has none.
+        found = [figures[share] for share in shares if share in figures]
+        return {RATE: figures[rate]} | ({SHARE: max(found)} if found else {})
 
     def lorry_load(self, group: str | None) -> dict[str, float]:
         with self.lorry.serve(self.root / group / "peft" if group else None) as server:
@@ -163,11 +172,14 @@ def measure(rows: list[Row], rounds: int) -> Medians:
 
 def table(medians: Medians) -> str:
     peers = list(dict.fromkeys(column for columns in medians.values() for column in columns if column != "lorry"))
-    header = ["work", "lorry", *(heading for peer in peers for heading in (peer, "ratio"))]
+    header = ["work", "lorry", SHARE, *(heading for peer in peers for heading in (peer, "ratio"))]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for work, columns in medians.items():
+        share = columns["lorry"].get(SHARE)
         for figure, own in columns["lorry"].items():
-            cells = [f"{work}, {figure}", number(own)]
+            if figure == SHARE:
+                continue
+            cells = [f"{work}, {figure}", number(own), f"{share:.2f}" if share else "–"]
             for peer in peers:
                 value = columns.get(peer, {}).get(figure)
                 # Above 1 is better for lorry: a rate over the peer's, or the peer's time over lorry's.

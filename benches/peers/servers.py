@@ -40,8 +40,8 @@ class Lorry:
             with _running(command) as url:
                 yield Server(url, {"model": self.model}, [{"model": path.name} for path in adapters.folders(folder)])
 
-    def bench(self, prompt_tokens: int, max_tokens: int, batch: int, repeat: int, figure: str) -> float:
-        """Median of one `figure` of `lorry bench`, without adapters."""
+    def bench(self, prompt_tokens: int, max_tokens: int, batch: int, repeat: int) -> dict[str, float]:
+        """Medians of the figures of `lorry bench`, without adapters."""
         with _folder(None) as folder:
             command = [self.binary, "bench", "--model", self.model, "--adapters", folder]
             for option, value in [
@@ -51,7 +51,11 @@ class Lorry:
                 ("--repeat", repeat),
             ]:
                 command += [option, str(value)]
-            return statistics.median(json.loads(line)[figure] for line in _output(command).splitlines())
+            lines = [json.loads(line) for line in _output(command).splitlines()]
+        # The first line may be what the machine can do at most.
+        reports = [line for line in lines if "batch" in line]
+        figures = [name for name, value in reports[0].items() if isinstance(value, float)]
+        return {name: statistics.median(report[name] for report in reports) for name in figures}
 
 
 @dataclass

@@ -27,11 +27,12 @@ def test_a_quick_round_fills_the_table(tmp_path):
     assert run.returncode == 0, run.stderr
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in run.stdout.splitlines() if line.startswith("|")]
     figures = {cells[0]: cells[1:] for cells in table}
-    assert figures.pop("work") == ["lorry", "other", "ratio"]
+    assert figures.pop("work") == ["lorry", "share of the limit", "other", "ratio"]
     own_base = {work: figures.pop(work) for work in list(figures) if " / " in work}
     assert len(own_base) == 3 and all(float(lorry) > 0 and llama == "–" for lorry, llama in own_base.values())
-    rows = {work: cells for work, cells in figures.items() if len(cells) == 3 and not work.startswith("---")}
+    rows = {work: cells for work, cells in figures.items() if len(cells) == 4 and not work.startswith("---")}
     assert len(rows) == 12 and all(float(cells[0]) > 0 for cells in rows.values()), run.stdout
-    compared = [work for work, cells in rows.items() if cells[1:] != ["–", "–"]]
+    compared = [work for work, cells in rows.items() if cells[2:] != ["–", "–"]]
+    assert [work for work, cells in rows.items() if cells[1] != "–"] == [work for work in rows if work.startswith(("prefill", "decode"))]
     assert compared == ["2 clients, no adapter, tok/s", "2 clients, no adapter, TTFT p50, s"]
     assert "mean absolute difference" in run.stdout

@@ -160,6 +160,7 @@ mod tests {
             ttft_ms: lorry::bench::Ttft { p50: 0.0, max: 0.0 },
             bandwidth_share: None,
             int8_share: None,
+            decode_int8_share: None,
         };
         let [prefill, decode] = observe(&report, &CONFIG, cost);
         report.prefill_tok_s = (prompt_tokens * batch) as f64 / cost.seconds(&prefill.work);

@@ -248,7 +248,7 @@ pub trait Device: fmt::Debug + Send + Sized + 'static {
     /// Its adapters; `None` when they are those of the host.
     fn adapter_tier(&self) -> Option<AdapterTier>;
 
-    /// Measures what it can do at most; `None` where others measure it.
+    /// Measures what it can do at most; `None` where it has nothing to measure with.
     ///
     /// # Errors
     /// When the device does not answer, or has no memory left to measure with.

@@ -378,11 +378,24 @@ impl ModelSpec {
 
     /// Weights of all linear layers and of the head.
     pub fn num_linear_weights(&self) -> usize {
+        self.num_weights_of(self.modules())
+    }
+
+    /// Weights that a row is multiplied by: of the experts, as many as it has.
+    pub fn num_weights_of_row(&self) -> usize {
+        let num_experts = self.features.experts.map_or(0, |experts| experts.used);
+        self.num_weights_of(
+            self.modules().filter(|module| !matches!(module, Module::Expert(expert, _) if *expert >= num_experts)),
+        )
+    }
+
+    /// With those modules in each block, and the head.
+    fn num_weights_of(&self, modules: impl Iterator<Item = Module>) -> usize {
         let of_module = |module| {
             let (inputs, outputs) = self.module_shape(module);
             inputs * outputs
         };
-        self.num_layers * self.modules().map(of_module).sum::<usize>() + self.vocab_size * self.hidden_size
+        self.num_layers * modules.map(of_module).sum::<usize>() + self.vocab_size * self.hidden_size
     }
 
     /// `(in, out)` features of an expert's part of a fused parameter.

@@ -15,12 +15,10 @@ use std::thread;
 use std::time::Duration;
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
+use kernels::host::peak::SPAN;
 use kernels::{Cpu, Isa};
 
-/// Bytes that operands taking turns fill together: several times a last-level cache.
-const SPAN: usize = 128 << 20;
-
-/// How many operands of `bytes` fill [`SPAN`].
+/// How many operands of `bytes` that take turns fill [`SPAN`] together.
 fn num_turns(bytes: usize) -> usize {
     SPAN.div_ceil(bytes)
 }

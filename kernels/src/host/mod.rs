@@ -3,6 +3,7 @@
 mod embedding;
 mod experts;
 mod linear;
+pub mod peak;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -237,9 +238,8 @@ impl Device for Host {
         None
     }
 
-    /// The benchmark of the kernels does (`cargo bench -p kernels`).
     fn measure_peaks(&self) -> Result<Option<Peaks>, DeviceError> {
-        Ok(None)
+        Ok(peak::measure(&self.cpu))
     }
 
     fn begin(&mut self, step: &Step<'_>, embedding: &MappedRows) -> Result<(), DeviceError> {
