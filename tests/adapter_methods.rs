@@ -128,6 +128,9 @@ fn the_base_s_own_embedding_and_head_are_left_out() {
         draft.tensors.insert(format!("{PREFIX}{name}.weight"), (vec![40, 32], (0..40).flat_map(row).collect()));
         let found = load(&draft.files()).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(format!("{:?}", found.weights), format!("{:?}", expected.weights), "{name}");
+        // A single row that was trained is enough for it to be another.
+        draft.tensors.get_mut(&format!("{PREFIX}{name}.weight")).unwrap().1[7 * 32..8 * 32].fill(0.0);
+        assert!(load(&draft.files()).unwrap_err().to_string().contains("not the base's own"), "{name}");
     }
 }
 

@@ -157,6 +157,7 @@ fn what_would_change_the_model_is_refused_by_name() {
         ("hidden_size", json!(80)),
         ("intermediate_size", json!(80)),
         ("layer_types", json!(["full_attention", "sliding_attention"])),
+        ("is_causal", json!(false)),
         ("a_field_of_the_future", json!(0.5)),
     ] {
         let mut checkpoint = Checkpoint::new("llama");

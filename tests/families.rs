@@ -333,6 +333,11 @@ fn a_key_that_is_not_served_is_refused_with_its_name_and_value() {
         ("llama", "attention.value_length", Value::U32(64), "64"),
         ("llama", "attention.causal_mask_of_tomorrow", Value::Bool(true), "true"),
         ("llama", "feed_forward_length", Value::Array([96, 160, 160].map(Value::U32).to_vec()), "array of 3"),
+        ("llama", "attention.causal", Value::Bool(false), "false"),
+        ("llama", "context_length", Value::U32(0), "0"),
+        ("llama", "block_count", Value::U32(0), "0"),
+        ("qwen2", "attention.causal", Value::Bool(false), "false"),
+        ("qwen2", "attention.causal", Value::U32(1), "true or false"),
         ("qwen2", "attention.sliding_window", Value::U32(16), "16"),
         ("qwen3", "rope.scale_linear", Value::F32(-4.0), "-4.0"),
         ("qwen3moe", "expert_count", Value::U32(u32::MAX), "4294967295"),
@@ -355,6 +360,154 @@ fn a_key_that_is_not_served_is_refused_with_its_name_and_value() {
         let refusal = model.load(GgmlDType::Q8_0, Place::Host(Isa::detect(), 1)).map(|_| ()).unwrap_err();
         assert!(refusal.contains(&format!("{name}.{key}")) && refusal.contains(shown), "{refusal}");
     }
+}
+
+/// What llama.cpp reads below the name of the architecture (its `llama-arch.cpp`).
+const KEYS: [&str; 74] = [
+    "vocab_size",
+    "embedding_length",
+    "embedding_length_out",
+    "features_length",
+    "block_count",
+    "leading_dense_block_count",
+    "feed_forward_length",
+    "expert_feed_forward_length",
+    "expert_shared_feed_forward_length",
+    "expert_chunk_feed_forward_length",
+    "use_parallel_residual",
+    "expert_count",
+    "expert_used_count",
+    "expert_shared_count",
+    "expert_group_count",
+    "expert_group_used_count",
+    "expert_weights_scale",
+    "expert_weights_norm",
+    "expert_gating_func",
+    "experts_per_group",
+    "moe_every_n_layers",
+    "nextn_predict_layers",
+    "n_deepstack_layers",
+    "pooling_type",
+    "logit_scale",
+    "decoder_start_token_id",
+    "decoder_block_count",
+    "attn_logit_softcapping",
+    "router_logit_softcapping",
+    "final_logit_softcapping",
+    "rescale_every_n_layers",
+    "residual_scale",
+    "embedding_scale",
+    "token_shift_count",
+    "interleave_moe_layer_step",
+    "full_attention_interval",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.max_alibi_bias",
+    "attention.clamp_kqv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_epsilon",
+    "attention.layer_norm_rms_epsilon",
+    "attention.group_norm_epsilon",
+    "attention.group_norm_groups",
+    "attention.causal",
+    "attention.q_lora_rank",
+    "attention.kv_lora_rank",
+    "attention.relative_buckets_count",
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "attention.scale",
+    "attention.output_scale",
+    "attention.temperature_length",
+    "attention.temperature_scale",
+    "attention.key_length_mla",
+    "attention.value_length_mla",
+    "attention.shared_kv_layers",
+    "rope.dimension_count",
+    "rope.dimension_sections",
+    "rope.freq_base",
+    "rope.freq_base_swa",
+    "rope.scale_linear",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.attn_factor",
+    "rope.scaling.yarn_log_multiplier",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+    "ssm.conv_kernel",
+    "classifier.output_labels",
+];
+
+/// Whether a value changes nothing for a good reason.
+fn changes_nothing(family: &str, key: &str, value: &Value) -> bool {
+    let is_zero = matches!(value, Value::U32(0)) || matches!(value, Value::F32(number) if *number == 0.0);
+    match key {
+        // The embedding's rows say it.
+        "vocab_size" => true,
+        // What a file without the key means, too.
+        "attention.causal" => matches!(value, Value::Bool(true)),
+        "expert_weights_norm" if family == "qwen3moe" => matches!(value, Value::Bool(true)),
+        "expert_gating_func" if family == "qwen3moe" => matches!(value, Value::U32(1)),
+        "rope.scaling.factor" | "rope.scale_linear" => is_zero || matches!(value, Value::F32(1.0) | Value::U32(1)),
+        // Its experts have a length of their own.
+        "feed_forward_length" => family == "qwen3moe",
+        // 0 is where the key's part is off, and where it is not there.
+        _ => is_zero || matches!(value, Value::Bool(false)),
+    }
+}
+
+#[test]
+fn whatever_a_key_says_changes_the_logits_or_is_refused_by_its_name() {
+    let values =
+        [Value::Bool(true), Value::Bool(false), Value::U32(0), Value::U32(1), Value::F32(0.0), Value::F32(0.5)];
+    let host = Place::Host(Isa::detect(), 1);
+    for family in &REFERENCE.families {
+        let before = kept_logits(&mut *Model::of(family).load(GgmlDType::Q8_0, host).unwrap(), None);
+        for key in KEYS {
+            for value in &values {
+                let mut model = Model::of(family);
+                model.set(key, value.clone());
+                let case = format!("{}.{key} = {value:?}", family.architecture);
+                match model.load(GgmlDType::Q8_0, host) {
+                    Err(refusal) => {
+                        let (_, name) = key.rsplit_once('.').unwrap_or(("", key));
+                        let is_of_size = [
+                            "head_count",
+                            "head_count_kv",
+                            "key_length",
+                            "dimension_count",
+                            "block_count",
+                            "expert_count",
+                        ];
+                        assert!(refusal.contains(name) || is_of_size.contains(&name), "{case}: {refusal}");
+                    }
+                    Ok(mut decoder) => {
+                        let is_same = kept_logits(&mut *decoder, None) == before;
+                        assert!(!is_same || changes_nothing(&family.name, key, value), "{case}: nothing changes");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gemma2_without_its_keys_has_what_the_architecture_has() {
+    let gemma2 = REFERENCE.families.iter().find(|family| family.name == "gemma2").unwrap();
+    let features = |change: &dyn Fn(&mut Model)| {
+        let mut model = Model::of(gemma2);
+        change(&mut model);
+        model.load(GgmlDType::Q8_0, Place::Host(Isa::detect(), 1)).unwrap().spec().features.clone()
+    };
+    let keys = ["attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window"];
+    let usual = features(&|model| keys.iter().for_each(|key| model.unset(key)));
+    assert_eq!((usual.attention_soft_cap, usual.logit_soft_cap), (Some(50.0), Some(30.0)));
+    assert_eq!(usual.window.map(|window| (window.size, window.layers[..2].to_vec())), Some((4096, vec![true, false])));
+    let zeros = [Value::F32(0.0), Value::F32(0.0), Value::U32(0)];
+    let off = features(&|model| keys.iter().zip(&zeros).for_each(|(key, zero)| model.set(key, zero.clone())));
+    assert_eq!((off.attention_soft_cap, off.logit_soft_cap, off.window), (None, None, None));
 }
 
 #[test]

@@ -54,6 +54,13 @@ impl GgufWeights {
         Ok(Self { file, spec, layers, row_orders, embedding, head })
     }
 
+    fn vocabulary(&self, matrix: VocabularyMatrix) -> &MappedRows {
+        match matrix {
+            VocabularyMatrix::Embedding => &self.embedding,
+            VocabularyMatrix::Head => &self.head,
+        }
+    }
+
     /// GGUF's name of the architecture.
     ///
     /// # Errors
@@ -82,11 +89,12 @@ impl BaseWeights for GgufWeights {
     }
 
     fn dequantize_token(&self, matrix: VocabularyMatrix, token: usize, values: &mut [f32]) {
-        let rows = match matrix {
-            VocabularyMatrix::Embedding => &self.embedding,
-            VocabularyMatrix::Head => &self.head,
-        };
-        rows.dequantize_row(token, values);
+        self.vocabulary(matrix).dequantize_row(token, values);
+    }
+
+    fn bits_per_weight(&self, matrix: VocabularyMatrix) -> f64 {
+        let rows = self.vocabulary(matrix);
+        8.0 * rows.place.len() as f64 / (rows.num_rows * self.spec.hidden_size) as f64
     }
 
     fn bias(&self, layer: usize, module: Module) -> Result<Option<Vec<f32>>, GgufError> {

@@ -19,8 +19,9 @@ pub struct Family {
     /// Whether `embedding_scale`, `residual_scale` and `logit_scale` (which divides) are read, and
     /// `rope.scaling.finetuned = false` means that no head turns.
     pub has_multipliers: bool,
-    /// Whether `attn_logit_softcapping` and `final_logit_softcapping` are read.
-    pub has_soft_caps: bool,
+    /// What `attn_logit_softcapping` and `final_logit_softcapping` are where the file does not say it; `None` where they are not
+    /// read.
+    pub soft_caps: Option<SoftCaps>,
     /// Whether feed-forwards are of experts, whose number and use the `expert_` keys say.
     pub has_experts: bool,
     /// Models of so many layers scale attention by `hidden_size / num_heads`, which no key says.
@@ -35,7 +36,15 @@ pub enum EmbeddingScale {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SoftCaps {
+    pub attention: Option<f32>,
+    pub logits: Option<f32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Windows {
+    /// What `attention.sliding_window` is where the file does not say it.
+    pub size: Option<usize>,
     /// Every so many layers one sees all; `None`: none does.
     pub full_every: Option<usize>,
     /// What layers with a window turn by, where it is not what the others do; `rope.freq_base_swa` overrides it.
@@ -49,7 +58,7 @@ const PLAIN: Family = Family {
     embedding_scale: EmbeddingScale::One,
     windows: None,
     has_multipliers: false,
-    has_soft_caps: false,
+    soft_caps: None,
     has_experts: false,
     layers_scaled_by_hidden_size: None,
 };
@@ -63,7 +72,7 @@ fn gemma() -> Features {
     Features { activation: Activation::GatedGelu, ..Features::PLAIN }
 }
 
-const ALL_LAYERS: Windows = Windows { full_every: None, rope_theta: None };
+const ALL_LAYERS: Windows = Windows { size: None, full_every: None, rope_theta: None };
 
 static FAMILIES: LazyLock<[Family; 11]> = LazyLock::new(|| {
     [
@@ -118,8 +127,9 @@ static FAMILIES: LazyLock<[Family; 11]> = LazyLock::new(|| {
             name: "gemma2",
             features: Features { norms_residuals: true, ..gemma() },
             embedding_scale: EmbeddingScale::RootOfHiddenSize,
-            windows: Some(Windows { full_every: Some(2), rope_theta: None }),
-            has_soft_caps: true,
+            // As llama.cpp has them: its first files did not say them.
+            windows: Some(Windows { size: Some(4096), full_every: Some(2), rope_theta: None }),
+            soft_caps: Some(SoftCaps { attention: Some(50.0), logits: Some(30.0) }),
             layers_scaled_by_hidden_size: Some(46),
             ..PLAIN
         },
@@ -128,8 +138,8 @@ static FAMILIES: LazyLock<[Family; 11]> = LazyLock::new(|| {
             name: "gemma3",
             features: Features { norms_residuals: true, norms_heads: true, ..gemma() },
             embedding_scale: EmbeddingScale::RootOfHiddenSize,
-            windows: Some(Windows { full_every: Some(6), rope_theta: Some(10_000.0) }),
-            has_soft_caps: true,
+            windows: Some(Windows { size: None, full_every: Some(6), rope_theta: Some(10_000.0) }),
+            soft_caps: Some(SoftCaps { attention: None, logits: None }),
             layers_scaled_by_hidden_size: Some(62),
             ..PLAIN
         },

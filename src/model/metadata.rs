@@ -73,6 +73,14 @@ impl<'a> Keys<'a> {
         Ok(Some(number).filter(|number| *number > 0.0))
     }
 
+    fn flag(&self, name: &str) -> Result<Option<bool>, GgufError> {
+        match self.get(name) {
+            None => Ok(None),
+            Some((_, Value::Bool(flag))) => Ok(Some(*flag)),
+            Some((key, _)) => Err(GgufError::WrongType { key, expected: "true or false" }),
+        }
+    }
+
     fn text(&self, name: &str) -> Result<Option<&'a str>, GgufError> {
         let Some((key, value)) = self.get(name) else { return Ok(None) };
         let wrong = |_| GgufError::WrongType { key, expected: "a string" };
@@ -83,8 +91,16 @@ impl<'a> Keys<'a> {
         value?.ok_or_else(|| GgufError::MissingKey(format!("{}.{name}", self.prefix)))
     }
 
+    /// At least 1.
     fn required_count(&self, name: &str) -> Result<usize, GgufError> {
-        self.required(name, self.count(name))
+        match self.required(name, self.count(name))? {
+            0 => Err(GgufError::of_key(
+                &format!("{}.{name}", self.prefix),
+                &Value::U32(0),
+                "expected a number from 1 on",
+            )),
+            count => Ok(count),
+        }
     }
 
     /// Refuses a key unless it has this value.
@@ -188,6 +204,15 @@ pub fn spec(file: &GgufFile) -> Result<ModelSpec, GgufError> {
     spec.features.fuses_qkv = file.has_tensor("blk.0.attn_qkv.weight");
     spec.features.fuses_gate_up =
         spec.features.activation.is_gated() && experts.is_none() && !file.has_tensor("blk.0.ffn_gate.weight");
+    // Off is not what a missing key means.
+    if keys.flag("attention.causal")? == Some(false) {
+        let key = format!("{}.attention.causal", keys.prefix);
+        return Err(GgufError::of_key(
+            &key,
+            &Value::Bool(false),
+            "this server serves models that see what came before alone",
+        ));
+    }
     read_multipliers(&keys, family, &mut spec)?;
     read_window(&keys, family, &mut spec)?;
     read_rope(&keys, family, &mut spec)?;
@@ -201,7 +226,7 @@ fn read_feed_forward(keys: &Keys<'_>, family: &Family) -> Result<(usize, Option<
     const COUNT: &str = "expert_count";
     const USED: &str = "expert_used_count";
     const NORMALIZES: &str = "expert_weights_norm";
-    let length = keys.required_count("feed_forward_length")?;
+    let length = keys.required("feed_forward_length", keys.count("feed_forward_length"))?;
     if !family.has_experts {
         return Ok((length, None));
     }
@@ -218,12 +243,8 @@ fn read_feed_forward(keys: &Keys<'_>, family: &Family) -> Result<(usize, Option<
         let key = format!("{}.{USED}", keys.prefix);
         return Err(GgufError::of_key(&key, &Value::U64(used as u64), &format!("there are {count} experts")));
     }
-    let normalizes_shares = match keys.get(NORMALIZES) {
-        // The architecture does, and its files need not say so.
-        None | Some((_, Value::Bool(true))) => true,
-        Some((_, Value::Bool(false))) => false,
-        Some((key, _)) => return Err(GgufError::WrongType { key, expected: "true or false" }),
-    };
+    // The architecture does, and its files need not say so.
+    let normalizes_shares = keys.flag(NORMALIZES)?.unwrap_or(true);
     // 1 is the softmax.
     keys.must_be("expert_gating_func", 1)?;
     // Without a length of their own, experts share that of the whole.
@@ -242,9 +263,10 @@ fn read_multipliers(keys: &Keys<'_>, family: &Family, spec: &mut ModelSpec) -> R
         features.residual_scale = keys.positive("residual_scale")?.unwrap_or(1.0);
         features.logit_scale = 1.0 / keys.positive("logit_scale")?.unwrap_or(1.0);
     }
-    if family.has_soft_caps {
-        features.attention_soft_cap = keys.positive("attn_logit_softcapping")?;
-        features.logit_soft_cap = keys.positive("final_logit_softcapping")?;
+    if let Some(soft_caps) = family.soft_caps {
+        let cap = |name: &str, usual| if keys.get(name).is_some() { keys.positive(name) } else { Ok(usual) };
+        features.attention_soft_cap = cap("attn_logit_softcapping", soft_caps.attention)?;
+        features.logit_soft_cap = cap("final_logit_softcapping", soft_caps.logits)?;
     }
     if family.layers_scaled_by_hidden_size == Some(spec.num_layers) {
         features.attention_scale = Some(((spec.hidden_size / spec.num_heads) as f32).powf(-0.5));
@@ -256,7 +278,8 @@ fn read_multipliers(keys: &Keys<'_>, family: &Family, spec: &mut ModelSpec) -> R
 fn read_window(keys: &Keys<'_>, family: &Family, spec: &mut ModelSpec) -> Result<(), GgufError> {
     const KEY: &str = "attention.sliding_window";
     const PATTERN: &str = "attention.sliding_window_pattern";
-    let Some(size) = keys.count(KEY)?.filter(|size| *size > 0) else { return Ok(()) };
+    let usual = family.windows.and_then(|windows| windows.size);
+    let Some(size) = keys.count(KEY)?.or(usual).filter(|size| *size > 0) else { return Ok(()) };
     let Some(windows) = family.windows else {
         return match keys.get(KEY) {
             // One that holds the whole context changes nothing.
@@ -322,6 +345,14 @@ fn read_rope(keys: &Keys<'_>, family: &Family, spec: &mut ModelSpec) -> Result<(
             scaling.magnitude = keys.positive("rope.scaling.attn_factor")?.unwrap_or(1.0);
         }
         None | Some("longrope" | "none") if has_long_factors => {
+            if factor != 1.0 {
+                let key = format!("{}.{FACTOR}", family.name);
+                return Err(GgufError::of_key(
+                    &key,
+                    &Value::F32(factor),
+                    "longrope has a factor for each frequency, and none beside",
+                ));
+            }
             scaling.long_rope = Some(LongRope {
                 original_context_length: keys.required_count(ORIGINAL)?,
                 short: factors(SHORT_ROPE_FACTORS)?,
@@ -343,9 +374,7 @@ fn read_rope(keys: &Keys<'_>, family: &Family, spec: &mut ModelSpec) -> Result<(
     if let Some(divisor) = divisors.into_iter().find(|divisor| !(divisor.is_finite() && **divisor > 0.0)) {
         return Err(GgufError::Unsupported(format!("a rotary factor is {divisor}")));
     }
-    if family.has_multipliers
-        && let Some((_, Value::Bool(false))) = keys.get("rope.scaling.finetuned")
-    {
+    if family.has_multipliers && keys.flag("rope.scaling.finetuned")? == Some(false) {
         spec.features.unturned_every = Some(1);
     }
     spec.features.rope_scaling = scaling;
@@ -375,8 +404,13 @@ fn refuse_other_tensors(file: &GgufFile, spec: &ModelSpec) -> Result<(), GgufErr
         of_layer.extend(names.into_iter().filter(|_| is_there).map(str::to_owned));
     }
     let mut of_decoder = with_bias(&["output_norm"]);
-    let others = [EMBEDDING_TENSOR, HEAD_TENSOR, ROPE_FACTORS, SHORT_ROPE_FACTORS, LONG_ROPE_FACTORS];
-    of_decoder.extend(others.map(str::to_owned));
+    of_decoder.extend([EMBEDDING_TENSOR, HEAD_TENSOR].map(str::to_owned));
+    // Those of one kind of scaling say nothing to another.
+    let rope_factors: &[&str] = match &spec.features.rope_scaling.long_rope {
+        Some(_) => &[SHORT_ROPE_FACTORS, LONG_ROPE_FACTORS],
+        None => &[ROPE_FACTORS],
+    };
+    of_decoder.extend(rope_factors.iter().map(|name| (*name).to_owned()));
     let is_known = |name: &str| match name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
         Some((layer, part)) => {
             let is_layer = layer.parse::<usize>().is_ok_and(|layer| layer < spec.num_layers);

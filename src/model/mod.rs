@@ -73,6 +73,9 @@ pub trait BaseWeights: fmt::Debug + Send + Sync {
 
     /// The row of `token`, dequantized: `[hidden_size]`.
     fn dequantize_token(&self, matrix: VocabularyMatrix, token: usize, values: &mut [f32]);
+
+    /// Bits that the file has for each weight of the matrix.
+    fn bits_per_weight(&self, matrix: VocabularyMatrix) -> f64;
 }
 
 /// A matrix with a row for every token, `[vocab_size, hidden_size]`.

@@ -141,6 +141,10 @@ impl Model {
         self.metadata.insert(format!("{}.{key}", self.architecture), value);
     }
 
+    pub fn unset(&mut self, key: &str) {
+        self.metadata.remove(&format!("{}.{key}", self.architecture));
+    }
+
     pub fn write(&self, path: &Path, dtype: GgmlDType) {
         let quantized = |(name, drawn): (&String, &Drawn)| {
             let values = Tensor::from_vec(drawn.values(name), drawn.shape.as_slice(), &Device::Cpu).unwrap();

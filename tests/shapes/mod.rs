@@ -56,6 +56,10 @@ impl BaseWeights for Shapes {
         values.iter_mut().zip(token..).for_each(|(value, at)| *value = at as f32);
     }
 
+    fn bits_per_weight(&self, _: VocabularyMatrix) -> f64 {
+        4.0
+    }
+
     fn bias(&self, _: usize, _: Module) -> Result<Option<Vec<f32>>, GgufError> {
         Ok(None)
     }

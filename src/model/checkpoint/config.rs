@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use candle_core::quantized::gguf_file::Value as Gguf;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::family::Family;
 use super::fields::{FILE, Fields, refuse};
@@ -141,6 +141,7 @@ impl Config {
         // Gemma has both, and means the second.
         fields.must_be("hidden_act", &activations)?;
         fields.must_be("hidden_activation", &activations[..1])?;
+        fields.must_be("is_causal", &[json!(true)])?;
         (family.carry_over)(&fields, &mut metadata)?;
         let rope_factors = rope::carry_over(&fields, &mut metadata, head_dim)?;
 

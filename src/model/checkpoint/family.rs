@@ -286,10 +286,13 @@ fn gemma3(fields: &Fields, metadata: &mut Metadata) -> Result<(), CheckpointErro
     Ok(())
 }
 
+/// A cap that is not there is the architecture's, and one that is `null` is none.
 fn soft_caps(fields: &Fields, metadata: &mut Metadata) -> Result<(), CheckpointError> {
     for name in ["attn_logit_softcapping", "final_logit_softcapping"] {
-        if let Some(cap) = fields.optional_number(name)? {
-            metadata.number(name, cap);
+        match fields.optional_number(name)? {
+            Some(cap) => metadata.number(name, cap),
+            None if fields.is_null(name) => metadata.number(name, 0.0),
+            None => {}
         }
     }
     Ok(())

@@ -37,6 +37,11 @@ impl Fields {
         self.values.get(name).filter(|value| !value.is_null())
     }
 
+    /// Whether a field is there and says that it has no value.
+    pub fn is_null(&self, name: &str) -> bool {
+        self.values.get(name).is_some_and(Value::is_null)
+    }
+
     /// The fields with such names.
     pub fn take_all(&self, is_wanted: impl Fn(&str) -> bool) -> Vec<(&str, &Value)> {
         let wanted: Vec<_> = self.values.iter().filter(|(name, _)| is_wanted(name)).collect();

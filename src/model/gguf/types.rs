@@ -3,11 +3,13 @@
 use kernels::quantized::{BlockFormat, WeightType};
 
 /// Every type that ggml has or had; `None` is what this server reads nothing of.
-const TYPES: [(u32, &str, Option<WeightType>); 35] = [
+const TYPES: [(u32, &str, Option<WeightType>); 42] = [
     (0, "F32", Some(WeightType::F32)),
     (1, "F16", Some(WeightType::F16)),
     (2, "Q4_0", Some(WeightType::Blocks(BlockFormat::Q4_0))),
     (3, "Q4_1", Some(WeightType::Blocks(BlockFormat::Q4_1))),
+    (4, "Q4_2", None),
+    (5, "Q4_3", None),
     (6, "Q5_0", Some(WeightType::Blocks(BlockFormat::Q5_0))),
     (7, "Q5_1", Some(WeightType::Blocks(BlockFormat::Q5_1))),
     (8, "Q8_0", Some(WeightType::Blocks(BlockFormat::Q8_0))),
@@ -38,7 +40,12 @@ const TYPES: [(u32, &str, Option<WeightType>); 35] = [
     (33, "Q4_0_8_8", None),
     (34, "TQ1_0", None),
     (35, "TQ2_0", None),
+    (36, "IQ4_NL_4_4", None),
+    (37, "IQ4_NL_4_8", None),
+    (38, "IQ4_NL_8_8", None),
     (39, "MXFP4", Some(WeightType::Blocks(BlockFormat::MXFP4))),
+    (40, "NVFP4", None),
+    (41, "Q1_0", None),
 ];
 
 /// The type with this number.
