@@ -12,19 +12,19 @@ use super::files::leads_outside;
 const MAX_NAME_LEN: usize = 64;
 /// Hidden, so never an adapter.
 const STAGING: &str = ".lorry/staging";
-/// Where the paths of adapters are, that of their events is.
-const RESERVED_NAME: &str = "events";
+/// Where the paths of adapters are, that of their events is; and metrics call what no single adapter serves so.
+const RESERVED_NAMES: [&str; 3] = ["events", "base", "composition"];
 
 /// Whether a client can write it in a model id.
 pub fn is_valid_name(name: &str) -> bool {
     name.len() <= MAX_NAME_LEN
-        && name != RESERVED_NAME
+        && !RESERVED_NAMES.contains(&name)
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
         && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
 }
 
-pub const NAME_RULE: &str =
-    "must be 1 to 64 letters, digits, dots, dashes and underscores, beginning with a letter or digit, and not `events`";
+pub const NAME_RULE: &str = "must be 1 to 64 letters, digits, dots, dashes and underscores, beginning with a letter or digit, and none of \
+                             `events`, `base` and `composition`";
 
 /// The folder opened. Opened anew for each piece of work: the path may be a link that is pointed elsewhere.
 #[derive(Debug)]
@@ -169,7 +169,9 @@ mod tests {
         for good in ["a", "conala", "A1.b_c-d", &"x".repeat(64)] {
             assert!(is_valid_name(good), "{good}");
         }
-        for bad in ["", "-a", "_a", ".a", "..", "a b", "a/b", "a:b", "é", &"x".repeat(65), "events"] {
+        for bad in
+            ["", "-a", "_a", ".a", "..", "a b", "a/b", "a:b", "é", &"x".repeat(65), "events", "base", "composition"]
+        {
             assert!(!is_valid_name(bad), "{bad}");
         }
     }

@@ -8,6 +8,7 @@ use kernels::shape::Experts;
 
 use super::error::AdapterError;
 use super::path_pattern::PathPattern;
+use super::tensor_names::TEXT_MODEL;
 use crate::model::spec::{FusedExperts, ModelSpec, Module};
 
 /// One adapted linear layer: decoder layer and module.
@@ -98,8 +99,10 @@ pub enum PathMatch {
 impl PathMatch {
     fn matches(&self, path: &str) -> Result<bool, AdapterError> {
         match self {
-            Self::Pattern(pattern) => pattern.is_match(path),
-            Self::Names(names) => Ok(names.iter().any(|name| is_ending(path, name))),
+            Self::Pattern(pattern) => Ok(pattern.is_match(path)? || pattern.is_match(&in_multimodal(path))?),
+            Self::Names(names) => {
+                Ok(names.iter().any(|name| is_ending(path, name) || is_ending(&in_multimodal(path), name)))
+            }
         }
     }
 
@@ -110,6 +113,11 @@ impl PathMatch {
             Self::Names(names) => names.iter().any(|name| name == path),
         }
     }
+}
+
+/// The path in a model that sees images too, whose part for text is the base: Gemma 3's are trained within it.
+fn in_multimodal(path: &str) -> String {
+    path.replacen("model.", &format!("model.{TEXT_MODEL}."), 1)
 }
 
 /// Whether a path is this, or ends in it behind a dot.
@@ -311,6 +319,29 @@ mod tests {
             all_layers(PathMatch::Pattern(PathPattern::whole("target_modules", r".*\.embed_tokens").unwrap()))
                 .targets(&spec());
         assert_eq!(targets.unwrap(), Targets { embedding: true, ..Targets::default() });
+    }
+
+    #[test]
+    fn the_text_part_of_a_model_that_sees_images_is_the_base() {
+        let pattern = r".*language_model.*\.layers\.[01]\..*(q_proj|up_proj)";
+        let selected = [
+            PathMatch::Pattern(PathPattern::whole("target_modules", pattern).unwrap()),
+            names(
+                &[0, 1]
+                    .map(|layer| {
+                        ["self_attn.q_proj", "mlp.up_proj"]
+                            .map(|module| format!("model.language_model.layers.{layer}.{module}"))
+                    })
+                    .concat()
+                    .iter()
+                    .map(String::as_str)
+                    .collect::<Vec<_>>(),
+            ),
+        ];
+        for targets in selected {
+            let sites: Vec<Site> = all_layers(targets).targets(&spec()).unwrap().sites.into_iter().collect();
+            assert_eq!(sites, [(0, Module::QProj), (0, Module::UpProj), (1, Module::QProj), (1, Module::UpProj)]);
+        }
     }
 
     #[test]

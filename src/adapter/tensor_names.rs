@@ -10,6 +10,8 @@ const WRAPPERS: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_w
 const MATRICES: [&str; 2] = ["lora_A", "lora_B"];
 /// Parts that are the weights, or whose weights PEFT saves under the part's own name.
 const VECTORS: [&str; 4] = ["lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "ia3_l"];
+/// The part for text of a model that sees images too. GGUF files are of that part alone.
+pub const TEXT_MODEL: &str = "language_model";
 /// What stands around a layer that is trained whole.
 const SAVED: &str = "modules_to_save";
 
@@ -24,7 +26,8 @@ pub struct TensorName<'a> {
 
 impl<'a> TensorName<'a> {
     pub fn parse(key: &'a str) -> Self {
-        let mut parts: Vec<&str> = key.split('.').filter(|part| !WRAPPERS.contains(part)).collect();
+        let mut parts: Vec<&str> =
+            key.split('.').filter(|part| !WRAPPERS.contains(part) && *part != TEXT_MODEL).collect();
         let mut start = usize::from(parts.first() == Some(&"module"));
         while parts[start..].starts_with(&["base_model", "model"]) {
             start += 2;
@@ -90,6 +93,16 @@ mod tests {
             ("base_model.model.lm_head.modules_to_save.default.weight", "lm_head.weight", Some("default")),
             ("base_model.model.lm_head.modules_to_save.weight", "lm_head.weight", None),
             ("base_model.model.lm_head.weight", "lm_head.weight", None),
+            (
+                "base_model.model.model.language_model.layers.3.self_attn.q_proj.lora_A.weight",
+                "{q}.lora_A.weight",
+                None,
+            ),
+            (
+                "base_model.model.language_model.model.layers.3.self_attn.q_proj.lora_A.weight",
+                "{q}.lora_A.weight",
+                None,
+            ),
             ("prompt_embeddings", "prompt_embeddings", None),
             // What is none of these stays, and finds no place.
             ("base_model.model.{q}.lora_A", "{q}.lora_A", None),
