@@ -114,6 +114,23 @@ fn database(folder: &tempfile::TempDir) -> PathBuf {
 }
 
 #[tokio::test]
+async fn an_arm_on_an_adapter_that_somebody_may_not_see_is_not_in_the_report() {
+    let folder = tempfile::tempdir().unwrap();
+    let lab = Lab::open(&database(&folder), CANARY);
+    let whole = lab.experiments.report("e").await.unwrap().unwrap();
+    let visible = |may_see: bool| {
+        let report = lab.experiments.visible(whole.clone(), |adapter| {
+            assert_eq!(adapter, "conala");
+            may_see
+        });
+        let arms: Vec<_> = report.arms.into_iter().map(|arm| arm.name).collect();
+        (arms, report.pairs.len(), report.canary.is_some())
+    };
+    assert_eq!(visible(true), (vec!["base".to_owned(), "tuned".to_owned()], 1, true));
+    assert_eq!(visible(false), (vec!["base".to_owned()], 0, false));
+}
+
+#[tokio::test]
 async fn a_report_counts_requests_tokens_and_latency_by_arm() {
     let folder = tempfile::tempdir().unwrap();
     let lab = Lab::open(&database(&folder), ARMS);

@@ -240,6 +240,16 @@ impl Experiments {
         self.read(move |store| experiments.iter().map(|experiment| experiment.report(store)).collect()).await
     }
 
+    /// A report without the arms that stand on an adapter that `may_see` does not allow, and what is said of those.
+    #[must_use]
+    pub fn visible(&self, mut report: Report, may_see: impl Fn(&str) -> bool) -> Report {
+        report.arms.retain(|arm| self.names.adapter(&arm.model).is_none_or(&may_see));
+        let is_seen = |name: &str| report.arms.iter().any(|arm| arm.name == name);
+        report.pairs.retain(|pair| is_seen(&pair.a) && is_seen(&pair.b));
+        report.canary = report.canary.filter(|canary| is_seen(&canary.arm));
+        report
+    }
+
     async fn read<T: Send + 'static>(
         &self,
         read: impl FnOnce(Option<&Store>) -> Result<T, StoreError> + Send + 'static,

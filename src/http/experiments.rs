@@ -1,22 +1,31 @@
 //! What the running experiments show, and the canary's second chance.
 
-use axum::Json;
 use axum::extract::{Path, State};
+use axum::{Extension, Json};
 use serde_json::{Value, json};
 
 use super::AppState;
-use super::auth::Admin;
+use super::auth::{Admin, Caller};
 use super::error::ApiError;
 use crate::experiments::{Report, ResetError, Unavailable};
 
-pub async fn list(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
-    let reports = state.experiments.reports().await?;
-    Ok(Json(json!({"object": "list", "data": reports})))
+/// What the caller may see of each.
+pub async fn list(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+) -> Result<Json<Value>, ApiError> {
+    let reports = state.experiments.reports().await?.into_iter();
+    let visible = |report| state.experiments.visible(report, |adapter| caller.access.allows(adapter));
+    Ok(Json(json!({"object": "list", "data": reports.map(visible).collect::<Vec<_>>()})))
 }
 
-pub async fn get(State(state): State<AppState>, Path(name): Path<String>) -> Result<Json<Report>, ApiError> {
+pub async fn get(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Caller>,
+    Path(name): Path<String>,
+) -> Result<Json<Report>, ApiError> {
     match state.experiments.report(&name).await? {
-        Some(report) => Ok(Json(report)),
+        Some(report) => Ok(Json(state.experiments.visible(report, |adapter| caller.access.allows(adapter)))),
         None => Err(ResetError::UnknownExperiment(name).into()),
     }
 }
@@ -25,10 +34,11 @@ pub async fn get(State(state): State<AppState>, Path(name): Path<String>) -> Res
 pub async fn reset(
     State(state): State<AppState>,
     _: Admin,
+    caller: Extension<Caller>,
     Path(name): Path<String>,
 ) -> Result<Json<Report>, ApiError> {
     state.experiments.reset(&name).await?;
-    get(State(state), Path(name)).await
+    get(State(state), caller, Path(name)).await
 }
 
 impl From<ResetError> for ApiError {
