@@ -7,6 +7,7 @@ mod tiny;
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Write};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use futures::future::join_all;
 use reqwest::{Method, StatusCode};
@@ -99,6 +100,13 @@ async fn what_vllm_has_too_has_its_name_its_type_its_labels_and_its_meaning() {
         ("inter_token_latency_seconds", "histogram"),
         ("request_time_per_output_token_seconds", "histogram"),
         ("e2e_request_latency_seconds", "histogram"),
+        ("request_prefill_time_seconds", "histogram"),
+        ("request_decode_time_seconds", "histogram"),
+        ("request_inference_time_seconds", "histogram"),
+        ("request_prompt_tokens", "histogram"),
+        ("request_generation_tokens", "histogram"),
+        ("external_prefix_cache_queries_total", "counter"),
+        ("external_prefix_cache_hits_total", "counter"),
         ("request_queue_time_seconds", "histogram"),
         ("lora_requests_info", "gauge"),
         ("lora_adapter_loaded", "gauge"),
@@ -113,6 +121,13 @@ async fn what_vllm_has_too_has_its_name_its_type_its_labels_and_its_meaning() {
     for name in ["time_to_first_token", "e2e_request_latency", "request_queue_time", "request_time_per_output_token"] {
         assert_eq!(after.vllm(&format!("{name}_seconds_count")), 3.0, "{name}: one for each request");
     }
+    for name in ["prefill_time_seconds", "decode_time_seconds", "inference_time_seconds", "generation_tokens"] {
+        assert_eq!(after.vllm(&format!("request_{name}_count")), 3.0, "{name}: one for each request");
+    }
+    assert_eq!(after.vllm("request_generation_tokens_sum"), 18.0);
+    assert!(after.vllm("request_prompt_tokens_sum") > 3.0);
+    let parts = ["prefill", "decode"].map(|part| after.vllm(&format!("request_{part}_time_seconds_sum")));
+    assert!((parts[0] + parts[1] - after.vllm("request_inference_time_seconds_sum")).abs() < 1e-6);
     assert_eq!(after.vllm("inter_token_latency_seconds_count"), 15.0, "each of them has 6 tokens");
     assert_eq!(after.vllm("generation_tokens_total"), 18.0);
     let ended = |reason| {
@@ -138,28 +153,60 @@ async fn an_adapter_is_listed_while_it_runs_in_memory_before_and_after_and_nowhe
     assert_eq!((before.adapters_with_requests(), before.value(loaded)), (("", ""), 1.0));
     assert_eq!(before.vllm("num_gpu_loaded_lora_adapters"), 2.0);
 
-    let running = join_all((0..4).map(|_| complete(&server, "a", "def f(x):", 200)));
+    // Until they are seen running, however late that is looked for.
+    let is_seen = AtomicBool::new(false);
+    let running = async {
+        let mut num_ended = 0;
+        while !is_seen.load(Relaxed) {
+            num_ended += join_all((0..4).map(|_| complete(&server, "a", "def f(x):", 200))).await.len();
+        }
+        num_ended
+    };
     let watched = async {
         loop {
             let scrape = Scrape::of(&server, "").await;
             if scrape.adapters_with_requests().0 == "a" && scrape.vllm("kv_cache_usage_perc") > 0.0 {
                 assert!(scrape.vllm("kv_cache_usage_perc") <= 1.0 && scrape.vllm("num_requests_running") > 0.0);
+                is_seen.store(true, Relaxed);
                 return scrape;
             }
         }
     };
-    let (_, during) = tokio::join!(running, watched);
+    let (num_ended, during) = tokio::join!(running, watched);
     assert!(during.value(r#"lorry_requests_running{adapter="a"}"#) > 0.0);
-    let after = Scrape::of(&server, "").await;
+    let mut after = Scrape::of(&server, "").await;
     assert_eq!((after.adapters_with_requests(), after.value(loaded)), (("", ""), 1.0));
-    assert_eq!(after.vllm("kv_cache_usage_perc"), 0.0, "what only the cache holds is free");
+    // What only the cache holds is free; an adapter's own test may still run.
+    while after.vllm("kv_cache_usage_perc") > 0.0 {
+        after = Scrape::of(&server, "").await;
+    }
 
     assert!(after.names("a"));
     assert!(server.admin(Method::DELETE, "/v1/adapters/a", json!({})).await.0.is_success());
     let removed = Scrape::of(&server, "").await;
     assert!(!removed.names("a"), "{}", removed.text);
     assert!(removed.names("b"));
-    assert_eq!(removed.vllm("time_to_first_token_seconds_count"), 4.0, "what is of the server stays");
+    assert_eq!(removed.vllm("time_to_first_token_seconds_count"), num_ended as f64, "what is of the server stays");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_adapter_whose_requests_wait_for_another_is_listed_as_waiting() {
+    let keys = "[[server.keys]]\nname = 'c'\nkey = 'client'\nadapters = ['b']\n";
+    let server = Server::start(&format!("{ADMIN}{keys}[engine]\nmax_sequences = 1\n")).await;
+    let is_seen = AtomicBool::new(false);
+    let running = async {
+        while !is_seen.load(Relaxed) {
+            tokio::join!(complete(&server, "a", "def f(x):", 200), complete(&server, "b", "def g(x):", 200));
+        }
+    };
+    let watched = async {
+        while Scrape::of(&server, "admin").await.adapters_with_requests() != ("a", "b") {}
+        // To whoever is not to know of the one that runs, the other waits all the same; it may run by now.
+        let of_client = Scrape::of(&server, "client").await;
+        assert!(!of_client.names("a"), "{}", of_client.text);
+        is_seen.store(true, Relaxed);
+    };
+    tokio::join!(running, watched);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -154,6 +154,16 @@ impl Drop for Recorder {
             metrics.cancelled_total.with_label_values(&[self.phase()]).inc();
         }
         metrics.vllm.e2e_request_latency.observe(self.accepted.elapsed().as_secs_f64());
+        if let Some(started) = self.started {
+            metrics.vllm.request_prompt_tokens.observe(self.num_prompt_tokens as f64);
+            metrics.vllm.request_generation_tokens.observe(f64::from(self.num_output_tokens));
+            if let Some(first_token) = self.first_token {
+                let seconds = |from: Instant, to: Instant| to.saturating_duration_since(from).as_secs_f64();
+                metrics.vllm.request_prefill_time.observe(seconds(started, first_token));
+                metrics.vllm.request_decode_time.observe(seconds(first_token, self.last_token));
+                metrics.vllm.request_inference_time.observe(seconds(started, self.last_token));
+            }
+        }
         if let Some(per_output_token) = self.per_output_token() {
             metrics.vllm.time_per_output_token.observe(per_output_token.as_secs_f64());
             requests.time_per_output_token.observe(per_output_token.as_secs_f64());

@@ -38,6 +38,13 @@ pub struct Vllm {
     pub inter_token_latency: Histogram,
     pub time_per_output_token: Histogram,
     pub e2e_request_latency: Histogram,
+    /// Of each choice, its parts: to the first token and from there to the last, once the engine has begun.
+    pub request_prefill_time: Histogram,
+    pub request_decode_time: Histogram,
+    pub request_inference_time: Histogram,
+    /// In tokens.
+    pub request_prompt_tokens: Histogram,
+    pub request_generation_tokens: Histogram,
     /// From an adapter's files to the host's memory.
     pub adapter_load: Histogram,
 }
@@ -87,6 +94,15 @@ impl Vllm {
                 "Per request: (last token - first token) / (output tokens - 1).",
             ),
             e2e_request_latency: d.latency("vllm:e2e_request_latency_seconds", "From accepted by HTTP to the end."),
+            request_prefill_time: d
+                .latency("vllm:request_prefill_time_seconds", "Per request: from first planned to the first token."),
+            request_decode_time: d
+                .latency("vllm:request_decode_time_seconds", "Per request: from the first token to the last."),
+            request_inference_time: d
+                .latency("vllm:request_inference_time_seconds", "Per request: from first planned to the last token."),
+            request_prompt_tokens: d.token_counts("vllm:request_prompt_tokens", "Per request: tokens of its prompt."),
+            request_generation_tokens: d
+                .token_counts("vllm:request_generation_tokens", "Per request: tokens generated."),
             adapter_load: d.latency_of(
                 "vllm:lora_adapter_load_seconds",
                 "From opening an adapter's files to ready, or refused.",
