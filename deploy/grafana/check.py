@@ -4,7 +4,7 @@
     deploy/grafana/check.py http://127.0.0.1:9090
 
 The server that it scrapes has to have been used in every way that has a panel: requests with adapters and without, one that was
-refused, one whose client left, tokens that were guessed, an experiment.
+refused, one whose client left, tokens that were guessed, an experiment; and adapters were loaded within the interval.
 """
 
 import argparse
