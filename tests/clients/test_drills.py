@@ -25,7 +25,8 @@ from adapter_soak import ADAPTER_BYTES, Weights
 from lorry_server import serving, starting
 
 BASE = "smollm2:135m"
-MAX_WAIT_SECONDS = 30
+# A bound, and no more: machines may be slow.
+MAX_WAIT_SECONDS = 120
 CONFIG = """
 [server]
 admin_key = "admin"
@@ -57,7 +58,7 @@ def running(folder, config="", environment={}):
 
 
 def client_of(server):
-    return httpx.Client(base_url=server.url, headers={"Authorization": "Bearer admin"}, timeout=60)
+    return httpx.Client(base_url=server.url, headers={"Authorization": "Bearer admin"}, timeout=300)
 
 
 def complete(http, **fields):
@@ -198,7 +199,9 @@ def test_a_full_disk_refuses_changes_and_serves_what_was_there(tmp_path, weights
             (disk / "filler").unlink()
             assert put_adapter(http, "a", 1).status_code == 200 and put_store(http, 1).status_code == 200
             assert complete(http, model="a").json()["adapter"]["generation"] != served["adapter"]["generation"]
-            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+            # Busy while a file of it is being written.
+            remount = ["mount", "-o", "remount,ro", disk]
+            wait_until(lambda: subprocess.run(remount).returncode == 0, "the disk does not become read-only")
             for refused, key in ((put_adapter(http, "a", 0), "adapters"), (put_store(http, 2), "icl.dir")):
                 assert (refused.status_code, refused.json()["error"]["code"]) == (507, "not_writable"), refused.text
                 assert key in refused.json()["error"]["message"]
@@ -226,7 +229,7 @@ def test_the_folder_of_adapters_may_vanish_and_return(tmp_path, weights):
 
 def test_who_never_reads_is_left_and_who_reads_slowly_gets_everything(tmp_path):
     num_replies = 64
-    with running(tmp_path, environment={"LORRY__SERVER__WRITE_TIMEOUT_SECONDS": "1"}) as (server, http):
+    with running(tmp_path, environment={"LORRY__SERVER__WRITE_TIMEOUT_SECONDS": "3"}) as (server, http):
         size = len(http.get("/openapi.json").content)
         address = (http.base_url.host, http.base_url.port)
         with socket.socket() as deaf, socket.socket() as slow:
@@ -235,7 +238,7 @@ def test_who_never_reads_is_left_and_who_reads_slowly_gets_everything(tmp_path):
                 client.connect(address)
                 # More than the system keeps on the way.
                 client.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * num_replies)
-            body = json.dumps({"prompt": "def f", "max_tokens": 60, "stream": True, "ignore_eos": True}).encode()
+            body = json.dumps({"prompt": "def f", "max_tokens": 400, "stream": True, "ignore_eos": True}).encode()
             deaf_streams = [socket.create_connection(address) for _ in range(8)]
             for stream in deaf_streams:
                 stream.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
@@ -245,7 +248,7 @@ def test_who_never_reads_is_left_and_who_reads_slowly_gets_everything(tmp_path):
                 assert more, f"cut off after {num_read} bytes"
                 num_read += len(more)
                 # For longer than one may take for nothing.
-                if time.monotonic() - begun < 2:
+                if time.monotonic() - begun < 5:
                     time.sleep(0.03)
             assert complete(http).status_code == 200
             with pytest.raises(ConnectionResetError):
@@ -329,6 +332,9 @@ def test_a_clock_that_jumps_breaks_nothing(tmp_path, weights):
         slow = {"Authorization": "Bearer slow"}
         body = {"prompt": "def f", "max_tokens": 1}
         assert http.post("/v1/completions", json=body, headers=slow).status_code == 200
+        jump(1)
+        limited = http.post("/v1/completions", json=body, headers=slow)
+        assert limited.status_code == 429 and 0 < int(limited.headers["retry-after"]) <= 60
         assert put_adapter(http, "a", 0).status_code == 201
         streamed = {"prompt": "def f", "max_tokens": 200, "stream": True, "ignore_eos": True}
         with http.stream("POST", "/v1/completions", json=streamed) as reply:
@@ -339,8 +345,6 @@ def test_a_clock_that_jumps_breaks_nothing(tmp_path, weights):
             jump(-2)
             second = put_adapter(http, "a", 2).json()
             assert list(lines)[-1] == "data: [DONE]"
-        limited = http.post("/v1/completions", json=body, headers=slow)
-        assert limited.status_code == 429 and 0 < int(limited.headers["retry-after"]) <= 60
         # The one before is that which was there before, whatever the clock said then.
         assert second["previous_generations"][0] == first
         assert http.post("/v1/adapters/a/rollback").json()["generation"] == first
@@ -356,7 +360,7 @@ def test_a_server_that_stops_under_load_ends_its_streams_and_refuses_what_is_new
         begun = threading.Barrier(num_streams + 1)
 
         def read(number):
-            body = {"prompt": f"def f{number}", "max_tokens": 150, "stream": True, "ignore_eos": True}
+            body = {"prompt": f"def f{number}", "max_tokens": 60, "stream": True, "ignore_eos": True}
             with client_of(server) as http, http.stream("POST", "/v1/completions", json=body) as reply:
                 lines = filter(None, reply.iter_lines())
                 next(lines)
@@ -413,9 +417,10 @@ def test_told_twice_to_stop_a_server_cuts_its_streams_off_with_an_error(tmp_path
             parts = reply.iter_bytes()
             read = next(parts)
             assert reply.status_code == 200, read
-            for _ in range(2):
-                server.process.send_signal(signal.SIGTERM)
-                time.sleep(0.2)
+            server.process.send_signal(signal.SIGTERM)
+            # Two that come at once are one.
+            wait_until(lambda: http.get("/health").status_code == 503, "it does not say that it stops")
+            server.process.send_signal(signal.SIGTERM)
             read += b"".join(parts)
         separator = b"\n" if path.startswith("/api") else b"\n\n"
         assert read.strip().split(separator)[-1].startswith(last_event), read[-300:]
