@@ -22,7 +22,7 @@ use lorry::model::base_weights::GgufWeights;
 use lorry::model::gguf::GgufFile;
 use lorry::model::spec::{Architecture, Module};
 use lorry::model::{AdapterGroup, FIRST_VIRTUAL_TOKEN, ForwardBatch, SequenceRows, unquantized};
-use lorry::tokenizer::Tokenizer;
+use lorry::tokenizer::{Specials, Tokenizer};
 use reference::Reference;
 use shapes::Shapes;
 use tiny::peft::{Kind, PeftAdapter, with_virtual_tokens};
@@ -248,6 +248,36 @@ fn a_file_that_does_not_describe_a_decoder_is_refused_by_name() {
         let refusal = refusal(&path);
         assert!(words.iter().all(|word| refusal.contains(word)), "{words:?}: {refusal}");
     }
+}
+
+/// llama.cpp knows it by the model's name; the ids are those that its rule gives.
+#[test]
+fn markers_of_phi_3_take_in_the_whitespace_behind_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("changed.gguf");
+    for (architecture, rstrip, expected) in [
+        ("phi3", None, vec![260, 262, 100, 261, 1, 262, 13]),
+        ("phi3", Some(vec![]), vec![260, 262, 13, 262, 100, 261, 262, 13, 1, 262, 13]),
+        ("llama", None, vec![260, 262, 13, 262, 100, 261, 262, 13, 1, 262, 13]),
+        ("llama", Some(vec![Value::U32(261)]), vec![260, 262, 13, 262, 100, 261, 1, 262, 13]),
+    ] {
+        let mut model = TinyModel::new(Architecture::Llama, GgmlDType::Q4_0, 7);
+        model.metadata.insert("general.architecture".into(), Value::String(architecture.into()));
+        model.metadata.extend(rstrip.map(|ids| ("lorry.tokenizer.rstrip".into(), Value::Array(ids))));
+        for (id, text, kind) in [(260, "<|user|>", 3), (261, "<|end|>", 3), (262, "▁", 1)] {
+            set_item(&mut model, "tokenizer.ggml.tokens", id, Value::String(text.into()));
+            set_item(&mut model, "tokenizer.ggml.token_type", id, Value::I32(kind));
+        }
+        model.write(&path);
+        let tokenizer = Tokenizer::from_gguf(&GgufFile::open(&path).unwrap()).unwrap();
+        let ids = tokenizer.encode("<|user|>\n a<|end|>\n<s>\n", Specials::Parse).unwrap();
+        assert_eq!(ids, expected, "{architecture}");
+    }
+}
+
+fn set_item(model: &mut TinyModel, key: &str, index: usize, value: Value) {
+    let Some(Value::Array(items)) = model.metadata.get_mut(key) else { panic!("{key} is a list") };
+    items[index] = value;
 }
 
 #[test]

@@ -12,6 +12,7 @@ use cap_std::ambient_authority;
 use cap_std::fs::{Dir, Metadata};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use tracing::info;
 
 use super::error::AdapterError;
 use super::manifest::AdapterManifest;
@@ -23,6 +24,18 @@ pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub const FILES: [&str; 3] = [peft_config::FILE, WEIGHTS_FILE, manifest::FILE];
 /// The name that MLX gives to an adapter's weights.
 const MLX_WEIGHTS_FILE: &str = "adapters.safetensors";
+/// What trainers leave beside an adapter of a tokenizer and a template, which are the base's here.
+const OF_BASE: [&str; 9] = [
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+];
 const MAX_WEIGHTS_BYTES: u64 = 4 << 30;
 
 /// Two writes within this time may leave the same modification time.
@@ -229,6 +242,18 @@ fn missing_weights(folder: &Dir) -> AdapterError {
     AdapterError::Missing { file: WEIGHTS_FILE, hint: foreign_file(folder).unwrap_or(hint) }
 }
 
+/// Says which files of an adapter have no part in it, where there are any.
+pub fn report_left_out(name: &str, folder: &Dir) {
+    let left_out = left_out(folder);
+    if !left_out.is_empty() {
+        info!("adapter {name}: {} not read: tokenizer and chat template are those of the base", left_out.join(", "));
+    }
+}
+
+fn left_out(folder: &Dir) -> Vec<&'static str> {
+    OF_BASE.into_iter().filter(|file| folder.symlink_metadata(file).is_ok()).collect()
+}
+
 /// Weights in a form that is not read, and what to do with them; `None` if the folder holds none.
 fn foreign_file(folder: &Dir) -> Option<String> {
     let entries = folder.entries().ok()?.filter_map(Result::ok);
@@ -290,6 +315,15 @@ mod tests {
         let (_dir, folder) = folder();
         folder.create_dir(WEIGHTS_FILE).unwrap();
         assert!(matches!(read_file(&folder, WEIGHTS_FILE, 10), Err(AdapterError::NotAFile { .. })));
+    }
+
+    #[test]
+    fn what_trainers_leave_of_a_tokenizer_is_left_out_by_name() {
+        let (_dir, folder) = folder();
+        FILES.iter().chain(&["README.md"]).for_each(|file| folder.write(file, b"1").unwrap());
+        assert!(left_out(&folder).is_empty());
+        ["tokenizer.json", "chat_template.jinja"].iter().for_each(|file| folder.write(file, b"1").unwrap());
+        assert_eq!(left_out(&folder), ["chat_template.jinja", "tokenizer.json"]);
     }
 
     #[test]

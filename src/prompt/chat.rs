@@ -3,6 +3,7 @@
 use minijinja::value::Serde;
 use minijinja::{Environment, Error, context};
 use serde_json::{Value, json};
+use tracing::info;
 
 use super::messages::{CallForm, for_template, shorten_ids};
 use super::{PromptError, environment};
@@ -10,7 +11,9 @@ use crate::model::gguf::GgufFile;
 use crate::tokenizer::Tokenizer;
 use crate::tools::CallFormat;
 
-const KEY: &str = "tokenizer.chat_template";
+/// GGUF's key of the template, and what stands before the names of those that a model has besides it.
+pub const KEY: &str = "tokenizer.chat_template";
+pub const NAMED: &str = "tokenizer.chat_template.";
 /// Ends the answer that is gone on with, where it is rendered: a noncharacter, which no template looks for.
 const END_OF_BEGUN: char = '\u{fffe}';
 
@@ -40,10 +43,23 @@ impl ChatTemplate {
     /// # Errors
     /// The file has no template, or one that cannot be used here: such a model cannot chat, and serves everything else.
     pub fn from_gguf(gguf: &GgufFile, tokenizer: &Tokenizer) -> Result<Self, PromptError> {
-        if gguf.metadata(KEY).is_none() {
-            return Err(PromptError::NoChatTemplate);
-        }
-        let source = gguf.str(KEY).map_err(|e| PromptError::ChatTemplate(e.to_string()))?;
+        let mut named: Vec<&str> =
+            gguf.metadata_pairs().map(|(key, _)| key).filter(|key| key.starts_with(NAMED)).collect();
+        named.sort_unstable();
+        let key = match (gguf.metadata(KEY), &named[..]) {
+            (Some(_), []) => KEY,
+            (Some(_), _) => {
+                info!("{KEY} is used, and of the file's other templates none: {}", named.join(", "));
+                KEY
+            }
+            (None, []) => return Err(PromptError::NoChatTemplate),
+            (None, [only]) => only,
+            (None, _) => {
+                let reason = format!("the file does not say which of several is meant: {}", named.join(", "));
+                return Err(PromptError::ChatTemplate(reason));
+            }
+        };
+        let source = gguf.str(key).map_err(|e| PromptError::ChatTemplate(e.to_string()))?;
         // A template may write the token even where raw prompts go without it.
         let token_text = |key: &str| match gguf.usize(key).ok().and_then(|id| u32::try_from(id).ok()) {
             Some(id) => tokenizer.token_text(id).into_owned(),

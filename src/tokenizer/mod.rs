@@ -18,8 +18,10 @@ use crate::model::gguf::{GgufError, GgufFile};
 use byte_level::ByteLevelBpe;
 use sentence_piece::SentencePiece;
 use sentinels::FimTokens;
-pub use vocabulary::{IGNORE_MERGES, NORMALIZER, PRE_TOKENIZER, parse_byte};
-use vocabulary::{TokenBytes, TokenKind, TokenizerMetadata, TokenizerModel};
+#[cfg(test)]
+use vocabulary::Spaces;
+pub use vocabulary::{IGNORE_MERGES, LSTRIP, METASPACE, NORMALIZER, PRE_TOKENIZER, RSTRIP, parse_byte};
+use vocabulary::{Strips, TokenBytes, TokenKind, TokenizerMetadata, TokenizerModel};
 
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
@@ -52,6 +54,8 @@ pub enum Specials {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Place {
     Beginning,
+    /// Behind an added token.
+    BehindToken,
     /// Behind other text.
     Within,
 }
@@ -65,6 +69,7 @@ pub struct Tokenizer {
     /// Matched in any text.
     user_defined: AddedTokens,
     control_ids: HashMap<String, u32>,
+    strips: Strips,
     kinds: Vec<TokenKind>,
     bytes: TokenBytes,
     bos: Option<u32>,
@@ -116,6 +121,7 @@ impl Tokenizer {
             added,
             user_defined,
             control_ids,
+            strips: metadata.strips,
             bytes,
             bos: metadata.bos.filter(|_| metadata.add_bos.unwrap_or(adds_bos_by_default)),
             eos: metadata.eos,
@@ -142,15 +148,31 @@ impl Tokenizer {
 
     fn encode_between(&self, text: &str, added: &AddedTokens, mut place: Place) -> Result<Vec<u32>, TokenizerError> {
         let mut ids = Vec::with_capacity(text.len() / 3);
-        let mut plain_start = 0;
-        for (start, end, id) in added.matches(text) {
-            self.encode_plain(&text[plain_start..start], place, &mut ids)?;
-            ids.push(id);
-            plain_start = end;
-            place = Place::Beginning;
+        for (plain, token) in self.parts(text, added) {
+            self.encode_plain(plain, place, &mut ids)?;
+            ids.extend(token);
+            place = Place::BehindToken;
         }
-        self.encode_plain(&text[plain_start..], place, &mut ids)?;
         Ok(ids)
+    }
+
+    /// The text between added tokens, each with the token behind it; whitespace that a token takes in is in neither.
+    fn parts<'a>(&self, text: &'a str, added: &AddedTokens) -> Vec<(&'a str, Option<u32>)> {
+        let mut parts = Vec::new();
+        let mut plain_start = 0;
+        for (mut start, mut end, id) in added.matches(text) {
+            if self.strips.left.contains(&id) {
+                start = text[..start].trim_end().len();
+            }
+            if self.strips.right.contains(&id) {
+                end = text.len() - text[end..].trim_start().len();
+            }
+            // A token of whitespace may lie in what one before it takes in: it is there even so, as in the reference.
+            parts.push((text.get(plain_start..start).unwrap_or_default(), Some(id)));
+            plain_start = end;
+        }
+        parts.push((&text[plain_start..], None));
+        parts
     }
 
     /// Token ids of a rendered template, special tokens parsed. `mark` is taken out of the text between them, which is
@@ -160,13 +182,12 @@ impl Tokenizer {
             return self.encode(text, Specials::Parse);
         }
         let mut ids = Vec::with_capacity(text.len() / 3);
-        let mut plain_start = 0;
-        for (start, end, id) in self.added.matches(text) {
-            ids.extend(self.encode(&text[plain_start..start].replace(mark, ""), Specials::AsText)?);
-            ids.push(id);
-            plain_start = end;
+        let mut place = Place::Beginning;
+        for (plain, token) in self.parts(text, &self.added) {
+            ids.extend(self.encode_between(&plain.replace(mark, ""), &self.user_defined, place)?);
+            ids.extend(token);
+            place = Place::BehindToken;
         }
-        ids.extend(self.encode(&text[plain_start..].replace(mark, ""), Specials::AsText)?);
         Ok(ids)
     }
 
@@ -321,7 +342,8 @@ impl Tokenizer {
             other_ends: vec![],
             fim,
             add_bos: None,
-            add_space_prefix: false,
+            spaces: Spaces::prefixed(false),
+            strips: Strips::default(),
         };
         metadata.checked().and_then(Self::new).expect("the tiny vocabulary is consistent")
     }
@@ -344,7 +366,8 @@ impl Tokenizer {
             other_ends: vec![],
             fim: None,
             add_bos: None,
-            add_space_prefix: true,
+            spaces: Spaces::prefixed(true),
+            strips: Strips::default(),
         };
         metadata.checked().and_then(Self::new).expect("the tiny vocabulary is consistent")
     }

@@ -4,8 +4,10 @@
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
 
+use tokenizers::pre_tokenizers::metaspace::PrependScheme;
+
 use super::Place;
-use super::vocabulary::{TokenKind, TokenizerMetadata, parse_byte};
+use super::vocabulary::{Spaces, TokenKind, TokenizerMetadata, parse_byte};
 
 #[derive(Debug)]
 pub struct SentencePiece {
@@ -14,7 +16,7 @@ pub struct SentencePiece {
     /// `[256]`
     byte_ids: Vec<Option<u32>>,
     unknown: Option<u32>,
-    add_space_prefix: bool,
+    spaces: Spaces,
 }
 
 /// A stretch of the text, linked to its neighbours. An empty one has been merged into its left neighbour.
@@ -69,7 +71,7 @@ impl SentencePiece {
                 TokenKind::Control | TokenKind::Unused => {}
             }
         }
-        Self { pieces, byte_ids, unknown, add_space_prefix: metadata.add_space_prefix }
+        Self { pieces, byte_ids, unknown, spaces: metadata.spaces.clone() }
     }
 
     pub fn id_of(&self, text: &str) -> Option<u32> {
@@ -77,8 +79,14 @@ impl SentencePiece {
     }
 
     pub fn encode(&self, text: &str, place: Place, ids: &mut Vec<u32>) {
-        let prefix = if self.add_space_prefix && place == Place::Beginning { "▁" } else { "" };
-        let text = format!("{prefix}{}", text.replace(' ', "▁"));
+        let text = text.replace(' ', "▁");
+        let is_prefixed = match self.spaces.prepend {
+            PrependScheme::Always => place != Place::Within,
+            PrependScheme::First => place == Place::Beginning,
+            PrependScheme::Never => false,
+        };
+        let prefix = if is_prefixed && (self.spaces.doubles || !text.starts_with('▁')) { "▁" } else { "" };
+        let text = format!("{prefix}{text}");
         let mut symbols = split_chars(&text);
         let mut merges = BinaryHeap::new();
         for left in 0..symbols.len() {
@@ -111,6 +119,9 @@ impl SentencePiece {
     fn merge_at(&self, text: &str, symbols: &[Symbol], left: usize) -> Option<Merge> {
         let right = symbols[left].next?;
         let (start, end) = (symbols[left].start, symbols[right].end);
+        if self.spaces.splits && text[symbols[right].start..].starts_with('▁') {
+            return None;
+        }
         let (_, score) = self.pieces.get(&text[start..end])?;
         Some(Merge { score: *score, left, right, start, end })
     }
@@ -166,7 +177,8 @@ mod tests {
             other_ends: vec![],
             fim: None,
             add_bos: None,
-            add_space_prefix: true,
+            spaces: Spaces::prefixed(true),
+            strips: Default::default(),
         })
     }
 

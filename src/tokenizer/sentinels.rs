@@ -159,10 +159,43 @@ const END_OF_GENERATION: [&str; 12] = [
     "</s>",
 ];
 
-/// Whether a token of this text steers the model. Some converters mark such tokens as user-defined; they are control
-/// tokens.
+/// What templates put at the beginning of a text, of a turn, and around the name of a role.
+const BEGINNINGS: [&str; 24] = [
+    "<bos>",
+    "<|begin_of_text|>",
+    "<|startoftext|>",
+    "<｜begin▁of▁sentence｜>",
+    "<BOS_TOKEN>",
+    "<|im_start|>",
+    "<|im_sep|>",
+    "<start_of_turn>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|start_of_role|>",
+    "<|end_of_role|>",
+    "<|START_OF_TURN_TOKEN|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<|observation|>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "[INST]",
+    "[/INST]",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+];
+
+/// HTML's tag of struck-through text, which Gemma's vocabulary has beside its other tags: an end only where the file says
+/// so.
+const STRUCK_THROUGH: &str = "</s>";
+
+/// Whether a token of this text steers the model. Some converters mark such tokens as ordinary or user-defined ones; they
+/// are control tokens.
 pub fn is_structural(text: &str) -> bool {
-    END_OF_GENERATION.contains(&text) || FIM_FAMILIES.iter().any(|family| family.texts().any(|t| t == text))
+    let is_end = END_OF_GENERATION.contains(&text) && text != STRUCK_THROUGH;
+    is_end || BEGINNINGS.contains(&text) || FIM_FAMILIES.iter().any(|family| family.texts().any(|t| t == text))
 }
 
 /// Ids of every special token that ends a completion, as far as the vocabulary has them. Fill-in-the-middle tokens, whose

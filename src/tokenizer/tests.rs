@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::sentinels::FimOrder;
-use super::vocabulary::PreTokenizer;
+use super::vocabulary::{PreTokenizer, Spaces, Strips};
 use super::*;
 
 const IM_END: u32 = 258;
@@ -89,6 +89,75 @@ fn sentinels_are_no_text_even_where_the_file_says_that_they_are() {
     assert!((256..260).all(|id| tokenizer.is_special(id)) && !tokenizer.is_special(262));
 }
 
+/// Metadata of a byte-level vocabulary with these tokens behind the bytes and `th`, which one merge makes.
+fn byte_level(added: &[(&str, TokenKind)]) -> TokenizerMetadata {
+    let mut tokens: Vec<String> = (0..=255).map(|byte| byte_level::byte_char(byte).to_string()).collect();
+    tokens.push("th".to_owned());
+    let mut kinds = vec![TokenKind::Normal; tokens.len()];
+    tokens.extend(added.iter().map(|(text, _)| (*text).to_owned()));
+    kinds.extend(added.iter().map(|(_, kind)| *kind));
+    TokenizerMetadata {
+        model: TokenizerModel::ByteLevelBpe,
+        pre: PreTokenizer::Named("gpt-2".to_owned()),
+        tokens,
+        kinds,
+        scores: vec![],
+        merges: vec![("t".to_owned(), "h".to_owned())],
+        bos: None,
+        eos: None,
+        other_ends: vec![],
+        fim: None,
+        add_bos: None,
+        spaces: Spaces::prefixed(false),
+        strips: Strips::default(),
+    }
+}
+
+#[test]
+fn what_steers_the_model_is_no_text_whatever_type_the_file_gives_it() {
+    for kind in [TokenKind::Normal, TokenKind::UserDefined, TokenKind::Unused] {
+        let added = ["<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<own_end>"].map(|text| (text, kind));
+        let mut metadata = byte_level(&added);
+        metadata.other_ends = vec![260];
+        let tokenizer = metadata.checked().and_then(Tokenizer::new).unwrap();
+        let text = "<start_of_turn>th<end_of_turn><|im_start|><own_end>";
+        assert_eq!(tokenizer.encode(text, Specials::Parse).unwrap(), [257, 256, 258, 259, 260], "{kind:?}");
+        let as_text = tokenizer.encode(text, Specials::AsText).unwrap();
+        assert!(as_text.iter().all(|id| *id <= 256), "{kind:?}: {as_text:?}");
+        assert_eq!(tokenizer.stop_tokens().as_ref(), [258, 260]);
+    }
+}
+
+#[test]
+fn a_piece_of_sentence_piece_that_steers_the_model_is_no_text() {
+    let tokenizer = Tokenizer::tiny_pieces(&["<start_of_turn>", "<end_of_turn>", "▁", "<", "▁<"]);
+    assert_eq!(tokenizer.encode("<start_of_turn>", Specials::Parse).unwrap(), [256]);
+    let as_text = tokenizer.encode("<end_of_turn>", Specials::AsText).unwrap();
+    assert_eq!((as_text[0], decode(&tokenizer, &as_text).as_str()), (260, " <end_of_turn>"));
+    assert_eq!(tokenizer.stop_tokens().as_ref(), [257]);
+}
+
+#[test]
+fn ordinary_text_stays_text_even_where_it_looks_like_structure() {
+    // HTML in Gemma's vocabulary; a piece that merges make; a comma that a file names for want of another.
+    let mut metadata = byte_level(&[("</s>", TokenKind::UserDefined), ("[INST]", TokenKind::Normal)]);
+    for (left, right) in [("[", "I"), ("[I", "N"), ("[IN", "S"), ("[INS", "T"), ("[INST", "]")] {
+        if !metadata.tokens.contains(&format!("{left}{right}")) {
+            metadata.tokens.push(format!("{left}{right}"));
+            metadata.kinds.push(TokenKind::Normal);
+        }
+        metadata.merges.push((left.to_owned(), right.to_owned()));
+    }
+    metadata.bos = metadata.tokens.iter().position(|text| text == ",").map(|id| id as u32);
+    let comma = metadata.bos.unwrap();
+    let tokenizer = metadata.checked().and_then(Tokenizer::new).unwrap();
+    let text = "</s>[INST],";
+    let ids = tokenizer.encode(text, Specials::AsText).unwrap();
+    assert_eq!((ids[0], decode(&tokenizer, &ids).as_str()), (257, text));
+    assert!([257, 258, comma].iter().all(|id| !tokenizer.is_special(*id)));
+    assert!(tokenizer.stop_tokens().is_empty());
+}
+
 #[test]
 fn text_that_goes_on_from_other_text_has_no_space_before_it() {
     let tokenizer = Tokenizer::tiny_pieces(&["▁", "a", "▁a"]);
@@ -118,7 +187,8 @@ fn an_unknown_pre_tokenizer_is_refused_by_name() {
         other_ends: vec![],
         fim: None,
         add_bos: None,
-        add_space_prefix: false,
+        spaces: Spaces::prefixed(false),
+        strips: Strips::default(),
     };
     let error = Tokenizer::new(metadata).expect_err("no such pre-tokenizer");
     assert!(error.to_string().contains("strange-bpe"), "{error}");

@@ -1,8 +1,9 @@
 //! What a GGUF file says of its tokenizer (`tokenizer.ggml.*`), and the bytes each token stands for.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use candle_core::quantized::gguf_file::Value;
+use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 
 use super::sentinels::{FimOrder, FimTokens};
 use super::{TokenizerError, byte_level, sentinels};
@@ -17,6 +18,14 @@ const MERGES: &str = "tokenizer.ggml.merges";
 pub const PRE_TOKENIZER: &str = "lorry.tokenizer.pre_tokenizer";
 pub const NORMALIZER: &str = "lorry.tokenizer.normalizer";
 pub const IGNORE_MERGES: &str = "lorry.tokenizer.ignore_merges";
+/// SentencePiece's step `Metaspace`, which can say more of spaces than GGUF's `add_space_prefix`.
+pub const METASPACE: &str = "lorry.tokenizer.metaspace";
+/// Ids of the tokens that take in the whitespace before them, and behind them.
+pub const LSTRIP: &str = "lorry.tokenizer.lstrip";
+pub const RSTRIP: &str = "lorry.tokenizer.rstrip";
+
+/// Control tokens of Phi-3 that leave the whitespace behind them alone.
+const PHI3_WITHOUT_RSTRIP: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];
 
 /// GGUF's token types.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,6 +93,41 @@ impl PreTokenizer {
     }
 }
 
+/// What becomes of the spaces of a text in SentencePiece.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Spaces {
+    /// Whether one is put before the text, and before what stands between added tokens.
+    pub prepend: PrependScheme,
+    /// Whether that is done where the text begins with a space, too.
+    pub doubles: bool,
+    /// Whether no token goes on behind a space.
+    pub splits: bool,
+}
+
+impl Spaces {
+    /// As GGUF's `add_space_prefix` says.
+    pub fn prefixed(is_prefixed: bool) -> Self {
+        let prepend = if is_prefixed { PrependScheme::Always } else { PrependScheme::Never };
+        Self { prepend, doubles: true, splits: false }
+    }
+
+    fn read(gguf: &GgufFile) -> Result<Self, TokenizerError> {
+        if gguf.metadata(METASPACE).is_none() {
+            return Ok(Self::prefixed(optional_bool(gguf, "tokenizer.ggml.add_space_prefix")?.unwrap_or(true)));
+        }
+        let step: Metaspace = serde_json::from_str(gguf.str(METASPACE)?)
+            .map_err(|e| TokenizerError::Build(format!("{METASPACE}: {e}")))?;
+        Ok(Self { prepend: step.prepend_scheme, doubles: false, splits: step.get_split() })
+    }
+}
+
+/// Ids of the added tokens that take in the whitespace beside them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Strips {
+    pub left: HashSet<u32>,
+    pub right: HashSet<u32>,
+}
+
 /// The metadata, checked: every list is as long as `tokens`, every id lies within it.
 #[derive(Debug)]
 pub struct TokenizerMetadata {
@@ -102,7 +146,9 @@ pub struct TokenizerMetadata {
     /// Those that the file names, or that are known by text once this is checked.
     pub fim: Option<FimTokens>,
     pub add_bos: Option<bool>,
-    pub add_space_prefix: bool,
+    /// SentencePiece only.
+    pub spaces: Spaces,
+    pub strips: Strips,
 }
 
 impl TokenizerMetadata {
@@ -131,7 +177,8 @@ impl TokenizerMetadata {
         let either = |name: &str, old: &str| Ok::<_, TokenizerError>(id(name)?.or(id(old)?));
         let sentinels = (either("fim_pre", "prefix")?, either("fim_suf", "suffix")?, either("fim_mid", "middle")?);
         let boundaries = [id("fim_pad")?, id("fim_rep")?, id("fim_sep")?].into_iter().flatten().collect();
-        let metadata = Self {
+        let has_strips = gguf.metadata(RSTRIP).is_some();
+        let mut metadata = Self {
             model,
             fim: match sentinels {
                 (Some(prefix), Some(suffix), middle) => {
@@ -144,16 +191,30 @@ impl TokenizerMetadata {
             eos: id("eos")?,
             other_ends: [id("eot")?, id("eom")?].into_iter().flatten().collect(),
             add_bos: optional_bool(gguf, "tokenizer.ggml.add_bos_token")?,
-            add_space_prefix: optional_bool(gguf, "tokenizer.ggml.add_space_prefix")?.unwrap_or(true),
+            spaces: Spaces::read(gguf)?,
+            strips: Strips { left: ids(gguf, LSTRIP)?, right: ids(gguf, RSTRIP)? },
             tokens,
             kinds,
             scores,
             merges,
-        };
-        metadata.checked()
+        }
+        .checked()?;
+        let is_phi3 = gguf.str("general.architecture").is_ok_and(|name| name == "phi3");
+        if is_phi3 && model == TokenizerModel::SentencePiece && !has_strips {
+            metadata.strips.right = metadata.stripping_in_phi3();
+        }
+        Ok(metadata)
     }
 
-    /// Refuses lists that disagree in length, and gives tokens that steer the model, by text or by name, their right kind.
+    /// GGUF does not say it, and Phi-3 was trained with it.
+    fn stripping_in_phi3(&self) -> HashSet<u32> {
+        let is_added = |kind: TokenKind| matches!(kind, TokenKind::Control | TokenKind::UserDefined);
+        let strips = |text: &str, kind: TokenKind| is_added(kind) && !PHI3_WITHOUT_RSTRIP.contains(&text);
+        self.iter().filter(|(_, text, kind)| strips(text, *kind)).map(|(id, ..)| id).collect()
+    }
+
+    /// Refuses lists that disagree in length, and gives tokens that steer the model, by text or by name, their right kind,
+    /// and those that are text the text that they stand for.
     pub fn checked(mut self) -> Result<Self, TokenizerError> {
         let num_tokens = self.tokens.len();
         let lengths = [(TOKEN_TYPES, self.kinds.len()), (SCORES, self.scores.len())];
@@ -161,16 +222,34 @@ impl TokenizerMetadata {
         if let Some(&(key, len)) = lengths.iter().take(wanted).find(|(_, len)| *len != num_tokens) {
             return Err(TokenizerError::Length { key, len, num_tokens });
         }
-        for (kind, text) in self.kinds.iter_mut().zip(&self.tokens) {
-            if *kind == TokenKind::UserDefined && sentinels::is_structural(text) {
-                *kind = TokenKind::Control;
-            }
-        }
+        let named: Vec<u32> = self.bos.iter().chain(&self.eos).chain(&self.other_ends).copied().collect();
+        let steers = |id: u32, text: &str| {
+            // Some files name a comma or a line feed, which text must be able to become all the same.
+            sentinels::is_structural(text) || named.contains(&id) && text.chars().nth(1).is_some()
+        };
+        let mut raised: HashSet<u32> = self
+            .iter()
+            .filter(|(_, _, kind)| matches!(kind, TokenKind::Normal | TokenKind::UserDefined | TokenKind::Unused))
+            .filter(|(id, text, _)| steers(*id, text))
+            .map(|(id, ..)| id)
+            .collect();
+        // What text is merged to is text.
+        let is_merged = |text: &str| {
+            let parts = |(left, right): &(String, String)| text.strip_prefix(left.as_str()) == Some(right.as_str());
+            self.merges.iter().any(parts)
+        };
+        raised.retain(|id| !is_merged(&self.tokens[*id as usize]));
         self.fim = self.find_fim();
-        for id in self.fim.iter().flat_map(FimTokens::all) {
+        raised.extend(self.fim.iter().flat_map(FimTokens::all));
+        for id in raised {
             if let Some(kind) = self.kinds.get_mut(id as usize) {
                 *kind = TokenKind::Control;
             }
+        }
+        if self.model == TokenizerModel::SentencePiece {
+            // Added tokens are found in the text itself, whose spaces are spaces.
+            let added = self.tokens.iter_mut().zip(&self.kinds).filter(|(_, kind)| **kind == TokenKind::UserDefined);
+            added.for_each(|(text, _)| *text = text.replace('▁', " "));
         }
         Ok(self)
     }
@@ -276,6 +355,15 @@ fn optional_id(gguf: &GgufFile, key: &str, num_tokens: usize) -> Result<Option<u
         Ok(small) if id < num_tokens => Ok(Some(small)),
         _ => Err(TokenizerError::IdOutOfRange { key: key.to_string(), id, num_tokens }),
     }
+}
+
+/// A list of token ids; empty if the file has none.
+fn ids(gguf: &GgufFile, key: &str) -> Result<HashSet<u32>, TokenizerError> {
+    if gguf.metadata(key).is_none() {
+        return Ok(HashSet::new());
+    }
+    let ids = list(gguf, key, "a list of token ids", |v| v.to_u32().ok())?;
+    Ok(ids.into_iter().collect())
 }
 
 fn optional_bool(gguf: &GgufFile, key: &str) -> Result<Option<bool>, TokenizerError> {

@@ -203,6 +203,8 @@ pub fn write_checkpoint(folder: &Path, family: &Family, config: &Json, without: 
         tensors.iter().map(|(name, shape, bytes)| (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
     fs::write(folder.join("model.safetensors"), serialize(views, None).unwrap()).unwrap();
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
-    let tokenizer = json!({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}});
+    let pre_tokenizer =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let tokenizer = json!({"pre_tokenizer": pre_tokenizer, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}});
     fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
 }

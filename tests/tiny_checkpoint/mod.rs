@@ -8,9 +8,12 @@ pub mod packing;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
 use half::bf16;
 use lorry::model::checkpoint::{Quantization, quantized};
+use lorry::model::gguf::GgufFile;
+use lorry::tokenizer::Tokenizer;
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde_json::{Value, json};
 
@@ -93,6 +96,28 @@ pub fn tokenizer_json() -> Value {
     })
 }
 
+/// A SentencePiece tokenizer as Llama's, Gemma's and Phi-3's files have it, without a step for spaces.
+pub fn pieces_json() -> Value {
+    let specials = ["<unk>", "<s>", "</s>"].map(str::to_owned).into_iter();
+    let bytes = (0..256).map(|byte| format!("<0x{byte:02X}>"));
+    // Every one is a character or made of two before it, by a merge.
+    let pieces = ["▁", "a", "x", "▁a", "▁▁", "▁▁▁▁", "ax", "▁ax", "x▁", "x▁a"];
+    let merges = ["▁ ▁", "▁▁ ▁▁", "a x", "▁ ax", "▁ a", "x ▁", "x ▁a"];
+    let vocab: BTreeMap<String, usize> = specials.chain(bytes).chain(pieces.map(str::to_owned)).zip(0..).collect();
+    let added = |id: usize, content: &str, special: bool| {
+        json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+               "normalized": false, "special": special})
+    };
+    json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [added(0, "<unk>", true), added(1, "<s>", true), added(2, "</s>", true),
+                         added(269, "<|user|>", true), added(270, "<|end|>", true), added(271, "<mark>", false)],
+        "normalizer": null, "pre_tokenizer": null, "post_processor": null, "decoder": null,
+        "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+                  "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "vocab": vocab, "merges": merges}
+    })
+}
+
 impl Checkpoint {
     pub fn new(model_type: &str) -> Self {
         let mut tensors = BTreeMap::new();
@@ -132,6 +157,14 @@ impl Checkpoint {
 
     pub fn write(&self, file: &str, text: impl AsRef<[u8]>) {
         fs::write(self.path().join(file), text).unwrap();
+    }
+
+    /// What this tokenizer becomes, and the same as the library reads it.
+    pub fn tokenizers(&self, tokenizer: &Value) -> (Arc<Tokenizer>, tokenizers::Tokenizer) {
+        self.write("tokenizer.json", tokenizer.to_string());
+        let gguf = GgufFile::open(&self.convert("q8_0").unwrap()).unwrap();
+        let theirs = tokenizers::Tokenizer::from_file(self.path().join("tokenizer.json")).unwrap();
+        (Arc::new(Tokenizer::from_gguf(&gguf).unwrap()), theirs)
     }
 
     pub fn write_shard(&self, file: &str, wanted: impl Fn(&str) -> bool) {

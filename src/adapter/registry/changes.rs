@@ -11,7 +11,7 @@ use super::outcome::Loaded;
 use super::worker::{Worker, noticed};
 use crate::adapter::canonical::Adapter;
 use crate::adapter::error::AdapterError;
-use crate::adapter::files::{AdapterFiles, Fingerprint, Glance};
+use crate::adapter::files::{AdapterFiles, Fingerprint, Glance, report_left_out};
 use crate::adapter::generations;
 use crate::adapter::residency::Urgency;
 use crate::adapter::root::Root;
@@ -32,6 +32,7 @@ impl Worker {
         let folder = root
             .folder(path)
             .map_err(|_| ChangeError::Source("there is no such folder under the folder of adapters".to_owned()))?;
+        report_left_out(name, &folder);
         let (_, files) = AdapterFiles::read_settled(&folder, self.options.max_adapter_bytes);
         self.install(name, &files.map_err(|e| ChangeError::Refused(e.to_string()))?, expected)
     }

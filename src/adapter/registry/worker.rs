@@ -18,7 +18,7 @@ use super::{RegistryOptions, Shared};
 use crate::adapter::canonical::Adapter;
 use crate::adapter::compose::compose;
 use crate::adapter::error::AdapterError;
-use crate::adapter::files::{AdapterFiles, Fingerprint, Glance};
+use crate::adapter::files::{AdapterFiles, Fingerprint, Glance, report_left_out};
 use crate::adapter::residency::Urgency;
 use crate::adapter::root::{NAME_RULE, Root, is_valid_name};
 use crate::adapter::{generations, loader};
@@ -138,6 +138,7 @@ impl Worker {
                 return self.shared.lock().finish_adapter(name, loaded, self.shared.now());
             }
         };
+        report_left_out(name, &folder);
         let (fingerprint, files) = AdapterFiles::read_settled(&folder, self.options.max_adapter_bytes);
         let known = self.shared.lock().known_generation(name, &fingerprint);
         let (generation, adapter) = self.loaded(name, files);

@@ -13,6 +13,7 @@ use super::matrix::{Form, Matrix};
 use super::prequantized::Prequantized;
 use super::quantize::{self, Quantization};
 use super::shards::Shards;
+use crate::model::base_weights::HEAD_TENSOR;
 
 pub struct Converter<'a> {
     config: &'a Config,
@@ -46,6 +47,10 @@ impl<'a> Converter<'a> {
             if let Some(gguf) = self.gguf_name(name)? {
                 named.entry(gguf).or_default().push(name);
             }
+        }
+        if self.config.ties_embedding == Some(false) && !named.contains_key(HEAD_TENSOR) {
+            let reason = "tie_word_embeddings: false, and the checkpoint has no lm_head.weight: copy it whole";
+            return Err(CheckpointError::file("config.json", reason));
         }
         let (left, done) = (Mutex::new(named.into_iter()), Mutex::new(Ok(Vec::new())));
         std::thread::scope(|scope| {

@@ -11,6 +11,7 @@ mod family;
 mod fields;
 mod integers;
 mod matrix;
+mod post_processor;
 mod prequantized;
 mod quantize;
 mod rope;
@@ -40,7 +41,7 @@ use super::pull;
 use crate::hexadecimal::hexadecimal;
 
 /// Of the way that a checkpoint is converted: a file of another one is made anew.
-const VERSION: &str = "3";
+const VERSION: &str = "4";
 /// What a converted file was made of, in its metadata.
 const SOURCE: &str = "lorry.checkpoint.fingerprint";
 const MAX_TEXT_BYTES: u64 = 256 << 20;

@@ -6,13 +6,17 @@ use std::path::Path;
 use candle_core::quantized::gguf_file::Value as Gguf;
 use serde::Deserialize;
 use serde_json::Value;
+use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
+use tokenizers::{NormalizedString, Normalizer, NormalizerWrapper};
 
 use super::config::Config;
 use super::fields::ids;
+use super::post_processor::Surroundings;
 use super::{CheckpointError, read_json, read_text};
-use crate::tokenizer::{NORMALIZER, PRE_TOKENIZER};
+use crate::prompt::chat;
+use crate::tokenizer::{LSTRIP, METASPACE, NORMALIZER, PRE_TOKENIZER, RSTRIP};
 
-const FILE: &str = "tokenizer.json";
+pub const FILE: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
 const CHAT_TEMPLATE: &str = "chat_template.jinja";
@@ -33,6 +37,7 @@ struct BpeModel {
     kind: Option<String>,
     vocab: HashMap<String, u32>,
     merges: Vec<Merge>,
+    dropout: Option<f32>,
     unk_token: Option<String>,
     #[serde(default)]
     byte_fallback: bool,
@@ -64,6 +69,15 @@ struct AddedToken {
     id: u32,
     content: String,
     special: bool,
+    #[serde(default)]
+    single_word: bool,
+    #[serde(default)]
+    lstrip: bool,
+    #[serde(default)]
+    rstrip: bool,
+    /// Whether it is found in the text behind the normalizer.
+    #[serde(default)]
+    normalized: bool,
 }
 
 /// The part of `tokenizer_config.json` that matters.
@@ -72,6 +86,7 @@ struct TokenizerConfig {
     bos_token: Option<TokenText>,
     eos_token: Option<TokenText>,
     add_bos_token: Option<bool>,
+    add_eos_token: Option<bool>,
     chat_template: Option<Templates>,
 }
 
@@ -119,6 +134,7 @@ pub fn metadata(folder: &Path, config: &Config) -> Result<Vec<(String, Gguf)>, C
     let beside = read_json::<TokenizerConfig>(folder, CONFIG)?.unwrap_or_default();
     let generation = read_json::<GenerationConfig>(folder, GENERATION_CONFIG)?.unwrap_or_default();
     refuse_unknown_model(&file.model)?;
+    refuse_unknown_flags(&file)?;
 
     let is_sentence_piece = file.model.byte_fallback;
     let vocabulary = Vocabulary::new(&file, config.vocab_size)?;
@@ -126,9 +142,18 @@ pub fn metadata(folder: &Path, config: &Config) -> Result<Vec<(String, Gguf)>, C
     let mut set = |key: &str, value: Gguf| pairs.push((format!("tokenizer.ggml.{key}"), value));
     if is_sentence_piece {
         set("model", Gguf::String("llama".to_owned()));
-        set("add_space_prefix", Gguf::Bool(prefixes_space(&file)?));
+        let (prepend, metaspace) = spaces(&file)?;
+        set("add_space_prefix", Gguf::Bool(prepend != PrependScheme::Never));
+        pairs.extend(metaspace.map(|step| (METASPACE.to_owned(), Gguf::String(step.to_string()))));
+        let mut set = |key: &str, value: Gguf| pairs.push((format!("tokenizer.ggml.{key}"), value));
         set("scores", array(vocabulary.scores(&file.model.merges)?, Gguf::F32));
     } else {
+        let mut all_steps = steps(file.pre_tokenizer.as_ref(), "pretokenizers");
+        all_steps.extend(steps(file.normalizer.as_ref(), "normalizers"));
+        if !all_steps.into_iter().any(|step| step.get("type") == Some(&"ByteLevel".into())) {
+            let reason = "pre_tokenizer: without a step ByteLevel, a BPE model is served with byte_fallback only";
+            return Err(CheckpointError::file(FILE, reason));
+        }
         set("model", Gguf::String("gpt2".to_owned()));
         // The steps themselves, not the name of one of the few sequences of steps that have a name.
         let json = |step: &Option<Value>| Gguf::String(step.as_ref().unwrap_or(&Value::Null).to_string());
@@ -142,7 +167,33 @@ pub fn metadata(folder: &Path, config: &Config) -> Result<Vec<(String, Gguf)>, C
         Some(TokenText::Text(text) | TokenText::Token { content: text }) => vocabulary.id(text),
         None => None,
     };
-    let bos = id_of(&beside.bos_token).or(config.bos_token_id);
+    let around = Surroundings::of(file.post_processor.as_ref())?;
+    let first = around.before.first().map(|text| vocabulary.id(text));
+    let bos = id_of(&beside.bos_token).or(config.bos_token_id).or(first.flatten());
+    match (beside.add_eos_token, around.behind.first()) {
+        (Some(true), _) => {
+            let reason = "add_eos_token: true is not served: nothing would follow the end that it puts behind a prompt";
+            return Err(CheckpointError::file(CONFIG, reason));
+        }
+        (None, Some(text)) => {
+            return Err(CheckpointError::file(
+                FILE,
+                format!("post_processor: {text:?} behind every text is not served"),
+            ));
+        }
+        _ => {}
+    }
+    let adds_bos = match (beside.add_bos_token, &around.before[..]) {
+        (Some(adds), _) => adds,
+        (None, []) => false,
+        (None, [_]) if first == Some(bos) => true,
+        (None, before) => {
+            return Err(CheckpointError::file(
+                FILE,
+                format!("post_processor: {before:?} before every text is not served"),
+            ));
+        }
+    };
     let named_ends = generation.eos_token_id.as_ref().map(|value| {
         ids(value).ok_or_else(|| CheckpointError::file(GENERATION_CONFIG, "eos_token_id: is no token id"))
     });
@@ -165,7 +216,6 @@ pub fn metadata(folder: &Path, config: &Config) -> Result<Vec<(String, Gguf)>, C
     for (key, id) in ["eos_token_id", "eot_token_id", "eom_token_id"].into_iter().zip(ends) {
         set(key, Gguf::U32(id));
     }
-    let adds_bos = beside.add_bos_token.unwrap_or_else(|| bos.is_some_and(|bos| begins_with(&file, &vocabulary, bos)));
     set("add_bos_token", Gguf::Bool(adds_bos));
     if let Some(bos) = bos {
         set("bos_token_id", Gguf::U32(bos));
@@ -177,9 +227,12 @@ pub fn metadata(folder: &Path, config: &Config) -> Result<Vec<(String, Gguf)>, C
     set("tokens", array(vocabulary.tokens, Gguf::String));
     set("token_type", array(vocabulary.kinds, Gguf::I32));
 
-    if let Some(template) = chat_template(folder, beside.chat_template)? {
-        pairs.push(("tokenizer.chat_template".to_owned(), Gguf::String(template)));
+    // Without any, a reader that knows the architecture might take it to be meant.
+    for (key, strips) in [(LSTRIP, (|token| token.lstrip) as fn(&AddedToken) -> bool), (RSTRIP, |token| token.rstrip)] {
+        let ids = file.added_tokens.iter().filter(|token| strips(token)).map(|token| token.id);
+        pairs.push((key.to_owned(), array(ids, Gguf::U32)));
     }
+    pairs.extend(chat_templates(folder, beside.chat_template)?);
     Ok(pairs)
 }
 
@@ -197,10 +250,39 @@ fn refuse_unknown_model(model: &BpeModel) -> Result<(), CheckpointError> {
         ("continuing_subword_prefix", &model.continuing_subword_prefix),
         ("end_of_word_suffix", &model.end_of_word_suffix),
     ];
+    if let Some(dropout) = model.dropout.filter(|dropout| *dropout != 0.0) {
+        return refuse(format!("dropout {dropout}"));
+    }
+    if model.byte_fallback && model.ignore_merges {
+        return refuse("ignore_merges with byte_fallback".to_owned());
+    }
     match affixes.into_iter().find_map(|(name, text)| text.as_ref().filter(|t| !t.is_empty()).map(|t| (name, t))) {
         Some((name, text)) => refuse(format!("{name} {text:?}")),
         None => Ok(()),
     }
+}
+
+/// Refuses what decides where an added token is found and is not carried over.
+fn refuse_unknown_flags(file: &TokenizerFile) -> Result<(), CheckpointError> {
+    let refuse = |token: &AddedToken, what: &str| {
+        Err(CheckpointError::file(FILE, format!("added_tokens: {what} of {:?} is not served", token.content)))
+    };
+    if let Some(token) = file.added_tokens.iter().find(|token| token.single_word) {
+        return refuse(token, "single_word");
+    }
+    // SentencePiece's writes spaces as "▁" and puts one before the text. By the letter, an older Llama's `</s>` would be
+    // found behind a space only, which nobody has meant.
+    let Some(normalizer) = file.normalizer.as_ref().filter(|_| !file.model.byte_fallback) else { return Ok(()) };
+    let unusable = |e: &dyn std::fmt::Display| CheckpointError::file(FILE, format!("normalizer: {e}"));
+    let normalizer: NormalizerWrapper = serde_json::from_value(normalizer.clone()).map_err(|e| unusable(&e))?;
+    for token in file.added_tokens.iter().filter(|token| token.normalized) {
+        let mut text = NormalizedString::from(token.content.as_str());
+        normalizer.normalize(&mut text).map_err(|e| unusable(&e))?;
+        if text.get() != token.content {
+            return refuse(token, "normalized");
+        }
+    }
+    Ok(())
 }
 
 struct Vocabulary {
@@ -268,49 +350,66 @@ impl Vocabulary {
     }
 }
 
-/// Whether SentencePiece puts a space before a text: by Llama's normalizer, or by the pre-tokenizer of newer files.
-fn prefixes_space(file: &TokenizerFile) -> Result<bool, CheckpointError> {
-    let steps = |step: &Option<Value>, list: &str| match step {
-        None => Vec::new(),
-        Some(step) => step.get(list).and_then(Value::as_array).cloned().unwrap_or_else(|| vec![step.clone()]),
-    };
-    let mut prefixes = false;
-    for step in steps(&file.normalizer, "normalizers").iter().chain(&steps(&file.pre_tokenizer, "pretokenizers")) {
+/// What SentencePiece puts before a text: by Llama's normalizer, or by the pre-tokenizer of newer files, which is given too.
+fn spaces(file: &TokenizerFile) -> Result<(PrependScheme, Option<&Value>), CheckpointError> {
+    let refuse =
+        |step: &Value| CheckpointError::file(FILE, format!("the step {step} is not served with byte_fallback"));
+    let mut prepend = PrependScheme::Never;
+    let mut metaspace = None;
+    let mut all_steps = steps(file.normalizer.as_ref(), "normalizers");
+    all_steps.extend(steps(file.pre_tokenizer.as_ref(), "pretokenizers"));
+    for step in all_steps {
         match step.get("type").and_then(Value::as_str) {
-            Some("Prepend") => prefixes = true,
-            Some("Metaspace") => {
-                let scheme = step.get("prepend_scheme").and_then(Value::as_str);
-                prefixes |= scheme.map_or(step.get("add_prefix_space") == Some(&Value::Bool(true)), |s| s != "never");
+            Some("Prepend") if step.get("prepend") == Some(&"▁".into()) => prepend = PrependScheme::Always,
+            // Beside the other it would be a third way.
+            Some("Metaspace") if prepend == PrependScheme::Never && metaspace.is_none() => {
+                let parsed: Metaspace = serde_json::from_value(step.clone())
+                    .map_err(|e| CheckpointError::file(FILE, format!("the step {step}: {e}")))?;
+                if parsed.get_replacement() != '▁' {
+                    return Err(refuse(step));
+                }
+                prepend = parsed.prepend_scheme;
+                metaspace = Some(step);
             }
             // " " into "▁", which is how SentencePiece writes it; Gemma cuts at spaces, of which none is left then.
-            Some("Replace") if step.get("content") == Some(&"▁".into()) => {}
+            Some("Replace")
+                if step.get("content") == Some(&"▁".into()) && step.pointer("/pattern/String") == Some(&" ".into()) =>
+                {}
             Some("Split") if step.pointer("/pattern/String") == Some(&" ".into()) => {}
-            _ => return Err(CheckpointError::file(FILE, format!("the step {step} is not served with byte_fallback"))),
+            _ => return Err(refuse(step)),
         }
     }
-    Ok(prefixes)
+    Ok((prepend, metaspace))
 }
 
-/// Whether the file puts `bos` before every text.
-fn begins_with(file: &TokenizerFile, vocabulary: &Vocabulary, bos: u32) -> bool {
-    let processors = match &file.post_processor {
-        None => return false,
-        Some(one) => one.get("processors").and_then(Value::as_array).cloned().unwrap_or_else(|| vec![one.clone()]),
-    };
-    processors.iter().any(|processor| {
-        let first = processor.pointer("/single/0/SpecialToken/id").and_then(Value::as_str);
-        first.and_then(|text| vocabulary.id(text)) == Some(bos)
-    })
-}
-
-/// A file of its own goes before the configuration's; of several the one that is meant where none is named.
-fn chat_template(folder: &Path, named: Option<Templates>) -> Result<Option<String>, CheckpointError> {
-    if let Some(template) = read_text(folder, CHAT_TEMPLATE)? {
-        return Ok(Some(template));
+/// The steps of a part of `tokenizer.json`: those of a sequence are in its field `list`.
+pub fn steps<'a>(part: Option<&'a Value>, list: &str) -> Vec<&'a Value> {
+    let Some(step) = part else { return Vec::new() };
+    match step.get(list).and_then(Value::as_array) {
+        Some(sequence) => sequence.iter().flat_map(|step| steps(Some(step), list)).collect(),
+        None => vec![step],
     }
-    Ok(match named {
-        None => None,
-        Some(Templates::One(template)) => Some(template),
-        Some(Templates::Named(list)) => list.into_iter().find(|named| named.name == "default").map(|n| n.template),
-    })
+}
+
+/// A file of its own goes before what the configuration has under no name, or as the default.
+fn chat_templates(folder: &Path, named: Option<Templates>) -> Result<Vec<(String, Gguf)>, CheckpointError> {
+    let mut pairs: Vec<(String, Gguf)> = Vec::new();
+    let mut set = |key: String, template: String| pairs.push((key, Gguf::String(template)));
+    let of_file = read_text(folder, CHAT_TEMPLATE)?;
+    let has_file = of_file.is_some();
+    of_file.into_iter().for_each(|template| set(chat::KEY.to_owned(), template));
+    match named {
+        Some(Templates::One(template)) if !has_file => set(chat::KEY.to_owned(), template),
+        None | Some(Templates::One(_)) => {}
+        Some(Templates::Named(list)) => {
+            for NamedTemplate { name, template } in list {
+                match name.as_str() {
+                    "default" if has_file => {}
+                    "default" => set(chat::KEY.to_owned(), template),
+                    name => set(format!("{}{name}", chat::NAMED), template),
+                }
+            }
+        }
+    }
+    Ok(pairs)
 }
