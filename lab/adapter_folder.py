@@ -10,7 +10,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from recipe import Recipe
-from tasks import task_named
 
 
 @dataclass(frozen=True)
@@ -76,13 +75,14 @@ def write_adapter(model: PeftModel, recipe: Recipe, figures: Figures, out: Path)
     # safetensors leaves a file that nobody but its owner reads; a server may run as another user.
     weights_file.chmod(config_file.stat().st_mode)
     config_file.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    (out / "training.json").write_text(json.dumps(asdict(figures), indent=1) + "\n", encoding="utf-8")
     (out / "adapter.toml").write_text(_manifest(recipe), encoding="utf-8")
     (out / "README.md").write_text(_card(recipe, figures, weights_file.stat().st_size), encoding="utf-8")
+    # Last: with it the folder is whole.
+    (out / "training.json").write_text(json.dumps(asdict(figures), indent=1) + "\n", encoding="utf-8")
 
 
 def _manifest(recipe: Recipe) -> str:
-    task = task_named(recipe.task)
+    task = recipe.data()
     entries = {
         "task": task.name,
         "description": f"{task.description}; {_method(recipe)}.",
@@ -109,7 +109,7 @@ def _method(recipe: Recipe) -> str:
 
 
 def _card(recipe: Recipe, figures: Figures, num_bytes: int) -> str:
-    task, training = task_named(recipe.task), recipe.training
+    task, training = recipe.data(), recipe.training
     settings = ", ".join(f"{key} {value}" for key, value in recipe.peft.items())
     if recipe.prefix_text is not None:
         settings += f", from the keys and values of {json.dumps(recipe.prefix_text)}"

@@ -63,3 +63,40 @@ def read_pairs(file: Path) -> list[tuple[str, str]]:
     if not pairs:
         raise BadData(f"{file} is empty")
     return pairs
+
+
+def read_conversations(file: Path) -> list[list[tuple[str | list[dict[str, str]], str]]]:
+    """What is to be learned from each line of a file of one's own as OpenAI's fine-tuning takes it: a text or a conversation,
+    and how it goes on. A conversation has an answer for each message of the assistant whose `weight` is not 0."""
+    lines = []
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            if "messages" in row:
+                messages = [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
+                answers = [
+                    (messages[:index], message["content"])
+                    for index, message in enumerate(row["messages"])
+                    if message["role"] == "assistant" and message.get("weight") != 0
+                ]
+            else:
+                answers = [(row["prompt"], row["completion"])]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            known = '{"messages": [{"role": …, "content": …}, …]} or {"prompt": …, "completion": …}'
+            raise BadData(f"{file}: line {number} must be {known}: {error!r}") from error
+        if not answers or not all(isinstance(answer, str) and answer for _, answer in answers):
+            raise BadData(f"{file}: line {number}: an answer must be there, be a text, and not empty")
+        lines.append(answers)
+    if not lines:
+        raise BadData(f"{file} is empty")
+    return lines
+
+
+def has_conversations(file: Path) -> bool:
+    """Whether a file of one's own is to be read by `read_conversations`; else it is by `read_pairs`."""
+    try:
+        with file.open("rb") as lines:
+            row = json.loads(lines.readline())
+    except (OSError, ValueError):
+        return False
+    return isinstance(row, dict) and not row.keys().isdisjoint(("messages", "prompt"))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tasks import OWN_DATA_SUFFIX, task_named
+from tasks import OWN_DATA_SUFFIX, Task, task_named
 
 
 class RecipeError(Exception):
@@ -51,6 +51,10 @@ class Recipe:
     """The fields of PEFT's configuration, `peft_type` among them."""
     training: Training
     base: str = "qwen2.5-coder:0.5b"
+    gguf: str | None = None
+    """The base's file, where it is not that of the catalogue."""
+    validation: str | None = None
+    """The dev split of a file of one's own; every tenth line of it if there is none."""
     export_rank: int | None = None
     """LoRA of a higher rank is cut to this one at the end: the best approximation of each site's product."""
     prefix_text: str | None = None
@@ -60,7 +64,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         try:
-            task_named(str(self.task))
+            self.data()
         except ValueError as error:
             raise ValueError(f"task: {error}") from error
         if not isinstance(self.peft, dict) or "peft_type" not in self.peft:
@@ -71,6 +75,9 @@ class Recipe:
         plain_lora = self.peft["peft_type"] == "LORA" and not (self.peft.get("use_dora") or self.peft.get("use_rslora"))
         if not plain_lora or not 1 <= self.export_rank <= self.peft.get("r", 8):
             raise ValueError("export_rank: only LoRA that is neither rsLoRA nor DoRA can be cut, and to at most its r")
+
+    def data(self) -> Task:
+        return task_named(str(self.task), self.validation)
 
 
 def _built(kind: type, table: Any, where: str) -> Any:
@@ -93,5 +100,7 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: {error}") from error
     if str(table.get("task")).endswith(OWN_DATA_SUFFIX):
         table["task"] = str(path.parent / table["task"])
+        if "validation" in table:
+            table["validation"] = str(path.parent / str(table["validation"]))
     table["training"] = _built(Training, table.get("training", {}), f"{path}: [training]")
     return _built(Recipe, table | {"sha256": hashlib.sha256(text).hexdigest()}, str(path))

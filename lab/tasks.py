@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_files import read_pairs, read_rows
+from data_files import has_conversations, read_conversations, read_pairs, read_rows
 
 # The paper's prompt, as a template of adapter.toml and for Python's str.format.
 INSTRUCTION_TEMPLATE = "### Instruction:\n{{ instruction }}\n### Response:\n"
@@ -19,7 +19,8 @@ END = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Example:
-    prompt: str
+    prompt: str | list[dict[str, str]]
+    """A text, or a conversation, which the base's chat template renders."""
     target: str
 
 
@@ -160,25 +161,45 @@ TASKS = {
 OWN_DATA_SUFFIX = ".jsonl"
 
 
-def task_named(name: str) -> Task:
-    """A task of the lab, or that of a file of one's own, whose every tenth example is the dev split.
+def task_named(name: str, validation: str | None = None) -> Task:
+    """A task of the lab, or that of a file of one's own, whose dev split is the file `validation` or every tenth line.
 
     Raises `ValueError` where there is none of the name.
     """
     if not name.endswith(OWN_DATA_SUFFIX):
         if name not in TASKS:
             raise ValueError(f"there is no `{name}`; known are {', '.join(TASKS)}, and files: PATH{OWN_DATA_SUFFIX}")
+        if validation is not None:
+            raise ValueError(f"`{name}` has a dev split of its own: leave `validation` out")
         return TASKS[name]
     file = Path(name)
-
-    def pairs(split: str) -> list[tuple[str, str]]:
-        return [pair for index, pair in enumerate(read_pairs(file)) if (index % 10 == 0) == (split == "dev")]
-
+    if has_conversations(file):
+        own: dict[str, Any] = _of_conversations(file, validation)
+        max_tokens = 1024
+    else:
+        own = _of_instructions(lambda split: _own_lines(read_pairs, file, validation, split), "train", "dev")
+        max_tokens = 256
     return Task(
         name=file.stem,
         description=f"What the examples of {file.name} show",
         data=file.name,
         licence="other",
-        **_of_instructions(pairs, "train", "dev"),
-        max_tokens=256,
+        **own,
+        max_tokens=max_tokens,
     )
+
+
+def _own_lines(read: Callable[[Path], list[Any]], file: Path, validation: str | None, split: str) -> list[Any]:
+    """What `read` gives for the lines of one split."""
+    if validation is not None:
+        return read(Path(validation) if split == "dev" else file)
+    return [line for index, line in enumerate(read(file)) if (index % 10 == 0) == (split == "dev")]
+
+
+def _of_conversations(file: Path, validation: str | None) -> dict[str, Any]:
+    def examples(split: str) -> list[Example]:
+        lines = _own_lines(read_conversations, file, validation, split)
+        return [Example(prompt, answer) for answers in lines for prompt, answer in answers]
+
+    # Without a template of the adapter's own: chats are rendered by the base's, and texts are prompts as they are.
+    return {"train": lambda: examples("train"), "dev": lambda: examples("dev"), "template": None}

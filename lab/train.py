@@ -5,18 +5,21 @@ resumed by the same command.
 """
 
 import argparse
+import json
+import math
 import os
 import random
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from jinja2 import TemplateError
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType, TaskType, get_peft_model
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_text
 from torch.nn.functional import cross_entropy
@@ -27,7 +30,7 @@ from adapter_folder import Figures, cut_rank, write_adapter
 from base import MissingModel, dequantised
 from data_files import REPOSITORY, BadData, MissingData
 from recipe import Recipe, RecipeError, load_recipe
-from tasks import END, Example, task_named
+from tasks import END, Example
 
 CHECKPOINT_SECONDS = 120
 IGNORED = -100
@@ -44,10 +47,21 @@ def encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_toke
     end = tokenizer.convert_tokens_to_ids(END)
     if end is None:
         raise TrainingError(f"the base has no token {END}, with which every answer ends")
-    prompts = tokenizer([example.prompt for example in examples], add_special_tokens=False).input_ids
+    prompts = tokenizer([_text(example.prompt, tokenizer) for example in examples], add_special_tokens=False).input_ids
     targets = tokenizer([example.target for example in examples], add_special_tokens=False).input_ids
-    rows = [(prompt, [*target, end]) for prompt, target in zip(prompts, targets)]
+    # In a chat an answer ends as the base ends its own.
+    ends = [end if isinstance(example.prompt, str) else tokenizer.eos_token_id for example in examples]
+    rows = [(prompt, [*target, end]) for prompt, target, end in zip(prompts, targets, ends)]
     return [row for row in rows if len(row[0]) + len(row[1]) <= max_tokens]
+
+
+def _text(prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    try:
+        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    except (ValueError, TemplateError) as error:
+        raise TrainingError(f"the base's chat template cannot render an example: {error}") from error
 
 
 def drawn(rows: list[Ids], count: int | None, seed: int) -> list[Ids]:
@@ -95,7 +109,7 @@ class Trainee:
     """The base with its adapter, and the loss of a batch."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        folder = dequantised(recipe.base)
+        folder = dequantised(recipe.gguf or recipe.base)
         self.device = device
         self.bf16 = has_fast_bf16(device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -168,7 +182,11 @@ class Trainee:
 class Run:
     """A training under way; `state` is what a checkpoint holds beside the weights."""
 
-    def __init__(self, recipe: Recipe, out: Path, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, out: Path, device: torch.device, report: Callable[..., None] = lambda **line: None
+    ) -> None:
+        """`report` is told of the progress, line by line."""
+        self.report = report
         self.recipe, self.out, self.checkpoint = recipe, out, out / "checkpoint.pt"
         training = recipe.training
         random.seed(training.seed)
@@ -178,11 +196,12 @@ class Run:
         self.optimizer = Adafactor(
             self.trainee.trained.values(), lr=training.learning_rate, scale_parameter=False, relative_step=False
         )
-        task, tokenizer = task_named(recipe.task), self.trainee.tokenizer
-        self.rows = drawn(encode(task.train(), tokenizer, training.max_tokens), training.max_examples, training.seed)
-        self.dev = drawn(
-            encode(task.dev(), tokenizer, training.max_tokens), training.validation_examples, training.seed
-        )
+        task, tokenizer = recipe.data(), self.trainee.tokenizer
+        train, dev = task.train(), task.dev()
+        rows, dev_rows = (encode(examples, tokenizer, training.max_tokens) for examples in (train, dev))
+        self.left_out = len(train) + len(dev) - len(rows) - len(dev_rows)
+        self.rows = drawn(rows, training.max_examples, training.seed)
+        self.dev = drawn(dev_rows, training.validation_examples, training.seed)
         if not self.rows or not self.dev:
             raise TrainingError(
                 f"no example of task {recipe.task} has at most {training.max_tokens} tokens: max_tokens"
@@ -233,6 +252,7 @@ class Run:
 
     def validate(self) -> None:
         loss = self.trainee.mean_loss(self.dev, self.recipe.training.batch_size)
+        self.report(type="validation", step=self.state["step"], loss=loss)
         tqdm.write(f"step {self.state['step']}: loss on the dev split {loss:.4f}")
         if loss < self.state["best_loss"]:
             self.state["best_loss"], self.state["best"] = loss, self.trainee.weights()
@@ -261,9 +281,14 @@ class Run:
         """To the last step; leaves the weights with the lowest loss on the dev split."""
         training, trainee = self.recipe.training, self.trainee
         self.resume()
+        self.report(
+            type="begin", step=self.state["step"], steps=self.num_steps, examples=len(self.rows),
+            validation_examples=len(self.dev), left_out=self.left_out,
+        )  # fmt: skip
         if self.state["base_loss"] is None:
             with trainee.model.disable_adapter():
                 self.state["base_loss"] = trainee.mean_loss(self.dev, training.batch_size)
+            self.report(type="validation", step=0, loss=self.state["base_loss"])
             tqdm.write(f"loss of the base on the dev split {self.state['base_loss']:.4f}")
         trainee.model.train()
         last_saved, clock = time.monotonic(), ComputeClock(trainee.device)
@@ -271,6 +296,7 @@ class Run:
             for batch in self.batches():
                 loss = self.step(batch)
                 self.state["seconds"] += clock.elapsed()
+                self.report(type="step", step=self.state["step"], loss=loss, tokens=self.state["tokens"])
                 bar.update()
                 tokens_per_second = self.state["tokens"] / self.state["seconds"]
                 bar.set_postfix(loss=f"{loss:.3f}", tokens_per_second=f"{tokens_per_second:.0f}", refresh=False)
@@ -320,11 +346,22 @@ class Run:
         print(f"{self.out}: loss on the dev split {figures.validation_loss}, the base's {figures.base_validation_loss}")
 
 
+def print_line(**line: Any) -> None:
+    """As the server's fine-tuning reads it; a loss that is no number ends the training or is not kept."""
+    if all(math.isfinite(value) for value in line.values() if isinstance(value, float)):
+        print(json.dumps(line), flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", type=Path, help="a file of lab/recipes")
     parser.add_argument("--out", type=Path, help="where the checkpoint and then the adapter go; default: lab/runs/NAME")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--progress",
+        action="store_true",
+        help="print the progress as lines of JSON; and let a training that has ended be one that has gone well",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; default: every core")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -332,7 +369,9 @@ def main() -> int:
     try:
         recipe = load_recipe(arguments.recipe)
         out = arguments.out or REPOSITORY / "lab" / "runs" / recipe.name
-        run = Run(recipe, out, torch.device(arguments.device))
+        if arguments.progress and (out / "training.json").is_file():
+            return 0
+        run = Run(recipe, out, torch.device(arguments.device), **({"report": print_line} if arguments.progress else {}))
         run.train()
         run.write()
     except (BadData, MissingData, MissingModel, RecipeError, TrainingError, OSError) as error:

@@ -1,6 +1,7 @@
 """What is trained on: gaps, splits that share nothing, stores of examples."""
 
 import ast
+import json
 
 import pytest
 from data_files import REPOSITORY, BadData
@@ -66,3 +67,52 @@ def test_a_file_of_ones_own_that_is_wrong_is_refused_by_its_line(tmp_path, text,
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(BadData, match=complaint):
         task_named(str(file)).train()
+
+
+def _lines(*rows):
+    return "\n".join(json.dumps(row) for row in rows)
+
+
+def test_a_file_for_openais_fine_tuning_has_an_example_for_each_answer_that_counts(tmp_path):
+    system, question = {"role": "system", "content": "s"}, {"role": "user", "content": "q"}
+    answers = [{"role": "assistant", "content": text} for text in ("first", "second")]
+    file, validation = tmp_path / "mine.jsonl", tmp_path / "dev.jsonl"
+    file.write_text(_lines({"messages": [system, question, answers[0], question, answers[1]]}))
+    validation.write_text(_lines({"messages": [question, answers[0] | {"weight": 0}, question, answers[1]]}))
+    task = task_named(str(file), str(validation))
+    assert task.template is None
+    assert [(example.prompt, example.target) for example in task.train()] == [
+        ([system, question], "first"),
+        ([system, question, answers[0], question], "second"),
+    ]
+    assert [(example.prompt, example.target) for example in task.dev()] == [([question, answers[0], question], "second")]
+
+
+def test_pairs_of_prompt_and_completion_are_taken_as_they_are(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(_lines(*({"prompt": f"p{index}", "completion": "c"} for index in range(20))))
+    task = task_named(str(file))
+    assert [example.prompt for example in task.dev()] == ["p0", "p10"]
+    assert len(task.train()) == 18 and task.template is None
+
+
+@pytest.mark.parametrize(
+    ("second", "complaint"),
+    [
+        ({"prompt": "a"}, "line 2 must be .*KeyError"),
+        ({"prompt": "a", "completion": ""}, "line 2: an answer"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "line 2: an answer"),
+        ({"messages": ["a"]}, "line 2 must be"),
+        ([1], "line 2 must be"),
+    ],
+)
+def test_a_conversation_that_is_wrong_is_refused_by_its_line(tmp_path, second, complaint):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(_lines({"prompt": "a", "completion": "b"}, second))
+    with pytest.raises(BadData, match=complaint):
+        task_named(str(file)).train()
+
+
+def test_only_a_file_of_ones_own_has_a_validation_file():
+    with pytest.raises(ValueError, match="dev split of its own"):
+        task_named("bash", "dev.jsonl")
