@@ -1,5 +1,6 @@
 //! The one place that wires everything: model file → decoder → engine, adapters, tokenizer → generation → HTTP.
 
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use crate::adapter::registry::{AdapterRegistry, RegistryError};
 use crate::config::{self, Config, ConfigError, EngineConfig};
 use crate::engine::EngineHandle;
 use crate::experiments::{Experiments, ModelNames, OnRollBack};
+use crate::fine_tuning::{self, FineTuning};
 use crate::generation::{Base, Generation};
 use crate::http::AppState;
 use crate::icl::{IclStores, OpenError};
@@ -47,6 +49,10 @@ pub enum AppError {
     PromptFormats(PromptError),
     #[error("no thread can be started for the experiments: {0}")]
     Experiments(io::Error),
+    #[error("the folder of adapters {path}, for fine-tuning, cannot be made: {source}")]
+    AdaptersFolder { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    FineTuning(#[from] fine_tuning::OpenError),
 }
 
 /// Everything that runs, loaded and ready to serve.
@@ -90,10 +96,16 @@ impl App {
         let experiments = Experiments::start(&config.experiments, database, names, metrics.clone(), on_roll_back)
             .map_err(AppError::Experiments)?;
 
+        let fine_tuning = config.fine_tuning.enabled.then(|| {
+            let (dir, base) = (config.fine_tuning.dir(&home), fine_tuning::Base { id: id.clone(), path: path.clone() });
+            FineTuning::start(&config.fine_tuning, dir, base, adapters.clone(), &metrics).map(Arc::new)
+        });
+        let fine_tuning = fine_tuning.transpose()?;
+
         let config = Arc::new(config);
         let generation =
             Generation::new(base, adapters.clone(), icl, formats, engine.clone(), metrics.clone(), config.clone());
-        let state = AppState::new(Arc::new(generation), Arc::new(experiments), metrics, config);
+        let state = AppState::new(Arc::new(generation), Arc::new(experiments), fine_tuning, metrics, config);
         Ok(Self { state, engine, adapters, spec })
     }
 }
@@ -113,6 +125,9 @@ fn load_base(path: &Path, id: &str, device: String) -> Result<Base, AppError> {
 
 fn load_adapters(config: &Config, path: &Path, metrics: &Arc<Metrics>) -> Result<AdapterRegistry, AppError> {
     let mut root = config.adapters.dir();
+    if let Some(root) = root.filter(|_| config.fine_tuning.enabled) {
+        fs::create_dir_all(root).map_err(|source| AppError::AdaptersFolder { path: root.to_path_buf(), source })?;
+    }
     if let Some(absent) = root.take_if(|root| *root == Path::new(config::DEFAULT_ADAPTERS_DIR) && !root.exists()) {
         warn!("there is no folder {}: serving the base alone", absent.display());
     }

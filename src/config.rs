@@ -20,6 +20,7 @@ use serde::{Deserialize, Deserializer};
 
 use crate::adapter::registry::RegistryOptions;
 use crate::experiments::ExperimentsConfig;
+use crate::fine_tuning::FineTuningConfig;
 use crate::model::checkpoint::Quantization;
 
 pub use secret::Secret;
@@ -57,6 +58,7 @@ pub struct Config {
     /// By name.
     pub prompt_formats: BTreeMap<String, PromptFormatConfig>,
     pub experiments: ExperimentsConfig,
+    pub fine_tuning: FineTuningConfig,
     pub log: LogConfig,
     pub traces: TracesConfig,
 }
@@ -319,6 +321,10 @@ impl Config {
         }
         self.server.validate_keys()?;
         self.experiments.validate(&self.model.id)?;
+        self.fine_tuning.validate()?;
+        if self.fine_tuning.enabled && self.adapters.dir().is_none() {
+            return Err("fine_tuning.enabled needs a folder for adapters: set adapters.dir".to_owned());
+        }
         let temperature = self.generation.fim_temperature;
         if !(0.0..=2.0).contains(&temperature) {
             return Err(format!("generation.fim_temperature must be between 0 and 2, not {temperature}"));

@@ -9,6 +9,7 @@
 
 pub mod adapter;
 pub mod app;
+mod atomic_file;
 mod background;
 pub mod bench;
 mod columns;
@@ -16,6 +17,7 @@ pub mod compare;
 pub mod config;
 pub mod engine;
 pub mod experiments;
+pub mod fine_tuning;
 pub mod generation;
 pub mod grammar;
 mod hexadecimal;

@@ -18,6 +18,7 @@ use lorry::adapter::import::{self, ImportError};
 use lorry::app::App;
 use lorry::bench::{self, BenchArgs, BenchError, Limits, Subject};
 use lorry::config::{self, Config, LogFormat, Overrides};
+use lorry::fine_tuning::launch::{self, LaunchArgs};
 use lorry::http;
 use lorry::loadgen::{self, LoadgenArgs};
 use lorry::log;
@@ -85,6 +86,9 @@ enum Command {
     },
     /// Put load on a running server, open loop: at rates, or as a trace tells. One JSON line for each.
     Loadgen(Box<LoadgenArgs>),
+    /// What a server starts as its trainer.
+    #[command(hide = true)]
+    Trainer(LaunchArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -176,6 +180,7 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
             Ok(())
         }
         Command::Loadgen(args) => Ok(loadgen::run(&args)?),
+        Command::Trainer(args) => Ok(launch::launch(&args)?),
         Command::Bench { config, args } => {
             let adapters = args.adapters.as_ref().map(|dir| dir.display().to_string());
             let (model, device) = (args.model.clone(), args.device.clone());

@@ -44,7 +44,7 @@ const TIMESTAMP_GRAIN: Duration = Duration::from_millis(20);
 const MAX_READINGS: usize = 4;
 
 /// What an adapter is made of: the bytes of its files.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdapterFiles {
     /// `adapter_config.json`
     pub config: Vec<u8>,

@@ -217,3 +217,18 @@ fn home_is_lorry_home_then_the_cache_folder_then_the_user_home() {
     assert_eq!(home("", "relative"), Path::new("/u/.cache/lorry"));
     assert!(matches!(lorry_home_from(|_| None, None), Err(ConfigError::NoHome)));
 }
+
+#[test]
+fn fine_tuning_that_cannot_be_is_refused_with_its_key() {
+    for (text, key) in [
+        ("[fine_tuning]\ncommand = []", "fine_tuning.command"),
+        ("[fine_tuning]\nnice = 20", "fine_tuning.nice"),
+        ("[fine_tuning]\nmax_file_mib = 0", "fine_tuning.max_file_mib"),
+        ("[fine_tuning]\nmax_files_mib = 1", "fine_tuning.max_files_mib"),
+        ("[fine_tuning]\nenabled = true\n[adapters]\ndir = ''", "adapters.dir"),
+    ] {
+        let error = load(Some(text), &[], &Overrides::default()).unwrap_err();
+        assert!(error.contains(key), "{text}: {error}");
+    }
+    assert!(!load(None, &[], &Overrides::default()).unwrap().fine_tuning.enabled);
+}

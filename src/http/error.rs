@@ -213,7 +213,7 @@ impl ApiError {
     }
 
     /// 507 for files that cannot be changed.
-    fn not_writable(message: String) -> Self {
+    pub fn not_writable(message: String) -> Self {
         Self::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", Some("not_writable"), message)
     }
 
@@ -221,6 +221,16 @@ impl ApiError {
     pub fn unknown_experiment(message: impl Into<String>) -> Self {
         let code = "experiment_not_found";
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some(code), message.into())
+    }
+
+    /// 404 for an uploaded file.
+    pub fn unknown_file(message: String) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some("file_not_found"), message).naming("id")
+    }
+
+    /// 404 for a fine-tuning job.
+    pub fn unknown_job(message: String) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some("job_not_found"), message).naming("id")
     }
 
     /// 404 for a response that is not kept; `param` is where it is named.

@@ -17,6 +17,7 @@ mod experiments;
 mod feedback;
 mod fields;
 mod fim;
+mod fine_tuning;
 mod gap;
 mod held_body;
 mod icl;
@@ -72,6 +73,7 @@ use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetReques
 
 use crate::config::{Config, ServerConfig};
 use crate::experiments::Experiments;
+use crate::fine_tuning::FineTuning;
 use crate::generation::{Generation, self_test};
 use crate::metrics::Metrics;
 use auth::{Keys, authenticate};
@@ -92,6 +94,8 @@ const PROBES: [&str; 2] = ["/health", "/metrics"];
 pub struct AppState {
     pub generation: Arc<Generation>,
     pub experiments: Arc<Experiments>,
+    /// `None` where it is off.
+    pub fine_tuning: Option<Arc<FineTuning>>,
     pub metrics: Arc<Metrics>,
     pub config: Arc<Config>,
     keys: Arc<Keys>,
@@ -105,6 +109,7 @@ impl AppState {
     pub fn new(
         generation: Arc<Generation>,
         experiments: Arc<Experiments>,
+        fine_tuning: Option<Arc<FineTuning>>,
         metrics: Arc<Metrics>,
         config: Arc<Config>,
     ) -> Self {
@@ -112,7 +117,7 @@ impl AppState {
         let keys = Arc::new(Keys::new(&config.server));
         let bodies = BodyBudget::new(config.server.max_body_bytes_in_flight);
         let responses = Arc::default();
-        Self { generation, experiments, metrics, config, keys, bodies, responses, started }
+        Self { generation, experiments, fine_tuning, metrics, config, keys, bodies, responses, started }
     }
 }
 
@@ -204,6 +209,7 @@ fn routes(state: &AppState) -> Router {
         .route("/adapters/{name}/rollback", post(adapters::roll_back))
         .route("/load_lora_adapter", post(vllm::load_lora_adapter))
         .route("/unload_lora_adapter", post(vllm::unload_lora_adapter))
+        .merge(fine_tuning::routes())
         .merge(llama_cpp::routes(state))
         .route_layer(from_fn_with_state(state.clone(), authenticate));
     Router::new()

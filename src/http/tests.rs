@@ -35,7 +35,6 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::*;
-use crate::adapter::registry::AdapterRegistry;
 use crate::config::Overrides;
 use crate::engine::{EngineConfig, EngineHandle, EngineState};
 use crate::experiments::ModelNames;
@@ -219,21 +218,23 @@ impl Server {
             chat_template,
             fill_in_middle,
         };
-        let adapters = Arc::new(AdapterRegistry::default());
         let icl = Arc::new(IclStores::open(&config.icl).unwrap());
         let formats = PromptFormats::new(&config.prompt_formats).unwrap();
-        let generation = Generation::new(base, adapters, icl, formats, engine.clone(), metrics.clone(), config.clone());
-        let database = config.experiments.path(dir.path());
+        let generation =
+            Generation::new(base, Arc::default(), icl, formats, engine.clone(), metrics.clone(), config.clone());
         let experiments = Experiments::start(
             &config.experiments,
-            database,
+            config.experiments.path(dir.path()),
             ModelNames::new(BASE, |_| false),
             metrics.clone(),
             Box::new(|_| {}),
         )
         .unwrap();
         let experiments = Arc::new(experiments);
-        let state = AppState::new(Arc::new(generation), experiments.clone(), metrics.clone(), config);
+        let tuned = crate::fine_tuning::Base { id: BASE.to_owned(), path: file };
+        let jobs = dir.path().join("jobs");
+        let jobs = FineTuning::start(&config.fine_tuning, jobs, tuned, Arc::default(), &metrics).map(Arc::new).ok();
+        let state = AppState::new(Arc::new(generation), experiments.clone(), jobs, metrics.clone(), config);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (shutdown, stopped) = oneshot::channel();

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -14,6 +14,7 @@ use super::python_random;
 use super::selection::{Chosen, DEFAULT_SEED, MAX_K, Select, Selection};
 use super::store::{MAX_STORE_BYTES, Store, check_name};
 use super::{Example, TokenBudget};
+use crate::atomic_file::{sync_folder, write_atomically};
 use crate::config::{DEFAULT_ICL_DIR, IclConfig};
 
 const MAX_STORES: usize = 256;
@@ -78,7 +79,8 @@ impl IclStores {
         if is_new && self.read().len() >= MAX_STORES {
             return Err(StoreError::TooManyStores { max: MAX_STORES });
         }
-        write_atomically(dir, &file_name(name), &store.to_jsonl()).map_err(|source| not_writable(dir, name, source))?;
+        write_atomically(dir, &file_name(name), store.to_jsonl().as_bytes())
+            .map_err(|source| not_writable(dir, name, source))?;
         self.write().insert(name.to_owned(), store.clone());
         Ok(store)
     }
@@ -219,19 +221,4 @@ fn read_file(path: &Path) -> Result<String, OpenError> {
         return Err(OpenError::Store { path: path.to_owned(), source });
     }
     Ok(text)
-}
-
-/// Whoever reads the file, or starts after a crash, finds the old content or the new, whole.
-fn write_atomically(dir: &Path, file_name: &str, content: &str) -> io::Result<()> {
-    fs::create_dir_all(dir)?;
-    let mut file = tempfile::Builder::new().prefix(".").suffix(".part").tempfile_in(dir)?;
-    file.write_all(content.as_bytes())?;
-    file.as_file().sync_all()?;
-    file.persist(dir.join(file_name))?;
-    sync_folder(dir)
-}
-
-/// A renamed or deleted file is so for good when its folder is on the disk.
-fn sync_folder(dir: &Path) -> io::Result<()> {
-    File::open(dir)?.sync_all()
 }

@@ -49,6 +49,8 @@ pub struct Metrics {
     pub experiment_writes_total: IntCounterVec,
     /// `experiment`: configured names.
     pub canary_rollbacks_total: IntCounterVec,
+    /// `status`: as clients are told.
+    pub fine_tuning_jobs: IntGaugeVec,
 }
 
 /// The adapters in a device's own memory.
@@ -142,6 +144,7 @@ impl Metrics {
                 "Canaries that broke a bound.",
                 &["experiment"],
             ),
+            fine_tuning_jobs: d.gauges("lorry_fine_tuning_jobs", "Fine-tuning jobs, by how they stand.", &["status"]),
             declarations: d,
         }
     }

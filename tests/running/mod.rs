@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
@@ -30,7 +31,7 @@ pub struct Running {
     lines: Receiver<String>,
     pub url: String,
     pub client: Client,
-    _dir: TempDir,
+    _dir: Option<TempDir>,
 }
 
 impl Drop for Running {
@@ -44,7 +45,14 @@ impl Running {
     /// `config` is what its configuration has beside the key.
     pub fn start(config: &str, environment: &[(&str, &str)]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let path = |name: &str| dir.path().join(name);
+        let mut running = Self::start_in(dir.path(), config, environment);
+        running._dir = Some(dir);
+        running
+    }
+
+    /// In a folder that may be that of one that has ended.
+    pub fn start_in(dir: &Path, config: &str, environment: &[(&str, &str)]) -> Self {
+        let path = |name: &str| dir.join(name);
         let mut model = TinyModel::new(Architecture::Qwen2, GgmlDType::Q8_0, 1);
         // Room for a stream that does not end before its client leaves.
         model.metadata.insert("qwen2.context_length".to_owned(), GgufValue::U32(CONTEXT_LENGTH));
@@ -55,13 +63,13 @@ impl Running {
         let mut command = Command::new(env!("CARGO_BIN_EXE_lorry"));
         command.args(["serve", "--port", "0", "--config"]).arg(path("lorry.toml"));
         command.arg("--model").arg(path("tiny.gguf")).arg("--adapters").arg(path("adapters"));
-        command.env("LORRY_HOME", dir.path()).env_remove("RUST_LOG").envs(environment.iter().copied());
+        command.env("LORRY_HOME", dir).env_remove("RUST_LOG").envs(environment.iter().copied());
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());
         let (sender, lines) = channel();
         thread::spawn(move || stderr.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
         let client = Client::builder().no_proxy().build().unwrap();
-        let mut running = Self { child, lines, url: String::new(), client, _dir: dir };
+        let mut running = Self { child, lines, url: String::new(), client, _dir: None };
         let line = running.line_with("serving tiny on ");
         let address = line.split_once("serving tiny on ").unwrap().1;
         running.url = address.split(['"', ' ']).next().unwrap().to_owned();

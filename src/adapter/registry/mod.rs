@@ -231,6 +231,9 @@ impl AdapterRegistry {
                 let files = self.download(repo, revision).await?;
                 self.change(name, move |worker| worker.install(&to, &files, expected.as_deref())).await?;
             }
+            Source::Files(files) => {
+                self.change(name, move |worker| worker.install(&to, &files, expected.as_deref())).await?;
+            }
         }
         self.status(name).ok_or_else(|| ChangeError::Unknown(name.to_owned()))
     }

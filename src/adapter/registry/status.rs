@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::adapter::canonical::{Coverage, Method};
+use crate::adapter::files::AdapterFiles;
 use crate::adapter::manifest::AdapterManifest;
 
 /// Where the files of an adapter to install come from.
@@ -16,6 +17,8 @@ pub enum Source {
     Folder(PathBuf),
     /// A repository on the hub.
     Hub { repo: String, revision: Option<String> },
+    /// What was read already.
+    Files(AdapterFiles),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, JsonSchema, Serialize)]

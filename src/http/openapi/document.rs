@@ -111,6 +111,18 @@ impl Operation {
         self.refuses(&OF_BODY)
     }
 
+    /// A body that is a form.
+    pub fn takes_form(mut self, schema: Value) -> Self {
+        let content = json!({"multipart/form-data": {"schema": schema}});
+        self.fields.insert("requestBody".to_owned(), json!({"required": true, "content": content}));
+        self.refuses(&OF_BODY)
+    }
+
+    pub fn query(mut self, name: &str, description: &str, schema: Value) -> Self {
+        self.parameters.push(json!({"name": name, "in": "query", "description": description, "schema": schema}));
+        self
+    }
+
     pub fn header(mut self, name: &str, description: &str) -> Self {
         self.parameters
             .push(json!({"name": name, "in": "header", "description": description, "schema": {"type": "string"}}));

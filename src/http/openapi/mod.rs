@@ -7,6 +7,7 @@ mod anthropic;
 mod compare;
 mod document;
 mod fields;
+mod fine_tuning;
 mod llama_cpp;
 mod ollama;
 mod openai;
@@ -45,6 +46,7 @@ fn document() -> Value {
     tabby::describe(&mut document);
     compare::describe(&mut document);
     admin::describe(&mut document);
+    fine_tuning::describe(&mut document);
     probes::describe(&mut document);
     document.finish()
 }

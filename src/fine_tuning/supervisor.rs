@@ -1,0 +1,378 @@
+//! The thread that trains: it takes the jobs in the order in which they were made, one at a time.
+//!
+//! The status of a job changes under one lock, which is held while its record is written: what a client was told is on
+//! disk.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use futures::executor::block_on;
+use prometheus::IntGaugeVec;
+use rustix::process::Pid;
+
+use super::files::Files;
+use super::ids::next_id;
+use super::job::{Checkpoint, Event, Job, Level, Metrics, NewJob, Progress, Status};
+use super::recipe::{self, TRAINING_FILE, VALIDATION_FILE};
+use super::settings::FineTuningConfig;
+use super::store::Store;
+use super::trainer::{Trainer, kill};
+use super::{CancelError, CreateError};
+use crate::adapter::files::AdapterFiles;
+use crate::adapter::registry::{AdapterRegistry, Source};
+
+const ID_PREFIX: &str = "ftjob-";
+const NAME_PREFIX: &str = "ft-";
+
+/// What adapters are trained for.
+#[derive(Debug)]
+pub struct Base {
+    /// The id clients see.
+    pub id: String,
+    /// In GGUF.
+    pub path: PathBuf,
+}
+
+/// What the supervisor and whoever asks both have.
+#[derive(Debug)]
+pub struct Shared {
+    config: FineTuningConfig,
+    lorry: PathBuf,
+    base: Base,
+    pub store: Store,
+    adapters: Arc<AdapterRegistry>,
+    /// By status.
+    gauge: IntGaugeVec,
+    state: Mutex<State>,
+    /// There is a job, or no more will be taken.
+    wake: Condvar,
+}
+
+#[derive(Debug)]
+pub struct State {
+    /// By id, and so in the order in which they were made.
+    pub jobs: BTreeMap<String, Job>,
+    current: Option<Current>,
+    is_stopping: bool,
+}
+
+/// The job that runs.
+#[derive(Debug)]
+struct Current {
+    id: String,
+    /// Its trainer's processes, while they may be killed.
+    group: Option<Pid>,
+    is_cancelled: bool,
+    is_installing: bool,
+    total_steps: u64,
+    last_loss: Option<f64>,
+}
+
+/// How the work on a job ended.
+enum Outcome {
+    Succeeded,
+    Failed(String),
+    /// It was cancelled, or the server stops.
+    Stopped,
+}
+
+impl Shared {
+    pub fn new(
+        config: FineTuningConfig,
+        lorry: PathBuf,
+        base: Base,
+        store: Store,
+        jobs: BTreeMap<String, Job>,
+        adapters: Arc<AdapterRegistry>,
+        gauge: IntGaugeVec,
+    ) -> Self {
+        let state = Mutex::new(State { jobs, current: None, is_stopping: false });
+        let shared = Self { config, lorry, base, store, adapters, gauge, state, wake: Condvar::new() };
+        shared.count(&shared.lock());
+        shared
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `found` says what is in its files.
+    ///
+    /// # Errors
+    /// A file was deleted meanwhile, or the disk is full: there is no job then.
+    pub fn create(&self, new: NewJob, found: &str, files: &Files) -> Result<Job, CreateError> {
+        let mut state = self.lock();
+        let id = next_id(ID_PREFIX, state.jobs.keys().next_back().map(String::as_str));
+        let number = &id[ID_PREFIX.len()..];
+        let adapter = match &new.suffix {
+            Some(suffix) => format!("{NAME_PREFIX}{suffix}-{number}"),
+            None => format!("{NAME_PREFIX}{number}"),
+        };
+        let job = Job {
+            created_at: now(),
+            finished_at: None,
+            status: Status::Queued,
+            model: self.base.id.clone(),
+            adapter,
+            training_file: new.training_file,
+            validation_file: new.validation_file,
+            seed: new.seed,
+            method: new.method,
+            hyperparameters: new.hyperparameters,
+            metadata: new.metadata,
+            trained_tokens: None,
+            error: None,
+            checkpoint: None,
+            id,
+        };
+        let folder = self.store.folder(&job.id);
+        fs::create_dir_all(&folder)?;
+        let kept = || {
+            let keep = |field, id: &str, name| {
+                files.keep_at(id, &folder.join(name)).map_err(|source| CreateError::File { field, source })
+            };
+            keep("training_file", &job.training_file, TRAINING_FILE)?;
+            if let Some(id) = &job.validation_file {
+                keep("validation_file", id, VALIDATION_FILE)?;
+            }
+            // With its record it is there.
+            self.store.save(&job).map_err(CreateError::from)
+        };
+        if let Err(error) = kept() {
+            // Without a record it is no job, whatever is left of it.
+            let _ = fs::remove_dir_all(&folder);
+            return Err(error);
+        }
+        self.tell(&job.id, Level::Info, format!("The job was made, and its files are valid: {found}"));
+        state.jobs.insert(job.id.clone(), job.clone());
+        self.count(&state);
+        self.wake.notify_one();
+        Ok(job)
+    }
+
+    pub fn cancel(&self, id: &str) -> Result<Job, CancelError> {
+        let mut state = self.lock();
+        let State { jobs, current, .. } = &mut *state;
+        let job = jobs.get_mut(id).ok_or_else(|| CancelError::Unknown(id.to_owned()))?;
+        if job.status.is_final() {
+            return Err(CancelError::Ended { id: id.to_owned(), status: job.status });
+        }
+        let current = current.as_mut().filter(|current| current.id == id);
+        if current.as_ref().is_some_and(|current| current.is_installing) {
+            return Err(CancelError::Installing(id.to_owned()));
+        }
+        self.end(job, Status::Cancelled, None);
+        match current {
+            Some(current) => {
+                current.is_cancelled = true;
+                current.group.into_iter().for_each(kill);
+            }
+            None => self.store.clear(id),
+        }
+        let job = job.clone();
+        self.count(&state);
+        Ok(job)
+    }
+
+    /// Ends the trainer and lets [`Shared::run`] return; the job that runs stays undone.
+    pub fn stop(&self) {
+        let mut state = self.lock();
+        state.is_stopping = true;
+        state.current.iter().filter_map(|current| current.group).for_each(kill);
+        self.wake.notify_one();
+    }
+
+    /// Until [`Shared::stop`].
+    pub fn run(&self) {
+        while let Some(job) = self.next_job() {
+            let outcome = self.work_on(&job);
+            self.finish(&job, outcome);
+        }
+    }
+
+    /// Waits for one that is to be trained; first those that were cut off.
+    fn next_job(&self) -> Option<Job> {
+        let mut state = self.lock();
+        loop {
+            if state.is_stopping {
+                return None;
+            }
+            let with = |status| state.jobs.values().find(|job| job.status == status).map(|job| job.id.clone());
+            if let Some(id) = with(Status::Running).or_else(|| with(Status::Queued)) {
+                let job = state.jobs.get_mut(&id)?;
+                if job.status == Status::Running {
+                    let message = "The server was started again in mid-training: the job runs again, from its last \
+                                   checkpoint or, where there is none, from the beginning";
+                    self.tell(&id, Level::Warn, message.to_owned());
+                }
+                job.status = Status::Running;
+                self.save(job);
+                let job = job.clone();
+                state.current = Some(Current {
+                    id,
+                    group: None,
+                    is_cancelled: false,
+                    is_installing: false,
+                    total_steps: 0,
+                    last_loss: None,
+                });
+                self.count(&state);
+                return Some(job);
+            }
+            state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn work_on(&self, job: &Job) -> Outcome {
+        let trained = self.train(job);
+        {
+            let mut state = self.lock();
+            if state.is_stopping || state.current.as_ref().is_none_or(|current| current.is_cancelled) {
+                return Outcome::Stopped;
+            }
+            if let Err(cause) = trained {
+                return Outcome::Failed(cause);
+            }
+            state.current.iter_mut().for_each(|current| current.is_installing = true);
+        }
+        let files = AdapterFiles::read(&self.store.adapter(&job.id)).map_err(|e| e.to_string());
+        let installed = files.and_then(|files| {
+            block_on(self.adapters.install(&job.adapter, Source::Files(files), None)).map_err(|e| e.to_string())
+        });
+        match installed {
+            Ok(_) => Outcome::Succeeded,
+            Err(cause) => Outcome::Failed(format!("what the trainer left cannot be served: {cause}")),
+        }
+    }
+
+    /// Returns when the trainer has ended.
+    fn train(&self, job: &Job) -> Result<(), String> {
+        if job.model != self.base.id {
+            return Err(format!("it is for the base {}, and {} is served now", job.model, self.base.id));
+        }
+        let path = self.store.recipe(&job.id);
+        let recipe = recipe::recipe(job, &self.base.path).map_err(|e| format!("no recipe can be made: {e}"))?;
+        fs::write(&path, recipe).map_err(|e| format!("the recipe cannot be written: {e}"))?;
+        let trainer = Trainer::start(&self.lorry, &self.config, &path, &self.store.adapter(&job.id))
+            .map_err(|e| format!("the trainer cannot be started: {e}"))?;
+        {
+            let mut state = self.lock();
+            let is_stopping = state.is_stopping;
+            if let Some(current) = &mut state.current {
+                current.group = Some(trainer.group());
+                if current.is_cancelled || is_stopping {
+                    kill(trainer.group());
+                }
+            }
+        }
+        let ended = || self.lock().current.iter_mut().for_each(|current| current.group = None);
+        trainer.wait(|progress| self.take_up(&job.id, progress), ended)
+    }
+
+    fn take_up(&self, id: &str, progress: Progress) {
+        let mut state = self.lock();
+        let State { jobs, current: Some(current), .. } = &mut *state else { return };
+        let Some(job) = jobs.get_mut(id).filter(|job| job.status == Status::Running) else { return };
+        let total_steps = current.total_steps;
+        let metrics = |step, train_loss, valid_loss| Some(Metrics { step, total_steps, train_loss, valid_loss });
+        let (message, metrics) = match progress {
+            Progress::Begin { step, steps, examples, validation_examples, left_out } => {
+                current.total_steps = steps;
+                if step == 0 {
+                    job.checkpoint = None;
+                }
+                let from = if step == 0 { String::new() } else { format!(" from step {step}") };
+                let long =
+                    if left_out == 0 { String::new() } else { format!("; {left_out} are too long and left out") };
+                let on = format!("on {examples} examples, with {validation_examples} for validation{long}");
+                (format!("Training goes{from} to step {steps}, {on}"), None)
+            }
+            Progress::Step { step, loss, tokens } => {
+                current.last_loss = Some(loss);
+                job.trained_tokens = Some(tokens);
+                (format!("Step {step}/{total_steps}: training loss={loss:.4}"), metrics(step, Some(loss), None))
+            }
+            Progress::Validation { step, loss } => {
+                if step > 0 && job.checkpoint.as_ref().is_none_or(|best| loss < best.valid_loss) {
+                    let train_loss = current.last_loss;
+                    job.checkpoint = Some(Checkpoint { created_at: now(), step, train_loss, valid_loss: loss });
+                    self.save(job);
+                }
+                let of = if step == 0 { "the base" } else { "the adapter" };
+                let message = format!("Step {step}/{total_steps}: validation loss={loss:.4} of {of}");
+                (message, metrics(step, None, Some(loss)))
+            }
+        };
+        self.append(id, Event { created_at: now(), level: Level::Info, message, metrics });
+    }
+
+    fn finish(&self, job: &Job, outcome: Outcome) {
+        let mut state = self.lock();
+        state.current = None;
+        if state.is_stopping {
+            return;
+        }
+        if let Some(job) = state.jobs.get_mut(&job.id) {
+            match outcome {
+                Outcome::Succeeded => {
+                    let message = format!("The adapter {} is installed and served", job.adapter);
+                    self.tell(&job.id, Level::Info, message);
+                    self.end(job, Status::Succeeded, None);
+                }
+                Outcome::Failed(cause) => self.end(job, Status::Failed, Some(cause)),
+                // Has been told.
+                Outcome::Stopped => {}
+            }
+            self.store.clear(&job.id);
+        }
+        self.count(&state);
+    }
+
+    fn end(&self, job: &mut Job, status: Status, error: Option<String>) {
+        let (level, message) = match &error {
+            Some(cause) => (Level::Error, format!("The job has failed: {cause}")),
+            None if status == Status::Cancelled => (Level::Info, "The job was cancelled".to_owned()),
+            None => (Level::Info, "The job has succeeded".to_owned()),
+        };
+        match &error {
+            Some(_) => tracing::error!("fine-tuning job {}: {message}", job.id),
+            None => tracing::info!("fine-tuning job {}: {message}", job.id),
+        }
+        job.status = status;
+        job.error = error;
+        job.finished_at = Some(now());
+        self.save(job);
+        self.tell(&job.id, level, message);
+    }
+
+    fn save(&self, job: &Job) {
+        if let Err(e) = self.store.save(job) {
+            tracing::error!("fine-tuning job {}: its record cannot be written: {e}", job.id);
+        }
+    }
+
+    fn tell(&self, id: &str, level: Level, message: String) {
+        self.append(id, Event { created_at: now(), level, message, metrics: None });
+    }
+
+    fn append(&self, id: &str, event: Event) {
+        if let Err(e) = self.store.append(id, &event) {
+            tracing::error!("fine-tuning job {id}: an event cannot be written: {e}");
+        }
+    }
+
+    fn count(&self, state: &State) {
+        for status in Status::ALL {
+            let num_jobs = state.jobs.values().filter(|job| job.status == status).count();
+            self.gauge.with_label_values(&[status.name()]).set(num_jobs as i64);
+        }
+    }
+}
+
+/// Unix seconds.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
