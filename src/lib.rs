@@ -17,6 +17,7 @@ pub mod compare;
 pub mod config;
 pub mod engine;
 pub mod experiments;
+pub mod feedback;
 pub mod fine_tuning;
 pub mod generation;
 pub mod grammar;

@@ -18,6 +18,8 @@ use lorry::adapter::import::{self, ImportError};
 use lorry::app::App;
 use lorry::bench::{self, BenchArgs, BenchError, Limits, Subject};
 use lorry::config::{self, Config, LogFormat, Overrides};
+use lorry::experiments;
+use lorry::feedback::{self, ExportArgs};
 use lorry::fine_tuning::launch::{self, LaunchArgs};
 use lorry::http;
 use lorry::loadgen::{self, LoadgenArgs};
@@ -76,6 +78,11 @@ enum Command {
         #[command(subcommand)]
         command: AdaptersCommand,
     },
+    /// What users made of an experiment's replies: files to train with, or nothing left of it.
+    Feedback {
+        #[command(subcommand)]
+        command: FeedbackCommand,
+    },
     /// Measure prefill, decode and time to first token in-process; the limits of the device and one JSON line per run.
     Bench {
         /// Configuration file (TOML).
@@ -114,6 +121,26 @@ enum AdaptersCommand {
         /// The base that it was trained on: catalogue id, path of a GGUF file or of a checkpoint, or a name on the hub; the configured one when absent.
         #[arg(long, value_name = "ID|PATH")]
         model: Option<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum FeedbackCommand {
+    /// Write what was accepted, or edited to, as pairs for training, split by user; says what was left out, and why.
+    Export {
+        /// Configuration file (TOML) of the server, for where experiments are recorded.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        #[command(flatten)]
+        args: ExportArgs,
+    },
+    /// Delete every request, text and vote of an experiment from where they are recorded.
+    Forget {
+        /// Configuration file (TOML) of the server, for where experiments are recorded.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// The experiment.
+        name: String,
     },
 }
 
@@ -179,6 +206,15 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
             writeln!(stdout(), "{name} is an adapter now\n{report}")?;
             Ok(())
         }
+        Command::Feedback { command: FeedbackCommand::Export { config, args } } => {
+            write!(stdout(), "{}", feedback::export(&experiments_file(config)?, &args)?)?;
+            Ok(())
+        }
+        Command::Feedback { command: FeedbackCommand::Forget { config, name } } => {
+            let num_requests = experiments::forget(&experiments_file(config)?, &name)?;
+            writeln!(stdout(), "{num_requests} requests of {name} are forgotten, with their texts and votes")?;
+            Ok(())
+        }
         Command::Loadgen(args) => Ok(loadgen::run(&args)?),
         Command::Trainer(args) => Ok(launch::launch(&args)?),
         Command::Bench { config, args } => {
@@ -208,6 +244,12 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
             Ok(Runtime::new()?.block_on(run)?)
         }
     }
+}
+
+/// Where a server with this configuration records its experiments.
+fn experiments_file(config: Option<PathBuf>) -> Result<PathBuf, Box<dyn Error>> {
+    let config = Config::load(config.as_deref(), &Overrides::default())?;
+    Ok(config.experiments.path(&config::lorry_home()?))
 }
 
 /// The configured base, to look at adapters with.

@@ -102,6 +102,7 @@ fn request(id: &str, arm: &str) -> Record {
         prompt_tokens: 7,
         completion_tokens: 3,
         text: None,
+        asked: None,
     }
 }
 

@@ -7,6 +7,7 @@
 mod assignment;
 mod canary;
 mod model;
+mod outcomes;
 mod report;
 mod settings;
 mod statistics;
@@ -23,15 +24,16 @@ use std::thread::JoinHandle;
 use tokio::sync::{oneshot, watch};
 
 pub use model::ModelNames;
+pub use outcomes::{FileError, JudgedReply, forget, judged_replies};
 pub use report::{ArmReport, CanaryReport, CanaryState, PairReport, Percentiles, Report};
 pub use settings::{ArmConfig, Bounds, ExperimentConfig, ExperimentsConfig};
 pub use statistics::Rate;
-pub use store::Unavailable;
-pub use vote::{Outcome, Record, StoredVote, Vote, VoteError, VoteKind, prompt_hash};
+pub use store::{StoreError, Unavailable};
+pub use vote::{Asked, Outcome, Record, StoredVote, Vote, VoteError, VoteKind, prompt_hash, user_hash};
 
 use crate::metrics::{ArmSeries, Metrics};
 use canary::CanaryStatus;
-use store::{Store, StoreError};
+use store::Store;
 use writer::{Command, Writer};
 
 /// Called on the writer's thread with the name of an adapter whose canary has broken a bound; must not block.
@@ -82,7 +84,7 @@ struct Experiment {
     models: Vec<String>,
     /// Of each arm.
     series: Vec<Arc<ArmSeries>>,
-    /// The configuration as one string.
+    /// What the canary's status holds for, as one string.
     definition: String,
     /// Changed by the writer only.
     canary: Option<watch::Sender<CanaryStatus>>,
@@ -150,6 +152,11 @@ impl Experiments {
         self.find(experiment).is_some_and(|(_, experiment)| {
             experiment.config.arms.iter().any(|known| known.canary && known.name == arm) && experiment.is_rolled_back()
         })
+    }
+
+    /// Whether the prompts of an experiment's requests are to be kept.
+    pub fn keeps_prompts(&self, experiment: &str) -> bool {
+        self.find(experiment).is_some_and(|(_, experiment)| experiment.config.keep_prompts_mib > 0)
     }
 
     /// Queues a finished run for writing. Never waits: when the queue is full the record is dropped and counted.
@@ -284,7 +291,7 @@ impl Experiment {
         Self {
             series: config.arms.iter().map(series).collect(),
             models: config.arms.iter().map(|arm| names.full_name(&arm.model)).collect(),
-            definition: format!("{} {config:?}", names.base_id()),
+            definition: definition(config, names.base_id()),
             canary: config.bounds.is_some().then(|| watch::Sender::new(CanaryStatus::begin(writer::now_ms()))),
             config: config.clone(),
         }
@@ -327,6 +334,12 @@ impl Experiment {
     }
 }
 
+/// Compared with what files from before have: another form would put canaries that were rolled back into traffic again.
+fn definition(config: &ExperimentConfig, base_id: &str) -> String {
+    let ExperimentConfig { name, alias, arms, bounds, keep_prompts_mib: _ } = config;
+    format!("{base_id} ExperimentConfig {{ name: {name:?}, alias: {alias:?}, arms: {arms:?}, bounds: {bounds:?} }}")
+}
+
 /// Ends with the last sender; what was queued is written first.
 struct WriterThread(Option<JoinHandle<()>>);
 
@@ -334,5 +347,26 @@ impl Drop for WriterThread {
     fn drop(&mut self) {
         // A panic has been printed by its thread.
         self.0.take().map(JoinHandle::join);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_definition_is_what_it_was_when_canaries_were_first_kept() {
+        let config = |more: &str| -> ExperimentConfig {
+            let arms = "arms = [{name = 'a', model = 'm', weight = 1}, {name = 'b', model = 'n', weight = 0.5, canary = true}]";
+            toml::from_str(&format!("name = 'e'\nalias = 'coder'\n{arms}\nbounds = {{min_samples = 9}}\n{more}"))
+                .unwrap()
+        };
+        let released = "base ExperimentConfig { name: \"e\", alias: \"coder\", arms: [\
+            ArmConfig { name: \"a\", model: \"m\", weight: 1.0, shadow: false, canary: false }, \
+            ArmConfig { name: \"b\", model: \"n\", weight: 0.5, shadow: false, canary: true }], \
+            bounds: Some(Bounds { max_error_rate: None, min_acceptance: None, max_ttft_p95_ratio: None, min_samples: 9 }) }";
+        for more in ["", "keep_prompts_mib = 1"] {
+            assert_eq!(definition(&config(more), "base"), released);
+        }
     }
 }

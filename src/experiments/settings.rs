@@ -33,6 +33,9 @@ pub struct ExperimentConfig {
     pub arms: Vec<ArmConfig>,
     /// When the canary arm is rolled back; there must be one exactly if an arm is the canary.
     pub bounds: Option<Bounds>,
+    /// Room for prompts, the latest of which are kept for training; 0 keeps none.
+    #[serde(default)]
+    pub keep_prompts_mib: u32,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -84,6 +87,16 @@ impl ExperimentsConfig {
             if is_base || alias.contains('+') {
                 return Err(format!("{at}.alias {alias:?} is a name of the base or has a `+`: choose another"));
             }
+            let keep_prompts_mib = experiment.keep_prompts_mib;
+            if keep_prompts_mib > 0 && !self.keep_text {
+                return Err(format!("{at}.keep_prompts_mib is of no use without outputs: set experiments.keep_text"));
+            }
+            if keep_prompts_mib > self.max_mib {
+                return Err(format!(
+                    "{at}.keep_prompts_mib must be at most experiments.max_mib, {}, not {keep_prompts_mib}",
+                    self.max_mib
+                ));
+            }
             let before = &self.run[..index];
             if before.iter().any(|other| other.name == experiment.name || other.alias == experiment.alias) {
                 return Err(format!("{at}: its name or alias is taken by another experiment"));
@@ -98,6 +111,10 @@ impl ExperimentsConfig {
 }
 
 impl ExperimentConfig {
+    pub(super) fn max_prompt_bytes(&self) -> u64 {
+        u64::from(self.keep_prompts_mib) << 20
+    }
+
     fn validate(&self, at: &str) -> Result<(), String> {
         if !is_name(&self.name) || self.alias.is_empty() {
             return Err(format!("{at} needs an alias, and a name of {NAME_RULE}"));
@@ -199,10 +216,20 @@ mod tests {
             (run("one", "BASE", ARMS, bounds), "alias"),
             (two("{name = 'b', model = 'n', weight = -1}"), "arms[1].weight"),
             (two("{name = 'b', model = 'n', weight = 1, shadow = true}"), "arms[1]"),
+            (run("one", "coder", ARMS, &format!("{bounds}\nkeep_prompts_mib = 2")), "run[0].keep_prompts_mib"),
         ] {
             let error = check(&config).unwrap_err();
             assert!(error.contains(word), "{config}: {error}");
         }
+    }
+
+    #[test]
+    fn prompts_are_kept_only_beside_outputs() {
+        let run = run("one", "coder", ARMS, "bounds = {min_samples = 20}\nkeep_prompts_mib = 1");
+        check(&run).unwrap();
+        let without_text = format!("{HEAD}{run}").replace("keep_text = true", "keep_text = false");
+        let config: ExperimentsConfig = toml::from_str(&without_text).unwrap();
+        assert!(config.validate("base").unwrap_err().contains("experiments.keep_text"));
     }
 
     #[test]

@@ -14,7 +14,8 @@ use super::canary::{CanaryStatus, RollBack};
 use super::vote::{Outcome, Record, StoredVote, Vote, VoteKind};
 
 /// Step `n` brings a file of `user_version` `n` to `n + 1`. Never change one that was released: add another.
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
     CREATE TABLE requests (
         id TEXT NOT NULL, arm TEXT NOT NULL, experiment TEXT, model TEXT NOT NULL, generation TEXT,
         shadow INTEGER NOT NULL, outcome TEXT NOT NULL, prompt_hash INTEGER, ttft_ms REAL, tpot_ms REAL,
@@ -31,7 +32,18 @@ const MIGRATIONS: &[&str] = &["
     CREATE TABLE canaries (
         experiment TEXT PRIMARY KEY, definition TEXT NOT NULL, since_ms INTEGER NOT NULL, rolled_back_ms INTEGER, cause TEXT
     ) WITHOUT ROWID;
-"];
+    ",
+    "
+    ALTER TABLE requests ADD COLUMN has_prompt INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE requests ADD COLUMN user_hash INTEGER;
+    CREATE TABLE prompts (
+        experiment TEXT NOT NULL, hash INTEGER NOT NULL, asked_ms INTEGER NOT NULL, bytes INTEGER NOT NULL,
+        prompt TEXT NOT NULL,
+        PRIMARY KEY (experiment, hash)
+    ) WITHOUT ROWID;
+    CREATE INDEX prompts_by_age ON prompts (experiment, asked_ms, bytes);
+    ",
+];
 
 /// How long to wait for another process that writes.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
@@ -117,6 +129,7 @@ impl Store {
         connection.busy_timeout(BUSY_TIMEOUT)?;
         connection.pragma_update(None, "journal_mode", "WAL")?;
         connection.pragma_update(None, "synchronous", "FULL")?;
+        overwrite_what_is_deleted(&connection)?;
         let page_size: u32 = connection.pragma_query_value(None, "page_size", |row| row.get(0))?;
         let max_pages = ((i64::from(max_mib) << 20) / i64::from(page_size)).min(i64::from(u32::MAX - 1));
         // Answers with a row, the limit in force, as `pragma_update` does not expect.
@@ -134,6 +147,7 @@ impl Store {
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let mut connection = Connection::open_with_flags(path, flags)?;
         connection.busy_timeout(BUSY_TIMEOUT)?;
+        overwrite_what_is_deleted(&connection)?;
         migrate(&mut connection)?;
         Ok(Some(Self(connection)))
     }
@@ -147,6 +161,12 @@ impl Store {
         let written = write(&transaction)?;
         transaction.commit()?;
         Ok(written)
+    }
+
+    /// Moves everything from the log into the file, so that nothing that was deleted is left in the log. While somebody
+    /// reads, that is for the next commit to do.
+    pub(super) fn empty_log(&self) -> Result<(), StoreError> {
+        Ok(self.0.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?)
     }
 
     pub(super) fn connection(&self) -> &Connection {
@@ -219,8 +239,8 @@ impl Store {
 pub fn insert_record(transaction: &Transaction<'_>, record: &Record, created_ms: i64) -> rusqlite::Result<()> {
     let mut statement = transaction.prepare(
         "INSERT INTO requests (id, arm, experiment, model, generation, shadow, outcome, prompt_hash, ttft_ms, tpot_ms,
-             prompt_tokens, completion_tokens, text, created_ms)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)
+             prompt_tokens, completion_tokens, text, created_ms, has_prompt, user_hash)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)
          ON CONFLICT (id, arm) DO NOTHING",
     )?;
     statement.execute(params![
@@ -238,7 +258,37 @@ pub fn insert_record(transaction: &Transaction<'_>, record: &Record, created_ms:
         record.completion_tokens,
         record.text,
         created_ms,
+        record.asked.is_some(),
+        record.asked.as_ref().and_then(|asked| asked.user_hash),
     ])?;
+    if let (Some(asked), Some(experiment), Some(hash)) = (&record.asked, &record.experiment, record.prompt_hash) {
+        let mut statement = transaction.prepare(
+            "INSERT INTO prompts (experiment, hash, asked_ms, bytes, prompt) VALUES (?1, ?2, ?3, ?4, ?5)
+             ON CONFLICT (experiment, hash) DO UPDATE SET asked_ms = excluded.asked_ms",
+        )?;
+        let bytes = asked.prompt.len() as i64;
+        statement.execute(params![experiment, hash, created_ms, bytes, asked.prompt])?;
+    }
+    Ok(())
+}
+
+/// Lets the prompts go that were not asked for longest, where an experiment has more than `max_bytes` of them.
+pub fn trim_prompts(transaction: &Transaction<'_>, experiment: &str, max_bytes: u64) -> rusqlite::Result<()> {
+    let max_bytes = i64::try_from(max_bytes).unwrap_or(i64::MAX);
+    let query = "SELECT COALESCE(SUM(bytes), 0) FROM prompts WHERE experiment = ?1";
+    let kept_bytes: i64 = transaction.query_row(query, [experiment], |row| row.get(0))?;
+    if kept_bytes > max_bytes {
+        // Some more than must go, so that not each of the next requests has to make room.
+        transaction.execute(
+            "DELETE FROM prompts WHERE experiment = ?1 AND hash IN (
+                 SELECT hash FROM (
+                     SELECT hash, SUM(bytes) OVER (ORDER BY asked_ms DESC, hash) AS bytes_up_to
+                     FROM prompts WHERE experiment = ?1
+                 ) WHERE bytes_up_to > ?2
+             )",
+            params![experiment, max_bytes - max_bytes / 8],
+        )?;
+    }
     Ok(())
 }
 
@@ -316,6 +366,12 @@ impl FromSql for VoteKind {
     }
 }
 
+/// Texts of users must not stay behind in free pages.
+fn overwrite_what_is_deleted(connection: &Connection) -> rusqlite::Result<()> {
+    // Answers with a row.
+    connection.pragma_update_and_check(None, "secure_delete", "ON", |_| Ok(()))
+}
+
 /// All steps and the new version in one transaction: a crash leaves the file as it was.
 fn migrate(connection: &mut Connection) -> Result<(), StoreError> {
     let known = MIGRATIONS.len() as u32;
@@ -332,4 +388,69 @@ fn migrate(connection: &mut Connection) -> Result<(), StoreError> {
     transaction.pragma_update(None, "user_version", known)?;
     transaction.commit()?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::experiments::vote::{Asked, prompt_hash};
+
+    fn asked(id: &str, prompt: &str) -> Record {
+        let asked = Some(Asked { prompt: prompt.to_owned(), user_hash: Some(7) });
+        let (experiment, prompt_hash) = (Some("e".to_owned()), Some(prompt_hash(prompt)));
+        Record { experiment, prompt_hash, asked, ..Record::begin(id, "base") }
+    }
+
+    fn prompts(store: &Store) -> Vec<String> {
+        let mut statement = store.connection().prepare("SELECT prompt FROM prompts ORDER BY asked_ms").unwrap();
+        statement.query_map([], |row| row.get(0)).unwrap().collect::<Result<_, _>>().unwrap()
+    }
+
+    #[test]
+    fn a_file_of_the_first_version_is_brought_up_with_what_it_has() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("experiments.db");
+        let first = Connection::open(&path).unwrap();
+        first.execute_batch(MIGRATIONS[0]).unwrap();
+        first.pragma_update(None, "user_version", 1).unwrap();
+        let request = "INSERT INTO requests (id, arm, experiment, model, shadow, outcome, prompt_tokens, completion_tokens, created_ms)
+            VALUES ('old', 'base', 'e', 'm', 0, 'completed', 1, 1, 5)";
+        first.execute_batch(request).unwrap();
+        drop(first);
+        let mut store = Store::open(&path, 1).unwrap();
+        store.transaction(|transaction| insert_record(transaction, &asked("new", "p"), 6)).unwrap();
+        let past = store.past_requests("e", "base", false, 0, 10).unwrap();
+        assert_eq!(past.iter().map(|request| request.id.as_str()).collect::<Vec<_>>(), ["old", "new"]);
+        assert_eq!(prompts(&store), ["p"]);
+    }
+
+    #[test]
+    fn the_prompts_that_were_asked_for_last_are_kept_within_their_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut store = Store::open(&folder.path().join("experiments.db"), 1).unwrap();
+        // Eight of ten bytes each, the first of them again at the end.
+        let numbers = (0..8).chain([0]);
+        store
+            .transaction(|transaction| {
+                for (at_ms, number) in numbers.enumerate() {
+                    let record = asked(&at_ms.to_string(), &format!("prompt {number:03}"));
+                    insert_record(transaction, &record, at_ms as i64)?;
+                }
+                trim_prompts(transaction, "other", 0)?;
+                trim_prompts(transaction, "e", 80)
+            })
+            .unwrap();
+        assert_eq!(prompts(&store).len(), 8, "they fit");
+        store.transaction(|transaction| trim_prompts(transaction, "e", 79)).unwrap();
+        let kept = ["prompt 002", "prompt 003", "prompt 004", "prompt 005", "prompt 006", "prompt 007", "prompt 000"];
+        assert_eq!(prompts(&store), kept);
+        store.transaction(|transaction| trim_prompts(transaction, "e", 40)).unwrap();
+        assert_eq!(
+            prompts(&store),
+            ["prompt 006", "prompt 007", "prompt 000"],
+            "seven eighths of what there is room for"
+        );
+        store.transaction(|transaction| trim_prompts(transaction, "e", 0)).unwrap();
+        assert!(prompts(&store).is_empty());
+    }
 }

@@ -30,6 +30,17 @@ pub struct Record {
     pub completion_tokens: u32,
     /// The output; dropped unless `experiments.keep_text` is set.
     pub text: Option<String>,
+    /// Of a reply that is the one answer to one prompt, where the experiment keeps prompts.
+    pub asked: Option<Asked>,
+}
+
+/// What an output is the answer to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Asked {
+    /// What `prompt_hash` is of.
+    pub prompt: String,
+    /// From [`user_hash`]; `None` where nothing says who asked.
+    pub user_hash: Option<i64>,
 }
 
 impl Record {
@@ -49,6 +60,7 @@ impl Record {
             prompt_tokens: 0,
             completion_tokens: 0,
             text: None,
+            asked: None,
         }
     }
 }
@@ -64,7 +76,16 @@ pub enum Outcome {
 
 /// Of a prompt as the client sent it, before any arm renders it.
 pub fn prompt_hash(prompt: &str) -> i64 {
-    Sha256::digest(prompt).iter().take(8).fold(0, |hash, &byte| hash << 8 | i64::from(byte))
+    short_hash(prompt)
+}
+
+/// Tells users apart without saying who they are to whoever does not know their names.
+pub fn user_hash(user: &str) -> i64 {
+    short_hash(user)
+}
+
+fn short_hash(text: &str) -> i64 {
+    Sha256::digest(text).iter().take(8).fold(0, |hash, &byte| hash << 8 | i64::from(byte))
 }
 
 /// What a user thinks of a completion or comparison. A later vote of the same user on the same id replaces an earlier one

@@ -41,6 +41,8 @@ pub struct Writer {
     restored: bool,
     /// Experiments whose canary has a status that is not in the file yet.
     unsaved: BTreeSet<usize>,
+    /// Experiments with more prompts than before, or from before the server was started.
+    untrimmed: BTreeSet<usize>,
     /// Why the last write failed.
     failing: Option<Unavailable>,
 }
@@ -60,6 +62,7 @@ impl Writer {
             path,
             max_mib,
             names,
+            untrimmed: (0..experiments.len()).collect(),
             experiments,
             monitors,
             on_roll_back,
@@ -149,13 +152,24 @@ impl Writer {
         };
         self.restore(&store)?;
         let now_ms = now_ms();
+        let with_prompts = batch.iter().filter_map(|command| match command {
+            Command::Record(record) if record.asked.is_some() => self.index_of(record),
+            _ => None,
+        });
+        let untrimmed: BTreeSet<usize> = self.untrimmed.iter().copied().chain(with_prompts).collect();
         let answers = store.transaction(|transaction| {
             for &index in &self.unsaved {
                 self.save(transaction, index)?;
             }
-            batch.iter().map(|command| self.apply(transaction, command, now_ms)).collect()
+            let answers = batch.iter().map(|command| self.apply(transaction, command, now_ms)).collect();
+            for &index in &untrimmed {
+                let config = &self.experiments[index].config;
+                store::trim_prompts(transaction, &config.name, config.max_prompt_bytes())?;
+            }
+            answers
         })?;
         self.unsaved.clear();
+        self.untrimmed.clear();
         self.store = Some(store);
         Ok(answers)
     }
@@ -219,8 +233,7 @@ impl Writer {
     }
 
     fn observe(&mut self, record: Record) {
-        let named = |experiment: &Experiment| Some(&experiment.config.name) == record.experiment.as_ref();
-        let Some(index) = self.experiments.iter().position(named) else { return };
+        let Some(index) = self.index_of(&record) else { return };
         let Some(monitor) = &mut self.monitors[index] else { return };
         match self.experiments[index].arm(&record.arm, &record.model) {
             Some(arm) if arm.canary => {
@@ -230,6 +243,11 @@ impl Writer {
             Some(arm) if !arm.shadow => monitor.observe_other(record.ttft_ms),
             _ => {}
         }
+    }
+
+    fn index_of(&self, record: &Record) -> Option<usize> {
+        let named = |experiment: &Experiment| Some(&experiment.config.name) == record.experiment.as_ref();
+        self.experiments.iter().position(named)
     }
 
     fn check_canaries(&mut self) {

@@ -76,7 +76,7 @@ pub async fn begin(
     mut request: GenerationRequest,
 ) -> Result<(Generated, Trial), ApiError> {
     let mut trial = match choose_arm(state, caller, user, &mut request)? {
-        Some(assignment) => Trial::assigned(state, id, assignment, &request)?,
+        Some(assignment) => Trial::assigned(state, caller, user, id, assignment, &request)?,
         None => Trial::default(),
     };
     request.charge_to(&caller.account);

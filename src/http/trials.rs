@@ -12,10 +12,10 @@ use super::auth::Caller;
 use super::error::ApiError;
 use super::reply::random_id;
 use crate::engine::fairness::{Account, Priority};
-use crate::experiments::{Assignment, Experiments, Outcome, Record, Shadow, prompt_hash};
+use crate::experiments::{Asked, Assignment, Experiments, Outcome, Record, Shadow, prompt_hash, user_hash};
 use crate::generation::{
-    Access, Completed, Generated, Generation, GenerationError, GenerationRequest, Prompt, ResolvedModel, SequenceUsage,
-    TextStream, Timing,
+    Access, Completed, Generated, Generation, GenerationError, GenerationOptions, GenerationRequest, Prompt,
+    ResolvedModel, SequenceUsage, TextStream, Timing,
 };
 use crate::icl::{self, Select};
 use crate::metrics::Metrics;
@@ -65,12 +65,16 @@ pub fn choose_arm(
         let message = format!("`{alias}` is an experiment, whose arms say what `{field}` would: leave it out");
         return Err(ApiError::invalid(field, message));
     }
-    let sticky_key = user.map(str::to_owned).or_else(|| caller.identity.clone());
-    let sticky_key = sticky_key.unwrap_or_else(|| random_id("once"));
+    let sticky_key = asker(caller, user).map_or_else(|| random_id("once"), str::to_owned);
     let assignment = state.experiments.assign(&alias, &sticky_key, |adapter| caller.access.allows(adapter));
     let assignment = assignment.ok_or_else(|| GenerationError::unknown_model("model", &alias))?;
     set_model(request, &assignment.model)?;
     Ok(Some(assignment))
+}
+
+/// Who the request says it is for, else whose key it has.
+fn asker<'a>(caller: &'a Caller, user: Option<&'a str>) -> Option<&'a str> {
+    user.or(caller.identity.as_deref())
 }
 
 fn set_model(request: &mut GenerationRequest, model: &str) -> Result<(), ApiError> {
@@ -83,17 +87,18 @@ impl Trial {
     /// Of a request that was assigned to an arm, before anything of it has run; `id` is that of its reply.
     pub fn assigned(
         state: &AppState,
+        caller: &Caller,
+        user: Option<&str>,
         id: &str,
         assignment: Assignment,
         request: &GenerationRequest,
     ) -> Result<Self, ApiError> {
         let Assignment { experiment, arm, model, shadows } = assignment;
-        let record = Record {
-            experiment: Some(experiment),
-            model,
-            prompt_hash: Some(hash_of(&request.prompts)),
-            ..Record::begin(id, &arm)
-        };
+        let prompt = as_sent(&request.prompts);
+        let prompt_hash = Some(prompt_hash(&prompt));
+        let is_kept = state.experiments.keeps_prompts(&experiment) && has_one_whole_answer(request);
+        let asked = is_kept.then(|| Asked { prompt, user_hash: asker(caller, user).map(user_hash) });
+        let record = Record { experiment: Some(experiment), model, prompt_hash, ..Record::begin(id, &arm) };
         let shadows = shadows.into_iter().map(|Shadow { arm, model }| {
             let mut request = request.clone();
             set_model(&mut request, &model)?;
@@ -107,12 +112,13 @@ impl Trial {
             })
         });
         let shadows = shadows.collect::<Result<_, ApiError>>()?;
+        let record = Record { asked, ..record };
         Ok(Self(Some(Run { experiments: state.experiments.clone(), record, shadows })))
     }
 
     /// Of an arm of the comparison `id`, which votes may name.
     pub fn compared(state: &AppState, id: &str, arm: &str, request: &GenerationRequest) -> Self {
-        let record = Record { prompt_hash: Some(hash_of(&request.prompts)), ..Record::begin(id, arm) };
+        let record = Record { prompt_hash: Some(prompt_hash(&as_sent(&request.prompts))), ..Record::begin(id, arm) };
         Self(Some(Run { experiments: state.experiments.clone(), record, shadows: Vec::new() }))
     }
 
@@ -237,7 +243,13 @@ fn full_name(model: &str, icl: Option<&icl::Chosen>) -> String {
     format!("{model}+icl:{}@{}{select}", icl.store.name(), icl.ids.len())
 }
 
-/// Of the prompts as the client sent them.
-fn hash_of(prompts: &[Prompt]) -> i64 {
-    prompt_hash(&json!(prompts).to_string())
+/// The prompts, before anything is made of them.
+fn as_sent(prompts: &[Prompt]) -> String {
+    json!(prompts).to_string()
+}
+
+/// Whether the text that is recorded is all of the only answer to the only prompt, and the prompt all that it came from.
+fn has_one_whole_answer(request: &GenerationRequest) -> bool {
+    let GenerationOptions { num_choices, echo, hides_prefix, tools, .. } = &request.options;
+    request.prompts.len() == 1 && *num_choices == 1 && !echo && !hides_prefix && tools.is_none()
 }

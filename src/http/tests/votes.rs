@@ -149,5 +149,6 @@ fn record(id: &str, experiment: Option<&str>, arm: &str, outcome: Outcome) -> Re
         prompt_tokens: 1,
         completion_tokens: 1,
         text: None,
+        asked: None,
     }
 }
