@@ -72,8 +72,7 @@ pub struct FineTuning {
 }
 
 impl FineTuning {
-    /// Opens `dir`, or makes it, and goes on with what was left undone there. `base_id` is what clients know the base as,
-
+    /// Opens `dir`, or makes it, and goes on with what was left undone there.
     ///
     /// # Errors
     /// The folder cannot be used.
