@@ -3,6 +3,7 @@
 //! `families/reference.py` says what is compared; it has written the logits.
 
 #[path = "families/model.rs"]
+mod keys;
 mod model;
 mod tiny;
 
@@ -14,6 +15,7 @@ use candle_core::quantized::gguf_file::Value;
 use half::f16;
 use kernels::Isa;
 use kernels::attention::{BLOCK_SIZE, BlockId};
+use keys::{KEYS, changes_nothing};
 use lorry::adapter::canonical::Adapter;
 use lorry::adapter::loader;
 use lorry::model::base_weights::GgufWeights;
@@ -359,102 +361,6 @@ fn a_key_that_is_not_served_is_refused_with_its_name_and_value() {
         model.set(key, value);
         let refusal = model.load(GgmlDType::Q8_0, Place::Host(Isa::detect(), 1)).map(|_| ()).unwrap_err();
         assert!(refusal.contains(&format!("{name}.{key}")) && refusal.contains(shown), "{refusal}");
-    }
-}
-
-/// What llama.cpp reads below the name of the architecture (its `llama-arch.cpp`).
-const KEYS: [&str; 74] = [
-    "vocab_size",
-    "embedding_length",
-    "embedding_length_out",
-    "features_length",
-    "block_count",
-    "leading_dense_block_count",
-    "feed_forward_length",
-    "expert_feed_forward_length",
-    "expert_shared_feed_forward_length",
-    "expert_chunk_feed_forward_length",
-    "use_parallel_residual",
-    "expert_count",
-    "expert_used_count",
-    "expert_shared_count",
-    "expert_group_count",
-    "expert_group_used_count",
-    "expert_weights_scale",
-    "expert_weights_norm",
-    "expert_gating_func",
-    "experts_per_group",
-    "moe_every_n_layers",
-    "nextn_predict_layers",
-    "n_deepstack_layers",
-    "pooling_type",
-    "logit_scale",
-    "decoder_start_token_id",
-    "decoder_block_count",
-    "attn_logit_softcapping",
-    "router_logit_softcapping",
-    "final_logit_softcapping",
-    "rescale_every_n_layers",
-    "residual_scale",
-    "embedding_scale",
-    "token_shift_count",
-    "interleave_moe_layer_step",
-    "full_attention_interval",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.max_alibi_bias",
-    "attention.clamp_kqv",
-    "attention.key_length",
-    "attention.value_length",
-    "attention.layer_norm_epsilon",
-    "attention.layer_norm_rms_epsilon",
-    "attention.group_norm_epsilon",
-    "attention.group_norm_groups",
-    "attention.causal",
-    "attention.q_lora_rank",
-    "attention.kv_lora_rank",
-    "attention.relative_buckets_count",
-    "attention.sliding_window",
-    "attention.sliding_window_pattern",
-    "attention.scale",
-    "attention.output_scale",
-    "attention.temperature_length",
-    "attention.temperature_scale",
-    "attention.key_length_mla",
-    "attention.value_length_mla",
-    "attention.shared_kv_layers",
-    "rope.dimension_count",
-    "rope.dimension_sections",
-    "rope.freq_base",
-    "rope.freq_base_swa",
-    "rope.scale_linear",
-    "rope.scaling.type",
-    "rope.scaling.factor",
-    "rope.scaling.attn_factor",
-    "rope.scaling.yarn_log_multiplier",
-    "rope.scaling.yarn_ext_factor",
-    "rope.scaling.yarn_attn_factor",
-    "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
-    "ssm.conv_kernel",
-    "classifier.output_labels",
-];
-
-/// Whether a value changes nothing for a good reason.
-fn changes_nothing(family: &str, key: &str, value: &Value) -> bool {
-    let is_zero = matches!(value, Value::U32(0)) || matches!(value, Value::F32(number) if *number == 0.0);
-    match key {
-        // The embedding's rows say it.
-        "vocab_size" => true,
-        // What a file without the key means, too.
-        "attention.causal" => matches!(value, Value::Bool(true)),
-        "expert_weights_norm" if family == "qwen3moe" => matches!(value, Value::Bool(true)),
-        "expert_gating_func" if family == "qwen3moe" => matches!(value, Value::U32(1)),
-        "rope.scaling.factor" | "rope.scale_linear" => is_zero || matches!(value, Value::F32(1.0) | Value::U32(1)),
-        // Its experts have a length of their own.
-        "feed_forward_length" => family == "qwen3moe",
-        // 0 is where the key's part is off, and where it is not there.
-        _ => is_zero || matches!(value, Value::Bool(false)),
     }
 }
 

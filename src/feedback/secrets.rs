@@ -15,15 +15,17 @@ const PLACEHOLDER: &str = "<secret>";
 /// Bits per character from which a text is taken for random, of 6 in base64.
 const MIN_ENTROPY: f64 = 4.5;
 
+/// Asked of the group `secret`, or of the whole where there is none.
+type Check = fn(&str) -> bool;
+
 struct Rule {
     name: &'static str,
     regex: Regex,
-    /// Asked of the group `secret`, or of the whole where there is none.
-    is_secret: fn(&str) -> bool,
+    is_secret: Check,
 }
 
 /// In order: what is found by one is not seen by the next. In verbose mode, where blanks are not part of a pattern.
-const RULES: [(&str, &str, fn(&str) -> bool); 16] = [
+const RULES: [(&str, &str, Check); 16] = [
     (
         "private key",
         r"(?s)-----BEGIN\s(?:[A-Z0-9]+\s)*PRIVATE\sKEY(?:\sBLOCK)?-----
@@ -145,8 +147,8 @@ fn is_password(text: &str) -> bool {
     let is_filled_in = text.starts_with(['<', '$', '%', '[']) || (text.contains('{') && text.contains('}'));
     let is_masked = text.contains("...") || text.contains("***") || lower.contains("xxx") || lower.starts_with("your");
     let is_call = text.contains('(') && text.contains(')');
-    !(text.contains(char::is_whitespace) || is_filled_in || is_masked || is_call)
-        && !STAND_INS.contains(&lower.trim_matches(|c: char| !c.is_ascii_alphabetic()))
+    let is_stand_in = STAND_INS.contains(&lower.trim_matches(|c: char| !c.is_ascii_alphabetic()));
+    !(text.contains(char::is_whitespace) || is_filled_in || is_masked || is_call || is_stand_in)
 }
 
 /// As neither a path nor an identifier is, nor a digest in hexadecimal.
