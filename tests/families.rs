@@ -2,8 +2,9 @@
 //!
 //! `families/reference.py` says what is compared; it has written the logits.
 
-#[path = "families/model.rs"]
+#[path = "families/keys.rs"]
 mod keys;
+#[path = "families/model.rs"]
 mod model;
 mod tiny;
 
