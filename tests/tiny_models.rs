@@ -224,7 +224,7 @@ fn a_file_that_does_not_describe_a_decoder_is_refused_by_name() {
         (&["qwen2.block_count", "whole number"], set("qwen2.block_count", Value::I32(-2))),
         (&["blk.2.attn_norm.weight"], set("qwen2.block_count", Value::U32(3))),
         (&["3 heads", "2 key-value"], set("qwen2.attention.head_count", Value::U32(3))),
-        (&["0 heads"], set("qwen2.attention.head_count", Value::U32(0))),
+        (&["qwen2.attention.head_count = 0"], set("qwen2.attention.head_count", Value::U32(0))),
         (&["31 rotary"], set("qwen2.rope.dimension_count", Value::U32(31))),
         (&["qwen2.rope.scaling.original_context_length"], set("qwen2.rope.scaling.type", Value::String("yarn".into()))),
         (&["qwen2.rope.scaling.type", "ntk"], set("qwen2.rope.scaling.type", Value::String("ntk".into()))),
