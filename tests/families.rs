@@ -117,9 +117,10 @@ fn distance(logits: &[f32], expected: &[f32]) -> f64 {
     difference / variance.sqrt()
 }
 
-/// K and V are f16, which costs about 0.0002; activations of quantized layers are int8, about 0.01.
+/// K and V are f16, which costs about 0.0002; activations of quantized layers are int8, about 0.015, and twice that where a row
+/// chooses its experts by them.
 const MAX_EXACT_DISTANCE: f64 = 1e-3;
-const MAX_QUANTIZED_DISTANCE: f64 = 0.03;
+const MAX_QUANTIZED_DISTANCE: f64 = 0.04;
 /// What a change must make at least for a test of it to mean something.
 const MIN_CHANGE: f64 = 0.02;
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 VOCAB, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 96, 128, 160, 4, 2, 32, 256
@@ -223,7 +223,12 @@ def adapter(family, config, kind, peft_config):
         "experts": ["peft_type", "task_type", "r", "lora_alpha", "target_modules"],
         "dora": ["peft_type", "task_type", "r", "lora_alpha", "target_modules", "use_dora"],
         "ia3": ["peft_type", "task_type", "target_modules", "feedforward_modules"],
+        "rslora": ["peft_type", "task_type", "r", "lora_alpha", "target_modules", "use_rslora", "lora_bias"],
+        "head": ["peft_type", "task_type", "r", "lora_alpha", "target_modules"],
+        "saved head": ["peft_type", "task_type", "r", "lora_alpha", "target_modules", "modules_to_save"],
         "prompt": ["peft_type", "task_type", "num_virtual_tokens"],
+        "p-tuning": ["peft_type", "task_type", "num_virtual_tokens"],
+        "prefix": ["peft_type", "task_type", "num_virtual_tokens"],
     }[kind]
     settings = {key: settings[key] for key in kept if key in settings}
     return {"kind": kind, "config": settings, "tensors": tensors, "logits": packed(logits(model))}
@@ -248,7 +253,20 @@ def adapters(family, config):
     )
     dora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_dora=True, task_type="CAUSAL_LM")
     ia3 = IA3Config(target_modules=keys, feedforward_modules=feedforward, task_type="CAUSAL_LM")
+    rslora = LoraConfig(
+        r=9, lora_alpha=6, target_modules=targets[:2], use_rslora=True, lora_bias=True, bias="none", task_type="CAUSAL_LM"
+    )
+    head = LoraConfig(r=4, lora_alpha=8, target_modules=targets[:1] + ["lm_head"], task_type="CAUSAL_LM")
+    saved_head = LoraConfig(
+        r=4, lora_alpha=8, target_modules=targets[:1], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+    )
+    # As they are loaded: what was trained is the encoder's output.
+    loaded = {"num_virtual_tokens": 5, "task_type": "CAUSAL_LM", "inference_mode": True}
     prompt = PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    # Of a base whose head is its embedding, PEFT adapts or saves both.
+    of_head = [] if config.tie_word_embeddings else [("head", head), ("saved head", saved_head)]
+    more = [("rslora", rslora), *of_head, ("p-tuning", PromptEncoderConfig(**loaded)), ("prefix", PrefixTuningConfig(**loaded))]
+    more = [adapter(family, config, kind, peft_config) for kind, peft_config in more]
     return [
         adapter(family, config, "lora", lora),
         adapter(family, config, "dora", dora),
@@ -258,7 +276,7 @@ def adapters(family, config):
         [adapter(family, config, "experts", plain), adapter(family, config, "converted", older)]
         if family == "qwen3moe"
         else []
-    )
+    ) + more
 
 
 def rope(kind="default", theta=THETA, **more):
