@@ -184,8 +184,8 @@ pub async fn run_random(shape: &Shape, config: &EngineConfig, args: &BenchArgs) 
 /// Of random adapters.
 const RANDOM_RANK: usize = 16;
 
-/// Prints what the device can do at most, runs `args.repeat` times on an engine that does nothing else, and prints each report. The prompts differ in every request,
-/// so that the prefix cache has nothing to give.
+/// Prints what the device can do at most, runs `args.repeat` times on an engine that does nothing else, and prints each
+/// report. The prompts differ in every request, so that the prefix cache has nothing to give.
 pub async fn run(
     handle: &EngineHandle,
     adapters: &[Arc<Adapter>],

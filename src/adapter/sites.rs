@@ -98,11 +98,10 @@ pub enum PathMatch {
 
 impl PathMatch {
     fn matches(&self, path: &str) -> Result<bool, AdapterError> {
+        let within = in_multimodal(path);
         match self {
-            Self::Pattern(pattern) => Ok(pattern.is_match(path)? || pattern.is_match(&in_multimodal(path))?),
-            Self::Names(names) => {
-                Ok(names.iter().any(|name| is_ending(path, name) || is_ending(&in_multimodal(path), name)))
-            }
+            Self::Pattern(pattern) => Ok(pattern.is_match(path)? || pattern.is_match(&within)?),
+            Self::Names(names) => Ok(names.iter().any(|name| is_ending(path, name) || is_ending(&within, name))),
         }
     }
 

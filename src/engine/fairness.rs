@@ -275,10 +275,12 @@ impl Fairness {
 
     /// A step is planned in which those of `wanting` get less than they want, and all others with sequences here all that they
     /// want: who wants no more has no claim to what others are served beside it.
-    pub fn settle(&mut self, wanting: &HashSet<&Flow>) {
+    pub fn settle<'a>(&mut self, wanting: impl Iterator<Item = &'a Flow>) {
+        // One alone is owed nothing, and its steps need not look.
         if self.flows.0.len() < 2 {
             return;
         }
+        let wanting: HashSet<&Flow> = wanting.collect();
         let wanting_keys: HashSet<&Arc<str>> = wanting.iter().map(|flow| &flow.account.key).collect();
         let active = self.keys.0.iter().filter(|(_, served)| served.num_sequences > 0);
         let of_keys = active.map(|(key, served)| Claim::of(served.served, wanting_keys.contains(key)));

@@ -375,8 +375,8 @@ impl Scheduler {
         let Self { running, waiting, shares, fairness, streams, .. } = self;
         let is_short = |(sequence, share): &(&Sequence, &usize)| **share < sequence.num_uncomputed_tokens();
         let short = || running.iter().zip(&*shares).filter(is_short).map(|(sequence, _)| sequence);
-        fairness.settle(&short().chain(&*waiting).map(Sequence::flow).collect());
-        streams.settle(&short().filter(|sequence| sequence.is_streaming()).map(Sequence::flow).collect());
+        fairness.settle(short().chain(&*waiting).map(Sequence::flow));
+        streams.settle(short().filter(|sequence| sequence.is_streaming()).map(Sequence::flow));
     }
 
     /// Adds rows for guessed tokens while they are cheap: with every sequence decoding and none left out, and as long as the

@@ -175,21 +175,7 @@ fn an_id_outside_the_vocabulary_is_special_and_has_no_bytes() {
 
 #[test]
 fn an_unknown_pre_tokenizer_is_refused_by_name() {
-    let metadata = TokenizerMetadata {
-        model: TokenizerModel::ByteLevelBpe,
-        pre: PreTokenizer::Named("strange-bpe".to_string()),
-        tokens: vec![],
-        kinds: vec![],
-        scores: vec![],
-        merges: vec![],
-        bos: None,
-        eos: None,
-        other_ends: vec![],
-        fim: None,
-        add_bos: None,
-        spaces: Spaces::prefixed(false),
-        strips: Strips::default(),
-    };
+    let metadata = TokenizerMetadata { pre: PreTokenizer::Named("strange-bpe".to_string()), ..byte_level(&[]) };
     let error = Tokenizer::new(metadata).expect_err("no such pre-tokenizer");
     assert!(error.to_string().contains("strange-bpe"), "{error}");
 }
