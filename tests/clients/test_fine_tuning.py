@@ -2,6 +2,7 @@
 has, and once with the lab's, for a few steps."""
 
 import json
+import subprocess
 import sys
 import time
 
@@ -51,7 +52,7 @@ def chats(count):
     return "\n".join(json.dumps(line) for line in lines).encode()
 
 
-def served_with(folder, *command):
+def config_with(folder, *command):
     config = folder / "lorry.toml"
     config.write_text(
         f"""
@@ -65,7 +66,11 @@ def served_with(folder, *command):
         command = {json.dumps([str(part) for part in command])}
         """
     )
-    return serving("--model", BASE, "--config", config)
+    return config
+
+
+def served_with(folder, *command):
+    return serving("--model", BASE, "--config", config_with(folder, *command))
 
 
 def client_of(server):
@@ -137,6 +142,21 @@ def test_a_job_ends_as_a_model_of_the_server(client):
     assert checkpoint.fine_tuned_model_checkpoint == job.fine_tuned_model
     assert (checkpoint.step_number, checkpoint.metrics.valid_loss) == (2, 1.5)
     assert job.id in [known.id for known in client.fine_tuning.jobs.list(limit=1)]
+
+
+def test_the_bench_of_pairs_says_what_a_job_gives(tmp_path):
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    config = config_with(tmp_path, sys.executable, tmp_path / "trainer.py")
+    for name, count in [("pairs", 10), ("held_out", 2)]:
+        (tmp_path / name).write_bytes(chats(count))
+    command = [sys.executable, REPOSITORY / "benches" / "pairs.py", tmp_path / "pairs", tmp_path / "held_out"]
+    result = subprocess.run(
+        [*command, "--model", BASE, "--epochs", "1", "--config", config], stdout=subprocess.PIPE, check=True
+    )
+    base, adapter, alone = [json.loads(line) for line in result.stdout.splitlines()]
+    assert (base["answers"], adapter["answers"]) == ("base", "adapter")
+    assert (adapter["validation_loss_of_base"], adapter["validation_loss"]) == (3.0, 1.5)
+    assert (adapter["exact"] - base["exact"]) * 2 == alone["adapter_alone"] - alone["base_alone"]
 
 
 def test_a_job_is_cancelled(client, folder):
