@@ -101,7 +101,11 @@ impl ExperimentsConfig {
             if before.iter().any(|other| other.name == experiment.name || other.alias == experiment.alias) {
                 return Err(format!("{at}: its name or alias is taken by another experiment"));
             }
-            let is_alias = |model: &str| self.run.iter().any(|experiment| experiment.alias == model);
+            let is_alias = |model: &str| {
+                // The alias would answer for it, with its examples or without.
+                let model = icl::Selection::split_model_name(model).map_or(model, |(model, _)| model);
+                self.run.iter().any(|experiment| experiment.alias == model)
+            };
             if let Some(arm) = experiment.arms.iter().find(|arm| is_alias(&arm.model)) {
                 return Err(format!("{at}: the model {:?} of the arm {:?} is itself an alias", arm.model, arm.name));
             }
@@ -205,6 +209,7 @@ mod tests {
             (run("one", "", ARMS, bounds), "alias"),
             (run("one", "base", ARMS, bounds), "alias"),
             (run("one", "x", ARMS, bounds), "itself an alias"),
+            (two("{name = 'b', model = 'coder+icl:python@3', weight = 1}"), "itself an alias"),
             (run("one", "coder", ARMS, ""), "bounds"),
             (run("one", "coder", ARMS, "bounds = {min_samples = 0}"), "min_samples"),
             (run("one", "coder", ARMS, "bounds = {min_samples = 9, max_error_rate = 2}"), "max_error_rate"),
