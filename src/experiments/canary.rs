@@ -48,13 +48,16 @@ impl Monitor {
     }
 
     pub fn observe_canary(&mut self, request: PastRequest) {
-        if request.generation != self.generation {
+        // What failed before it had its weights says nothing of a swap.
+        if request.generation.is_some() && request.generation != self.generation {
             // Requests that began before a swap may end after it.
             if self.replaced.is_some() && request.generation == self.replaced {
                 return;
             }
             self.replaced = std::mem::replace(&mut self.generation, request.generation.clone());
-            self.canary.clear();
+            if self.replaced.is_some() {
+                self.canary.clear();
+            }
         }
         push(&mut self.canary, request);
     }
@@ -196,6 +199,20 @@ mod tests {
         monitor.observe_canary(of("v2"));
         monitor.observe_canary(of("v1"));
         assert_eq!((monitor.canary.len(), monitor.broken_bound()), (1, None));
+    }
+
+    #[test]
+    fn a_run_without_weights_ends_no_generation_and_counts_with_the_one_that_is_watched() {
+        let mut monitor = monitor("max_error_rate = 0.5");
+        let unknown = |id| PastRequest { generation: None, ..request(id, Outcome::Failed, 1.0) };
+        // Also before the first that had any.
+        monitor.observe_canary(unknown(0));
+        (1..4).for_each(|id| monitor.observe_canary(request(id, Outcome::Completed, 1.0)));
+        monitor.observe_canary(unknown(4));
+        (5..7).for_each(|id| monitor.observe_canary(request(id, Outcome::Completed, 1.0)));
+        assert_eq!((monitor.canary.len(), monitor.broken_bound()), (7, None));
+        (7..11).for_each(|id| monitor.observe_canary(unknown(id)));
+        assert!(monitor.broken_bound().unwrap().contains("6 of 11"));
     }
 
     #[test]

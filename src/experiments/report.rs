@@ -46,7 +46,7 @@ pub struct ArmReport {
     pub prompt_tokens: u64,
     pub completion_tokens: u64,
     pub errors: u64,
-    /// Of the latest request.
+    /// Of the latest request that came to have its weights.
     pub generation: Option<String>,
 }
 
@@ -162,7 +162,7 @@ impl Run {
             run.completion_tokens += u64::from(row.get::<_, u32>(2)?);
             run.ttft_ms.extend(row.get::<_, Option<f64>>(3)?);
             run.tpot_ms.extend(row.get::<_, Option<f64>>(4)?);
-            run.generation = row.get(5)?;
+            run.generation = row.get::<_, Option<String>>(5)?.or(run.generation);
         }
         Ok(run)
     }
