@@ -285,6 +285,49 @@ async fn a_canary_remembers_its_requests_across_a_restart_and_forgets_them_with_
 }
 
 #[tokio::test]
+async fn a_vote_counts_for_a_canary_whether_it_or_its_request_came_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let lab = Lab::open(&database(&folder), &CANARY.replace("max_error_rate = 0.2", "min_acceptance = 0.5"));
+    for i in 0..10 {
+        let id = format!("cmpl-{i}");
+        lab.vote(&id, "ann", if i < 4 { VoteKind::Accepted } else { VoteKind::View }, None).await.unwrap();
+        lab.experiments.record(request(&id, "tuned"));
+    }
+    lab.settle().await;
+    assert!(lab.report().await.canary.unwrap().cause.unwrap().contains("4 of 10 were accepted"));
+}
+
+#[tokio::test]
+async fn the_latest_judgement_of_whomever_counts_for_a_canary_before_and_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let canary = CANARY.replace("max_error_rate = 0.2", "min_acceptance = 0.5");
+    let lab = Lab::open(&database(&folder), &canary);
+    for i in 0..9 {
+        let id = format!("cmpl-{i}");
+        lab.experiments.record(request(&id, "tuned"));
+        lab.vote(&id, "ann", VoteKind::Accepted, None).await.unwrap();
+        lab.vote(&id, "bob", if i < 6 { VoteKind::Rejected } else { VoteKind::View }, None).await.unwrap();
+    }
+    drop(lab);
+    let lab = Lab::open(&database(&folder), &canary);
+    assert_eq!(arms_served(&lab).len(), 2, "nine samples prove nothing");
+    lab.experiments.record(request("cmpl-9", "tuned"));
+    lab.vote("cmpl-9", "ann", VoteKind::View, None).await.unwrap();
+    assert!(lab.report().await.canary.unwrap().cause.unwrap().contains("3 of 10 were accepted"));
+}
+
+#[tokio::test]
+async fn a_report_names_the_weights_of_the_latest_request_that_had_any() {
+    let folder = tempfile::tempdir().unwrap();
+    let lab = Lab::open(&database(&folder), ARMS);
+    lab.experiments.record(Record { generation: Some("g1".to_owned()), ..request("cmpl-1", "tuned") });
+    lab.settle().await;
+    lab.experiments.record(Record { outcome: Outcome::Failed, ..request("cmpl-2", "tuned") });
+    lab.settle().await;
+    assert_eq!(lab.arm("tuned").await.generation.as_deref(), Some("g1"));
+}
+
+#[tokio::test]
 async fn a_canary_is_watched_while_nothing_can_be_written() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("state"), "a file where the folder should be").unwrap();

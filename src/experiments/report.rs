@@ -211,7 +211,7 @@ fn judge(
     let mut statement = store.connection().prepare(
         "SELECT r.id, r.arm, r.model, r.prompt_hash, v.kind
          FROM requests r JOIN votes v ON v.id = r.id AND v.sort <> 'winner'
-         WHERE r.experiment = ?1 AND NOT r.shadow ORDER BY v.created_ms",
+         WHERE r.experiment = ?1 AND NOT r.shadow ORDER BY v.created_ms, v.user",
     )?;
     let mut rows = statement.query([&experiment.name])?;
     let mut requests: HashMap<String, (usize, Option<i64>, VoteKind)> = HashMap::new();

@@ -45,6 +45,10 @@ const MIGRATIONS: &[&str] = &[
     ",
 ];
 
+/// What users think of a reply, by one vote: the latest judgement, of whomever; a view, where there is none.
+const OPINION: &str = "SELECT v.kind FROM votes v";
+const LATEST_OPINION: &str = "AND v.sort <> 'winner' ORDER BY v.sort = 'view', v.created_ms DESC, v.user DESC LIMIT 1";
+
 /// How long to wait for another process that writes.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -203,6 +207,12 @@ impl Store {
         Ok(row.optional()?)
     }
 
+    /// What users think of a reply: their latest judgement, else that it was viewed.
+    pub fn opinion(&self, id: &str) -> Result<Option<VoteKind>, StoreError> {
+        let mut statement = self.0.prepare(&format!("{OPINION} WHERE v.id = ?1 {LATEST_OPINION}"))?;
+        Ok(statement.query_row([id], |row| row.get(0)).optional()?)
+    }
+
     /// The latest `limit` served requests since `since_ms`, in order of time: those of `arm`, or of every arm but it.
     pub fn past_requests(
         &self,
@@ -212,22 +222,22 @@ impl Store {
         since_ms: i64,
         limit: usize,
     ) -> Result<Vec<PastRequest>, StoreError> {
-        let mut statement = self.0.prepare(
-            "SELECT id, generation, outcome, ttft_ms,
-                 EXISTS (SELECT 1 FROM votes v WHERE v.id = r.id AND v.sort <> 'winner'),
-                 EXISTS (SELECT 1 FROM votes v WHERE v.id = r.id AND v.kind = 'accepted')
+        let query = format!(
+            "SELECT id, generation, outcome, ttft_ms, ({OPINION} WHERE v.id = r.id {LATEST_OPINION})
              FROM requests r
              WHERE experiment = ?1 AND (arm <> ?2) = ?3 AND NOT shadow AND created_ms >= ?4
-             ORDER BY created_ms DESC LIMIT ?5",
-        )?;
+             ORDER BY created_ms DESC LIMIT ?5"
+        );
+        let mut statement = self.0.prepare(&query)?;
         let requests = statement.query_map(params![experiment, arm, of_others, since_ms, limit as i64], |row| {
+            let opinion: Option<VoteKind> = row.get(4)?;
             Ok(PastRequest {
                 id: row.get(0)?,
                 generation: row.get(1)?,
                 outcome: row.get(2)?,
                 ttft_ms: row.get(3)?,
-                shown: row.get(4)?,
-                accepted: row.get(5)?,
+                shown: opinion.is_some(),
+                accepted: opinion == Some(VoteKind::Accepted),
             })
         })?;
         let mut requests: Vec<PastRequest> = requests.collect::<Result<_, _>>()?;

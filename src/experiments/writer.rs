@@ -103,11 +103,14 @@ impl Writer {
             };
             self.metrics.experiment_writes_total.with_label_values(&[result]).inc();
             match command {
-                Command::Record(record) => self.observe(*record),
+                Command::Record(record) => {
+                    let id = record.id.clone();
+                    self.observe(*record);
+                    self.take_up_opinion(&id);
+                }
                 Command::Vote(vote, reply) => {
                     if answer.is_ok() {
-                        let monitors = self.monitors.iter_mut().flatten();
-                        monitors.for_each(|monitor| monitor.observe_vote(&vote.id, vote.kind));
+                        self.take_up_opinion(&vote.id);
                     }
                     replies.push((reply, answer));
                 }
@@ -242,6 +245,20 @@ impl Writer {
             }
             Some(arm) if !arm.shadow => monitor.observe_other(record.ttft_ms),
             _ => {}
+        }
+    }
+
+    /// As a restart would find it: whatever came first, votes or the request that they are on.
+    fn take_up_opinion(&mut self, id: &str) {
+        let Some(store) = self.store.as_ref().filter(|_| self.monitors.iter().any(Option::is_some)) else { return };
+        match store.opinion(id) {
+            Ok(opinion) => {
+                let monitors = self.monitors.iter_mut().flatten();
+                if let Some(kind) = opinion {
+                    monitors.for_each(|monitor| monitor.observe_vote(id, kind));
+                }
+            }
+            Err(e) => tracing::error!("votes on a request of a canary cannot be read: {e}"),
         }
     }
 
