@@ -25,7 +25,7 @@ struct Rule {
 }
 
 /// In order: what is found by one is not seen by the next. In verbose mode, where blanks are not part of a pattern.
-const RULES: [(&str, &str, Check); 16] = [
+const RULES: [(&str, &str, Check); 17] = [
     (
         "private key",
         r"(?s)-----BEGIN\s(?:[A-Z0-9]+\s)*PRIVATE\sKEY(?:\sBLOCK)?-----
@@ -49,6 +49,14 @@ const RULES: [(&str, &str, Check); 16] = [
            (?:"(?<a>[^"\n]{4,})"|'(?<b>[^'\n]{4,})'|`(?<c>[^`\n]{4,})`)
            |(?:^|\s)--(?:password|passwd|token|api-key|secret)[=\s]["']?(?<d>[^\s"']{4,})"#,
         is_password,
+    ),
+    (
+        // Of variables, options, connection strings and files of settings: `=` without blanks, or a line of its own.
+        "password without quotes",
+        r#"(?im)(?:password|passwd|passphrase|pwd)=(?<a>[^\s"'`,;&(){}\[\]<>\\=][^\s"'`,;&(){}\[\]<>\\]{3,})(?:[\s"'`;&\\]|\z)
+           |^[\x20\t-]*(?:export\s+|set\s+)?["']?[\w.-]*(?:password|passwd|passphrase|pwd)["']?[\x20\t]*[=:][\x20\t]*
+            (?<b>[^\s"'`,;&(){}\[\]<>\\=][^\s"'`,;&(){}\[\]<>\\]{3,})[\x20\t]*;?[\x20\t]*(?:[\#].*)?\r?$"#,
+        |text| is_mixed(text) && is_password(text) && !is_place(text),
     ),
     (
         "key or token",
@@ -151,6 +159,12 @@ fn is_password(text: &str) -> bool {
     !(text.contains(char::is_whitespace) || is_filled_in || is_masked || is_call || is_stand_in)
 }
 
+/// Of a file, or of a field: where a password may come from.
+fn is_place(text: &str) -> bool {
+    let is_field = || text.split('.').all(|part| part.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_'));
+    text.starts_with(['/', '~', '.']) || (text.contains('.') && is_field())
+}
+
 /// As neither a path nor an identifier is, nor a digest in hexadecimal.
 fn is_random(text: &str) -> bool {
     let has = |is: fn(&u8) -> bool| text.bytes().any(|byte| is(&byte));
@@ -208,6 +222,15 @@ mod tests {
             ("password", r#"{"db_password": "correct-horse"}"#.to_owned()),
             ("password", "config['passwd'] = 'tr0ub4dor'".to_owned()),
             ("password", "mysqldump --password=hunter2 shop".to_owned()),
+            ("password without quotes", "DB_PASSWORD=hunter2".to_owned()),
+            ("password without quotes", "export PGPASSWORD=hunter2\npsql".to_owned()),
+            ("password without quotes", "db:\n  password: hunter2\n  port: 1".to_owned()),
+            ("password without quotes", "- admin_password: hunter2  # for now".to_owned()),
+            ("password without quotes", "[client]\r\npassword = hunter2!\r\n".to_owned()),
+            ("password without quotes", "spring.datasource.password=hunter2".to_owned()),
+            ("password without quotes", "connect(\"Server=db;Password=Hunter2abc;\")".to_owned()),
+            ("password without quotes", "\"host=db password=hunter2\"".to_owned()),
+            ("password without quotes", "/login?user=a&pwd=hunter2&next=/".to_owned()),
             ("key or token", r#"API_KEY = "0123456789abcdef0123456789abcdef""#.to_owned()),
             ("key or token", "client_secret_v2: 'a1b2c3d4e5'".to_owned()),
             ("variable of the environment", "export DEPLOY_TOKEN=abc123def456".to_owned()),
@@ -237,6 +260,9 @@ mod tests {
             "input(\"Password: \"); label = 'Forgot your password? Ask us'",
             "password: str = Field(...), password = os.environ['DB_PASSWORD']",
             "type=\"password\" name=\"password\"",
+            "password: str\npassword: String\npassword = args[1]\npassword = sys.argv[2];\npwd=/home/user2",
+            "password = settings.db2.password\npassword: ${DB_PASSWORD_2}\npassword=changeme1\nPASSWORD=",
+            "connect(user=user1, password=input2)\nif password==stored1:\n    password=self.password2\npassword := hash2",
             "mysql --password=$MYSQL_PASSWORD, --token \"$(cat token)\", --password PASSWORD",
             "token = \"access_token\"; token_type = 'bearer'; secret_name = \"my-database-secret\"",
             "tokenizer = 'byte-level-v2'; token_url = 'https://example.com/oauth2/token'; tokens: ['a1', 'b2']; key = 'user_id_12345678'",
