@@ -352,6 +352,21 @@ async fn a_server_that_is_killed_in_mid_training_loses_no_job_and_leaves_no_trai
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_trainer_that_leaves_a_process_behind_is_not_waited_for_beyond_its_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&dir);
+    // In a session of its own, where no signal to the trainer's group finds it; it has both outputs.
+    let daemon = "setsid sh -c 'echo $$ > \"$0/daemon\"; exec sleep 100' \"$here\" &";
+    let waits = "while [ ! -s \"$here/daemon\" ]; do sleep 0.02; done";
+    let script = TRAINER.replace("echo 'for people'", &format!("{daemon}\n{waits}"));
+    fs::write(server.dir.join("trainer.sh"), script).unwrap();
+    server.until(&server.job().await, "succeeded").await;
+    let daemon = fs::read_to_string(server.dir.join("daemon")).unwrap();
+    assert!(runs(daemon.trim()), "it ran when the job had ended");
+    assert!(Command::new("kill").args(["-KILL", daemon.trim()]).status().unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_trainer_has_its_limits() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(&dir);
