@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -86,12 +86,21 @@ impl Files {
         }
         let id = next_id(ID_PREFIX, files.keys().next_back().map(String::as_str));
         let file = File { id: id.clone(), bytes, created_at, filename };
-        content.persist(self.content(&id)).map_err(|e| e.error)?;
-        // With its record it is there.
-        let record = serde_json::to_vec(&file).map_err(io::Error::other)?;
-        write_atomically(&self.dir, &format!("{id}.{RECORD}"), &record)?;
+        self.keep(content, &file)?;
         files.insert(id, file.clone());
         Ok(file)
+    }
+
+    /// Both its content and its record, or nothing: the room that is left is for others.
+    fn keep(&self, content: NamedTempFile, file: &File) -> io::Result<()> {
+        let record = serde_json::to_vec(file).map_err(io::Error::other)?;
+        content.persist(self.content(&file.id)).map_err(|e| e.error)?;
+        // With its record it is there.
+        let written = write_atomically(&self.dir, &format!("{}.{RECORD}", file.id), &record);
+        if written.is_err() {
+            [self.record(&file.id), self.content(&file.id)].iter().for_each(|path| remove_leftover(path));
+        }
+        written
     }
 
     /// In the order in which they were made.
@@ -122,13 +131,23 @@ impl Files {
     /// There is none, or it cannot be deleted: it is then still there.
     pub fn delete(&self, id: &str) -> Result<(), FilesError> {
         let mut files = self.lock();
-        let file = files.get(id).ok_or_else(|| FilesError::Unknown(id.to_owned()))?;
-        fs::remove_file(self.content(&file.id).with_extension(RECORD))?;
-        let content = self.content(&file.id);
-        files.remove(id);
-        fs::remove_file(content)?;
-        sync_folder(&self.dir)?;
+        let id = files.get(id).ok_or_else(|| FilesError::Unknown(id.to_owned()))?.id.clone();
+        if let Err(e) = fs::remove_file(self.record(&id))
+            && e.kind() != ErrorKind::NotFound
+        {
+            return Err(e.into());
+        }
+        // Without its record it is no file; what is left of it is removed at the next start.
+        files.remove(&id);
+        remove_leftover(&self.content(&id));
+        if let Err(e) = sync_folder(&self.dir) {
+            tracing::warn!("a power cut may bring back the uploaded file {id}, which was deleted: {e}");
+        }
         Ok(())
+    }
+
+    fn record(&self, id: &str) -> PathBuf {
+        self.dir.join(id).with_extension(RECORD)
     }
 
     fn content(&self, id: &str) -> PathBuf {
@@ -137,6 +156,14 @@ impl Files {
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, File>> {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn remove_leftover(path: &Path) {
+    if let Err(e) = fs::remove_file(path)
+        && e.kind() != ErrorKind::NotFound
+    {
+        tracing::warn!("what is left of an uploaded file cannot be removed: {}: {e}", path.display());
     }
 }
 
@@ -178,5 +205,32 @@ mod tests {
         files.keep_at(&file.id, &kept).unwrap();
         files.delete(&file.id).unwrap();
         assert_eq!(fs::read_to_string(kept).unwrap(), "first");
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    #[test]
+    fn a_file_whose_record_cannot_be_written_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = Files::open(dir.path().to_owned(), 10).unwrap();
+        let file = File { id: "file-1".to_owned(), bytes: 0, created_at: 0, filename: String::new() };
+        // In its place, so that nothing else can be put there.
+        fs::create_dir(files.record(&file.id)).unwrap();
+        files.keep(files.begin().unwrap(), &file).unwrap_err();
+        assert_eq!(names(dir.path()), ["file-1.json"]);
+    }
+
+    #[test]
+    fn a_file_is_deleted_with_its_record_whatever_becomes_of_its_content() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = Files::open(dir.path().to_owned(), 10).unwrap();
+        let file = add(&files, "first").unwrap();
+        fs::remove_file(files.content(&file.id)).unwrap();
+        fs::create_dir(files.content(&file.id)).unwrap();
+        files.delete(&file.id).unwrap();
+        assert!(matches!(files.get(&file.id), Err(FilesError::Unknown(_))));
+        assert!(!names(dir.path()).contains(&format!("{}.json", file.id)));
     }
 }
