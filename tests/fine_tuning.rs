@@ -71,11 +71,17 @@ impl Server {
     }
 
     fn upload(&self, text: &str, purpose: &str) -> RequestBuilder {
+        self.upload_with(text, purpose, &[])
+    }
+
+    /// With other parts behind those that there must be.
+    fn upload_with(&self, text: &str, purpose: &str, more: &[(&str, &str)]) -> RequestBuilder {
         let part = |head: &str, content: &str| {
             format!("--{BOUNDARY}\r\nContent-Disposition: form-data; {head}\r\n\r\n{content}\r\n")
         };
         let file = part("name=\"file\"; filename=\"train.jsonl\"", text);
-        let body = format!("{}{file}--{BOUNDARY}--\r\n", part("name=\"purpose\"", purpose));
+        let more: String = more.iter().map(|(name, content)| part(&format!("name={name:?}"), content)).collect();
+        let body = format!("{}{file}{more}--{BOUNDARY}--\r\n", part("name=\"purpose\"", purpose));
         let form = format!("multipart/form-data; boundary={BOUNDARY}");
         self.request(Method::POST, "/files").header("content-type", form).body(body)
     }
@@ -243,6 +249,11 @@ async fn a_file_is_kept_shown_and_deleted_and_its_job_has_it_still() {
     let (status, error) = sent(server.upload("{}", "batch")).await;
     assert_eq!(status, StatusCode::BAD_REQUEST);
     assert!(named(&error, "purpose").contains("`fine-tune`"));
+    for (part, more) in [("split", "train"), ("file", "{}"), ("purpose", "fine-tune")] {
+        let (status, error) = sent(server.upload_with(&examples(10), "fine-tune", &[(part, more)])).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{error}");
+        assert!(named(&error, part).contains(part), "{error}");
+    }
     let (status, _) = sent(server.upload(&"a".repeat((1 << 20) + 1), "fine-tune")).await;
     assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE);
     let (status, _) = sent(server.request(Method::POST, "/files").body("{}")).await;

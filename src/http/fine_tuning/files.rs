@@ -99,6 +99,9 @@ async fn read_form(allowed: &Allowed, request: Request) -> Result<Form, ApiError
 impl Form {
     async fn take(&mut self, allowed: &Allowed, field: &mut Field<'_>) -> Result<(), ApiError> {
         match field.name() {
+            Some(name @ ("file" | "purpose")) if self.has(name) => {
+                return Err(ApiError::invalid(name, format!("`{name}` comes twice: send one file at a time")));
+            }
             Some("file") => {
                 let filename: String = field.file_name().unwrap_or("file").chars().take(MAX_FILENAME_CHARS).collect();
                 self.file = Some((receive(allowed, field).await?, filename));
@@ -107,9 +110,17 @@ impl Form {
             Some(name) if name.starts_with("expires_after") => {
                 return Err(ApiError::invalid("expires_after", "`expires_after`: no file expires here: leave it out"));
             }
-            _ => {}
+            Some(name) => {
+                let message = format!("`{name}` is not known: known are file and purpose");
+                return Err(ApiError::invalid(name, message));
+            }
+            None => return Err(ApiError::malformed("a part of the form has no name: known are file and purpose")),
         }
         Ok(())
+    }
+
+    fn has(&self, name: &str) -> bool {
+        if name == "file" { self.file.is_some() } else { self.purpose.is_some() }
     }
 }
 

@@ -18,12 +18,24 @@ pub const MAX_MULTIPLIER: f64 = 1000.0;
 pub const MAX_RANK: u32 = 256;
 pub const MAX_VIRTUAL_TOKENS: u32 = 256;
 const MAX_METADATA: usize = 16;
+const KNOWN: [&str; 9] = [
+    "model",
+    "training_file",
+    "validation_file",
+    "suffix",
+    "seed",
+    "method",
+    "hyperparameters",
+    "metadata",
+    "integrations",
+];
 
 /// The job, and the model it names.
 ///
 /// # Errors
 /// 400, naming the field.
 pub fn read(fields: &Fields) -> Result<(NewJob, &str), ApiError> {
+    refuse_others(fields, &KNOWN)?;
     let (method, of_method) = method(fields)?;
     let of_job = nested(fields, "hyperparameters")?;
     let of_job = of_job.map(|found| hyperparameters(&found).map_err(within("hyperparameters"))).transpose()?;
@@ -193,6 +205,8 @@ mod tests {
     fn what_is_wrong_or_not_done_here_is_refused_by_its_path() {
         for (more, param) in [
             (r#", "suffix": "a b""#, "suffix"),
+            (r#", "n_epochs": 3"#, "n_epochs"),
+            (r#", "validation": "file-2""#, "validation"),
             (r#", "suffix": """#, "suffix"),
             (r#", "seed": -1"#, "seed"),
             (r#", "metadata": {"a": 1}"#, "metadata"),
