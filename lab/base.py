@@ -1,8 +1,13 @@
 """The GGUF that lorry serves as a Hugging Face folder: its weights dequantised, as QLoRA sees its base."""
 
+import fcntl
+import glob
+import hashlib
 import os
 import shutil
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data_files import REPOSITORY
@@ -29,26 +34,47 @@ def gguf_file(base: str) -> Path:
     return file
 
 
+def _digest(*parts: object) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape")).hexdigest()[:12]
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Waits for whoever else dequantises there; what was killed in it holds nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def dequantised(base: str) -> Path:
     """The folder with model and tokenizer of `base` in f32, made at the first call (2.5 GB for 0.5 billion weights)."""
-    gguf = gguf_file(base)
-    folder = lorry_home() / "dequantised" / gguf.stem
-    if folder.is_dir() and folder.stat().st_mtime >= gguf.stat().st_mtime:
-        return folder
+    gguf = gguf_file(base).resolve()
+    file = gguf.stat()
+    # Two files of one name are two models, and so is one that was replaced by another.
+    place = f"{gguf.stem}-{_digest(gguf)}"
+    folder = lorry_home() / "dequantised" / f"{place}-{_digest(file.st_size, file.st_mtime_ns)}"
+    if not folder.is_dir():
+        with _alone_in(folder.parent):
+            if not folder.is_dir():
+                for outdated in [*folder.parent.glob("*.part"), *folder.parent.glob(f"{glob.escape(place)}-*")]:
+                    shutil.rmtree(outdated, ignore_errors=True)
+                _dequantise(gguf, folder)
+    return folder
 
+
+def _dequantise(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     print(f"dequantising {gguf} to {folder}", flush=True)
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    unfinished = folder.with_name(f"{folder.name}.part")
     try:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
         model.save_pretrained(unfinished)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
