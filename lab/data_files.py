@@ -48,10 +48,16 @@ def read_rows(path: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
+def _lines(file: Path) -> list[bytes]:
+    """As the server splits them: in JSON a carriage return is a blank as any other."""
+    content = file.read_bytes()
+    return content.removesuffix(b"\n").split(b"\n") if content else []
+
+
 def read_pairs(file: Path) -> list[tuple[str, str]]:
     """Instructions and answers of a file of one's own, in the format of stores of in-context examples (docs/icl.md)."""
     pairs = []
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(_lines(file), start=1):
         try:
             row = json.loads(line)
             pair = row["instruction"], row["code"]
@@ -69,7 +75,7 @@ def read_conversations(file: Path) -> list[list[tuple[str | list[dict[str, str]]
     """What is to be learned from each line of a file of one's own as OpenAI's fine-tuning takes it: a text or a conversation,
     and how it goes on. A conversation has an answer for each message of the assistant whose `weight` is not 0."""
     lines = []
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(_lines(file), start=1):
         try:
             row = json.loads(line)
             if "messages" in row:

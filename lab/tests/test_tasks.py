@@ -113,6 +113,16 @@ def test_a_conversation_that_is_wrong_is_refused_by_its_line(tmp_path, second, c
         task_named(str(file)).train()
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b""])
+def test_a_carriage_return_is_a_blank_and_ends_no_line(tmp_path, end):
+    file = tmp_path / "mine.jsonl"
+    lines = [b'{"prompt": "a",\r "completion": "b"}'] * 11
+    file.write_bytes(b"\n".join(lines) + end)
+    assert len(task_named(str(file)).train()) == 9
+    file.write_bytes(b"\n".join([b'{"instruction": "a",\r "code": "b"}'] * 11) + end)
+    assert len(task_named(str(file)).train()) == 9
+
+
 def test_only_a_file_of_ones_own_has_a_validation_file():
     with pytest.raises(ValueError, match="dev split of its own"):
         task_named("bash", "dev.jsonl")
