@@ -55,6 +55,8 @@ class Recipe:
     """The base's file, where it is not that of the catalogue."""
     validation: str | None = None
     """The dev split of a file of one's own; every tenth line of it if there is none."""
+    bos: bool = False
+    """Whether a text begins with the base's BOS token, where the server puts one before it."""
     export_rank: int | None = None
     """LoRA of a higher rank is cut to this one at the end: the best approximation of each site's product."""
     prefix_text: str | None = None
@@ -67,6 +69,8 @@ class Recipe:
             self.data()
         except ValueError as error:
             raise ValueError(f"task: {error}") from error
+        if not isinstance(self.bos, bool):
+            raise ValueError("bos must be true or false")
         if not isinstance(self.peft, dict) or "peft_type" not in self.peft:
             raise ValueError('[peft]: peft_type is missing, such as "LORA"')
         if self.export_rank is None:

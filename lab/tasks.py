@@ -13,8 +13,6 @@ INSTRUCTION_TEMPLATE = "### Instruction:\n{{ instruction }}\n### Response:\n"
 INSTRUCTION_PROMPT = INSTRUCTION_TEMPLATE.replace("{{ instruction }}", "{}")
 # As the server renders a prompt with a suffix; the names are those of Qwen2.5-Coder's tokens.
 FIM_PROMPT = "<|fim_prefix|>{}<|fim_suffix|>{}<|fim_middle|>"
-# The token that ends an answer. Every base of the catalogue has it and the server stops there.
-END = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,8 @@ class Task:
     pairs: Callable[[], list[tuple[str, str]]] | None = None
     """Instructions and answers of the train split, for the store of examples `data_set`."""
     data_set: str | None = None
+    lines: Callable[[], list[list[Example]]] | None = None
+    """The examples of each line of a file of one's own that has no dev split, of which every tenth is for that."""
 
 
 def _commands(path: str) -> list[tuple[str, str]]:
@@ -72,9 +72,13 @@ def _of_instructions(read: Callable[[str], list[tuple[str, str]]], train: str, d
     """What a task of instructions and answers, which `read` gives for `train` and for `dev`, has of them."""
 
     def examples(source: str) -> list[Example]:
-        return [Example(INSTRUCTION_PROMPT.format(instruction), answer) for instruction, answer in read(source)]
+        return [_instructed(*pair) for pair in read(source)]
 
     return {"train": lambda: examples(train), "dev": lambda: examples(dev), "pairs": lambda: read(train)}
+
+
+def _instructed(instruction: str, answer: str) -> Example:
+    return Example(INSTRUCTION_PROMPT.format(instruction), answer)
 
 
 def _gaps(code: str, draw: random.Random) -> Iterator[tuple[int, int]]:
@@ -161,6 +165,21 @@ TASKS = {
 OWN_DATA_SUFFIX = ".jsonl"
 
 
+def encoded_splits(task: Task, encode: Callable[[list[Example]], list[Any]]) -> tuple[dict[str, list[Any]], int]:
+    """The rows of the train and the dev split, as `encode` makes them of examples, and how many it has left out. A file
+    without a dev split is split when the lines are gone that nothing is left of: a long one is not all of a split."""
+    if task.lines is None:
+        examples = {"train": task.train(), "dev": task.dev()}
+        splits = {split: encode(of_split) for split, of_split in examples.items()}
+        num_examples = sum(map(len, examples.values()))
+    else:
+        lines = task.lines()
+        encoded = [rows for rows in map(encode, lines) if rows]
+        splits = {split: [row for rows in every_tenth(encoded, split) for row in rows] for split in ("train", "dev")}
+        num_examples = sum(map(len, lines))
+    return splits, num_examples - sum(map(len, splits.values()))
+
+
 def task_named(name: str, validation: str | None = None) -> Task:
     """A task of the lab, or that of a file of one's own, whose dev split is the file `validation` or every tenth line.
 
@@ -178,6 +197,8 @@ def task_named(name: str, validation: str | None = None) -> Task:
         max_tokens = 1024
     else:
         own = _of_instructions(lambda split: _own_lines(read_pairs, file, validation, split), "train", "dev")
+        if validation is None:
+            own["lines"] = lambda: [[_instructed(*pair)] for pair in read_pairs(file)]
         max_tokens = 256
     return Task(
         name=file.stem,
@@ -193,13 +214,25 @@ def _own_lines(read: Callable[[Path], list[Any]], file: Path, validation: str | 
     """What `read` gives for the lines of one split."""
     if validation is not None:
         return read(Path(validation) if split == "dev" else file)
-    return [line for index, line in enumerate(read(file)) if (index % 10 == 0) == (split == "dev")]
+    return every_tenth(read(file), split)
+
+
+def every_tenth(lines: list[Any], split: str) -> list[Any]:
+    return [line for index, line in enumerate(lines) if (index % 10 == 0) == (split == "dev")]
 
 
 def _of_conversations(file: Path, validation: str | None) -> dict[str, Any]:
     def examples(split: str) -> list[Example]:
         lines = _own_lines(read_conversations, file, validation, split)
-        return [Example(prompt, answer) for answers in lines for prompt, answer in answers]
+        return [Example(*pair) for answers in lines for pair in answers]
 
-    # Without a template of the adapter's own: chats are rendered by the base's, and texts are prompts as they are.
-    return {"train": lambda: examples("train"), "dev": lambda: examples("dev"), "template": None}
+    def lines() -> list[list[Example]]:
+        return [[Example(*pair) for pair in answers] for answers in read_conversations(file)]
+
+    return {
+        "train": lambda: examples("train"),
+        "dev": lambda: examples("dev"),
+        "lines": lines if validation is None else None,
+        # None of the adapter's own: chats are rendered by the base's, and texts are prompts as they are.
+        "template": None,
+    }

@@ -19,50 +19,21 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from jinja2 import TemplateError
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType, TaskType, get_peft_model
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_text
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import Adafactor, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import Adafactor, AutoModelForCausalLM, AutoTokenizer
 
 from adapter_folder import Figures, cut_rank, write_adapter
 from base import MissingModel, dequantised
 from data_files import REPOSITORY, BadData, MissingData
+from encoding import Ids, TrainingError, encode
 from recipe import Recipe, RecipeError, load_recipe
-from tasks import END, Example
+from tasks import encoded_splits
 
 CHECKPOINT_SECONDS = 120
 IGNORED = -100
-
-# The ids of a prompt, and those of its answer with the token that ends it.
-Ids = tuple[list[int], list[int]]
-
-
-class TrainingError(Exception):
-    """A training cannot begin or go on."""
-
-
-def encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Ids]:
-    end = tokenizer.convert_tokens_to_ids(END)
-    if end is None:
-        raise TrainingError(f"the base has no token {END}, with which every answer ends")
-    prompts = tokenizer([_text(example.prompt, tokenizer) for example in examples], add_special_tokens=False).input_ids
-    targets = tokenizer([example.target for example in examples], add_special_tokens=False).input_ids
-    # In a chat an answer ends as the base ends its own.
-    ends = [end if isinstance(example.prompt, str) else tokenizer.eos_token_id for example in examples]
-    rows = [(prompt, [*target, end]) for prompt, target, end in zip(prompts, targets, ends)]
-    return [row for row in rows if len(row[0]) + len(row[1]) <= max_tokens]
-
-
-def _text(prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    try:
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    except (ValueError, TemplateError) as error:
-        raise TrainingError(f"the base's chat template cannot render an example: {error}") from error
-
 
 def drawn(rows: list[Ids], count: int | None, seed: int) -> list[Ids]:
     return rows if count is None or count >= len(rows) else random.Random(seed).sample(rows, count)
@@ -197,15 +168,15 @@ class Run:
             self.trainee.trained.values(), lr=training.learning_rate, scale_parameter=False, relative_step=False
         )
         task, tokenizer = recipe.data(), self.trainee.tokenizer
-        train, dev = task.train(), task.dev()
-        rows, dev_rows = (encode(examples, tokenizer, training.max_tokens) for examples in (train, dev))
-        self.left_out = len(train) + len(dev) - len(rows) - len(dev_rows)
-        self.rows = drawn(rows, training.max_examples, training.seed)
-        self.dev = drawn(dev_rows, training.validation_examples, training.seed)
-        if not self.rows or not self.dev:
-            raise TrainingError(
-                f"no example of task {recipe.task} has at most {training.max_tokens} tokens: max_tokens"
-            )
+        splits, self.left_out = encoded_splits(
+            task, lambda examples: encode(examples, tokenizer, training.max_tokens, recipe.bos)
+        )
+        for split, rows in splits.items():
+            if not rows:
+                most = f"has at most {training.max_tokens} tokens: max_tokens"
+                raise TrainingError(f"no example of the {split} split of task {recipe.task} {most}")
+        self.rows = drawn(splits["train"], training.max_examples, training.seed)
+        self.dev = drawn(splits["dev"], training.validation_examples, training.seed)
         self.steps_per_epoch = -(-len(self.rows) // training.batch_size)
         self.num_steps = min(training.epochs * self.steps_per_epoch, training.max_steps or sys.maxsize)
         self.state: dict[str, Any] = {
