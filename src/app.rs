@@ -97,7 +97,9 @@ impl App {
             .map_err(AppError::Experiments)?;
 
         let fine_tuning = config.fine_tuning.enabled.then(|| {
-            let (dir, base) = (config.fine_tuning.dir(&home), fine_tuning::Base { id: id.clone(), path: path.clone() });
+            let begins_with_bos = base.tokenizer.bos().is_some();
+            let base = fine_tuning::Base { id: id.clone(), path: path.clone(), begins_with_bos };
+            let dir = config.fine_tuning.dir(&home);
             FineTuning::start(&config.fine_tuning, dir, base, adapters.clone(), &metrics).map(Arc::new)
         });
         let fine_tuning = fine_tuning.transpose()?;

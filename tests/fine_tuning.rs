@@ -200,6 +200,7 @@ async fn a_job_becomes_an_adapter_that_is_served_without_a_restart() {
 
     let recipe: toml::Table = fs::read_to_string(server.dir.join("recipe.toml")).unwrap().parse().unwrap();
     assert_eq!(recipe["validation"].as_str(), Some("validation.jsonl"));
+    assert_eq!(recipe["training"]["validation_examples"].as_integer(), Some(1));
     assert_eq!((recipe["peft"]["r"].as_integer(), recipe["training"]["seed"].as_integer()), (Some(4), Some(3)));
     let environment = fs::read_to_string(server.dir.join("environment")).unwrap();
     assert!(!environment.contains("ADMIN_KEY"), "{environment}");

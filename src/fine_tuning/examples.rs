@@ -2,9 +2,12 @@
 //! lab/tasks.py reads the same.
 
 use std::fmt;
-use std::io::{self, BufRead};
+use std::io::{self, BufRead, Read};
 
 use serde_json::{Map, Value};
+
+/// JSON takes many times its bytes once it is read.
+const MAX_LINE_BYTES: u64 = 4 << 20;
 
 /// Where a file is not what it must be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +29,14 @@ pub enum ExamplesError {
     Unreadable(#[from] io::Error),
 }
 
+/// What a file has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ExampleCount {
+    pub lines: usize,
+    /// To be learned; a chat may have several.
+    pub answers: usize,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Messages,
@@ -44,30 +55,35 @@ impl fmt::Display for BadLine {
 /// What is wrong in a line: the field and the reason.
 type Fault = (Option<String>, String);
 
-/// How many examples `file` has.
+/// What `file` has.
 ///
 /// # Errors
-/// The first line that is none, or that there are fewer than `min`.
-pub fn check(mut file: impl BufRead, min: usize) -> Result<usize, ExamplesError> {
-    let (mut found, mut kind) = (0, None);
+/// The first line that is no example, or that there are fewer than `min`.
+pub fn check(mut file: impl BufRead, min: usize) -> Result<ExampleCount, ExamplesError> {
+    let (mut found, mut kind) = (ExampleCount::default(), None);
     let mut line = Vec::new();
-    while file.read_until(b'\n', &mut line)? > 0 {
-        found += 1;
-        let bad = |(field, reason)| ExamplesError::BadLine(BadLine { line: found, field, reason });
-        let this = check_line(&line).map_err(bad)?;
+    while file.by_ref().take(MAX_LINE_BYTES + 1).read_until(b'\n', &mut line)? > 0 {
+        found.lines += 1;
+        let bad = |(field, reason)| ExamplesError::BadLine(BadLine { line: found.lines, field, reason });
+        let (this, num_answers) = check_line(&line).map_err(bad)?;
         if *kind.get_or_insert(this) != this {
             let reason = "is of another kind than line 1: all must have `messages`, or all `prompt` and `completion`";
             return Err(bad((None, reason.to_owned())));
         }
+        found.answers += num_answers;
         line.clear();
     }
-    if found < min {
-        return Err(ExamplesError::TooFew { found, min });
+    if found.lines < min {
+        return Err(ExamplesError::TooFew { found: found.lines, min });
     }
     Ok(found)
 }
 
-fn check_line(line: &[u8]) -> Result<Kind, Fault> {
+/// Its kind, and how many answers are learned of it.
+fn check_line(line: &[u8]) -> Result<(Kind, usize), Fault> {
+    if line.len() as u64 > MAX_LINE_BYTES {
+        return Err((None, format!("is longer than {} MiB: split it", MAX_LINE_BYTES >> 20)));
+    }
     if line.trim_ascii().is_empty() {
         return Err((None, "is empty".to_owned()));
     }
@@ -75,8 +91,7 @@ fn check_line(line: &[u8]) -> Result<Kind, Fault> {
     let Value::Object(row) = row else { return Err((None, "is no JSON object".to_owned())) };
     if row.contains_key("messages") {
         check_names("", &row, &["messages"])?;
-        check_messages(&row)?;
-        return Ok(Kind::Messages);
+        return Ok((Kind::Messages, check_messages(&row)?));
     }
     if !row.contains_key("prompt") && !row.contains_key("completion") {
         return Err((None, "has neither `messages` nor `prompt` and `completion`".to_owned()));
@@ -86,13 +101,15 @@ fn check_line(line: &[u8]) -> Result<Kind, Fault> {
     if text("completion", row.get("completion"))?.is_empty() {
         return Err(at("completion", "must not be empty"));
     }
-    Ok(Kind::Pair)
+    Ok((Kind::Pair, 1))
 }
 
-fn check_messages(row: &Map<String, Value>) -> Result<(), Fault> {
+/// How many answers are learned.
+fn check_messages(row: &Map<String, Value>) -> Result<usize, Fault> {
     let messages = row.get("messages").and_then(Value::as_array).filter(|messages| !messages.is_empty());
     let messages = messages.ok_or_else(|| at("messages", "must be an array that is not empty"))?;
     let mut num_learned = 0;
+    let last = messages.len() - 1;
     for (index, message) in messages.iter().enumerate() {
         let path = format!("messages[{index}]");
         let message = message.as_object().ok_or_else(|| at(&path, "must be an object"))?;
@@ -103,6 +120,9 @@ fn check_messages(row: &Map<String, Value>) -> Result<(), Fault> {
         }
         if index == 0 && role == "assistant" {
             return Err(at(format!("{path}.role"), "must not be `assistant` in the first message: it answers nothing"));
+        }
+        if index == last && role != "assistant" {
+            return Err(at(format!("{path}.role"), "must be `assistant` in the last message: nothing answers it"));
         }
         let content = text(&format!("{path}.content"), message.get("content"))?;
         let weight = match message.get("weight").filter(|weight| !weight.is_null()) {
@@ -122,7 +142,7 @@ fn check_messages(row: &Map<String, Value>) -> Result<(), Fault> {
     if num_learned == 0 {
         return Err(at("messages", "must have an answer of the assistant to learn, of a `weight` that is not 0"));
     }
-    Ok(())
+    Ok(num_learned)
 }
 
 /// Fields that nobody reads would be trained without: tools, images.
@@ -145,6 +165,8 @@ fn at(path: impl Into<String>, reason: &str) -> Fault {
 
 #[cfg(test)]
 mod tests {
+    use std::io::BufReader;
+
     use super::*;
 
     const PAIR: &str = r#"{"prompt": "a", "completion": "b"}"#;
@@ -161,9 +183,29 @@ mod tests {
         let chat = CHAT.replace('\n', " ");
         for line in [PAIR, &chat] {
             for end in ["", "\n", "\r\n"] {
-                assert_eq!(check(format!("{line}\r\n{line}{end}").as_bytes(), 2).unwrap(), 2);
+                let found = check(format!("{line}\r\n{line}{end}").as_bytes(), 2).unwrap();
+                assert_eq!(found, ExampleCount { lines: 2, answers: 2 });
             }
         }
+    }
+
+    #[test]
+    fn each_answer_that_is_learned_is_counted() {
+        let message = |role: &str| format!(r#"{{"role": "{role}", "content": "a"}}"#);
+        let chat = ["user", "assistant", "user", "assistant"].map(message).join(", ");
+        let lines = format!("{{\"messages\": [{chat}]}}\n").repeat(3);
+        assert_eq!(check(lines.as_bytes(), 1).unwrap(), ExampleCount { lines: 3, answers: 6 });
+    }
+
+    #[test]
+    fn a_line_that_is_too_long_is_refused_by_its_number_and_not_read_on() {
+        let long = format!(r#"{{"prompt": "a", "completion": "{}"}}"#, "b".repeat(4 << 20));
+        assert_eq!(refusal(&[PAIR, &long]), "line 2 is longer than 4 MiB: split it");
+        let fits = format!(r#"{{"prompt": "a", "completion": "{}"}}"#, "b".repeat((4 << 20) - 64));
+        assert_eq!(check(fits.as_bytes(), 1).unwrap().lines, 1);
+        // A file that never ends a line.
+        let endless = BufReader::new(io::repeat(b'['));
+        assert!(check(endless, 1).unwrap_err().to_string().contains("line 1 is longer"));
     }
 
     #[test]
@@ -183,9 +225,16 @@ mod tests {
             (r#"{"messages": [1]}"#, "line 2: `messages[0]` must be an object"),
             (r#"{"messages": [{"role": "assistant", "content": "a"}]}"#, "`messages[0].role` must not be `assistant`"),
             (&message(r#""role": "tool", "content": "a""#), "line 2: `messages[1].role` must be"),
+            (
+                &message(r#""role": "user", "content": "b""#),
+                "line 2: `messages[1].role` must be `assistant` in the last",
+            ),
             (&message(r#""role": "assistant", "content": ["a"]"#), "line 2: `messages[1].content` must be a string"),
             (&message(r#""role": "assistant", "content": """#), "line 2: `messages[1].content` must not be empty"),
-            (&message(r#""role": "user", "content": "a", "weight": 1"#), "line 2: `messages[1].weight` must be"),
+            (
+                r#"{"messages": [{"role": "user", "content": "a", "weight": 1}, {"role": "assistant", "content": "b"}]}"#,
+                "line 2: `messages[0].weight` must be",
+            ),
             (&message(r#""role": "assistant", "content": "a", "weight": 2"#), "line 2: `messages[1].weight` must be"),
             (&message(r#""role": "assistant", "content": "a", "tool_calls": []"#), "line 2: `messages[1].tool_calls`"),
             (&message(r#""role": "assistant", "content": "a", "weight": 0"#), "line 2: `messages` must have an answer"),

@@ -92,6 +92,9 @@ pub struct Job {
     pub adapter: String,
     pub training_file: String,
     pub validation_file: Option<String>,
+    /// No validation has more examples than this; `None` in records of before it was kept.
+    #[serde(default)]
+    pub max_validation: Option<usize>,
     pub seed: u32,
     pub method: Method,
     pub hyperparameters: Hyperparameters,

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-pub use examples::{BadLine, ExamplesError};
+pub use examples::{BadLine, ExampleCount, ExamplesError, check as check_examples};
 pub use files::{File, Files, FilesError};
 pub use job::{Checkpoint, Event, Hyperparameters, Job, Level, Method, Metrics, NewJob, Status};
 pub use recipe::{DEFAULT_RANK, DEFAULT_VIRTUAL_TOKENS};
@@ -111,16 +111,22 @@ impl FineTuning {
     /// # Errors
     /// A file is not there or is not what it must be, or the disk is full.
     pub fn create(&self, new: NewJob) -> Result<Job, CreateError> {
-        let num_examples = self.check("training_file", &new.training_file, MIN_EXAMPLES)?;
+        let training = self.check("training_file", &new.training_file, MIN_EXAMPLES)?;
         let validation = new.validation_file.as_deref().map(|file| self.check("validation_file", file, 1));
-        let found = match validation.transpose()? {
-            Some(num_validation) => format!("{num_examples} training and {num_validation} validation examples"),
-            None => format!("{num_examples} examples, of which every tenth is kept for validation"),
+        let (found, max_validation) = match validation.transpose()? {
+            Some(validation) => {
+                let found = format!("{} training and {} validation examples", training.lines, validation.lines);
+                (found, validation.answers)
+            }
+            None => {
+                let found = format!("{} examples, of which every tenth is kept for validation", training.lines);
+                (found, training.answers)
+            }
         };
-        self.shared.create(new, &found, &self.files)
+        self.shared.create(new, &found, max_validation, &self.files)
     }
 
-    fn check(&self, field: &'static str, id: &str, min: usize) -> Result<usize, CreateError> {
+    fn check(&self, field: &'static str, id: &str, min: usize) -> Result<ExampleCount, CreateError> {
         let content = self.files.open_content(id).map_err(|source| CreateError::File { field, source })?;
         examples::check(BufReader::new(content), min).map_err(|source| CreateError::Examples {
             field,

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::job::{Job, Method};
+use super::supervisor::Base;
 
 pub const FILE: &str = "recipe.toml";
 /// Beside the recipe.
@@ -15,9 +16,23 @@ pub const VALIDATION_FILE: &str = "validation.jsonl";
 const MAX_TOKENS: u32 = 1024;
 pub const DEFAULT_RANK: u32 = 16;
 pub const DEFAULT_VIRTUAL_TOKENS: u32 = 20;
-const LINEARS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
-const IA3_LINEARS: [&str; 6] = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"];
-const FEEDFORWARD: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
+/// Of every family that is served: no base has all of these names, and PEFT passes over those it has not.
+const LINEARS: [&str; 11] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "c_fc",
+    "down_proj",
+    "c_proj",
+];
+const IA3_LINEARS: [&str; 10] =
+    ["q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "c_fc", "down_proj", "c_proj"];
+const FEEDFORWARD: [&str; 6] = ["gate_proj", "up_proj", "gate_up_proj", "c_fc", "down_proj", "c_proj"];
 
 #[derive(Debug, Serialize)]
 struct Recipe<'a> {
@@ -27,6 +42,8 @@ struct Recipe<'a> {
     task: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     validation: Option<&'static str>,
+    /// Whether a text begins with the base's BOS token.
+    bos: bool,
     peft: Peft,
     training: Training,
 }
@@ -36,9 +53,9 @@ struct Recipe<'a> {
 #[serde(tag = "peft_type")]
 enum Peft {
     #[serde(rename = "LORA")]
-    Lora { r: u32, lora_alpha: u32, lora_dropout: f64, target_modules: [&'static str; 7] },
+    Lora { r: u32, lora_alpha: u32, lora_dropout: f64, target_modules: [&'static str; LINEARS.len()] },
     #[serde(rename = "IA3")]
-    Ia3 { target_modules: [&'static str; 6], feedforward_modules: [&'static str; 3] },
+    Ia3 { target_modules: [&'static str; IA3_LINEARS.len()], feedforward_modules: [&'static str; FEEDFORWARD.len()] },
     #[serde(rename = "PROMPT_TUNING")]
     Prompt { num_virtual_tokens: u32 },
     #[serde(rename = "PREFIX_TUNING")]
@@ -51,12 +68,14 @@ struct Training {
     epochs: u32,
     batch_size: u32,
     max_tokens: u32,
+    /// As many as there are: what is left out there would be left out in silence.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    validation_examples: Option<usize>,
     seed: u32,
 }
 
-/// In TOML, the same for the same job: the trainer goes on only with the recipe it began with. `gguf` is the base's
-/// file.
-pub fn recipe(job: &Job, gguf: &Path) -> Result<String, toml::ser::Error> {
+/// In TOML, the same for the same job and base: the trainer goes on only with the recipe it began with.
+pub fn recipe(job: &Job, base: &Base) -> Result<String, toml::ser::Error> {
     // Those of lab/recipes.
     let (peft, learning_rate) = match job.method {
         Method::Supervised => (lora(DEFAULT_RANK), 3e-4),
@@ -69,15 +88,17 @@ pub fn recipe(job: &Job, gguf: &Path) -> Result<String, toml::ser::Error> {
     toml::to_string(&Recipe {
         name: &job.adapter,
         base: &job.model,
-        gguf,
+        gguf: &base.path,
         task: TRAINING_FILE,
         validation: job.validation_file.as_ref().map(|_| VALIDATION_FILE),
+        bos: base.begins_with_bos,
         peft,
         training: Training {
             learning_rate: learning_rate * hyperparameters.learning_rate_multiplier,
             epochs: hyperparameters.n_epochs,
             batch_size: hyperparameters.batch_size,
             max_tokens: MAX_TOKENS,
+            validation_examples: job.max_validation,
             seed: job.seed,
         },
     })
@@ -85,4 +106,66 @@ pub fn recipe(job: &Job, gguf: &Path) -> Result<String, toml::ser::Error> {
 
 fn lora(rank: u32) -> Peft {
     Peft::Lora { r: rank, lora_alpha: 2 * rank, lora_dropout: 0.05, target_modules: LINEARS }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fine_tuning::job::{Hyperparameters, Status};
+
+    fn table(method: Method, max_validation: Option<usize>) -> toml::Table {
+        let job = Job {
+            id: "ftjob-1".to_owned(),
+            created_at: 1,
+            finished_at: None,
+            status: Status::Queued,
+            model: "m".to_owned(),
+            adapter: "ft-1".to_owned(),
+            training_file: "file-1".to_owned(),
+            validation_file: None,
+            max_validation,
+            seed: 1,
+            method,
+            hyperparameters: Hyperparameters::default(),
+            metadata: None,
+            trained_tokens: None,
+            error: None,
+            checkpoint: None,
+        };
+        let base = Base { id: "m".to_owned(), path: "m.gguf".into(), begins_with_bos: true };
+        recipe(&job, &base).unwrap().parse().unwrap()
+    }
+
+    #[test]
+    fn the_linear_layers_of_every_family_are_trained() {
+        let phi = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"];
+        let starcoder = ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"];
+        let lora = table(Method::Supervised, None);
+        let named = lora["peft"]["target_modules"].as_array().unwrap();
+        for module in phi.iter().chain(&starcoder) {
+            assert!(named.iter().any(|name| name.as_str() == Some(module)), "{module}");
+        }
+        let ia3 = table(Method::Ia3, None);
+        let of = |field: &str| -> Vec<&str> {
+            ia3["peft"][field].as_array().unwrap().iter().map(|name| name.as_str().unwrap()).collect()
+        };
+        let (targets, feedforward) = (of("target_modules"), of("feedforward_modules"));
+        for module in ["qkv_proj", "k_proj", "v_proj", "down_proj", "c_proj"] {
+            assert!(targets.contains(&module), "{module}");
+        }
+        assert!(
+            feedforward.contains(&"c_proj") && feedforward.contains(&"down_proj") && !feedforward.contains(&"v_proj")
+        );
+        // As PEFT wants it.
+        assert!(feedforward.iter().all(|module| targets.contains(module)), "{feedforward:?}");
+    }
+
+    #[test]
+    fn what_the_base_begins_with_and_how_much_is_validated_is_said() {
+        let counted = table(Method::Supervised, Some(300));
+        assert_eq!(counted["training"]["validation_examples"].as_integer(), Some(300));
+        assert_eq!(counted["bos"].as_bool(), Some(true));
+        // A record of before.
+        assert!(table(Method::Supervised, None)["training"].get("validation_examples").is_none());
+    }
 }

@@ -34,6 +34,8 @@ pub struct Base {
     pub id: String,
     /// In GGUF.
     pub path: PathBuf,
+    /// Whether the server puts the BOS token before a text.
+    pub begins_with_bos: bool,
 }
 
 /// What the supervisor and whoever asks both have.
@@ -99,11 +101,17 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `found` says what is in its files.
+    /// `found` says what is in its files, of which `max_validation` examples at most are validated on.
     ///
     /// # Errors
     /// A file was deleted meanwhile, or the disk is full: there is no job then.
-    pub fn create(&self, new: NewJob, found: &str, files: &Files) -> Result<Job, CreateError> {
+    pub fn create(
+        &self,
+        new: NewJob,
+        found: &str,
+        max_validation: usize,
+        files: &Files,
+    ) -> Result<Job, CreateError> {
         let mut state = self.lock();
         let id = next_id(ID_PREFIX, state.jobs.keys().next_back().map(String::as_str));
         let number = &id[ID_PREFIX.len()..];
@@ -119,6 +127,7 @@ impl Shared {
             adapter,
             training_file: new.training_file,
             validation_file: new.validation_file,
+            max_validation: Some(max_validation),
             seed: new.seed,
             method: new.method,
             hyperparameters: new.hyperparameters,
@@ -254,7 +263,7 @@ impl Shared {
             return Err(format!("it is for the base {}, and {} is served now", job.model, self.base.id));
         }
         let path = self.store.recipe(&job.id);
-        let recipe = recipe::recipe(job, &self.base.path).map_err(|e| format!("no recipe can be made: {e}"))?;
+        let recipe = recipe::recipe(job, &self.base).map_err(|e| format!("no recipe can be made: {e}"))?;
         fs::write(&path, recipe).map_err(|e| format!("the recipe cannot be written: {e}"))?;
         let trainer = Trainer::start(&self.lorry, &self.config, &path, &self.store.adapter(&job.id))
             .map_err(|e| format!("the trainer cannot be started: {e}"))?;

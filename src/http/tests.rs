@@ -231,7 +231,7 @@ impl Server {
         )
         .unwrap();
         let experiments = Arc::new(experiments);
-        let tuned = crate::fine_tuning::Base { id: BASE.to_owned(), path: file };
+        let tuned = crate::fine_tuning::Base { id: BASE.to_owned(), path: file, begins_with_bos: false };
         let jobs = dir.path().join("jobs");
         let jobs = FineTuning::start(&config.fine_tuning, jobs, tuned, Arc::default(), &metrics).map(Arc::new).ok();
         let state = AppState::new(Arc::new(generation), experiments.clone(), jobs, metrics.clone(), config);
