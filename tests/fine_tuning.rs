@@ -379,6 +379,20 @@ async fn a_trainer_that_leaves_a_process_behind_is_not_waited_for_beyond_its_end
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_folder_that_another_server_has_is_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&dir);
+    let mut second = Command::new(env!("CARGO_BIN_EXE_lorry"));
+    second.args(["serve", "--port", "0", "--config"]).arg(server.dir.join("lorry.toml"));
+    second.arg("--model").arg(server.dir.join("tiny.gguf")).arg("--adapters").arg(server.dir.join("adapters"));
+    let refused = second.env("LORRY_HOME", &server.dir).env("LORRY__SERVER__ADMIN_KEY", "admin").output().unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains("is used by another server"), "{said}");
+    assert!(said.contains("state/fine_tuning") && said.contains("fine_tuning.dir"), "{said}");
+    server.until(&server.job().await, "succeeded").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_trainer_has_its_limits() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(&dir);

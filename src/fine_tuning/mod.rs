@@ -14,6 +14,7 @@ mod store;
 mod supervisor;
 mod trainer;
 
+use std::fs::{self, OpenOptions, TryLockError};
 use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -32,12 +33,18 @@ use supervisor::Shared;
 
 /// As OpenAI asks for.
 const MIN_EXAMPLES: usize = 10;
+/// Held for as long as a server has the folder.
+const LOCK: &str = ".lock";
 
 #[derive(Debug, thiserror::Error)]
-#[error("the folder of fine-tuning {dir} cannot be used: {source}")]
-pub struct OpenError {
-    dir: PathBuf,
-    source: io::Error,
+pub enum OpenError {
+    #[error("the folder of fine-tuning {dir} cannot be used: {source}")]
+    Io { dir: PathBuf, source: io::Error },
+    #[error(
+        "the folder of fine-tuning {0} is used by another server: give each one of its own (fine_tuning.dir), or end \
+         that one first"
+    )]
+    Taken(PathBuf),
 }
 
 /// Why there is no job of what was asked for.
@@ -69,13 +76,14 @@ pub struct FineTuning {
     max_file_bytes: u64,
     shared: Arc<Shared>,
     supervisor: Option<JoinHandle<()>>,
+    _lock: fs::File,
 }
 
 impl FineTuning {
     /// Opens `dir`, or makes it, and goes on with what was left undone there.
     ///
     /// # Errors
-    /// The folder cannot be used.
+    /// The folder cannot be used, or another server has it.
     pub fn start(
         config: &FineTuningConfig,
         dir: PathBuf,
@@ -83,6 +91,7 @@ impl FineTuning {
         adapters: Arc<AdapterRegistry>,
         metrics: &crate::metrics::Metrics,
     ) -> Result<Self, OpenError> {
+        let lock = lock(&dir)?;
         let open = |dir: &Path| {
             let files = Files::open(dir.join("files"), config.max_files_bytes())?;
             let (store, jobs) = Store::open(dir.join("jobs"))?;
@@ -92,9 +101,9 @@ impl FineTuning {
             let supervised = shared.clone();
             let supervisor = thread::Builder::new().name("lorry-fine-tuning".to_owned());
             let supervisor = Some(supervisor.spawn(move || supervised.run())?);
-            Ok(Self { files, max_file_bytes: config.max_file_bytes(), shared, supervisor })
+            Ok(Self { files, max_file_bytes: config.max_file_bytes(), shared, supervisor, _lock: lock })
         };
-        open(&dir).map_err(|source| OpenError { dir, source })
+        open(&dir).map_err(|source| OpenError::Io { dir, source })
     }
 
     pub fn files(&self) -> &Files {
@@ -159,6 +168,18 @@ impl FineTuning {
     /// There is no such job, or nothing of it to cancel.
     pub fn cancel(&self, id: &str) -> Result<Job, CancelError> {
         self.shared.cancel(id)
+    }
+}
+
+/// Two servers would train one job at once, and take each other's unfinished files for leftovers.
+fn lock(dir: &Path) -> Result<fs::File, OpenError> {
+    let failed = |source| OpenError::Io { dir: dir.to_owned(), source };
+    fs::create_dir_all(dir).map_err(failed)?;
+    let file = OpenOptions::new().write(true).create(true).truncate(false).open(dir.join(LOCK)).map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(OpenError::Taken(dir.to_owned())),
+        Err(TryLockError::Error(source)) => Err(failed(source)),
     }
 }
 

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io::{self, ErrorKind, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::job::{Event, Job};
 use super::recipe;
 use crate::atomic_file::write_atomically;
 
+pub const ID_PREFIX: &str = "ftjob-";
 const RECORD: &str = "job.json";
 const EVENTS: &str = "events.jsonl";
 /// Where the trainer puts its checkpoint and then the adapter.
@@ -20,16 +21,20 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens or makes the folder; and the jobs in it.
+    /// Opens or makes the folder; and the jobs in it. Removes what jobs have left that have ended, or were never whole.
     pub fn open(dir: PathBuf) -> io::Result<(Self, BTreeMap<String, Job>)> {
         fs::create_dir_all(&dir)?;
         let mut jobs = BTreeMap::new();
         for entry in fs::read_dir(&dir)? {
-            let path = entry?.path().join(RECORD);
+            let folder = entry?.path();
+            let path = folder.join(RECORD);
             let record = match fs::read(&path) {
                 Ok(record) => record,
-                // It was never there for a client: its making was cut off.
-                Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => continue,
+                Err(e) if e.kind() == ErrorKind::NotFound => {
+                    remove_cut_off(&folder);
+                    continue;
+                }
+                Err(e) if e.kind() == ErrorKind::NotADirectory => continue,
                 Err(e) => return Err(e),
             };
             match serde_json::from_slice::<Job>(&record) {
@@ -37,7 +42,9 @@ impl Store {
                 Err(e) => tracing::error!("the record {} of a fine-tuning job is damaged: {e}", path.display()),
             }
         }
-        Ok((Self { dir }, jobs))
+        let store = Self { dir };
+        jobs.values().filter(|job| job.status.is_final()).for_each(|job| store.clear(&job.id));
+        Ok((store, jobs))
     }
 
     pub fn folder(&self, id: &str) -> PathBuf {
@@ -82,5 +89,69 @@ impl Store {
         ];
         let failures = removed.into_iter().filter_map(Result::err).filter(|e| e.kind() != ErrorKind::NotFound);
         failures.for_each(|e| tracing::warn!("fine-tuning job {id}: files of its training cannot be removed: {e}"));
+    }
+}
+
+/// A job that was never there for a client: its making was cut off. What is not named as a job is somebody else's.
+fn remove_cut_off(folder: &Path) {
+    let is_job = folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with(ID_PREFIX));
+    if is_job && let Err(e) = fs::remove_dir_all(folder) {
+        tracing::warn!("what was left of the making of a job cannot be removed: {}: {e}", folder.display());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fine_tuning::job::{Hyperparameters, Method, Status};
+
+    fn job(id: &str, status: Status) -> Job {
+        Job {
+            id: id.to_owned(),
+            created_at: 1,
+            finished_at: None,
+            status,
+            model: "m".to_owned(),
+            adapter: "ft-1".to_owned(),
+            training_file: "file-1".to_owned(),
+            validation_file: None,
+            max_validation: None,
+            seed: 1,
+            method: Method::Supervised,
+            hyperparameters: Hyperparameters::default(),
+            metadata: None,
+            trained_tokens: None,
+            error: None,
+            checkpoint: None,
+        }
+    }
+
+    fn names(folder: &Path) -> Vec<String> {
+        let names = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<String> = names.collect();
+        names.sort_unstable();
+        names
+    }
+
+    #[test]
+    fn what_a_stop_has_left_of_jobs_that_are_over_is_gone_at_the_next_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().to_owned();
+        let (store, _) = Store::open(path.clone()).unwrap();
+        for (id, status) in [("ftjob-1", Status::Cancelled), ("ftjob-2", Status::Running)] {
+            store.save(&job(id, status)).unwrap();
+            fs::create_dir(store.adapter(id)).unwrap();
+            fs::write(store.folder(id).join(recipe::TRAINING_FILE), "").unwrap();
+        }
+        // Cut off before its record was there; and what nobody has put there as a job.
+        for folder in ["ftjob-3", "other"] {
+            fs::create_dir(path.join(folder)).unwrap();
+            fs::write(path.join(folder).join(recipe::TRAINING_FILE), "").unwrap();
+        }
+        let (store, jobs) = Store::open(path.clone()).unwrap();
+        assert_eq!(jobs.keys().collect::<Vec<_>>(), ["ftjob-1", "ftjob-2"]);
+        assert_eq!(names(&path), ["ftjob-1", "ftjob-2", "other"]);
+        assert_eq!(names(&store.folder("ftjob-1")), ["job.json"]);
+        assert_eq!(names(&store.folder("ftjob-2")), ["adapter", "job.json", "training.jsonl"]);
     }
 }

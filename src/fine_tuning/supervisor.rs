@@ -18,13 +18,12 @@ use super::ids::next_id;
 use super::job::{Checkpoint, Event, Job, Level, Metrics, NewJob, Progress, Status};
 use super::recipe::{self, TRAINING_FILE, VALIDATION_FILE};
 use super::settings::FineTuningConfig;
-use super::store::Store;
+use super::store::{ID_PREFIX, Store};
 use super::trainer::{Trainer, kill};
 use super::{CancelError, CreateError};
 use crate::adapter::files::AdapterFiles;
 use crate::adapter::registry::{AdapterRegistry, Source};
 
-const ID_PREFIX: &str = "ftjob-";
 const NAME_PREFIX: &str = "ft-";
 
 /// What adapters are trained for.
