@@ -129,6 +129,10 @@ impl Server {
         events.map(|event| event["message"].as_str().unwrap().to_owned()).collect()
     }
 
+    fn folder(&self, job: &str) -> PathBuf {
+        self.dir.join("state/fine_tuning/jobs").join(job)
+    }
+
     /// Of every trainer so far.
     fn pids(&self) -> Vec<String> {
         let pids = fs::read_to_string(self.dir.join("pids")).unwrap_or_default();
@@ -220,7 +224,7 @@ async fn a_job_becomes_an_adapter_that_is_served_without_a_restart() {
     let jobs = server.get("/fine_tuning/jobs?limit=1").await;
     assert_eq!((&jobs["data"][0]["id"], &jobs["has_more"]), (&json!(id), &json!(false)));
     // Nothing of the training is left but what tells of it.
-    let left = fs::read_dir(server.dir.join("state/fine_tuning/jobs").join(id)).unwrap();
+    let left = fs::read_dir(server.folder(id)).unwrap();
     let mut left: Vec<_> = left.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     left.sort_unstable();
     assert_eq!(left, ["events.jsonl", "job.json", "recipe.toml"]);
@@ -376,6 +380,31 @@ async fn a_trainer_that_leaves_a_process_behind_is_not_waited_for_beyond_its_end
     let daemon = fs::read_to_string(server.dir.join("daemon")).unwrap();
     assert!(runs(daemon.trim()), "it ran when the job had ended");
     assert!(Command::new("kill").args(["-KILL", daemon.trim()]).status().unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_that_cannot_be_written_is_refused_and_the_job_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&dir);
+    server.hold();
+    let (running, queued) = (server.job().await, server.job().await);
+    let pid = server.trainer(1).await;
+    for (id, status) in [(&running, "running"), (&queued, "queued")] {
+        // In the record's place, so that no other can be put there.
+        let record = server.folder(id).join("job.json");
+        let kept = fs::read(&record).unwrap();
+        fs::remove_file(&record).unwrap();
+        fs::create_dir(&record).unwrap();
+        let (refused, error) = server.cancel(id).await;
+        assert_eq!((refused, &error["error"]["code"]), (StatusCode::INSUFFICIENT_STORAGE, &json!("not_writable")));
+        assert_eq!(server.get(&format!("/fine_tuning/jobs/{id}")).await["status"], status);
+        fs::remove_dir(&record).unwrap();
+        fs::write(&record, kept).unwrap();
+    }
+    assert!(runs(&pid));
+    assert_eq!(server.cancel(&queued).await.0, StatusCode::OK);
+    server.let_go();
+    server.until(&running, "succeeded").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -59,7 +59,7 @@ pub enum CreateError {
     Disk(#[from] io::Error),
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum CancelError {
     #[error("there is no fine-tuning job {0:?}: GET /v1/fine_tuning/jobs lists them")]
     Unknown(String),
@@ -67,6 +67,8 @@ pub enum CancelError {
     Ended { id: String, status: Status },
     #[error("the fine-tuning job {0} is trained, and its adapter is being installed")]
     Installing(String),
+    #[error("the job goes on, as its end cannot be written: {0}")]
+    Disk(#[from] io::Error),
 }
 
 /// Dropping it ends the trainer that runs; its job runs again after the next start.
@@ -165,7 +167,7 @@ impl FineTuning {
     /// Ends a job that has not ended; its trainer, if it runs, is killed. The job is as it is right after.
     ///
     /// # Errors
-    /// There is no such job, or nothing of it to cancel.
+    /// There is no such job, nothing of it to cancel, or the disk is full: the job goes on then.
     pub fn cancel(&self, id: &str) -> Result<Job, CancelError> {
         self.shared.cancel(id)
     }

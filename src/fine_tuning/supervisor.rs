@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -161,6 +162,8 @@ impl Shared {
         Ok(job)
     }
 
+    /// # Errors
+    /// There is no such job, nothing of it to cancel, or the disk is full: the job goes on then.
     pub fn cancel(&self, id: &str) -> Result<Job, CancelError> {
         let mut state = self.lock();
         let State { jobs, current, .. } = &mut *state;
@@ -172,7 +175,10 @@ impl Shared {
         if current.as_ref().is_some_and(|current| current.is_installing) {
             return Err(CancelError::Installing(id.to_owned()));
         }
-        self.end(job, Status::Cancelled, None);
+        let cancelled = ended(job, Status::Cancelled, None);
+        self.save(&cancelled)?;
+        *job = cancelled;
+        self.tell_end(job);
         match current {
             Some(current) => {
                 current.is_cancelled = true;
@@ -217,7 +223,8 @@ impl Shared {
                     self.tell(&id, Level::Warn, message.to_owned());
                 }
                 job.status = Status::Running;
-                self.save(job);
+                // Has been logged: after a restart it is queued once more, and runs.
+                let _ = self.save(job);
                 let job = job.clone();
                 state.current = Some(Current {
                     id,
@@ -307,7 +314,8 @@ impl Shared {
                 if step > 0 && job.checkpoint.as_ref().is_none_or(|best| loss < best.valid_loss) {
                     let train_loss = current.last_loss;
                     job.checkpoint = Some(Checkpoint { created_at: now(), step, train_loss, valid_loss: loss });
-                    self.save(job);
+                    // Has been logged, and hinders no training.
+                    let _ = self.save(job);
                 }
                 let of = if step == 0 { "the base" } else { "the adapter" };
                 let message = format!("Step {step}/{total_steps}: validation loss={loss:.4} of {of}");
@@ -324,42 +332,47 @@ impl Shared {
             return;
         }
         if let Some(job) = state.jobs.get_mut(&job.id) {
-            match outcome {
+            let over = match outcome {
                 Outcome::Succeeded => {
                     let message = format!("The adapter {} is installed and served", job.adapter);
                     self.tell(&job.id, Level::Info, message);
-                    self.end(job, Status::Succeeded, None);
+                    Some(ended(job, Status::Succeeded, None))
                 }
-                Outcome::Failed(cause) => self.end(job, Status::Failed, Some(cause)),
-                // Has been told.
-                Outcome::Stopped => {}
+                Outcome::Failed(cause) => Some(ended(job, Status::Failed, Some(cause))),
+                // Has been saved and told.
+                Outcome::Stopped => None,
+            };
+            let saved = over.as_ref().map_or(Ok(()), |over| self.save(over));
+            if let Some(over) = over {
+                *job = over;
+                self.tell_end(job);
             }
-            self.store.clear(&job.id);
+            // By its record it runs again after the next start, and then needs them.
+            if saved.is_ok() {
+                self.store.clear(&job.id);
+            }
         }
         self.count(&state);
     }
 
-    fn end(&self, job: &mut Job, status: Status, error: Option<String>) {
-        let (level, message) = match &error {
+    fn tell_end(&self, job: &Job) {
+        let (level, message) = match &job.error {
             Some(cause) => (Level::Error, format!("The job has failed: {cause}")),
-            None if status == Status::Cancelled => (Level::Info, "The job was cancelled".to_owned()),
+            None if job.status == Status::Cancelled => (Level::Info, "The job was cancelled".to_owned()),
             None => (Level::Info, "The job has succeeded".to_owned()),
         };
-        match &error {
-            Some(_) => tracing::error!("fine-tuning job {}: {message}", job.id),
-            None => tracing::info!("fine-tuning job {}: {message}", job.id),
+        match level {
+            Level::Error => tracing::error!("fine-tuning job {}: {message}", job.id),
+            _ => tracing::info!("fine-tuning job {}: {message}", job.id),
         }
-        job.status = status;
-        job.error = error;
-        job.finished_at = Some(now());
-        self.save(job);
         self.tell(&job.id, level, message);
     }
 
-    fn save(&self, job: &Job) {
-        if let Err(e) = self.store.save(job) {
+    /// An error is logged here.
+    fn save(&self, job: &Job) -> io::Result<()> {
+        self.store.save(job).inspect_err(|e| {
             tracing::error!("fine-tuning job {}: its record cannot be written: {e}", job.id);
-        }
+        })
     }
 
     fn tell(&self, id: &str, level: Level, message: String) {
@@ -378,6 +391,11 @@ impl Shared {
             self.gauge.with_label_values(&[status.name()]).set(num_jobs as i64);
         }
     }
+}
+
+/// The job as it is when it is over.
+fn ended(job: &Job, status: Status, error: Option<String>) -> Job {
+    Job { status, error, finished_at: Some(now()), ..job.clone() }
 }
 
 /// Unix seconds.

@@ -101,6 +101,7 @@ impl From<CancelError> for ApiError {
         match error {
             CancelError::Unknown(_) => Self::unknown_job(message),
             CancelError::Ended { .. } | CancelError::Installing(_) => Self::malformed(message),
+            CancelError::Disk(_) => Self::not_writable(message),
         }
     }
 }

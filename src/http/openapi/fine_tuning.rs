@@ -146,7 +146,7 @@ fn describe_jobs(document: &mut Document) {
         Operation::post("/v1/fine_tuning/jobs/{id}/cancel", JOBS, "Ends a job that has not ended")
             .access(Access::Admin)
             .answers(200, "It is cancelled.", &job)
-            .refuses(&[400, 404]),
+            .refuses(&[400, 404, 507]),
     );
     let events = document.of::<Page<JobEventView>>();
     document.add(
