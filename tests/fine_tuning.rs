@@ -408,6 +408,62 @@ async fn a_cancel_that_cannot_be_written_is_refused_and_the_job_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_adapter_that_cannot_be_installed_is_kept_and_none_is_trained_for_a_folder_that_takes_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&dir);
+    server.hold();
+    let id = server.job().await;
+    server.trainer(1).await;
+    // Where unfinished adapters are put.
+    let staging = server.dir.join("adapters/.lorry");
+    fs::remove_dir_all(&staging).unwrap();
+    fs::write(&staging, "").unwrap();
+    let (status, error) = server.create(json!({"training_file": server.file(10).await})).await;
+    assert_eq!(status, StatusCode::INSUFFICIENT_STORAGE, "{error}");
+    assert!(error["error"]["message"].as_str().unwrap().contains("the folder of adapters"), "{error}");
+    server.let_go();
+    let job = server.until(&id, "failed").await;
+    let kept = server.folder(&id).join("trained");
+    assert!(job["error"]["message"].as_str().unwrap().contains(kept.to_str().unwrap()), "{job}");
+    assert!(kept.join("adapter_model.safetensors").is_file());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_waits_for_its_base_and_begins_anew_where_its_recipe_is_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&dir);
+    server.hold();
+    let (cut_off, queued) = (server.job().await, server.job().await);
+    server.trainer(1).await;
+    let folders = [&cut_off, &queued].map(|id| server.folder(id));
+    drop(server);
+    // A checkpoint, by another version of the recipe; and a job that was made when another base was served.
+    fs::create_dir(folders[0].join("adapter")).unwrap();
+    fs::write(folders[0].join("adapter/checkpoint.pt"), "").unwrap();
+    fs::write(folders[0].join("recipe.toml"), "name = 'older'").unwrap();
+    let with_model = |from: &str, to: &str| {
+        let record = fs::read_to_string(folders[1].join("job.json")).unwrap();
+        assert!(record.contains(from), "{record}");
+        fs::write(folders[1].join("job.json"), record.replace(from, to)).unwrap();
+    };
+    with_model("\"model\": \"tiny\"", "\"model\": \"other\"");
+
+    let server = Server::start(&dir);
+    server.let_go();
+    server.until(&cut_off, "succeeded").await;
+    assert!(server.messages(&cut_off).await.iter().any(|message| message.contains("training begins anew")));
+    assert_eq!(server.get(&format!("/fine_tuning/jobs/{queued}")).await["status"], "queued");
+    let waits = "The job waits for the base other: tiny is served now";
+    assert_eq!(server.messages(&queued).await.iter().filter(|message| *message == waits).count(), 1);
+    // Those of the base that is served do not wait for it.
+    server.until(&server.job().await, "succeeded").await;
+    drop(server);
+    with_model("\"model\": \"other\"", "\"model\": \"tiny\"");
+    let server = Server::start(&dir);
+    server.until(&queued, "succeeded").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_folder_that_another_server_has_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(&dir);

@@ -27,7 +27,7 @@ pub use recipe::{DEFAULT_RANK, DEFAULT_VIRTUAL_TOKENS};
 pub use settings::FineTuningConfig;
 pub use supervisor::Base;
 
-use crate::adapter::registry::AdapterRegistry;
+use crate::adapter::registry::{AdapterRegistry, ChangeError};
 use store::Store;
 use supervisor::Shared;
 
@@ -57,6 +57,9 @@ pub enum CreateError {
     Examples { field: &'static str, file: String, source: ExamplesError },
     #[error("the job cannot be written: {0}")]
     Disk(#[from] io::Error),
+    /// What is trained could not be served.
+    #[error(transparent)]
+    Adapters(#[from] ChangeError),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -120,7 +123,7 @@ impl FineTuning {
     /// Queues a job. Reads its files, which may take a while.
     ///
     /// # Errors
-    /// A file is not there or is not what it must be, or the disk is full.
+    /// A file is not there or is not what it must be, the disk is full, or no adapter can be installed.
     pub fn create(&self, new: NewJob) -> Result<Job, CreateError> {
         let training = self.check("training_file", &new.training_file, MIN_EXAMPLES)?;
         let validation = new.validation_file.as_deref().map(|file| self.check("validation_file", file, 1));

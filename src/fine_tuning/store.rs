@@ -14,6 +14,8 @@ const RECORD: &str = "job.json";
 const EVENTS: &str = "events.jsonl";
 /// Where the trainer puts its checkpoint and then the adapter.
 const ADAPTER: &str = "adapter";
+/// Where an adapter is kept that could not be installed.
+const KEPT: &str = "trained";
 
 #[derive(Debug)]
 pub struct Store {
@@ -78,6 +80,17 @@ impl Store {
         };
         let lines = text.split(|byte| *byte == b'\n').enumerate();
         Ok(lines.filter_map(|(index, line)| Some((index, serde_json::from_slice(line).ok()?))).collect())
+    }
+
+    /// Puts the adapter where nothing removes it. Returns its folder.
+    pub fn keep_adapter(&self, id: &str) -> io::Result<PathBuf> {
+        let kept = self.folder(id).join(KEPT);
+        // Of the same job, which ran again: its end could not be written.
+        if kept.exists() {
+            fs::remove_dir_all(&kept)?;
+        }
+        fs::rename(self.adapter(id), &kept)?;
+        Ok(kept)
     }
 
     /// Removes what only training needs.
@@ -153,5 +166,21 @@ mod tests {
         assert_eq!(names(&path), ["ftjob-1", "ftjob-2", "other"]);
         assert_eq!(names(&store.folder("ftjob-1")), ["job.json"]);
         assert_eq!(names(&store.folder("ftjob-2")), ["adapter", "job.json", "training.jsonl"]);
+    }
+
+    #[test]
+    fn an_adapter_that_is_kept_outlasts_what_is_cleared() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _) = Store::open(dir.path().to_owned()).unwrap();
+        store.save(&job("ftjob-1", Status::Failed)).unwrap();
+        fs::create_dir(store.adapter("ftjob-1")).unwrap();
+        fs::write(store.adapter("ftjob-1").join("weights"), "w").unwrap();
+        store.keep_adapter("ftjob-1").unwrap();
+        fs::create_dir(store.adapter("ftjob-1")).unwrap();
+        fs::write(store.adapter("ftjob-1").join("weights"), "w2").unwrap();
+        let kept = store.keep_adapter("ftjob-1").unwrap();
+        store.clear("ftjob-1");
+        Store::open(dir.path().to_owned()).unwrap();
+        assert_eq!(fs::read_to_string(kept.join("weights")).unwrap(), "w2");
     }
 }

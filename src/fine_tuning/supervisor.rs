@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -23,7 +23,8 @@ use super::store::{ID_PREFIX, Store};
 use super::trainer::{Trainer, kill};
 use super::{CancelError, CreateError};
 use crate::adapter::files::AdapterFiles;
-use crate::adapter::registry::{AdapterRegistry, Source};
+use crate::adapter::registry::{AdapterRegistry, ChangeError, Source};
+use crate::atomic_file::write_atomically;
 
 const NAME_PREFIX: &str = "ft-";
 
@@ -93,8 +94,24 @@ impl Shared {
     ) -> Self {
         let state = Mutex::new(State { jobs, current: None, is_stopping: false });
         let shared = Self { config, lorry, base, store, adapters, gauge, state, wake: Condvar::new() };
+        shared.put_off_jobs_of_other_bases();
         shared.count(&shared.lock());
         shared
+    }
+
+    /// They wait until their base is served again.
+    fn put_off_jobs_of_other_bases(&self) {
+        let mut state = self.lock();
+        let waiting = state.jobs.values_mut().filter(|job| !job.status.is_final() && job.model != self.base.id);
+        for job in waiting {
+            let message = format!("The job waits for the base {}: {} is served now", job.model, self.base.id);
+            self.tell(&job.id, Level::Warn, message);
+            if job.status == Status::Running {
+                job.status = Status::Queued;
+                // Has been logged; it waits all the same.
+                let _ = self.save(job);
+            }
+        }
     }
 
     pub fn lock(&self) -> MutexGuard<'_, State> {
@@ -104,14 +121,10 @@ impl Shared {
     /// `found` says what is in its files, of which `max_validation` examples at most are validated on.
     ///
     /// # Errors
-    /// A file was deleted meanwhile, or the disk is full: there is no job then.
-    pub fn create(
-        &self,
-        new: NewJob,
-        found: &str,
-        max_validation: usize,
-        files: &Files,
-    ) -> Result<Job, CreateError> {
+    /// A file was deleted meanwhile, the disk is full, or no adapter could be installed: there is no job then.
+    pub fn create(&self, new: NewJob, found: &str, max_validation: usize, files: &Files) -> Result<Job, CreateError> {
+        // Better known now than when it is trained.
+        self.adapters.check_writable()?;
         let mut state = self.lock();
         let id = next_id(ID_PREFIX, state.jobs.keys().next_back().map(String::as_str));
         let number = &id[ID_PREFIX.len()..];
@@ -214,7 +227,8 @@ impl Shared {
             if state.is_stopping {
                 return None;
             }
-            let with = |status| state.jobs.values().find(|job| job.status == status).map(|job| job.id.clone());
+            let is_ready = |job: &&Job, status| job.status == status && job.model == self.base.id;
+            let with = |status| state.jobs.values().find(|job| is_ready(job, status)).map(|job| job.id.clone());
             if let Some(id) = with(Status::Running).or_else(|| with(Status::Queued)) {
                 let job = state.jobs.get_mut(&id)?;
                 if job.status == Status::Running {
@@ -253,24 +267,30 @@ impl Shared {
             }
             state.current.iter_mut().for_each(|current| current.is_installing = true);
         }
-        let files = AdapterFiles::read(&self.store.adapter(&job.id)).map_err(|e| e.to_string());
-        let installed = files.and_then(|files| {
-            block_on(self.adapters.install(&job.adapter, Source::Files(files), None)).map_err(|e| e.to_string())
-        });
-        match installed {
+        let files = match AdapterFiles::read(&self.store.adapter(&job.id)) {
+            Ok(files) => files,
+            Err(cause) => return Outcome::Failed(format!("what the trainer left cannot be served: {cause}")),
+        };
+        match block_on(self.adapters.install(&job.adapter, Source::Files(files), None)) {
             Ok(_) => Outcome::Succeeded,
-            Err(cause) => Outcome::Failed(format!("what the trainer left cannot be served: {cause}")),
+            // Tried again after the next start.
+            Err(_) if self.lock().is_stopping => Outcome::Stopped,
+            Err(cause) => Outcome::Failed(self.keep_adapter(job, &cause)),
+        }
+    }
+
+    /// Training has taken its time, and the cause may be mended. Returns what is said of it.
+    fn keep_adapter(&self, job: &Job, cause: &ChangeError) -> String {
+        let cause = format!("what the trainer left cannot be served: {cause}");
+        match self.store.keep_adapter(&job.id) {
+            Ok(kept) => format!("{cause}; it is kept in {}: install it from there, or delete it", kept.display()),
+            Err(e) => format!("{cause}; nor can it be kept: {e}"),
         }
     }
 
     /// Returns when the trainer has ended.
     fn train(&self, job: &Job) -> Result<(), String> {
-        if job.model != self.base.id {
-            return Err(format!("it is for the base {}, and {} is served now", job.model, self.base.id));
-        }
-        let path = self.store.recipe(&job.id);
-        let recipe = recipe::recipe(job, &self.base).map_err(|e| format!("no recipe can be made: {e}"))?;
-        fs::write(&path, recipe).map_err(|e| format!("the recipe cannot be written: {e}"))?;
+        let path = self.put_recipe(job)?;
         let trainer = Trainer::start(&self.lorry, &self.config, &path, &self.store.adapter(&job.id))
             .map_err(|e| format!("the trainer cannot be started: {e}"))?;
         {
@@ -285,6 +305,29 @@ impl Shared {
         }
         let ended = || self.lock().current.iter_mut().for_each(|current| current.group = None);
         trainer.wait(|progress| self.take_up(&job.id, progress), ended)
+    }
+
+    /// Returns its file. What was begun with another recipe is begun anew: no trainer goes on with it.
+    fn put_recipe(&self, job: &Job) -> Result<PathBuf, String> {
+        let recipe = recipe::recipe(job, &self.base).map_err(|e| format!("no recipe can be made: {e}"))?;
+        let path = self.store.recipe(&job.id);
+        match fs::read(&path) {
+            Ok(stored) if stored == recipe.as_bytes() => return Ok(path),
+            Ok(_) => match fs::remove_dir_all(self.store.adapter(&job.id)) {
+                Ok(()) => {
+                    let message = "The recipe is not the one that training began with, as after an update or a move of \
+                                   the base's file: training begins anew";
+                    self.tell(&job.id, Level::Warn, message.to_owned());
+                }
+                Err(e) if e.kind() == ErrorKind::NotFound => {}
+                Err(e) => return Err(format!("what was trained with another recipe cannot be removed: {e}")),
+            },
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(e) => return Err(format!("the recipe cannot be read: {e}")),
+        }
+        write_atomically(&self.store.folder(&job.id), recipe::FILE, recipe.as_bytes())
+            .map_err(|e| format!("the recipe cannot be written: {e}"))?;
+        Ok(path)
     }
 
     fn take_up(&self, id: &str, progress: Progress) {

@@ -34,6 +34,9 @@ use crate::model::BaseWeights;
 use state::{Acquired, Lease, State};
 use worker::Worker;
 
+/// More than a folder has room for on a full disk.
+const PROBE: [u8; 4096] = [0; 4096];
+
 /// The limits that adapters are kept within; `config/default.toml` says what each means.
 #[derive(Debug, Clone)]
 pub struct RegistryOptions {
@@ -236,6 +239,13 @@ impl AdapterRegistry {
             }
         }
         self.status(name).ok_or_else(|| ChangeError::Unknown(name.to_owned()))
+    }
+
+    /// Whether something could be installed now: there is a folder, and room for a file in it.
+    pub fn check_writable(&self) -> Result<(), ChangeError> {
+        let folder = self.folder()?;
+        let written = Root::open(&folder.path).and_then(|root| root.staging()?.dir()?.write("probe", PROBE));
+        written.map_err(|e| ChangeError::Folder(e.to_string()))
     }
 
     async fn download(

@@ -90,7 +90,7 @@ impl From<CreateError> for ApiError {
         match error {
             CreateError::File { field, source: FilesError::Unknown(_) } => Self::invalid(field, message),
             CreateError::Examples { field, .. } => Self::invalid(field, message),
-            CreateError::File { .. } | CreateError::Disk(_) => Self::not_writable(message),
+            CreateError::File { .. } | CreateError::Disk(_) | CreateError::Adapters(_) => Self::not_writable(message),
         }
     }
 }
