@@ -5,7 +5,7 @@ use std::fmt;
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::secrets::{Found, secret_in};
 use crate::experiments::{JudgedReply, Outcome, VoteKind, prompt_hash};
@@ -77,6 +77,9 @@ pub enum LeftOut {
     Tokens,
     Chat,
     NoChat,
+    Calls,
+    Parts,
+    Opening,
     Secret,
     Repeated,
     OtherSplit,
@@ -196,9 +199,10 @@ impl Asked {
     fn in_format(self, format: Format) -> Result<Self, LeftOut> {
         match (self, format) {
             (Self::Chat(messages), Format::Prompt) => match &messages[..] {
-                [message] => message["content"].as_str().map(|text| Self::Text(text.to_owned())).ok_or(LeftOut::Chat),
+                [message] => text_of(message).map(Self::Text),
                 _ => Err(LeftOut::Chat),
             },
+            (Self::Chat(messages), Format::Messages) => plain(&messages).map(Self::Chat),
             (Self::Text(_), Format::Messages) => Err(LeftOut::NoChat),
             (asked, _) => Ok(asked),
         }
@@ -226,10 +230,46 @@ impl Asked {
         match self {
             Self::Text(prompt) => Line::Prompt { prompt, completion },
             Self::Chat(mut messages) => {
-                messages.push(serde_json::json!({"role": "assistant", "content": completion}));
+                messages.push(json!({"role": "assistant", "content": completion}));
                 Line::Messages { messages }
             }
         }
+    }
+}
+
+/// The messages as training takes them: of three roles, with a text, and with nothing learned of answers that nobody has
+/// judged.
+fn plain(messages: &[Value]) -> Result<Vec<Value>, LeftOut> {
+    let plain: Vec<Value> = messages.iter().map(plain_message).collect::<Result<_, _>>()?;
+    if plain.first().is_some_and(|message| message["role"] == "assistant") {
+        return Err(LeftOut::Opening);
+    }
+    Ok(plain)
+}
+
+fn plain_message(message: &Value) -> Result<Value, LeftOut> {
+    let calls = [&message["tool_calls"], &message["function_call"]];
+    let has_calls =
+        calls.into_iter().any(|calls| !calls.is_null() && calls.as_array().is_none_or(|all| !all.is_empty()));
+    match message["role"].as_str() {
+        _ if has_calls => Err(LeftOut::Calls),
+        Some("system" | "developer") => Ok(json!({"role": "system", "content": text_of(message)?})),
+        Some("user") => Ok(json!({"role": "user", "content": text_of(message)?})),
+        Some("assistant") => Ok(json!({"role": "assistant", "content": text_of(message)?, "weight": 0})),
+        _ => Err(LeftOut::Calls),
+    }
+}
+
+/// As the base's template sees it.
+fn text_of(message: &Value) -> Result<String, LeftOut> {
+    match &message["content"] {
+        Value::Null => Ok(String::new()),
+        Value::String(text) => Ok(text.clone()),
+        Value::Array(parts) => {
+            let text = |part: &Value| part["text"].as_str().filter(|_| part["type"] == "text").map(str::to_owned);
+            parts.iter().map(text).collect::<Option<_>>().ok_or(LeftOut::Parts)
+        }
+        _ => Err(LeftOut::Parts),
     }
 }
 
@@ -275,6 +315,9 @@ impl LeftOut {
             Self::Tokens => "of a prompt that was sent as tokens",
             Self::Chat => "of a conversation: --format messages takes it",
             Self::NoChat => "of a prompt that is no chat: --format prompt takes it",
+            Self::Calls => "of a conversation with calls of tools, which such lines do not say",
+            Self::Parts => "of a conversation with more than texts, which such lines do not say",
+            Self::Opening => "of a conversation that begins with the assistant, whom nobody has asked",
             Self::Secret => "with a secret in what would be learned",
             Self::Repeated => "the same as one that is taken",
             Self::OtherSplit => "of a prompt that another split has",
@@ -313,8 +356,6 @@ impl fmt::Display for Pairs {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
     use crate::experiments::user_hash;
 
@@ -402,7 +443,73 @@ mod tests {
         assert_eq!((pairs.left_out[&LeftOut::Secret], pairs.num_replaced["password"]), (1, 1));
         let chat = json!([{"role": "user", "content": [{"type": "text", "text": "password='hunter2'"}]}]);
         let pairs = Pairs::new(&[accepted("ann", chat, "ok")], &Plan { format: Format::Messages, ..PLAN });
-        assert_eq!(lines(&pairs)[0]["messages"][0]["content"][0]["text"], "password='<secret>'");
+        assert_eq!(lines(&pairs)[0]["messages"][0]["content"], "password='<secret>'");
+    }
+
+    /// `text` as a part of a message.
+    fn parts(texts: &[&str]) -> Value {
+        texts.iter().map(|text| json!({"type": "text", "text": text})).collect()
+    }
+
+    #[test]
+    fn nothing_is_learned_of_answers_in_a_conversation_but_of_its_last() {
+        let chat = json!([
+            {"role": "user", "content": "log in"},
+            {"role": "assistant", "content": "login('x')"},
+            {"role": "user", "content": "no, with a key"},
+            {"role": "assistant", "content": "login(key)", "weight": 1},
+            {"role": "user", "content": "and out"},
+        ]);
+        let pairs = Pairs::new(&[accepted("ann", chat, "logout()")], &Plan { format: Format::Messages, ..PLAN });
+        let messages = lines(&pairs)[0]["messages"].as_array().unwrap().clone();
+        let weights: Vec<_> = messages.iter().map(|message| message["weight"].as_u64()).collect();
+        assert_eq!(weights, [None, Some(0), None, Some(0), None, None]);
+        assert_eq!(messages[5], json!({"role": "assistant", "content": "logout()"}));
+    }
+
+    #[test]
+    fn what_is_exported_of_a_chat_is_what_fine_tuning_takes() {
+        let chat = json!([
+            {"role": "developer", "content": parts(&["Be", " brief."]), "name": "ops"},
+            {"role": "user", "content": parts(&["sort ", "xs"]), "name": "ann"},
+            {"role": "assistant", "content": null, "tool_calls": [], "function_call": null, "refusal": null},
+            {"role": "assistant", "content": "xs.sort()", "tool_calls": null, "reasoning_content": "hm"},
+            {"role": "user", "content": "and reverse"},
+        ]);
+        let pairs = Pairs::new(&[accepted("ann", chat, "xs[::-1]")], &Plan { format: Format::Messages, ..PLAN });
+        let expected = json!({"messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "sort xs"},
+            {"role": "assistant", "content": "", "weight": 0},
+            {"role": "assistant", "content": "xs.sort()", "weight": 0},
+            {"role": "user", "content": "and reverse"},
+            {"role": "assistant", "content": "xs[::-1]"},
+        ]});
+        assert_eq!(lines(&pairs), std::slice::from_ref(&expected));
+        let line = expected.to_string();
+        assert_eq!(crate::fine_tuning::check_examples(line.as_bytes(), 1).unwrap().answers, 1);
+        let one = json!([{"role": "user", "content": parts(&["sort ", "xs"])}]);
+        let pairs = Pairs::new(&[accepted("ann", one, "xs.sort()")], &PLAN);
+        assert_eq!(lines(&pairs), [json!({"prompt": "sort xs", "completion": "xs.sort()"})]);
+    }
+
+    #[test]
+    fn what_training_cannot_be_told_of_a_chat_is_left_out_by_its_cause() {
+        let user = json!({"role": "user", "content": "sort xs"});
+        let image = json!([{"type": "text", "text": "this"}, {"type": "image_url", "image_url": {"url": "data:"}}]);
+        let call = json!([{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]);
+        for (chat, cause) in [
+            (json!([user, {"role": "assistant", "content": null, "tool_calls": call}]), LeftOut::Calls),
+            (json!([user, {"role": "assistant", "content": "", "function_call": {"name": "f"}}]), LeftOut::Calls),
+            (json!([user, {"role": "tool", "content": "1", "tool_call_id": "1"}]), LeftOut::Calls),
+            (json!([{"role": "user", "content": image}]), LeftOut::Parts),
+            (json!([{"role": "assistant", "content": "Hello!"}, user]), LeftOut::Opening),
+        ] {
+            let replies = [accepted("ann", &chat, "xs.sort()")];
+            let pairs = Pairs::new(&replies, &Plan { format: Format::Messages, ..PLAN });
+            assert_eq!((pairs.left_out.get(&cause), lines(&pairs).len()), (Some(&1), 0), "{chat}");
+            assert!(pairs.to_string().contains(cause.reason()), "{pairs}");
+        }
     }
 
     #[test]
