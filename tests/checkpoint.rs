@@ -167,6 +167,46 @@ fn what_would_change_the_model_is_refused_by_name() {
     }
 }
 
+/// The parts of Mistral's, as transformers named them before version 4.52 and as it does since.
+fn that_also_sees(is_new: bool) -> Checkpoint {
+    let mut checkpoint = Checkpoint::new("mistral");
+    let tensors = std::mem::take(&mut checkpoint.tensors);
+    let rename = |name: String| match is_new {
+        true => name.replacen("model.", "model.language_model.", 1),
+        false => format!("language_model.{name}"),
+    };
+    checkpoint.tensors = tensors.into_iter().map(|(name, tensor)| (rename(name), tensor)).collect();
+    for part in ["vision_tower.patch_conv.weight", "multi_modal_projector.norm.weight"] {
+        let name = if is_new { format!("model.{part}") } else { part.to_owned() };
+        checkpoint.tensors.insert(name, tensor(part, &[3, 5]));
+    }
+    checkpoint.config = json!({
+        "model_type": "mistral3", "text_config": checkpoint.config, "vision_config": {"hidden_size": 8},
+        "image_token_index": 10, "spatial_merge_size": 2, "eos_token_id": 259
+    });
+    checkpoint
+}
+
+#[test]
+fn of_a_checkpoint_that_also_sees_the_language_model_is_taken() {
+    for is_new in [false, true] {
+        let path = that_also_sees(is_new).convert("none").unwrap();
+        assert_eq!(largest_difference(&path), 0.0, "{is_new}");
+    }
+    for (within, field, value) in [
+        ("", "tie_word_embeddings", json!(false)),
+        ("", "a_field_of_the_future", json!(1)),
+        ("text_config", "model_type", json!("llama")),
+        ("text_config", "a_field_of_the_future", json!(1)),
+    ] {
+        let mut checkpoint = that_also_sees(true);
+        let fields = if within.is_empty() { &mut checkpoint.config } else { &mut checkpoint.config[within] };
+        fields[field] = value;
+        let refusal = checkpoint.refusal();
+        assert!(refusal.contains(field), "{within} {field}: {refusal}");
+    }
+}
+
 #[test]
 fn a_tensor_without_a_place_or_of_a_wrong_type_is_refused_by_name() {
     for (name, tensor) in [

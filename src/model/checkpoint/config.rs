@@ -13,10 +13,10 @@ use super::fields::{FILE, Fields, refuse};
 use super::matrix::BLOCK_LEN;
 use super::prequantized::Method;
 use super::rope::{self, RopeFactors};
-use super::{CheckpointError, read_json};
+use super::{CheckpointError, language_model, read_json};
 
 /// Fields that say nothing about what a decoder computes.
-const WITHOUT_EFFECT: &[&str] = &[
+pub const WITHOUT_EFFECT: &[&str] = &[
     "_attn_implementation",
     "_attn_implementation_autoset",
     "_model_name_or_path",
@@ -68,6 +68,8 @@ const WITHOUT_EFFECT: &[&str] = &[
 
 /// What the configuration says, in GGUF's terms.
 pub struct Config {
+    /// Whether it is that of the language model within a checkpoint that also sees.
+    pub is_of_part: bool,
     pub family: &'static Family,
     pub metadata: Vec<(String, Gguf)>,
     pub num_heads: usize,
@@ -93,10 +95,13 @@ impl Config {
         let values = read_json::<Map<String, Value>>(folder, FILE)?.ok_or_else(|| {
             CheckpointError::file(FILE, "is not there: a checkpoint is a folder as save_pretrained writes it")
         })?;
-        Self::parse(Fields::new(values))
+        Self::parse(values)
     }
 
-    fn parse(fields: Fields) -> Result<Self, CheckpointError> {
+    fn parse(values: Map<String, Value>) -> Result<Self, CheckpointError> {
+        let part = language_model::within(&values)?;
+        let is_of_part = part.is_some();
+        let fields = Fields::new(part.unwrap_or(values));
         let model_type = fields.text("model_type")?.ok_or_else(|| refuse("model_type", "is missing"))?;
         let family = Family::named(&model_type)?;
         let mut metadata = Metadata { architecture: family.gguf, pairs: Vec::new() };
@@ -149,6 +154,7 @@ impl Config {
         metadata.count("vocab_size", vocab_size)?;
         let method = Method::of(&fields)?;
         let config = Self {
+            is_of_part,
             family,
             metadata: metadata.pairs,
             num_heads,
@@ -252,7 +258,7 @@ mod tests {
         for fields in [&own, more] {
             values.extend(fields.as_object().unwrap().clone());
         }
-        Config::parse(Fields::new(values.clone()))
+        Config::parse(values.clone())
     }
 
     /// As public checkpoints have them: Gemma 2 and 3, SmolLM2, Phi-4-mini, StarCoder2-7B, Qwen3-Coder, LLaMA, and what
@@ -293,6 +299,31 @@ mod tests {
                 panic!("{model_type} with {more}: {e}");
             }
         }
+    }
+
+    /// As Gemma 3 4B's says it, which leaves the rest to its class.
+    #[test]
+    fn what_gemma3_leaves_out_of_a_checkpoint_that_also_sees_is_known() {
+        let values = json!({
+            "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "boi_token_index": 255_999,
+            "eoi_token_index": 256_000, "image_token_index": 262_144, "mm_tokens_per_image": 256,
+            "eos_token_id": [1, 106], "initializer_range": 0.02, "torch_dtype": "bfloat16",
+            "text_config": {
+                "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024
+            },
+            "vision_config": {"hidden_size": 1152, "image_size": 896, "model_type": "siglip_vision_model"}
+        });
+        let config = Config::parse(values.as_object().unwrap().clone()).unwrap();
+        assert!(config.is_of_part);
+        assert_eq!((config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size), (8, 4, 256, 262_208));
+        assert_eq!(config.eos_token_ids, [1, 106]);
+        let number = |key: &str| {
+            let (_, value) = config.metadata.iter().find(|(name, _)| name == key).unwrap();
+            value.to_f32().unwrap()
+        };
+        assert_eq!((number("gemma3.rope.freq_base"), number("gemma3.rope.freq_base_swa")), (1e6, 1e4));
+        assert_eq!((number("gemma3.rope.scaling.factor"), number("gemma3.attention.scale")), (8.0, 1.0 / 16.0));
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod converter;
 mod family;
 mod fields;
 mod integers;
+mod language_model;
 mod matrix;
 mod post_processor;
 mod prequantized;
@@ -143,7 +144,10 @@ fn convert(
     writer: &mut (impl Write + io::Seek),
 ) -> Result<(), CheckpointError> {
     let config = Config::read(folder)?;
-    let shards = Shards::open(folder)?;
+    if config.is_of_part {
+        info!("{}: of this model, what reads text is served; what sees is left out", folder.display());
+    }
+    let shards = Shards::open(folder, config.is_of_part)?;
     let prequantized = Prequantized::new(config.method.as_ref(), &shards);
     let mut metadata = config.metadata.clone();
     metadata.push(("general.quantization_version".to_owned(), Gguf::U32(2)));

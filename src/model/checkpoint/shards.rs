@@ -13,7 +13,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 use serde::Deserialize;
 
-use super::{CheckpointError, read_json};
+use super::{CheckpointError, language_model, read_json};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -44,7 +44,8 @@ struct Index {
 }
 
 impl Shards {
-    pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
+    /// Of a checkpoint that also sees, `is_part` leaves only what its language model has, under the names it has alone.
+    pub fn open(folder: &Path, is_part: bool) -> Result<Self, CheckpointError> {
         let mut names = match read_json::<Index>(folder, INDEX)? {
             Some(index) => index.weight_map.into_values().collect(),
             None => vec![SINGLE.to_owned()],
@@ -57,7 +58,7 @@ impl Shards {
             if Path::new(&name).components().count() != 1 || name.starts_with('.') {
                 return Err(CheckpointError::file(INDEX, format!("names {name:?}, which is no file beside it")));
             }
-            files.add(folder, &name)?;
+            files.add(folder, &name, is_part)?;
         }
         Ok(Self(Arc::new(files)))
     }
@@ -105,7 +106,7 @@ impl Shards {
 }
 
 impl Files {
-    fn add(&mut self, folder: &Path, name: &str) -> Result<(), CheckpointError> {
+    fn add(&mut self, folder: &Path, name: &str, is_part: bool) -> Result<(), CheckpointError> {
         let path = folder.join(name);
         if !path.exists() && name == SINGLE {
             return Err(CheckpointError::file(
@@ -119,6 +120,8 @@ impl Files {
             .map_err(|e| CheckpointError::file(name, format!("is not a whole safetensors file: {e}")))?;
         let data_start = PREFIX_BYTES + header;
         for (tensor, info) in metadata.tensors() {
+            let tensor = if is_part { language_model::tensor_name(&tensor) } else { Some(tensor) };
+            let Some(tensor) = tensor else { continue };
             let dtype = dtype(info.dtype).ok_or_else(|| {
                 CheckpointError::tensor(&tensor, format!("has the type {:?}, which is not read", info.dtype))
             })?;
