@@ -306,15 +306,23 @@ impl Fairness {
 
     /// What the least served with sequences here have had.
     pub fn floors(&self) -> Floors {
-        let mut of_flows = HashMap::new();
-        for (flow, served) in self.flows.0.iter().filter(|(_, served)| served.num_sequences > 0) {
-            let floor = of_flows.entry(Arc::clone(&flow.account.key)).or_insert(f64::INFINITY);
-            *floor = served.served.min(*floor);
-        }
-        Floors { of_keys: self.keys.floor(|_| true), of_flows }
+        let active = self.flows.0.iter().filter(|(_, served)| served.num_sequences > 0);
+        self.floors_of(active.map(|(flow, _)| flow))
     }
 
-    /// Whether others with sequences here should be served before it.
+    /// What the least served of these, which have sequences here, have had.
+    pub fn floors_of<'a>(&self, flows: impl Iterator<Item = &'a Flow>) -> Floors {
+        let mut floors = Floors { of_keys: None, of_flows: HashMap::new() };
+        for flow in flows {
+            let Standing { of_key, of_flow } = self.standing(flow);
+            floors.of_keys = Some(floors.of_keys.map_or(of_key, |floor| floor.min(of_key)));
+            let floor = floors.of_flows.entry(Arc::clone(&flow.account.key)).or_insert(of_flow);
+            *floor = floor.min(of_flow);
+        }
+        floors
+    }
+
+    /// Whether others whose floors these are should be served before it.
     pub fn is_ahead(&self, flow: &Flow, floors: &Floors) -> bool {
         let key = &flow.account.key;
         let is_ahead = |served: Option<&Served>, floor: Option<f64>| {

@@ -328,7 +328,8 @@ impl Scheduler {
 
     /// One row for each decoding sequence; of the rest, each prefilling sequence in turn gets up to half as long as others
     /// wait behind it, so that a short prompt gets past a long one. What is left goes to the first. In a step with rows
-    /// enough, those get none before whom others should be served.
+    /// enough, those get none before whom others should be served that have none either: who has its row, and who cannot
+    /// start, would not have what is held back. Where all of those pause as streams, prefilling goes on with the least.
     fn share_rows(&mut self) {
         let Self { running, shares, turns, fairness, streams, .. } = self;
         let uncontested = self.step_rows.uncontested();
@@ -348,15 +349,25 @@ impl Scheduler {
                 num_decoding += 1;
             }
         }
-        let floors = (num_decoding >= uncontested).then(|| fairness.floors());
+        let without = (0..running.len()).filter(|index| shares[*index] == 0).map(|index| running[index].flow());
+        let floors = (num_decoding >= uncontested).then(|| fairness.floors_of(without));
         let is_waited_for =
             |index: &usize| !floors.as_ref().is_some_and(|floors| fairness.is_ahead(running[*index].flow(), floors));
         turns.clear();
-        turns.extend((0..running.len()).filter(|index| !is_decoding(index) && is_waited_for(index)));
+        turns.extend((0..running.len()).filter(|index| !is_decoding(index)));
         turns.sort_by_cached_key(|&index| (fairness.standing(running[index].flow()), index));
-        let most = if num_decoding == 0 { usize::MAX } else { self.step_rows.beside_decoding };
-        let most = most.max(num_decoding + MIN_CHUNK_ROWS).min(self.max_batch_rows);
-        let mut rows_left = most - num_decoding;
+        let first = turns.first().copied();
+        turns.retain(is_waited_for);
+        let least = num_decoding + MIN_CHUNK_ROWS;
+        let most = match (num_decoding, first.filter(|_| turns.is_empty())) {
+            (_, Some(first)) => {
+                turns.push(first);
+                least
+            }
+            (0, None) => usize::MAX,
+            (_, None) => self.step_rows.beside_decoding.max(least),
+        };
+        let mut rows_left = most.min(self.max_batch_rows) - num_decoding;
         for (turn, &index) in turns.iter().enumerate() {
             let is_last = turn + 1 == turns.len();
             let cap = if is_last { rows_left } else { rows_left.div_ceil(2) };

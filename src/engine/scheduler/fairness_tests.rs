@@ -204,6 +204,63 @@ fn what_a_prompt_takes_holds_no_stream_of_its_flow_up() {
     }
 }
 
+/// Rows of the sequences from `first_id` on in each step until they have all ended, or so many steps.
+fn rows_by_step(scheduler: &mut Scheduler, first_id: u64, num_steps: usize) -> Vec<usize> {
+    let mut rows = Vec::new();
+    for _ in 0..num_steps {
+        scheduler.schedule();
+        let planned = scheduler.plan().sequences.iter().filter(|planned| planned.id.0 >= first_id);
+        rows.push(planned.map(|planned| planned.rows.len()).sum());
+        if finish_step(scheduler).iter().any(|id| id.0 >= first_id) {
+            return rows;
+        }
+    }
+    rows
+}
+
+const ADAPTERS: [&str; 9] = ["a", "b", "c", "d", "e", "f", "g", "h", "i"];
+
+/// Of each of the first adapters so many streams, which have all begun.
+fn scheduler_with_streams(max_sequences: usize, num_streams: &[usize]) -> Scheduler {
+    let mut scheduler = Scheduler::new(256, max_sequences, 4096);
+    scheduler.set_step_rows(StepRows { beside_decoding: 64, ..StepRows::default() });
+    let mut next_id = 0;
+    for (adapter, num_streams) in ADAPTERS.into_iter().zip(num_streams) {
+        let mut clients = Clients::new(Account::default(), Some(adapter), 1, 10_000);
+        (0..*num_streams).for_each(|_| clients.send(&mut scheduler, &mut next_id));
+    }
+    (0..20).for_each(|_| drop(step(&mut scheduler)));
+    scheduler
+}
+
+const LONG_ID: u64 = 1_000;
+
+#[test]
+fn a_long_prompt_goes_on_beside_streams_that_have_their_rows() {
+    for is_one_waiting in [false, true] {
+        let mut scheduler = scheduler_with_streams(9, &[1; 8]);
+        Clients::new(Account::default(), Some("long"), 2000, 1).send(&mut scheduler, &mut { LONG_ID });
+        step(&mut scheduler);
+        if is_one_waiting {
+            // No slot is free for it, and nobody runs more than its share.
+            Clients::new(Account::default(), Some("waiting"), 1, 1).send(&mut scheduler, &mut 900);
+        }
+        let rows = rows_by_step(&mut scheduler, LONG_ID, 1000);
+        assert_eq!(rows.iter().sum::<usize>(), 2000 - 56, "{rows:?}");
+        assert!(rows[..rows.len() - 1].iter().all(|rows| *rows == 56), "{is_one_waiting}: {rows:?}");
+        assert_eq!(scheduler.num_waiting(), usize::from(is_one_waiting));
+    }
+}
+
+#[test]
+fn a_long_prompt_goes_on_with_the_least_beside_streams_that_pause() {
+    let mut scheduler = scheduler_with_streams(32, &[1, 1, 1, 1, 1, 1, 1, 1, 20]);
+    Clients::new(Account::default(), Some("long"), 2000, 1).send(&mut scheduler, &mut { LONG_ID });
+    let rows = rows_by_step(&mut scheduler, LONG_ID, 1000);
+    assert!(rows[..rows.len() - 1].iter().all(|rows| *rows >= MIN_CHUNK_ROWS), "{rows:?}");
+    assert!(rows[1..].contains(&MIN_CHUNK_ROWS), "some of the streams wait for a row themselves: {rows:?}");
+}
+
 #[test]
 fn prefilling_beside_streams_is_cut_to_what_they_may_wait_for() {
     let mut scheduler = Scheduler::new(256, 8, 256);
