@@ -212,6 +212,22 @@ impl PartialEq for Standing {
 
 impl Eq for Standing {}
 
+/// How far above its share a flow runs; who has most makes room first.
+#[derive(Debug, Clone, Copy)]
+pub struct Excess {
+    /// Of its key, beside another key's flow; its own, beside one of the same key.
+    of_peer: f64,
+    /// Of all flows of a key that runs too much, the one that does most of it: what it runs, divided by its weight. Nothing
+    /// where that is a single sequence, which goes last.
+    within_key: f64,
+}
+
+impl Excess {
+    pub fn total_cmp(&self, other: &Self) -> Ordering {
+        self.of_peer.total_cmp(&other.of_peer).then(self.within_key.total_cmp(&other.within_key))
+    }
+}
+
 /// What the least served have had, at one time.
 #[derive(Debug)]
 pub struct Floors {
@@ -333,16 +349,18 @@ impl Fairness {
     }
 
     /// By how much more than `flow` with one sequence more `other` runs than its share; `None` where it does not.
-    pub fn excess(&self, other: &Flow, flow: &Flow) -> Option<f64> {
+    pub fn excess(&self, other: &Flow, flow: &Flow) -> Option<Excess> {
         let excess = |other: Option<&Served>, own: Option<&Served>| {
             let (other, own) = other.zip(own)?;
             let excess = other.num_running as f64 / other.weight - (own.num_running + 1) as f64 / own.weight;
             (excess > 0.0 && other.num_running > 1).then_some(excess)
         };
-        match other.account.key == flow.account.key {
+        let of_peer = match other.account.key == flow.account.key {
             true => excess(self.flows.0.get(other), self.flows.0.get(flow)),
             false => excess(self.keys.0.get(&other.account.key), self.keys.0.get(&flow.account.key)),
-        }
+        }?;
+        let within_key = self.flows.0.get(other).filter(|served| served.num_running > 1);
+        Some(Excess { of_peer, within_key: within_key.map_or(0.0, |served| served.num_running as f64 / served.weight) })
     }
 
     fn of(&self, flow: &Flow, read: impl Fn(&Served) -> f64) -> Standing {

@@ -56,6 +56,11 @@ impl BlockPool {
         self.free.len() + self.cache.num_idle()
     }
 
+    /// How many shares in a block are held.
+    pub fn num_holders(&self, block: BlockId) -> u32 {
+        self.ref_counts[block.0 as usize]
+    }
+
     /// A block of its own for one sequence, or `None` when all are used.
     pub fn allocate(&mut self) -> Option<BlockId> {
         let block = self.free.pop().or_else(|| self.cache.evict())?;

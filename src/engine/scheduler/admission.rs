@@ -2,10 +2,12 @@
 //! sequences compute or have computed. So requests with one prompt, sent together, are prefilled once.
 
 use std::cmp::Reverse;
+use std::collections::HashMap;
 
 use kernels::attention::{BLOCK_SIZE, BlockId};
 
 use super::Scheduler;
+use crate::engine::fairness::Flow;
 use crate::engine::kv_blocks::BlockPool;
 use crate::engine::sequence::{Leader, Sequence};
 use crate::model::BlockCopy;
@@ -31,12 +33,12 @@ impl Scheduler {
         while let Some(index) = self.next_waiting()
             && let Some(mut sequence) = self.waiting.remove(index)
         {
-            while let Some(refused) = self.try_start(sequence) {
+            while let Some(mut refused) = self.try_start(sequence) {
                 if self.is_led(&refused) {
                     self.wait(refused);
                     break;
                 }
-                if !self.preempt_for(&refused) {
+                if !self.make_room_for(&mut refused) {
                     self.wait(refused);
                     return self.run_started();
                 }
@@ -52,14 +54,57 @@ impl Scheduler {
         (0..self.waiting.len()).filter(|index| !self.is_led(&self.waiting[*index])).min_by_key(standing)
     }
 
-    /// Makes room for `sequence` by preempting the youngest one of the flow that runs most above its share, if that is
-    /// more than that of `sequence` would.
-    fn preempt_for(&mut self, sequence: &Sequence) -> bool {
-        let excess = |index: usize| {
-            self.fairness.excess(self.running[index].flow(), sequence.flow()).map(|excess| (index, excess))
-        };
-        let most = (0..self.running.len()).filter_map(excess).max_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
-        most.map(|(index, _)| self.preempt(index)).is_some()
+    /// Makes room for `sequence` at the cost of flows that run above their shares.
+    fn make_room_for(&mut self, sequence: &mut Sequence) -> bool {
+        let mut victims = self.victims_for(sequence);
+        victims.sort_unstable_by_key(|index| Reverse(*index));
+        victims.iter().for_each(|index| self.preempt(*index));
+        !victims.is_empty()
+    }
+
+    /// Whom to preempt for `sequence`: one after the other the youngest one of the flow that runs most above its share, as long
+    /// as that is more than that of `sequence` would. Nobody where all of them are not room enough: they would stand still for
+    /// nothing.
+    fn victims_for(&mut self, sequence: &mut Sequence) -> Vec<usize> {
+        let Self { running, starting, pool, fairness, max_sequences, .. } = self;
+        if running.iter().all(|other| fairness.excess(other.flow(), sequence.flow()).is_none()) {
+            return Vec::new();
+        }
+        // The youngest of each last.
+        let mut by_flow: HashMap<&Flow, Vec<usize>> = HashMap::new();
+        running.iter().enumerate().for_each(|(index, other)| by_flow.entry(other.flow()).or_default().push(index));
+        // What the cache has of it needs no room, whoever else holds it.
+        if let Some((block, _)) = sequence.match_prefix(pool) {
+            pool.release_shared(block);
+        }
+        let num_blocks = BlockPool::num_blocks_for(sequence.tokens().len()) - sequence.block_table().len();
+        let (mut num_left, mut num_free) = (running.len() + starting.len(), pool.blocks_available());
+        let mut num_let_go: HashMap<BlockId, u32> = HashMap::new();
+        let mut victims = Vec::new();
+        while num_left >= *max_sequences || num_blocks + num_left > num_free {
+            let youngest = |(flow, left): (&&Flow, &Vec<usize>)| {
+                Some((fairness.excess(flow, sequence.flow())?, left.last().copied()?))
+            };
+            let most = by_flow.iter().filter_map(youngest).max_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+            let Some((_, index)) = most else { break };
+            let flow = running[index].flow();
+            by_flow.get_mut(flow).and_then(Vec::pop);
+            // As if it had been preempted, until all have been found.
+            fairness.stop(flow, 0);
+            victims.push(index);
+            num_left -= 1;
+            for block in running[index].block_table() {
+                let num_let_go = num_let_go.entry(*block).or_default();
+                *num_let_go += 1;
+                num_free += usize::from(*num_let_go == pool.num_holders(*block));
+            }
+        }
+        victims.iter().for_each(|index| fairness.admit(running[*index].flow(), 0));
+        sequence.release(pool);
+        if num_left >= *max_sequences || num_blocks + num_left > num_free {
+            victims.clear();
+        }
+        victims
     }
 
     /// Gives the sequence back where there is no room for it, and where it is to follow another.

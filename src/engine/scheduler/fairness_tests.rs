@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
+use kernels::attention::BLOCK_SIZE;
 use proptest::prelude::*;
 
 use super::tests::{adapter, finish_step, step};
@@ -259,6 +260,38 @@ fn a_long_prompt_goes_on_with_the_least_beside_streams_that_pause() {
     let rows = rows_by_step(&mut scheduler, LONG_ID, 1000);
     assert!(rows[..rows.len() - 1].iter().all(|rows| *rows >= MIN_CHUNK_ROWS), "{rows:?}");
     assert!(rows[1..].contains(&MIN_CHUNK_ROWS), "some of the streams wait for a row themselves: {rows:?}");
+}
+
+#[test]
+fn nobody_is_stopped_where_that_makes_no_room() {
+    for (num_blocks, expected) in [(11, 0), (13, 1), (17, 2), (18, 0)] {
+        let mut scheduler = Scheduler::new(512, 8, 20);
+        let mut next_id = 0;
+        let mut streams = Clients::new(Account::default(), Some("a"), 20, 12);
+        (0..3).for_each(|_| streams.send(&mut scheduler, &mut next_id));
+        step(&mut scheduler);
+        assert_eq!(scheduler.blocks_used(), 6);
+        // Of the three one is the flow's share: without the others there are 18 blocks, one of them for its next token.
+        Clients::new(Account::default(), Some("b"), num_blocks * BLOCK_SIZE, 1).send(&mut scheduler, &mut next_id);
+        step(&mut scheduler);
+        assert_eq!(scheduler.num_preempted(), expected, "{num_blocks} blocks");
+    }
+}
+
+#[test]
+fn of_a_key_that_runs_too_much_the_flow_that_does_most_of_it_makes_room() {
+    let mut scheduler = Scheduler::new(256, 31, 1024);
+    let mut next_id = 0;
+    let mut batch = Clients::new(account("a", 1, Priority::Batch), None, 1, 1000);
+    (0..30).for_each(|_| batch.send(&mut scheduler, &mut next_id));
+    let mut chat = Clients::new(account("a", 1, Priority::Chat), None, 1, 1000);
+    chat.send(&mut scheduler, &mut next_id);
+    step(&mut scheduler);
+    Clients::new(account("b", 1, Priority::Chat), None, 1, 1000).send(&mut scheduler, &mut next_id);
+    scheduler.schedule();
+    assert_eq!(scheduler.num_preempted(), 1);
+    assert!(scheduler.running_index(chat.ids[0]).is_some(), "the only chat goes on, though it is the youngest");
+    assert!(scheduler.running_index(batch.ids[29]).is_none(), "the youngest of the batch has made room");
 }
 
 #[test]
