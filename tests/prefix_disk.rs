@@ -7,6 +7,7 @@ mod tiny;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
 
 use candle_core::quantized::GgmlDType;
 use events::Reply;
@@ -93,6 +94,12 @@ impl Bench {
 
 impl Server {
     fn submit(&self, ask: &Ask) -> UnboundedReceiver<Event> {
+        let (request, receiver) = self.request(ask);
+        self.engine.submit(request).unwrap();
+        receiver
+    }
+
+    fn request(&self, ask: &Ask) -> (Request, UnboundedReceiver<Event>) {
         let (events, receiver) = mpsc::unbounded_channel();
         let request = Request {
             prompt_tokens: ask.prompt.clone(),
@@ -109,8 +116,7 @@ impl Server {
             events,
             permit: self.engine.try_permit().unwrap(),
         };
-        self.engine.submit(request).unwrap();
-        receiver
+        (request, receiver)
     }
 
     fn run(&self, ask: &Ask) -> Reply {
@@ -246,11 +252,7 @@ fn a_disk_that_does_not_answer_keeps_nobody_from_a_reply() {
     let alone = bench.serve().run(&ask);
     let server = bench.serve();
     let files = bench.files();
-    // Who opens a pipe to read waits for somebody to write.
-    for path in &files {
-        fs::remove_file(path).unwrap();
-        rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0).unwrap();
-    }
+    files.iter().for_each(|path| put_pipe(path));
     let (waiting, left) = (server.submit(&ask), server.submit(&ask));
     let other = Ask::new(random_tokens(&bench.model.spec, 100, 4));
     assert_eq!(server.run(&other).events, bench.serve_without().run(&other).events);
@@ -259,10 +261,64 @@ fn a_disk_that_does_not_answer_keeps_nobody_from_a_reply() {
     assert_eq!(server.run(&ask).events, alone.events);
     assert_eq!(server.engine.state(), EngineState::default());
     // Ends the waiting, so that the server can end.
+    end_pipes(&files);
+}
+
+/// Who opens a pipe to read waits for somebody to write.
+fn put_pipe(path: &Path) {
+    fs::remove_file(path).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0).unwrap();
+}
+
+/// Has whoever waits for a pipe find nothing in it.
+fn end_pipes(paths: &[PathBuf]) {
     let open = |path| fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
-    let pipes: Vec<_> = files.iter().map(open).collect();
-    files.iter().for_each(|path| fs::remove_file(path).unwrap());
+    let pipes: Vec<_> = paths.iter().map(open).collect();
+    paths.iter().for_each(|path| fs::remove_file(path).unwrap());
     drop(pipes);
+}
+
+#[test]
+fn one_request_that_leaves_or_finds_a_block_lost_keeps_no_other_from_the_disk() {
+    for leaves in [true, false] {
+        let bench = Bench::on_host();
+        let asks: Vec<Ask> = (0..4).map(|seed| Ask::new(random_tokens(&bench.model.spec, 100, seed))).collect();
+        bench.serve().run(&asks[0]);
+        let mut pipes = bench.files();
+        {
+            let server = bench.serve();
+            asks[1..].iter().for_each(|ask| drop(server.run(ask)));
+        }
+        pipes.iter().for_each(|path| put_pipe(path));
+        let server = bench.serve();
+        let (requests, mut receivers): (Vec<_>, Vec<_>) = asks.iter().map(|ask| server.request(ask)).unzip();
+        server.engine.submit_together(requests).unwrap();
+        let first = receivers.remove(0);
+        if leaves {
+            while server.engine.state().waiting < asks.len() {
+                thread::yield_now();
+            }
+            drop(first);
+            while server.engine.state().waiting == asks.len() {
+                thread::yield_now();
+            }
+        } else {
+            // The one that is being read can be written; it is deleted as what is no block.
+            let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::NONBLOCK;
+            let being_read = |path: &PathBuf| rustix::fs::open(path, flags, rustix::fs::Mode::empty()).is_ok();
+            let lost = loop {
+                if let Some(index) = pipes.iter().position(being_read) {
+                    break index;
+                }
+            };
+            pipes.remove(lost);
+            assert_eq!(Reply::of(first).cached_tokens, 0, "it is computed at once");
+        }
+        end_pipes(&pipes);
+        for receiver in receivers {
+            assert_eq!(Reply::of(receiver).cached_tokens, 96, "the others are read: {leaves}");
+        }
+    }
 }
 
 #[test]

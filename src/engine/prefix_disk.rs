@@ -31,6 +31,8 @@ pub(super) struct PrefixDisk {
     waiting: VecDeque<Sequence>,
     /// For the first of them.
     reading: Option<Reading>,
+    /// Nothing came for so long that a reading was given up, and answers are still owed.
+    is_silent: bool,
     max_saved_per_step: usize,
 }
 
@@ -38,7 +40,7 @@ impl PrefixDisk {
     /// `max_batch_rows` are those of a step.
     pub fn new(files: BlockFiles, max_batch_rows: usize) -> Self {
         let max_saved_per_step = max_batch_rows.div_ceil(BLOCK_SIZE);
-        Self { files, waiting: VecDeque::new(), reading: None, max_saved_per_step }
+        Self { files, waiting: VecDeque::new(), reading: None, is_silent: false, max_saved_per_step }
     }
 
     pub fn num_waiting(&self) -> usize {
@@ -47,7 +49,7 @@ impl PrefixDisk {
 
     /// Hands a sequence to the scheduler, now or when what the disk has of it is in memory.
     pub fn enqueue(&mut self, sequence: Sequence, scheduler: &mut Scheduler) {
-        self.files.receive();
+        self.receive();
         if self.to_read(&sequence, scheduler).is_empty() {
             self.start(sequence, 0, scheduler);
         } else {
@@ -60,6 +62,7 @@ impl PrefixDisk {
         let Some(index) = self.waiting.iter().position(|sequence| sequence.id() == id) else { return };
         self.waiting.remove(index);
         if index == 0 {
+            // What it has asked for comes before what the next one asks for.
             self.reading = None;
         }
     }
@@ -82,9 +85,13 @@ impl PrefixDisk {
                     }
                 }
             };
-            if !reading.go_on(&mut self.files, scheduler, kv) {
-                self.reading = Some(reading);
-                return;
+            match reading.go_on(&mut self.files, scheduler, kv) {
+                Progress::Waits => {
+                    self.reading = Some(reading);
+                    return;
+                }
+                Progress::Ended => {}
+                Progress::GivenUp => self.is_silent = true,
             }
             // Computed again, they are to be written again if they turn out to be lost.
             reading.asked.iter().for_each(|block| self.files.forget(&block.chain));
@@ -96,7 +103,7 @@ impl PrefixDisk {
 
     /// Between two steps: has blocks written that have been computed.
     pub fn save(&mut self, scheduler: &mut Scheduler, kv: &KvStore) {
-        self.files.receive();
+        self.receive();
         for _ in 0..self.max_saved_per_step {
             if !self.files.can_write() {
                 return;
@@ -121,6 +128,11 @@ impl PrefixDisk {
         }
     }
 
+    fn receive(&mut self) {
+        self.files.receive();
+        self.is_silent &= self.files.num_reading() > 0;
+    }
+
     fn start(&mut self, mut sequence: Sequence, num_restored_tokens: usize, scheduler: &mut Scheduler) {
         // Without its start, a chain is of no use.
         self.files.touch(sequence.prefix_blocks().into_iter().map(|block| block.chain).rev().collect());
@@ -128,14 +140,22 @@ impl PrefixDisk {
         scheduler.enqueue(sequence);
     }
 
-    /// What the disk has and the memory has not. Nothing while the disk owes answers that nobody waits for any more: it may be slow.
+    /// What the disk has and the memory has not. Nothing while the disk is silent: one at a time would wait for it in vain.
     fn to_read(&self, sequence: &Sequence, scheduler: &Scheduler) -> VecDeque<PrefixBlock> {
-        if self.reading.is_none() && self.files.num_reading() > 0 {
+        if self.is_silent {
             return VecDeque::new();
         }
         let missing = sequence.prefix_blocks().into_iter().filter(|block| !scheduler.is_cached(&block.chain));
         missing.take_while(|block| self.files.has(&block.chain)).take(scheduler.blocks_to_spare()).collect()
     }
+}
+
+enum Progress {
+    Waits,
+    /// All is there, or the rest is not to be had.
+    Ended,
+    /// Nothing has come for as long as is waited.
+    GivenUp,
 }
 
 /// Blocks on their way from the disk to the cache.
@@ -144,13 +164,13 @@ struct Reading {
     left: VecDeque<PrefixBlock>,
     asked: VecDeque<PrefixBlock>,
     num_restored: usize,
-    /// When the last block came; at first, when it began.
+    /// When the last answer came; at first, when it began.
     last: Instant,
 }
 
 impl Reading {
-    /// Takes what has come and asks for more. Says whether it is over: all is there, or the rest is not to be had.
-    fn go_on(&mut self, files: &mut BlockFiles, scheduler: &mut Scheduler, kv: &mut KvStore) -> bool {
+    /// Takes what has come and asks for more.
+    fn go_on(&mut self, files: &mut BlockFiles, scheduler: &mut Scheduler, kv: &mut KvStore) -> Progress {
         loop {
             while files.can_read()
                 && let Some(block) = self.left.pop_front()
@@ -158,20 +178,26 @@ impl Reading {
                 files.read(block.chain);
                 self.asked.push_back(block);
             }
-            let Some(next) = self.asked.front() else { return true };
-            match files.next_read() {
-                None => return self.last.elapsed() > MAX_WAIT,
+            if self.asked.is_empty() && self.left.is_empty() {
+                return Progress::Ended;
+            }
+            let Some((chain, bytes)) = files.next_read() else {
+                return if self.last.elapsed() > MAX_WAIT { Progress::GivenUp } else { Progress::Waits };
+            };
+            self.last = Instant::now();
+            // Where none is asked for yet, what comes was asked for others, as there is no room for more.
+            let Some(next) = self.asked.front() else { continue };
+            match bytes {
                 // It was asked for another, who has left.
-                Some((chain, _)) if chain != next.chain => {}
-                Some((_, None)) => return true,
-                Some((_, Some(bytes))) => {
+                _ if chain != next.chain => {}
+                None => return Progress::Ended,
+                Some(bytes) => {
                     match scheduler.restore(next) {
                         Some(block) => kv.write_block(block, &bytes),
                         None if scheduler.is_cached(&next.chain) => {}
-                        None => return true,
+                        None => return Progress::Ended,
                     }
                     self.num_restored += 1;
-                    self.last = Instant::now();
                     self.asked.pop_front();
                 }
             }
