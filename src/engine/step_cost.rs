@@ -12,8 +12,10 @@ const MIN_VARIANCE: f64 = 4.0;
 const MIN_STEPS: f64 = 8.0;
 /// Of a step's time, the least that a row is taken to need: on a card it may be less than what can be seen.
 const MIN_SHARE_OF_ROW: f64 = 1e-3;
-/// A step that took so many times what was expected says something of the machine and nothing of its rows.
+/// A step that took so many times what was expected says something of the machine and nothing of its rows …
 const MAX_SURPRISE: f64 = 8.0;
+/// … but so many one after the other say that the machine is another one now: what was learned of it is out of date.
+const MAX_SURPRISES: usize = 8;
 
 #[derive(Debug, Default)]
 pub struct StepCost {
@@ -50,6 +52,8 @@ struct Fit {
     seconds: f64,
     rows_squared: f64,
     rows_seconds: f64,
+    /// Steps since the last one that took about what was expected.
+    num_surprises: usize,
     /// Of the last steps of different sizes.
     line: Option<Line>,
 }
@@ -64,8 +68,13 @@ impl Fit {
     fn observe(&mut self, num_rows: usize, time: Duration) {
         let (rows, seconds) = (num_rows as f64, time.as_secs_f64());
         if self.line.is_some_and(|line| seconds > MAX_SURPRISE * (line.base + rows * line.per_row)) {
-            return;
+            self.num_surprises += 1;
+            if self.num_surprises < MAX_SURPRISES {
+                return;
+            }
+            *self = Self::default();
         }
+        self.num_surprises = 0;
         for (sum, value) in [
             (&mut self.steps, 1.0),
             (&mut self.rows, rows),
@@ -132,6 +141,22 @@ mod tests {
         let before = cost.step_rows(LIMIT);
         cost.observe(3, 3, Duration::from_secs(5));
         assert_eq!(cost.step_rows(LIMIT), before);
+    }
+
+    #[test]
+    fn a_machine_that_has_become_slow_for_good_is_learned_anew() {
+        let mut cost = StepCost::default();
+        observe(&mut cost, (0..50).map(|step| step % 9), 0.014, 0.0034);
+        let before = cost.step_rows(LIMIT);
+        // Now and then it says nothing, however often.
+        for _ in 0..20 {
+            observe(&mut cost, [3; MAX_SURPRISES - 1], 5.0, 0.0);
+            observe(&mut cost, [3], 0.014, 0.0034);
+        }
+        assert_eq!(cost.step_rows(LIMIT), before);
+        observe(&mut cost, (0..50).map(|step| step % 9), 0.28, 0.034);
+        let seconds = Some(Duration::from_secs(1));
+        assert_eq!(cost.step_rows(seconds), StepRows { as_base: 8, beside_decoding: 21 });
     }
 
     #[test]
