@@ -16,6 +16,8 @@ const MAX_TOKENS: usize = 4096;
 const MAX_HISTORIES: usize = 64;
 /// Tokens of the prompt that are kept before a reply, so that its first ones can be guessed.
 const CONTEXT_LENGTH: usize = 5;
+/// Least tokens of a reply that is kept.
+const MIN_REPLY_LENGTH: usize = 2;
 /// Stands between replies; no token.
 const END: u32 = u32::MAX;
 
@@ -44,12 +46,13 @@ impl PastReplies {
         self.histories.get(&source(flow)).map_or(&[], |history| &history.tokens)
     }
 
-    /// Learns from what a sequence has been answered, complete or not.
+    /// Learns from what a sequence has been answered, complete or not. A single token is forgotten: there is little to guess of it,
+    /// and the beams of a search, each of whose steps is a sequence of one, would push every reply out.
     pub fn learn(&mut self, sequence: &Sequence) {
         let tokens = sequence.tokens();
         let output = sequence.num_virtual_tokens() + sequence.num_prompt_tokens();
         let context = output.saturating_sub(CONTEXT_LENGTH).max(sequence.num_virtual_tokens());
-        if tokens.len() == output {
+        if tokens.len() < output + MIN_REPLY_LENGTH {
             return;
         }
         let reply = &tokens[context.max(tokens.len().saturating_sub(MAX_TOKENS - 1))..];
@@ -133,10 +136,19 @@ mod tests {
     fn no_key_and_no_adapter_sees_what_others_were_answered() {
         let mut past = PastReplies::default();
         let (a, b) = (adapter("a"), adapter("b"));
-        past.learn(&answered("first", Some(&a), &[1, 2], &[3]));
+        past.learn(&answered("first", Some(&a), &[1, 2], &[3, 4]));
         let is_seen = |key, adapter| !past.of(answered(key, adapter, &[1, 2], &[]).flow()).is_empty();
         assert!(is_seen("first", Some(&a)));
         assert!(!is_seen("second", Some(&a)) && !is_seen("first", Some(&b)) && !is_seen("first", None));
+    }
+
+    #[test]
+    fn the_steps_of_a_beam_search_push_no_reply_out() {
+        let mut past = PastReplies::default();
+        let reply = answered("", None, &[1, 2, 3], &[4, 5, 6]);
+        past.learn(&reply);
+        (0..MAX_TOKENS as u32).for_each(|step| past.learn(&answered("", None, &[1, 2, step], &[step])));
+        assert_eq!(continuation(past.of(reply.flow()), &[1, 2, 3]), Some(&[4, 5, 6][..]));
     }
 
     #[test]
@@ -144,7 +156,7 @@ mod tests {
         let mut past = PastReplies::default();
         let (a, b) = (adapter("a"), adapter("b"));
         for adapter in [None, Some(&a), Some(&b)] {
-            past.learn(&answered("", adapter, &[1, 2], &[3]));
+            past.learn(&answered("", adapter, &[1, 2], &[3, 4]));
         }
         drop(a);
         past.forget_gone();
