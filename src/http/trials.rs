@@ -83,6 +83,14 @@ fn set_model(request: &mut GenerationRequest, model: &str) -> Result<(), ApiErro
     Ok(())
 }
 
+/// The same asked of a shadow's model. It takes of the share of who asks, behind all else that they ask for.
+fn shadow_of(request: &GenerationRequest, caller: &Account, model: &str) -> Result<GenerationRequest, ApiError> {
+    let mut request = request.clone();
+    set_model(&mut request, model)?;
+    request.options.account = Account { priority: Priority::Batch, ..caller.clone() };
+    Ok(request)
+}
+
 impl Trial {
     /// Of a request that was assigned to an arm, before anything of it has run; `id` is that of its reply.
     pub fn assigned(
@@ -100,9 +108,7 @@ impl Trial {
         let asked = is_kept.then(|| Asked { prompt, user_hash: asker(caller, user).map(user_hash) });
         let record = Record { experiment: Some(experiment), model, prompt_hash, ..Record::begin(id, &arm) };
         let shadows = shadows.into_iter().map(|Shadow { arm, model }| {
-            let mut request = request.clone();
-            set_model(&mut request, &model)?;
-            request.options.account = Account { priority: Priority::Batch, ..Account::default() };
+            let request = shadow_of(request, &caller.account, &model)?;
             Ok(ShadowRun {
                 generation: state.generation.clone(),
                 metrics: state.metrics.clone(),
@@ -252,4 +258,27 @@ fn as_sent(prompts: &[Prompt]) -> String {
 fn has_one_whole_answer(request: &GenerationRequest) -> bool {
     let GenerationOptions { num_choices, echo, hides_prefix, tools, .. } = &request.options;
     request.prompts.len() == 1 && *num_choices == 1 && !echo && !hides_prefix && tools.is_none()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+
+    use super::*;
+    use crate::generation::Selection;
+
+    #[test]
+    fn a_shadow_takes_of_the_share_of_who_asks_and_of_nobody_elses() {
+        let caller = Account { key: Arc::from("ann"), weight: NonZeroU32::new(3).unwrap(), priority: Priority::Chat };
+        let request = GenerationRequest {
+            selection: Selection { model: Some("coder".to_owned()), ..Selection::default() },
+            icl: None,
+            prompt_format: None,
+            prompts: vec![Prompt::Text("abc".to_owned())],
+            options: GenerationOptions::default(),
+        };
+        let shadow = shadow_of(&request, &caller, "tuned").unwrap();
+        assert_eq!(shadow.options.account, Account { priority: Priority::Batch, ..caller });
+        assert_eq!((shadow.selection.model.as_deref(), &shadow.prompts), (Some("tuned"), &request.prompts));
+    }
 }
