@@ -171,9 +171,12 @@ fn parse_beams(fields: &Fields, num_choices: usize) -> Result<Option<BeamOptions
     if num_beams < num_choices {
         return Err(ApiError::invalid("best_of", "`best_of` is the number of beams: it must not be less than `n`"));
     }
-    // Beams are ranked by the model's own probabilities.
+    // Beams are ranked by the model's own probabilities, and only those of their own tokens are kept.
     for (name, neutral) in [
         ("temperature", 0.0),
+        ("top_p", 1.0),
+        ("min_p", 0.0),
+        ("top_logprobs", 0.0),
         ("repetition_penalty", 1.0),
         ("repeat_penalty", 1.0),
         ("presence_penalty", 0.0),
@@ -185,6 +188,15 @@ fn parse_beams(fields: &Fields, num_choices: usize) -> Result<Option<BeamOptions
             let message = format!("`{name}` does not go with `use_beam_search`: leave it out, or send {neutral}");
             return Err(ApiError::invalid(name, message));
         }
+    }
+    // Less than 1 is "off".
+    if fields.integer("top_k", i64::MIN..=i64::MAX)?.is_some_and(|top_k| top_k > 0) {
+        return Err(ApiError::invalid("top_k", "`top_k` does not go with `use_beam_search`: leave it out, or send 0"));
+    }
+    // In chat a switch, which is as good here.
+    if fields.get("logprobs").and_then(Value::as_f64).is_some_and(|count| count > 0.0) {
+        let message = "`logprobs` of other tokens than the beams' own do not go with `use_beam_search`: send 0";
+        return Err(ApiError::invalid("logprobs", message));
     }
     if fields.object("logit_bias")?.is_some_and(|bias| !bias.is_empty()) {
         return Err(ApiError::invalid("logit_bias", "`logit_bias` does not go with `use_beam_search`: leave it out"));
@@ -343,6 +355,25 @@ mod tests {
             r#"{"stop_token_ids": [4294967296]}"#,
         ] {
             assert!(parse_options(&fields(body)).is_err(), "{body}");
+        }
+    }
+
+    #[test]
+    fn beams_draw_nothing_and_tell_of_no_other_tokens() {
+        let options = |field: &str| parse_options(&fields(&format!(r#"{{"use_beam_search": true, "n": 2, {field}}}"#)));
+        for (field, name) in [
+            (r#""top_k": 1"#, "top_k"),
+            (r#""top_p": 0.9"#, "top_p"),
+            (r#""min_p": 0.1"#, "min_p"),
+            (r#""logprobs": 2"#, "logprobs"),
+            (r#""logprobs": true, "top_logprobs": 2"#, "top_logprobs"),
+        ] {
+            assert_eq!(options(field).unwrap_err().param(), Some(name), "{field}");
+        }
+        for field in
+            [r#""top_k": -1, "top_p": 1, "min_p": 0"#, r#""logprobs": 0"#, r#""logprobs": true, "top_logprobs": 0"#]
+        {
+            assert!(options(field).unwrap().beams.is_some(), "{field}");
         }
     }
 

@@ -65,6 +65,10 @@ async fn what_does_not_go_with_beams_is_refused_by_name() {
     let server = Server::quick().await;
     for (field, value) in [
         ("temperature", json!(0.5)),
+        ("top_k", json!(40)),
+        ("top_p", json!(0.9)),
+        ("min_p", json!(0.05)),
+        ("logprobs", json!(2)),
         ("repetition_penalty", json!(1.1)),
         ("logit_bias", json!({"5": 1})),
         ("n", json!(17)),
@@ -80,5 +84,6 @@ async fn what_does_not_go_with_beams_is_refused_by_name() {
     }
     let mut body = body();
     (body["n"], body["best_of"], body["temperature"]) = (json!(1), json!(4), json!(0));
+    (body["top_k"], body["top_p"], body["min_p"]) = (json!(-1), json!(1), json!(0));
     assert_eq!(server.complete(body).await["choices"][0]["text"], "cde");
 }
