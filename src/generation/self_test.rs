@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::sleep;
 
 use super::Generation;
@@ -30,7 +30,8 @@ enum SelfTestError {
     Failed(String),
 }
 
-/// Tests every generation that is loaded for the first time, one after the other, for as long as it is polled.
+/// Tests every generation that is loaded for the first time, one after the other, for as long as it is polled. Where requests
+/// have a single place, none is tested.
 pub async fn run(generation: &Generation) {
     let Generation { base, adapters, engine, .. } = generation;
     let prompt = base.tokenizer.encode(PROMPT, Specials::AsText).unwrap_or_default();
@@ -39,8 +40,9 @@ pub async fn run(generation: &Generation) {
         // A test that waits must not keep its adapter in memory.
         let adapter = Arc::downgrade(&adapters.next_untested().await);
         wait_for_quiet(engine).await;
+        let place = place(engine).await;
         let Some(adapter) = adapter.upgrade() else { continue };
-        match test(&adapter, engine, &prompt, &mut base_logits).await {
+        match test(&adapter, engine, place, &prompt, &mut base_logits).await {
             Ok(result) => adapters.report_self_test(&adapter.name, &adapter.generation, result),
             Err(error) => tracing::warn!("adapter {} could not be tested: {error}", adapter.name),
         }
@@ -55,35 +57,45 @@ async fn wait_for_quiet(engine: &EngineHandle) {
     }
 }
 
+/// A place in the queue that is not the last one: a test must not be why a request is refused. `None` when the engine has
+/// stopped.
+async fn place(engine: &EngineHandle) -> Option<Arc<OwnedSemaphorePermit>> {
+    while engine.is_alive() {
+        if engine.num_free_places() > 1
+            && let Ok(permit) = engine.try_permit()
+        {
+            return Some(permit);
+        }
+        sleep(POLL).await;
+    }
+    None
+}
+
 async fn test(
     adapter: &Arc<Adapter>,
     engine: &EngineHandle,
+    place: Option<Arc<OwnedSemaphorePermit>>,
     prompt: &[u32],
     base_logits: &mut Option<Vec<f32>>,
 ) -> Result<SelfTest, SelfTestError> {
+    let place = place.ok_or(SelfTestError::EngineStopped)?;
     if base_logits.is_none() {
-        *base_logits = Some(logits(engine, prompt, None).await?);
+        *base_logits = Some(logits(engine, place.clone(), prompt, None).await?);
     }
-    let adapted = logits(engine, prompt, Some(adapter.clone())).await?;
+    let adapted = logits(engine, place, prompt, Some(adapter.clone())).await?;
     Ok(compare(base_logits.as_deref().unwrap_or_default(), &adapted))
 }
 
 /// The logits after the last token of `prompt`.
 async fn logits(
     engine: &EngineHandle,
+    permit: Arc<OwnedSemaphorePermit>,
     prompt: &[u32],
     adapter: Option<Arc<Adapter>>,
 ) -> Result<Vec<f32>, SelfTestError> {
     if prompt.is_empty() {
         return Err(SelfTestError::NoPrompt);
     }
-    let permit = loop {
-        match engine.try_permit() {
-            Ok(permit) => break permit,
-            Err(_) if engine.is_alive() => sleep(POLL).await,
-            Err(_) => return Err(SelfTestError::EngineStopped),
-        }
-    };
     let (events, mut receiver) = mpsc::unbounded_channel();
     let request = Request {
         prompt_tokens: prompt.to_vec(),
@@ -123,7 +135,51 @@ fn compare(base: &[f32], adapted: &[f32]) -> SelfTest {
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt;
+    use kernels::device::{Caller, DeviceError};
+
     use super::*;
+    use crate::engine::EngineConfig;
+    use crate::metrics::Metrics;
+    use crate::model::random::Shape;
+    use crate::model::spec::ModelSpec;
+    use crate::model::{ForwardBatch, Model};
+
+    /// Is asked for nothing.
+    struct Idle(ModelSpec);
+
+    impl Model for Idle {
+        fn spec(&self) -> &ModelSpec {
+            &self.0
+        }
+
+        fn num_kv_blocks(&self) -> usize {
+            1
+        }
+
+        fn forward(&mut self, _: &ForwardBatch<'_>, _: &mut dyn Caller) -> Result<(), DeviceError> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_test_leaves_the_last_place_to_requests() {
+        let config = EngineConfig {
+            max_batch_rows: 1,
+            max_sequences: 1,
+            max_queued: 2,
+            context_length: 16,
+            max_draft_tokens: 0,
+            max_inter_token: None,
+        };
+        let model = Idle("0.5b".parse::<Shape>().unwrap().spec);
+        let engine = EngineHandle::start(Box::new(model), config, Arc::new(Metrics::default()));
+        let taken = engine.try_permit().unwrap();
+        assert!(place(&engine).now_or_never().is_none());
+        drop(taken);
+        let place = place(&engine).now_or_never().unwrap();
+        assert!(place.is_some() && engine.num_free_places() == 1);
+    }
 
     #[test]
     fn the_largest_and_the_mean_change_are_of_either_sign() {
