@@ -9,6 +9,8 @@ mod events;
 mod outcome;
 mod state;
 mod status;
+#[cfg(test)]
+mod tests;
 mod watch;
 mod worker;
 

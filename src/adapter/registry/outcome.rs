@@ -87,8 +87,11 @@ impl State {
         }
     }
 
+    /// A scan has ended; the next one is due within `time`. For signs from during it what people wait for comes first: a scan
+    /// may take longer than signs may wait, and be followed by the next one for as long as files are copied in.
     pub fn rescan_within(&mut self, time: Duration, now: Duration) {
         self.rescan_at = self.rescan_at.min(now + time);
+        self.changed = self.changed.map(|_| (now, now));
     }
 
     /// Lets go of every adapter that is not among `present`, if it was not there the last time either.

@@ -92,29 +92,45 @@ pub(super) struct Load {
     /// It is loaded whether or not anybody waits.
     pub is_due: bool,
     order: u64,
+    /// When it was first asked for or due.
     since: Duration,
-    waiters: Vec<oneshot::Sender<Lease>>,
+    waiters: Vec<Waiter>,
+}
+
+/// A request that waits for a load.
+#[derive(Debug)]
+struct Waiter {
+    since: Duration,
+    lease: oneshot::Sender<Lease>,
+}
+
+impl Waiter {
+    fn has_gone(&self) -> bool {
+        self.lease.is_closed()
+    }
+
+    fn end(self, lease: Lease) {
+        // Who no longer waits has dropped the other end.
+        let _ = self.lease.send(lease);
+    }
 }
 
 impl Load {
     /// The adapter that requests wait for here.
     fn waited_for(&self) -> Option<&str> {
         match &self.target {
-            Target::Adapter(name) if self.waiters.iter().any(|waiter| !waiter.is_closed()) => Some(name),
+            Target::Adapter(name) if !self.waiters.iter().all(Waiter::has_gone) => Some(name),
             _ => None,
         }
     }
 
     /// Whether it was asked for by requests alone, which have all gone.
     fn is_abandoned(&self) -> bool {
-        !self.is_due && !self.waiters.is_empty() && self.waiters.iter().all(oneshot::Sender::is_closed)
+        !self.is_due && !self.waiters.is_empty() && self.waiters.iter().all(Waiter::has_gone)
     }
 
     pub fn end(self, lease: &Lease) {
-        for waiter in self.waiters {
-            // Who no longer waits has dropped the other end.
-            let _ = waiter.send(lease.clone());
-        }
+        self.waiters.into_iter().for_each(|waiter| waiter.end(lease.clone()));
     }
 }
 
@@ -143,7 +159,7 @@ pub struct State {
     pub(super) loads: Vec<Load>,
     changes: VecDeque<(u64, Change)>,
     /// First and last sign of a change in the folder since the last scan.
-    changed: Option<(Duration, Duration)>,
+    pub(super) changed: Option<(Duration, Duration)>,
     pub(super) rescan_at: Duration,
     max_wait: Duration,
     num_items: u64,
@@ -364,12 +380,8 @@ impl State {
     }
 
     fn wait_for(&mut self, target: Target, urgency: Urgency, now: Duration) -> oneshot::Receiver<Lease> {
-        let (waiter, lease) = oneshot::channel();
-        let load = self.load_of(target, urgency, now);
-        if load.waiters.is_empty() {
-            load.since = now;
-        }
-        load.waiters.push(waiter);
+        let (sender, lease) = oneshot::channel();
+        self.load_of(target, urgency, now).waiters.push(Waiter { since: now, lease: sender });
         lease
     }
 
@@ -444,9 +456,19 @@ impl State {
 
     /// A load that gets no memory now: whether it goes on waiting.
     fn waits_on(&mut self, index: usize, now: Duration) -> bool {
+        let max_wait = self.max_wait;
         let load = &mut self.loads[index];
-        load.waiters.retain(|waiter| !waiter.is_closed());
-        if !load.waiters.is_empty() && now < load.since + self.max_wait {
+        load.waiters.retain(|waiter| !waiter.has_gone());
+        let is_over = |since: Duration| now >= since + max_wait;
+        let error = load.target.out_of_memory();
+        for waiter in load.waiters.extract_if(.., |waiter| is_over(waiter.since)) {
+            waiter.end(Err(error.clone()));
+        }
+        let is_served_meanwhile = match &load.target {
+            Target::Adapter(name) => self.entries.get(name).is_some_and(|entry| entry.is_stale),
+            Target::Composition(..) => false,
+        };
+        if !load.waiters.is_empty() || is_served_meanwhile && !is_over(load.since) {
             return true;
         }
         let load = self.loads.remove(index);
