@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::error::AcquireError;
 use super::events::AdapterChange;
-use super::state::{CompositionKey, Entry, Load, State, Target};
+use super::state::{CompositionKey, Entry, Load, State, Target, resident_bytes};
 use super::status::Tier;
 use crate::adapter::canonical::Adapter;
 use crate::adapter::files::{Fingerprint, Glance};
@@ -154,7 +154,7 @@ impl State {
 
     fn settle(&mut self, name: &str, load: Load, adapter: Adapter, took: Duration, now: Duration) {
         let Some(entry) = self.entries.get_mut(name) else { return };
-        let bytes = adapter.coverage.resident_bytes as u64;
+        let bytes = resident_bytes(&adapter);
         entry.resident_bytes = bytes;
         entry.method = Some(adapter.method);
         entry.coverage = Some(adapter.coverage.clone());
@@ -217,7 +217,7 @@ impl State {
                 return load.end(&Err(AcquireError::Composition(cause)));
             }
         };
-        let bytes = adapter.coverage.resident_bytes as u64;
+        let bytes = resident_bytes(&adapter);
         match self.reserve(load.item, bytes, load.urgency, now) {
             Reservation::Granted { .. } => {
                 self.residency.commit(load.item, bytes, false, now);
@@ -228,7 +228,11 @@ impl State {
             Reservation::Wait | Reservation::TooLarge => {
                 self.residency.remove(load.item);
                 self.trash.push(adapter);
-                self.end_without_memory(load);
+                let needed = bytes + load.target.bytes_beside();
+                match self.residency.can_hold(needed) {
+                    true => self.end_without_memory(load),
+                    false => load.end(&Err(AcquireError::Composition(self.residency.too_large(needed)))),
+                }
             }
         }
     }
@@ -236,7 +240,7 @@ impl State {
     /// Larger than the whole budget: it will never fit.
     pub(super) fn refuse_size(&mut self, index: usize) {
         let load = self.loads.remove(index);
-        let cause = self.residency.too_large(self.bytes_of(&load.target));
+        let cause = self.residency.too_large(self.bytes_of(&load.target) + load.target.bytes_beside());
         match load.target.clone() {
             Target::Adapter(name) => {
                 self.refuse(&name, cause.clone());

@@ -75,6 +75,18 @@ impl Target {
         }
     }
 
+    /// Bytes of what is in memory while it is made: a composition's members.
+    pub(super) fn bytes_beside(&self) -> u64 {
+        match self {
+            Self::Adapter(_) => 0,
+            Self::Composition(_, members) => {
+                let by_generation: BTreeMap<_, _> =
+                    members.iter().map(|(member, _)| (&member.generation, resident_bytes(member))).collect();
+                by_generation.into_values().sum()
+            }
+        }
+    }
+
     fn out_of_memory(&self) -> AcquireError {
         AcquireError::OutOfMemory(match self {
             Self::Adapter(name) => name.clone(),
@@ -441,6 +453,9 @@ impl State {
     fn begin(&mut self, index: usize, now: Duration) -> Reservation {
         let Load { item, urgency, ref target, .. } = self.loads[index];
         let bytes = self.bytes_of(target);
+        if !self.residency.can_hold(bytes + target.bytes_beside()) {
+            return Reservation::TooLarge;
+        }
         self.reserve(item, bytes, urgency, now)
     }
 
@@ -448,9 +463,7 @@ impl State {
     pub(super) fn bytes_of(&self, target: &Target) -> u64 {
         match target {
             Target::Adapter(name) => self.entries.get(name).map_or(0, |entry| entry.resident_bytes),
-            Target::Composition(_, members) => {
-                members.iter().map(|(member, _)| member.coverage.resident_bytes as u64).sum()
-            }
+            Target::Composition(_, members) => members.iter().map(|(member, _)| resident_bytes(member)).sum(),
         }
     }
 
@@ -521,6 +534,10 @@ impl State {
     pub fn take_trash(&mut self) -> Vec<Arc<Adapter>> {
         std::mem::take(&mut self.trash)
     }
+}
+
+pub(super) fn resident_bytes(adapter: &Adapter) -> u64 {
+    adapter.coverage.resident_bytes as u64
 }
 
 /// In the metrics, where compositions have no names.

@@ -124,3 +124,18 @@ fn a_replaced_adapter_is_loaded_as_soon_as_there_is_memory() {
     load(&mut state, "2", at(2));
     assert_eq!(held(&mut state, "a", at(2)).generation, "a2");
 }
+
+#[test]
+fn a_composition_that_never_fits_beside_its_members_is_refused_with_both_numbers() {
+    let mut state = state(3);
+    ["a", "b"].iter().for_each(|name| register(&mut state, name, at(0)));
+    load(&mut state, "1", at(0));
+    let members = ["a", "b"].map(|name| (held(&mut state, name, at(0)), 0.5));
+    let mut composed = waits(state.compose(members.to_vec(), at(0)));
+    assert!(matches!(state.next_task(at(0)), Task::Wait(_)));
+    let refusal = composed.try_recv().unwrap().unwrap_err();
+    assert!(
+        matches!(&refusal, AcquireError::Composition(cause) if cause.contains("40 bytes") && cause.contains("35")),
+        "{refusal}"
+    );
+}
