@@ -34,6 +34,11 @@ pub const DEFAULT_ICL_DIR: &str = "config/icl";
 const MAX_SECONDS: u64 = 365 * 24 * 60 * 60;
 /// Of what is waited for and counted: semaphores and channels take no more than some number, which is far above this one.
 const MAX_COUNT: usize = 1 << 24;
+/// Of rows, sequences and threads: each takes memory at once, and no machine has use for more.
+const MAX_ROWS: usize = 1 << 16;
+const MAX_THREADS: usize = 1024;
+/// An exbibyte, which still has a number of bytes.
+const MAX_MIB: usize = 1 << 40;
 /// Every key with its default and its meaning.
 const DEFAULTS: &str = include_str!("../config/default.toml");
 
@@ -292,8 +297,14 @@ impl Config {
         let ranges = [
             ("server.max_body_bytes", self.server.max_body_bytes, 1..=usize::MAX),
             ("server.max_connections", self.server.max_connections, 1..=MAX_COUNT),
-            ("engine.max_sequences", self.engine.max_sequences, 1..=usize::MAX),
+            ("engine.device_adapters_mib", self.engine.device_adapters_mib, 0..=MAX_MIB),
+            ("engine.threads", self.engine.threads, 0..=MAX_THREADS),
+            ("engine.max_batch_rows", self.engine.max_batch_rows, 0..=MAX_ROWS),
+            ("engine.max_sequences", self.engine.max_sequences, 1..=MAX_ROWS),
+            ("engine.kv_cache_mib", self.engine.kv_cache_mib, 0..=MAX_MIB),
             ("engine.max_queued", self.engine.max_queued, 1..=MAX_COUNT),
+            ("engine.context_length", self.engine.context_length, 0..=MAX_COUNT),
+            ("engine.max_draft_tokens", self.engine.max_draft_tokens, 0..=MAX_ROWS),
             ("generation.completion_max_tokens", self.generation.completion_max_tokens, 1..=usize::MAX),
             ("generation.chat_max_tokens", self.generation.chat_max_tokens, 1..=usize::MAX),
             ("experiments.max_queued", self.experiments.max_queued, 1..=MAX_COUNT),

@@ -145,6 +145,20 @@ fn a_value_out_of_range_is_refused_with_its_key_and_source() {
         }
         assert!(set(86_400).is_ok(), "{key}");
     }
+    for (key, most) in [
+        ("device_adapters_mib", 1 << 40),
+        ("threads", 1024),
+        ("max_batch_rows", 65_536),
+        ("max_sequences", 65_536),
+        ("kv_cache_mib", 1 << 40),
+        ("context_length", 1 << 24),
+        ("max_draft_tokens", 65_536),
+    ] {
+        let set = |value: i64| load(Some(&format!("[engine]\n{key} = {value}")), &[], &Overrides::default());
+        assert!(set(most).is_ok(), "{key}");
+        let error = set(most + 1).unwrap_err();
+        assert!(error.contains(&format!("engine.{key} must be at most {most}, not {}", most + 1)), "{error}");
+    }
     let error = load(Some("[server]\nmax_body_bytes_in_flight = 9"), &[], &Overrides::default()).unwrap_err();
     assert!(error.contains("server.max_body_bytes_in_flight must be at least server.max_body_bytes"), "{error}");
     let error = load(None, &[("LORRY__GENERATION__FIM_TEMPERATURE", "NaN")], &Overrides::default()).unwrap_err();

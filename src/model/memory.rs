@@ -130,7 +130,7 @@ pub fn kv_token_bytes(spec: &ModelSpec, config: &EngineConfig) -> usize {
 
 /// Blocks of the host's KV store: more than all sequences together could fill would never be touched.
 pub fn host_kv_blocks(spec: &ModelSpec, config: &EngineConfig) -> usize {
-    let bytes = if config.kv_cache_mib == 0 { DEFAULT_KV_BYTES } else { config.kv_cache_mib << 20 };
+    let bytes = if config.kv_cache_mib == 0 { DEFAULT_KV_BYTES } else { config.kv_cache_mib.saturating_mul(1 << 20) };
     (bytes / kv_block_bytes(spec, config)).clamp(1, max_kv_blocks(spec, config))
 }
 
@@ -194,7 +194,9 @@ mod tests {
         assert_eq!(kv_token_bytes(&spec, &config(0, 64)), 24 * 2 * 64 * 2 * 2);
         assert_eq!(host_kv_blocks(&spec, &config(0, 64)), (1 << 30) / (12_288 * 16));
         assert_eq!(host_kv_blocks(&spec, &config(1, 64)), (1 << 20) / (12_288 * 16));
-        assert_eq!(host_kv_blocks(&spec, &config(1 << 20, 2)), 2 * 32_768 / 16);
+        for kv_cache_mib in [1 << 20, 1 << 44] {
+            assert_eq!(host_kv_blocks(&spec, &config(kv_cache_mib, 2)), 2 * 32_768 / 16);
+        }
         // 34 bytes for 32 values, where f16 takes 64.
         let q8 = EngineConfig { kv_cache_type: KvType::Q8_0, ..config(0, 64) };
         assert_eq!(kv_token_bytes(&spec, &q8), 12_288 / 64 * 34);

@@ -188,7 +188,11 @@ fn instruction_set(config: &EngineConfig) -> Isa {
 }
 
 fn cuda(card: Nvidia, config: &EngineConfig) -> Cuda<Nvidia> {
-    Cuda::new(card, config.device_adapters_mib << 20, config.kv_cache_type)
+    Cuda::new(card, device_adapters_bytes(config), config.kv_cache_type)
+}
+
+fn device_adapters_bytes(config: &EngineConfig) -> usize {
+    config.device_adapters_mib.saturating_mul(1 << 20)
 }
 
 /// Loads a model onto this device; `default_rows` are those of a step where `config` does not say.
@@ -221,14 +225,29 @@ pub fn load_onto<D: Device>(
         started.elapsed().as_secs_f64()
     );
     let max_rows = if config.max_batch_rows == 0 { default_rows } else { config.max_batch_rows };
-    let limits = StepLimits { max_rows, max_sequences: config.max_sequences };
+    let limits = StepLimits { max_rows, max_sequences: config.max_sequences.min(max_rows) };
+    if limits.max_sequences < config.max_sequences {
+        warn!(
+            "engine.max_sequences is {}, and only {max_rows} run at the same time: each has a row of a step, of which \
+             engine.max_batch_rows allows no more; raise it",
+            config.max_sequences
+        );
+    }
+    let (asked, longest) = (config.context_length, spec.context_length);
+    if asked > longest {
+        warn!("engine.context_length is {asked}, and sequences end at {longest} tokens: the model knows no more");
+    }
     let on_device = |source| ResidentError::Device { device: name.clone(), source };
-    let free = decoder.device().max_kv_blocks(limits, config.device_adapters_mib << 20).map_err(on_device)?;
+    let free = decoder.device().max_kv_blocks(limits, device_adapters_bytes(config)).map_err(on_device)?;
     let num_blocks = match free {
         Some(free) if config.kv_cache_mib == 0 => free.clamp(1, memory::max_kv_blocks(spec, config)),
         _ => memory::host_kv_blocks(spec, config),
     };
     decoder.reserve(limits, num_blocks).map_err(on_device)?;
+    let room = num_blocks * BLOCK_SIZE;
+    if room < longest {
+        warn!("sequences end at {room} tokens, not {longest}: the KV store holds no more; raise engine.kv_cache_mib");
+    }
     let kv_type = config.kv_cache_type;
     let bytes = memory::readable(num_blocks * memory::kv_block_bytes(decoder.spec(), config));
     info!("KV store: {num_blocks} blocks of {BLOCK_SIZE} tokens in {kv_type}, {bytes}");
@@ -261,6 +280,18 @@ mod tests {
             &config,
         );
         assert!(loaded.unwrap().device.starts_with("CPU"));
+    }
+
+    #[test]
+    fn no_more_sequences_run_than_a_step_has_rows_and_no_number_of_mib_is_too_large() {
+        let mut shape = "0.5b".parse::<Shape>().unwrap();
+        (shape.spec.num_layers, shape.spec.vocab_size) = (1, 512);
+        let config = Config::load(None, &Overrides::default()).unwrap().engine;
+        let config = EngineConfig { max_batch_rows: 4, max_sequences: 9, device_adapters_mib: 1 << 44, ..config };
+        assert_eq!(device_adapters_bytes(&config), usize::MAX);
+        let StepLimits { max_rows, max_sequences } =
+            load_onto(Source::Random(&shape), host(&config), &config, HOST_ROWS).unwrap().limits;
+        assert_eq!((max_rows, max_sequences), (4, 4));
     }
 
     #[test]
