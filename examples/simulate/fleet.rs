@@ -12,7 +12,7 @@ use crate::trace::Arrival;
 /// Who of the replicas gets a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Router {
-    /// The adapter's own, unless that has 1.5 times the mean of requests under way; then the adapter's next. Requests for the base
+    /// The adapter's own, unless that has twice the mean of requests under way; then the adapter's next. Requests for the base
     /// go where least is under way. As deploy/haproxy
     Hash,
     /// Where least is under way, whatever the adapter
@@ -20,7 +20,7 @@ pub enum Router {
 }
 
 /// `hash-balance-factor` of deploy/haproxy.
-const BALANCE_FACTOR: f64 = 1.5;
+pub const BALANCE_FACTOR: f64 = 2.0;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Event {

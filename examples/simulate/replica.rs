@@ -51,7 +51,7 @@ pub enum Refusal {
     Overloaded,
     /// No memory became free for its adapter.
     OutOfMemory,
-    /// It does not fit the context.
+    /// The prompt leaves no room in the context.
     TooLong,
 }
 
@@ -132,6 +132,14 @@ pub struct World<'a> {
     pub outcomes: &'a mut [Outcome],
 }
 
+impl World<'_> {
+    /// What a server makes of a request's length: cut to what the context leaves.
+    fn max_tokens(&self, request: usize) -> usize {
+        let Arrival { prompt_tokens, max_tokens, .. } = self.arrivals[request];
+        max_tokens.min(self.hardware.engine.context_length.saturating_sub(prompt_tokens))
+    }
+}
+
 impl Replica {
     pub fn new(hardware: &Hardware) -> Self {
         Self {
@@ -184,9 +192,7 @@ impl Replica {
     }
 
     pub fn arrive(&mut self, now: f64, request: usize, world: &mut World<'_>) {
-        let arrival = &world.arrivals[request];
-        let context = world.hardware.engine.context_length;
-        if arrival.prompt_tokens + arrival.max_tokens > context {
+        if world.max_tokens(request) == 0 {
             return refuse(request, Refusal::TooLong, world);
         }
         if self.num_in_flight >= world.hardware.engine.max_queued {
@@ -267,7 +273,7 @@ impl Replica {
             let id = SequenceId(self.num_sequences);
             self.num_sequences += 1;
             let prompt = prompt(request, world.adapter_of[request], arrival);
-            let sequence = Sequence::new(id, &prompt, arrival.max_tokens, adapter, PromptOutput::Nothing);
+            let sequence = Sequence::new(id, &prompt, world.max_tokens(request), adapter, PromptOutput::Nothing);
             self.machine.enqueue(sequence.for_account(arrival.account.clone()));
             self.running.insert(id, Running { request, item, is_planned: false });
         }

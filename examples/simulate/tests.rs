@@ -38,7 +38,8 @@ fn check(arrivals: &[Arrival], run: &Run) {
         match outcome.refused {
             Some(_) => assert_eq!(outcome.num_tokens, 0),
             None => {
-                assert_eq!(outcome.num_tokens, arrival.max_tokens, "every token once");
+                let room = CONFIG.context_length - arrival.prompt_tokens;
+                assert_eq!(outcome.num_tokens, arrival.max_tokens.min(room), "every token once");
                 assert!(arrival.at < outcome.first_token && outcome.first_token <= outcome.end);
             }
         }
@@ -90,6 +91,22 @@ fn an_adapter_that_does_not_fit_is_refused_and_so_is_what_is_too_long() {
     let refused: Vec<_> = run.outcomes.iter().map(|outcome| outcome.refused).collect();
     assert_eq!(refused, [Some(Refusal::OutOfMemory), Some(Refusal::TooLong)]);
     check(&arrivals, &run);
+}
+
+#[test]
+fn a_reply_ends_where_the_context_does() {
+    let line = format!("{{\"at\": 0, \"prompt_tokens\": 65000, \"max_tokens\": {}}}", usize::MAX);
+    let arrivals = trace::read(line.as_bytes()).unwrap();
+    let run = fleet::run(&arrivals, &hardware_with(0, 256), 1, Router::Hash);
+    assert_eq!((run.outcomes[0].refused, run.outcomes[0].num_tokens), (None, 536));
+    check(&arrivals, &run);
+}
+
+#[test]
+fn the_router_is_as_it_is_deployed() {
+    let haproxy = include_str!("../../deploy/haproxy/haproxy.cfg");
+    let percent = 100.0 * fleet::BALANCE_FACTOR;
+    assert!(haproxy.lines().any(|line| line.trim() == format!("hash-balance-factor {percent}")));
 }
 
 #[test]
