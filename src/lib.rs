@@ -28,6 +28,7 @@ pub mod loadgen;
 pub mod log;
 pub mod metrics;
 pub mod model;
+pub mod promotion;
 pub mod prompt;
 mod rate_limit;
 pub mod service;

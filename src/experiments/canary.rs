@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use super::settings::Bounds;
-use super::statistics::percentile;
+use super::statistics::{percentile, wilson};
 use super::store::PastRequest;
 use super::vote::{Outcome, VoteKind};
 
@@ -31,13 +31,21 @@ impl CanaryStatus {
     }
 }
 
+/// What users made of a canary, against the other arms.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// In words, as is the other.
+    Kept(String),
+    Worse(String),
+}
+
 #[derive(Debug)]
 pub struct Monitor {
     bounds: Bounds,
     /// Of one generation.
     canary: VecDeque<PastRequest>,
-    /// Times to first token of the other arms, in milliseconds.
-    others: VecDeque<f64>,
+    /// Of the other arms that serve, together.
+    others: VecDeque<PastRequest>,
     generation: Option<String>,
     replaced: Option<String>,
 }
@@ -62,17 +70,15 @@ impl Monitor {
         push(&mut self.canary, request);
     }
 
-    pub fn observe_other(&mut self, ttft_ms: Option<f64>) {
-        if let Some(ttft_ms) = ttft_ms {
-            push(&mut self.others, ttft_ms);
-        }
+    pub fn observe_other(&mut self, request: PastRequest) {
+        push(&mut self.others, request);
     }
 
     pub fn observe_vote(&mut self, id: &str, kind: VoteKind) {
         if kind == VoteKind::Winner {
             return;
         }
-        if let Some(request) = self.canary.iter_mut().rfind(|request| request.id == id) {
+        if let Some(request) = self.canary.iter_mut().chain(&mut self.others).rfind(|request| request.id == id) {
             request.shown = true;
             if kind != VoteKind::View {
                 request.accepted = kind == VoteKind::Accepted;
@@ -85,6 +91,23 @@ impl Monitor {
         self.too_many_errors().or_else(|| self.too_few_accepted()).or_else(|| self.too_slow())
     }
 
+    /// Once `min_shown` of its requests, and enough of the others, were shown to users; the canary is worse if the 95 %
+    /// interval of its acceptance lies below that of the others.
+    pub fn verdict(&self, min_shown: usize) -> Option<Verdict> {
+        let (accepted, shown) = accepted_of_shown(&self.canary);
+        let (accepted_of_others, shown_of_others) = accepted_of_shown(&self.others);
+        if shown < min_shown || shown_of_others < self.bounds.min_samples {
+            return None;
+        }
+        let rate = |accepted: usize, shown: usize| wilson(accepted as u64, shown as u64);
+        let is_worse = rate(accepted, shown).high < rate(accepted_of_others, shown_of_others).low;
+        let of = format!("{accepted} of {shown} were accepted, against {accepted_of_others} of {shown_of_others}");
+        Some(match is_worse {
+            true => Verdict::Worse(format!("{of}: the intervals lie apart")),
+            false => Verdict::Kept(of),
+        })
+    }
+
     fn too_many_errors(&self) -> Option<String> {
         let bound = self.bounds.max_error_rate?;
         let ended = self.canary.iter().filter(|request| request.outcome != Outcome::Cancelled).count();
@@ -95,16 +118,17 @@ impl Monitor {
 
     fn too_few_accepted(&self) -> Option<String> {
         let bound = self.bounds.min_acceptance?;
-        let shown = self.canary.iter().filter(|request| request.shown).count();
-        let accepted = self.canary.iter().filter(|request| request.accepted).count();
+        let (accepted, shown) = accepted_of_shown(&self.canary);
         let rate = self.rate(accepted, shown)?;
         (rate < bound).then(|| format!("{accepted} of {shown} were accepted, fewer than min_acceptance = {bound}"))
     }
 
     fn too_slow(&self) -> Option<String> {
         let bound = self.bounds.max_ttft_p95_ratio?;
-        let mut canary: Vec<f64> = self.canary.iter().filter_map(|request| request.ttft_ms).collect();
-        let mut others: Vec<f64> = self.others.iter().copied().collect();
+        let ttft_ms = |requests: &VecDeque<PastRequest>| -> Vec<f64> {
+            requests.iter().filter_map(|request| request.ttft_ms).collect()
+        };
+        let (mut canary, mut others) = (ttft_ms(&self.canary), ttft_ms(&self.others));
         if canary.len().min(others.len()) < self.bounds.min_samples {
             return None;
         }
@@ -117,6 +141,11 @@ impl Monitor {
     fn rate(&self, part: usize, all: usize) -> Option<f64> {
         (all >= self.bounds.min_samples).then(|| part as f64 / all as f64)
     }
+}
+
+fn accepted_of_shown(requests: &VecDeque<PastRequest>) -> (usize, usize) {
+    let count = |is_so: fn(&PastRequest) -> bool| requests.iter().filter(|request| is_so(request)).count();
+    (count(|request| request.accepted), count(|request| request.shown))
 }
 
 fn push<T>(window: &mut VecDeque<T>, item: T) {
@@ -182,9 +211,9 @@ mod tests {
             monitor.observe_canary(request(id, Outcome::Completed, 201.0));
             assert_eq!(monitor.broken_bound(), None, "nothing to compare with yet");
         }
-        (0..4).for_each(|_| monitor.observe_other(Some(100.0)));
+        (0..4).for_each(|id| monitor.observe_other(request(id, Outcome::Completed, 100.0)));
         assert!(monitor.broken_bound().unwrap().contains("201 ms against 100 ms"));
-        monitor.observe_other(Some(101.0));
+        monitor.observe_other(request(4, Outcome::Completed, 101.0));
         assert_eq!(monitor.broken_bound(), None);
     }
 
@@ -213,6 +242,37 @@ mod tests {
         assert_eq!((monitor.canary.len(), monitor.broken_bound()), (7, None));
         (7..11).for_each(|id| monitor.observe_canary(unknown(id)));
         assert!(monitor.broken_bound().unwrap().contains("6 of 11"));
+    }
+
+    /// Of so many requests each, all shown, so many accepted.
+    fn judged(canary: (usize, usize), others: (usize, usize)) -> Monitor {
+        let mut monitor = monitor("");
+        for id in 0..canary.1 {
+            monitor.observe_canary(request(id, Outcome::Completed, 1.0));
+        }
+        for id in 0..others.1 {
+            monitor.observe_other(request(1000 + id, Outcome::Completed, 1.0));
+        }
+        for (first, (accepted, shown)) in [(0, canary), (1000, others)] {
+            for id in 0..shown {
+                let kind = if id < accepted { VoteKind::Accepted } else { VoteKind::View };
+                monitor.observe_vote(&(first + id).to_string(), kind);
+            }
+        }
+        monitor
+    }
+
+    #[test]
+    fn users_judge_a_canary_once_enough_was_shown_of_it_and_of_the_others() {
+        for (canary, others) in [((29, 29), (20, 40)), ((20, 30), (3, 3))] {
+            assert_eq!(judged(canary, others).verdict(30), None, "{canary:?} {others:?}");
+        }
+        for (canary, others) in [((15, 30), (20, 40)), ((10, 30), (20, 40)), ((30, 30), (0, 40))] {
+            let verdict = judged(canary, others).verdict(30);
+            assert!(matches!(verdict, Some(Verdict::Kept(_))), "{canary:?} {others:?}: {verdict:?}");
+        }
+        let Some(Verdict::Worse(cause)) = judged((3, 30), (30, 40)).verdict(30) else { panic!("it is not worse") };
+        assert!(cause.contains("3 of 30 were accepted, against 30 of 40"), "{cause}");
     }
 
     #[test]

@@ -8,6 +8,8 @@ mod assignment;
 mod canary;
 mod model;
 mod outcomes;
+mod promoting;
+mod promotion;
 mod report;
 mod settings;
 mod statistics;
@@ -21,10 +23,12 @@ use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Mutex, Notify, oneshot, watch};
 
 pub use model::ModelNames;
 pub use outcomes::{FileError, JudgedReply, forget, judged_replies};
+pub use promoting::{Candidate, PromoteError};
+pub use promotion::{Check, Checked, Promotion, PromotionRule, Stage, Trained};
 pub use report::{ArmReport, CanaryReport, CanaryState, PairReport, Percentiles, Report};
 pub use settings::{ArmConfig, Bounds, ExperimentConfig, ExperimentsConfig};
 pub use statistics::Rate;
@@ -72,6 +76,10 @@ pub struct Experiments {
     path: PathBuf,
     keep_text: bool,
     metrics: Arc<Metrics>,
+    /// Held while a promotion is begun, so that none is while another is under way.
+    beginning: Mutex<()>,
+    /// A candidate is to be checked.
+    unchecked: Arc<Notify>,
     // Dropped in this order: without a sender the thread writes what is left and ends.
     commands: SyncSender<Command>,
     _writer: WriterThread,
@@ -88,6 +96,9 @@ struct Experiment {
     definition: String,
     /// Changed by the writer only.
     canary: Option<watch::Sender<CanaryStatus>>,
+    /// The latest under this definition; changed by the writer only. `None` where candidates are not promoted.
+    promotion: Option<watch::Sender<Option<Promotion>>>,
+    unchecked: Arc<Notify>,
 }
 
 impl Experiments {
@@ -102,7 +113,9 @@ impl Experiments {
         metrics: Arc<Metrics>,
         on_roll_back: OnRollBack,
     ) -> std::io::Result<Self> {
-        let experiments: Arc<[_]> = config.run.iter().map(|config| Experiment::new(config, &names, &metrics)).collect();
+        let unchecked = Arc::new(Notify::new());
+        let experiment = |config| Experiment::new(config, &names, &metrics, &unchecked);
+        let experiments: Arc<[_]> = config.run.iter().map(experiment).collect();
         let (commands, receiver) = sync_channel(config.max_queued);
         let writer = Writer::new(
             path.clone(),
@@ -114,8 +127,9 @@ impl Experiments {
         );
         let thread =
             std::thread::Builder::new().name("lorry-experiments".to_owned()).spawn(move || writer.run(&receiver))?;
-        let keep_text = config.keep_text;
-        Ok(Self { experiments, names, path, keep_text, metrics, commands, _writer: WriterThread(Some(thread)) })
+        let (keep_text, beginning) = (config.keep_text, Mutex::default());
+        let _writer = WriterThread(Some(thread));
+        Ok(Self { experiments, names, path, keep_text, metrics, beginning, unchecked, commands, _writer })
     }
 
     /// What clients may send as `model`, beside names of models.
@@ -133,10 +147,10 @@ impl Experiments {
     pub fn assign(&self, alias: &str, sticky_key: &str, may_use: impl Fn(&str) -> bool) -> Option<Assignment> {
         let experiment = self.experiments.iter().find(|experiment| experiment.config.alias == alias)?;
         let config = &experiment.config;
-        let is_out = |arm: &ArmConfig| {
-            let is_hidden = self.names.adapter(&arm.model).is_some_and(|adapter| !may_use(adapter));
-            is_hidden || (arm.canary && experiment.is_rolled_back())
-        };
+        let is_hidden = |arm: &ArmConfig| self.names.adapter(&arm.model).is_some_and(|adapter| !may_use(adapter));
+        let has_whole = experiment.has_whole() && experiment.canary_arm().is_some_and(|arm| !is_hidden(arm));
+        let is_out =
+            |arm: &ArmConfig| is_hidden(arm) || if arm.canary { experiment.is_canary_out() } else { has_whole };
         let arm = assignment::choose(&config.name, &config.arms, sticky_key, is_out)?;
         let shadows = config.arms.iter().filter(|arm| arm.shadow);
         Some(Assignment {
@@ -254,6 +268,7 @@ impl Experiments {
         let is_seen = |name: &str| report.arms.iter().any(|arm| arm.name == name);
         report.pairs.retain(|pair| is_seen(&pair.a) && is_seen(&pair.b));
         report.canary = report.canary.filter(|canary| is_seen(&canary.arm));
+        report.promotion = report.promotion.filter(|promotion| is_seen(&promotion.arm) && may_see(&promotion.adapter));
         report
     }
 
@@ -286,13 +301,15 @@ impl fmt::Debug for Experiments {
 }
 
 impl Experiment {
-    fn new(config: &ExperimentConfig, names: &ModelNames, metrics: &Metrics) -> Self {
+    fn new(config: &ExperimentConfig, names: &ModelNames, metrics: &Metrics, unchecked: &Arc<Notify>) -> Self {
         let series = |arm: &ArmConfig| metrics.new_arm(&config.name, &arm.name, names.adapter(&arm.model));
         Self {
             series: config.arms.iter().map(series).collect(),
             models: config.arms.iter().map(|arm| names.full_name(&arm.model)).collect(),
             definition: definition(config, names.base_id()),
             canary: config.bounds.is_some().then(|| watch::Sender::new(CanaryStatus::begin(writer::now_ms()))),
+            promotion: config.promotion.is_some().then(|| watch::Sender::new(None)),
+            unchecked: unchecked.clone(),
             config: config.clone(),
         }
     }
@@ -317,12 +334,16 @@ impl Experiment {
     }
 
     fn report(&self, store: Option<&Store>) -> Result<Report, StoreError> {
-        report::report(&self.config, &self.models, store, self.canary_report())
+        report::report(&self.config, &self.models, store, self.canary_report(), self.promotion())
     }
 
     fn canary_report(&self) -> Option<CanaryReport> {
         let (arm, bounds) = (self.canary_arm()?, self.config.bounds.clone()?);
         let CanaryStatus { since_ms, rolled_back } = self.canary.as_ref()?.borrow().clone();
+        // One that waits for a candidate is not watched.
+        if rolled_back.is_none() && self.is_canary_out() {
+            return None;
+        }
         Some(CanaryReport {
             arm: arm.name.clone(),
             state: if rolled_back.is_some() { CanaryState::RolledBack } else { CanaryState::Watching },
@@ -336,7 +357,7 @@ impl Experiment {
 
 /// Compared with what files from before have: another form would put canaries that were rolled back into traffic again.
 fn definition(config: &ExperimentConfig, base_id: &str) -> String {
-    let ExperimentConfig { name, alias, arms, bounds, keep_prompts_mib: _ } = config;
+    let ExperimentConfig { name, alias, arms, bounds, keep_prompts_mib: _, promotion: _ } = config;
     format!("{base_id} ExperimentConfig {{ name: {name:?}, alias: {alias:?}, arms: {arms:?}, bounds: {bounds:?} }}")
 }
 

@@ -6,6 +6,7 @@ use rusqlite::params;
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use super::promotion::Promotion;
 use super::settings::{ArmConfig, Bounds, ExperimentConfig};
 use super::statistics::{Rate, percentile, sign_test, wilson};
 use super::store::{Store, StoreError};
@@ -20,6 +21,8 @@ pub struct Report {
     /// Every two arms once.
     pub pairs: Vec<PairReport>,
     pub canary: Option<CanaryReport>,
+    /// The latest.
+    pub promotion: Option<Promotion>,
 }
 
 #[derive(Debug, Clone, PartialEq, JsonSchema, Serialize)]
@@ -106,6 +109,7 @@ pub fn report(
     models: &[String],
     store: Option<&Store>,
     canary: Option<CanaryReport>,
+    promotion: Option<Promotion>,
 ) -> Result<Report, StoreError> {
     let arms = &experiment.arms;
     let mut pairs: Pairs = (0..arms.len()).flat_map(|a| (a + 1..arms.len()).map(move |b| ((a, b), [0; 3]))).collect();
@@ -132,7 +136,8 @@ pub fn report(
         p_value: sign_test(a_wins, b_wins),
     };
     let pairs = pairs.into_iter().map(pair).collect();
-    Ok(Report { name: experiment.name.clone(), alias: experiment.alias.clone(), arms: reports, pairs, canary })
+    let (name, alias) = (experiment.name.clone(), experiment.alias.clone());
+    Ok(Report { name, alias, arms: reports, pairs, canary, promotion })
 }
 
 /// What one arm's requests cost.

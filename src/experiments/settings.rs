@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::promotion::{FEWEST_PAIRS, PromotionRule};
 use crate::generation::model_name::ModelName;
 use crate::icl;
 
@@ -36,6 +37,8 @@ pub struct ExperimentConfig {
     /// Room for prompts, the latest of which are kept for training; 0 keeps none.
     #[serde(default)]
     pub keep_prompts_mib: u32,
+    /// What a candidate must show to be promoted in the canary's arm, which gets no traffic but through that.
+    pub promotion: Option<PromotionRule>,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -97,6 +100,7 @@ impl ExperimentsConfig {
                     self.max_mib
                 ));
             }
+            experiment.validate_promotion(&at, base_id)?;
             let before = &self.run[..index];
             if before.iter().any(|other| other.name == experiment.name || other.alias == experiment.alias) {
                 return Err(format!("{at}: its name or alias is taken by another experiment"));
@@ -117,6 +121,40 @@ impl ExperimentsConfig {
 impl ExperimentConfig {
     pub(super) fn max_prompt_bytes(&self) -> u64 {
         u64::from(self.keep_prompts_mib) << 20
+    }
+
+    /// The arm that a candidate is measured against: the only one, beside the canary, that serves.
+    pub fn incumbent(&self) -> Option<&ArmConfig> {
+        self.arms.iter().find(|arm| arm.weight > 0.0 && !arm.canary)
+    }
+
+    fn validate_promotion(&self, at: &str, base_id: &str) -> Result<(), String> {
+        let Some(rule) = &self.promotion else { return Ok(()) };
+        let (at_arms, at) = (format!("{at}.arms"), format!("{at}.promotion"));
+        let (Some(arm), Some(bounds)) = (self.arms.iter().find(|arm| arm.canary), &self.bounds) else {
+            return Err(format!("{at} needs an arm with `canary = true`, and `bounds`"));
+        };
+        let is_base = ModelName::parse(Some(&arm.model), base_id, |_| false) == ModelName::Base;
+        if is_base || arm.model.contains('+') || arm.weight == 0.0 {
+            return Err(format!("{at}: the canary {:?} must be an adapter alone, with a weight", arm.name));
+        }
+        if self.arms.iter().filter(|arm| arm.weight > 0.0 && !arm.canary).count() != 1 {
+            return Err(format!("{at_arms}: with `promotion`, one arm alone may have a weight beside the canary's"));
+        }
+        if self.keep_prompts_mib == 0 {
+            return Err(format!("{at} needs prompts to check on: set keep_prompts_mib"));
+        }
+        if rule.min_pairs < FEWEST_PAIRS {
+            return Err(format!("{at}.min_pairs must be at least {FEWEST_PAIRS}: with fewer nothing can be shown"));
+        }
+        let (least, most) = (bounds.min_samples, super::canary::WINDOW);
+        if !(least..=most).contains(&rule.min_shown) {
+            return Err(format!("{at}.min_shown must be from bounds.min_samples, {least}, to {most}"));
+        }
+        if !(rule.test > 0.0 && rule.test < 0.5) {
+            return Err(format!("{at}.test must be above 0 and less than 0.5"));
+        }
+        Ok(())
     }
 
     fn validate(&self, at: &str) -> Result<(), String> {
@@ -235,6 +273,32 @@ mod tests {
         let without_text = format!("{HEAD}{run}").replace("keep_text = true", "keep_text = false");
         let config: ExperimentsConfig = toml::from_str(&without_text).unwrap();
         assert!(config.validate("base").unwrap_err().contains("experiments.keep_text"));
+    }
+
+    #[test]
+    fn a_promotion_needs_a_canary_an_incumbent_and_something_to_check_on() {
+        const BOUNDS: &str = "bounds = {min_samples = 20}";
+        const RULE: &str = "keep_prompts_mib = 1\npromotion = {min_pairs = 20, min_shown = 50}";
+        let check =
+            |arms: &str, bounds: &str, rule: &str| check(&run("one", "coder", arms, &format!("{bounds}\n{rule}")));
+        check(ARMS, BOUNDS, RULE).unwrap();
+        let of_base = ARMS.replace("'x'", "'BASE'");
+        let of_base = of_base.replace("'base'", "'y'");
+        let with_examples = ARMS.replace("'x'", "'x+icl:s@1'");
+        let third = format!("{ARMS}, {{name = 'c', model = 'y', weight = 1}}");
+        for (arms, bounds, rule, word) in [
+            ("{name = 'a', model = 'm', weight = 1}", "", RULE, "run[0].promotion needs an arm"),
+            (of_base.as_str(), BOUNDS, RULE, "must be an adapter"),
+            (with_examples.as_str(), BOUNDS, RULE, "must be an adapter"),
+            (third.as_str(), BOUNDS, RULE, "run[0].arms"),
+            (ARMS, BOUNDS, "promotion = {min_pairs = 20, min_shown = 50}", "keep_prompts_mib"),
+            (ARMS, BOUNDS, &RULE.replace("= 20", "= 5"), "min_pairs must be at least 6"),
+            (ARMS, BOUNDS, &RULE.replace("= 50", "= 19"), "min_shown must be from bounds.min_samples, 20, to 1000"),
+            (ARMS, BOUNDS, &RULE.replace("= 50", "= 50, test = 0.5"), "promotion.test"),
+        ] {
+            let error = check(arms, bounds, rule).unwrap_err();
+            assert!(error.contains(word), "{word}: {error}");
+        }
     }
 
     #[test]

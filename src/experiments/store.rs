@@ -11,6 +11,7 @@ use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, 
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Transaction, TransactionBehavior, params};
 
 use super::canary::{CanaryStatus, RollBack};
+use super::promotion::Promotion;
 use super::vote::{Outcome, Record, StoredVote, Vote, VoteKind};
 
 /// Step `n` brings a file of `user_version` `n` to `n + 1`. Never change one that was released: add another.
@@ -42,6 +43,13 @@ const MIGRATIONS: &[&str] = &[
         PRIMARY KEY (experiment, hash)
     ) WITHOUT ROWID;
     CREATE INDEX prompts_by_age ON prompts (experiment, asked_ms, bytes);
+    ",
+    "
+    CREATE TABLE promotions (
+        number INTEGER PRIMARY KEY, experiment TEXT NOT NULL, id TEXT NOT NULL, definition TEXT NOT NULL,
+        record TEXT NOT NULL,
+        UNIQUE (experiment, id)
+    );
     ",
 ];
 
@@ -213,6 +221,20 @@ impl Store {
         Ok(statement.query_row([id], |row| row.get(0)).optional()?)
     }
 
+    /// The latest promotion, if it was begun under this very definition of its experiment.
+    pub fn promotion(&self, experiment: &str, definition: &str) -> Result<Option<Promotion>, StoreError> {
+        let query = "SELECT record, definition FROM promotions WHERE experiment = ?1 ORDER BY number DESC LIMIT 1";
+        let row = self.0.query_row(query, [experiment], |row| Ok((row.get(0)?, row.get::<_, String>(1)?)));
+        Ok(row.optional()?.filter(|(_, of)| of == definition).map(|(promotion, _)| promotion))
+    }
+
+    /// All of them, the latest first.
+    pub fn promotions(&self, experiment: &str) -> Result<Vec<Promotion>, StoreError> {
+        let query = "SELECT record FROM promotions WHERE experiment = ?1 ORDER BY number DESC";
+        let mut statement = self.0.prepare(query)?;
+        Ok(statement.query_map([experiment], |row| row.get(0))?.collect::<Result<_, _>>()?)
+    }
+
     /// The latest `limit` served requests since `since_ms`, in order of time: those of `arm`, or of every arm but it.
     pub fn past_requests(
         &self,
@@ -338,6 +360,34 @@ pub fn save_canary(
         ],
     )?;
     Ok(())
+}
+
+/// `definition` as for [`save_canary`].
+pub fn save_promotion(
+    transaction: &Transaction<'_>,
+    experiment: &str,
+    definition: &str,
+    promotion: &Promotion,
+) -> rusqlite::Result<()> {
+    transaction.execute(
+        "INSERT INTO promotions (experiment, id, definition, record) VALUES (?1, ?2, ?3, ?4)
+         ON CONFLICT (experiment, id) DO UPDATE SET record = excluded.record",
+        params![experiment, promotion.id, definition, promotion],
+    )?;
+    Ok(())
+}
+
+impl ToSql for Promotion {
+    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+        let record = serde_json::to_string(self).map_err(|e| rusqlite::Error::ToSqlConversionFailure(Box::new(e)))?;
+        Ok(record.into())
+    }
+}
+
+impl FromSql for Promotion {
+    fn column_result(value: ValueRef<'_>) -> FromSqlResult<Self> {
+        serde_json::from_str(value.as_str()?).map_err(|e| FromSqlError::Other(Box::new(e)))
+    }
 }
 
 impl Outcome {

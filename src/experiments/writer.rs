@@ -9,7 +9,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rusqlite::Transaction;
 use tokio::sync::oneshot;
 
-use super::canary::{CanaryStatus, Monitor, RollBack, WINDOW};
+use super::canary::{CanaryStatus, Monitor, RollBack, Verdict, WINDOW};
+use super::promotion::{Checked, Promotion, Stage};
 use super::store::{self, PastRequest, Store, StoreError, Unavailable};
 use super::vote::{Record, Vote, VoteError};
 use super::{Experiment, ModelNames, OnRollBack};
@@ -24,6 +25,12 @@ pub enum Command {
     Vote(Vote, oneshot::Sender<Result<(), VoteError>>),
     /// Lets the canary of an experiment, by index, begin anew.
     Reset(usize, oneshot::Sender<Result<(), VoteError>>),
+    /// Begins the promotion in the experiment, by index; none is under way there.
+    Promote(usize, Box<Promotion>, oneshot::Sender<Result<(), VoteError>>),
+    /// What the check of the promotion with this id gave.
+    Checked(usize, String, Checked),
+    /// Answered when all before it has been taken up.
+    Settle(oneshot::Sender<Result<(), VoteError>>),
 }
 
 pub struct Writer {
@@ -117,9 +124,18 @@ impl Writer {
                 Command::Reset(index, reply) => {
                     if answer.is_ok() {
                         self.begin(index, CanaryStatus::begin(now_ms()));
+                        self.withdraw(index);
                     }
                     replies.push((reply, answer));
                 }
+                Command::Promote(index, promotion, reply) => {
+                    if answer.is_ok() {
+                        self.experiments[index].set_promotion(*promotion);
+                    }
+                    replies.push((reply, answer));
+                }
+                Command::Checked(index, id, checked) => self.take_up(index, &id, checked),
+                Command::Settle(reply) => replies.push((reply, answer)),
             }
         }
         self.check_canaries();
@@ -199,7 +215,13 @@ impl Writer {
                 let experiment = &self.experiments[*index];
                 let status = CanaryStatus::begin(now_ms);
                 store::save_canary(transaction, &experiment.config.name, &experiment.definition, &status)?;
+                if let Some(promotion) = experiment.promotion().and_then(|promotion| withdrawn(promotion, now_ms)) {
+                    self.save_promotion(transaction, *index, &promotion)?;
+                }
             }
+            Command::Promote(index, promotion, _) => self.save_promotion(transaction, *index, promotion)?,
+            // Holds at once, and is saved behind this.
+            Command::Checked(..) | Command::Settle(_) => {}
         }
         Ok(Ok(()))
     }
@@ -207,7 +229,20 @@ impl Writer {
     fn save(&self, transaction: &Transaction<'_>, index: usize) -> rusqlite::Result<()> {
         let experiment = &self.experiments[index];
         let Some(canary) = &experiment.canary else { return Ok(()) };
+        if let Some(promotion) = experiment.promotion() {
+            self.save_promotion(transaction, index, &promotion)?;
+        }
         store::save_canary(transaction, &experiment.config.name, &experiment.definition, &canary.borrow())
+    }
+
+    fn save_promotion(
+        &self,
+        transaction: &Transaction<'_>,
+        index: usize,
+        promotion: &Promotion,
+    ) -> rusqlite::Result<()> {
+        let experiment = &self.experiments[index];
+        store::save_promotion(transaction, &experiment.config.name, &experiment.definition, promotion)
     }
 
     /// Once: what became of the canaries before the server was started.
@@ -217,6 +252,10 @@ impl Writer {
         }
         for (index, (experiment, monitor)) in self.experiments.iter().zip(&mut self.monitors).enumerate() {
             let (Some(canary), Some(monitor)) = (&experiment.canary, monitor) else { continue };
+            let promotion = store.promotion(&experiment.config.name, &experiment.definition)?;
+            if let Some(promotion) = promotion.filter(|_| experiment.promotes() && experiment.promotion().is_none()) {
+                experiment.set_promotion(promotion);
+            }
             let Some(status) = store.canary(&experiment.config.name, &experiment.definition)? else {
                 self.unsaved.insert(index);
                 continue;
@@ -224,8 +263,10 @@ impl Writer {
             let Some(arm) = experiment.canary_arm() else { continue };
             let past =
                 |of_others| store.past_requests(&experiment.config.name, &arm.name, of_others, status.since_ms, WINDOW);
-            past(false)?.into_iter().for_each(|request| monitor.observe_canary(request));
-            past(true)?.into_iter().for_each(|request| monitor.observe_other(request.ttft_ms));
+            let of_canary = past(false)?.into_iter();
+            let of_canary = of_canary.filter(|past| experiment.is_watched(past.generation.as_deref()));
+            of_canary.for_each(|request| monitor.observe_canary(request));
+            past(true)?.into_iter().for_each(|request| monitor.observe_other(request));
             // Not if it broke a bound while the file could not be read.
             if !experiment.is_rolled_back() {
                 canary.send_replace(status);
@@ -237,13 +278,21 @@ impl Writer {
 
     fn observe(&mut self, record: Record) {
         let Some(index) = self.index_of(&record) else { return };
+        let experiments = self.experiments.clone();
+        let Some(arm) = experiments[index].arm(&record.arm, &record.model) else { return };
+        let Record { id, generation, outcome, ttft_ms, .. } = record;
+        let stranger = generation.as_deref().filter(|generation| experiments[index].is_stranger(generation));
+        if let (true, Some(generation)) = (arm.canary, stranger) {
+            let cause = format!("the generation {generation} was served, which nobody has checked");
+            self.take_out(index, cause);
+            return;
+        }
         let Some(monitor) = &mut self.monitors[index] else { return };
-        match self.experiments[index].arm(&record.arm, &record.model) {
-            Some(arm) if arm.canary => {
-                let Record { id, generation, outcome, ttft_ms, .. } = record;
-                monitor.observe_canary(PastRequest { id, generation, outcome, ttft_ms, shown: false, accepted: false });
-            }
-            Some(arm) if !arm.shadow => monitor.observe_other(record.ttft_ms),
+        let is_watched = experiments[index].is_watched(generation.as_deref());
+        let request = PastRequest { id, generation, outcome, ttft_ms, shown: false, accepted: false };
+        match (arm.canary, arm.shadow) {
+            (true, _) if is_watched => monitor.observe_canary(request),
+            (false, false) => monitor.observe_other(request),
             _ => {}
         }
     }
@@ -269,16 +318,20 @@ impl Writer {
 
     fn check_canaries(&mut self) {
         for (index, experiment) in self.experiments.clone().iter().enumerate() {
-            let (Some(canary), Some(arm)) = (&experiment.canary, experiment.canary_arm()) else { continue };
-            if experiment.is_rolled_back() {
+            let (Some(arm), Some(monitor)) = (experiment.canary_arm(), &self.monitors[index]) else { continue };
+            if experiment.is_canary_out() {
                 continue;
             }
-            let Some(cause) = self.monitors[index].as_ref().and_then(Monitor::broken_bound) else { continue };
-            let name = &experiment.config.name;
-            tracing::error!("experiment {name}: the canary {} is rolled back: {cause}", arm.name);
-            self.metrics.canary_rollbacks_total.with_label_values(&[name]).inc();
-            canary.send_modify(|status| status.rolled_back = Some(RollBack { at_ms: now_ms(), cause }));
-            self.unsaved.insert(index);
+            let verdict = experiment.min_shown().and_then(|min_shown| monitor.verdict(min_shown));
+            let cause = match (monitor.broken_bound(), verdict) {
+                (Some(cause), _) | (None, Some(Verdict::Worse(cause))) => cause,
+                (None, Some(Verdict::Kept(cause))) => {
+                    self.promote(index, cause);
+                    continue;
+                }
+                (None, None) => continue,
+            };
+            self.take_out(index, cause);
             if let Some(adapter) = self.names.adapter(&arm.model) {
                 (self.on_roll_back)(adapter);
             }
@@ -289,6 +342,52 @@ impl Writer {
         }
     }
 
+    /// Gives the canary no more traffic.
+    fn take_out(&mut self, index: usize, cause: String) {
+        let (experiment, now_ms) = (&self.experiments[index], now_ms());
+        let (Some(canary), Some(arm)) = (&experiment.canary, experiment.canary_arm()) else { return };
+        let name = &experiment.config.name;
+        tracing::error!("experiment {name}: the canary {} is rolled back: {cause}", arm.name);
+        self.metrics.canary_rollbacks_total.with_label_values(&[name]).inc();
+        if let Some(mut promotion) = experiment.promotion() {
+            promotion.step(Stage::Back, now_ms, Some(cause.clone()));
+            experiment.set_promotion(promotion);
+        }
+        canary.send_modify(|status| status.rolled_back = Some(RollBack { at_ms: now_ms, cause }));
+        self.unsaved.insert(index);
+    }
+
+    /// Gives the canary all traffic. It is watched from now on anew: the arms that it was measured against have none.
+    fn promote(&mut self, index: usize, cause: String) {
+        let now_ms = now_ms();
+        let Some(mut promotion) = self.experiments[index].promotion() else { return };
+        promotion.step(Stage::Whole, now_ms, Some(cause));
+        self.experiments[index].set_promotion(promotion);
+        self.begin(index, CanaryStatus::begin(now_ms));
+        self.unsaved.insert(index);
+    }
+
+    /// A check that was withdrawn meanwhile changes nothing.
+    fn take_up(&mut self, index: usize, id: &str, checked: Checked) {
+        let promotion = self.experiments[index].promotion();
+        let Some(mut promotion) = promotion.filter(|now| now.id == id && now.stage == Stage::Checking) else { return };
+        let now_ms = now_ms();
+        promotion.take_up(checked, now_ms);
+        // Before it has traffic.
+        self.begin(index, CanaryStatus::begin(now_ms));
+        self.experiments[index].set_promotion(promotion);
+        self.unsaved.insert(index);
+    }
+
+    fn withdraw(&mut self, index: usize) {
+        let experiment = &self.experiments[index];
+        if let Some(promotion) = experiment.promotion().and_then(|promotion| withdrawn(promotion, now_ms())) {
+            experiment.set_promotion(promotion);
+            // What it was may have changed since it was saved.
+            self.unsaved.insert(index);
+        }
+    }
+
     fn begin(&mut self, index: usize, status: CanaryStatus) {
         if let Some(canary) = &self.experiments[index].canary {
             canary.send_replace(status);
@@ -296,6 +395,15 @@ impl Writer {
         self.monitors[index] = self.experiments[index].config.bounds.clone().map(Monitor::new);
         self.unsaved.remove(&index);
     }
+}
+
+/// `None` for one that has ended.
+fn withdrawn(mut promotion: Promotion, now_ms: i64) -> Option<Promotion> {
+    let is_under_way = promotion.stage.is_under_way();
+    is_under_way.then(|| {
+        promotion.step(Stage::Withdrawn, now_ms, None);
+        promotion
+    })
 }
 
 /// Unix milliseconds.

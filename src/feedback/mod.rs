@@ -1,6 +1,7 @@
 //! `lorry feedback`: what users accepted, or edited outputs to, as files that an adapter is trained with. It reads the
-//! experiments' database, beside a server or without one.
+//! experiments' database, beside a server or without one. What such files hold out is what a server checks an adapter on.
 
+mod held_out;
 mod pairs;
 mod secrets;
 
@@ -12,6 +13,7 @@ use clap::Args;
 use tempfile::NamedTempFile;
 
 use crate::experiments::{FileError, judged_replies};
+pub use held_out::{HeldOut, count_trained_on, held_out};
 use pairs::{Line, Pairs, Plan, Split};
 
 /// What to write, and where.

@@ -17,6 +17,9 @@ pub enum Format {
     Prompt,
     /// `{"messages"}`: of chats, whole.
     Messages,
+    /// Each as it was asked; in no file.
+    #[value(skip)]
+    AsAsked,
 }
 
 /// What is never in two splits.

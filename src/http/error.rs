@@ -223,6 +223,12 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some(code), message.into())
     }
 
+    /// 409.
+    pub fn promotion_under_way(message: String) -> Self {
+        let code = "promotion_under_way";
+        Self::new(StatusCode::CONFLICT, "invalid_request_error", Some(code), message).naming("name")
+    }
+
     /// 404 for an uploaded file.
     pub fn unknown_file(message: String) -> Self {
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some("file_not_found"), message).naming("id")

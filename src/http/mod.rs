@@ -31,6 +31,7 @@ mod openapi;
 mod page;
 mod priority;
 mod probes;
+mod promotions;
 mod reply;
 mod request_log;
 mod responses;
@@ -76,6 +77,7 @@ use crate::experiments::Experiments;
 use crate::fine_tuning::FineTuning;
 use crate::generation::{Generation, self_test};
 use crate::metrics::Metrics;
+use crate::promotion;
 use auth::{Keys, authenticate};
 use body::BodyBudget;
 use dialect::word_errors;
@@ -156,7 +158,7 @@ impl Server {
         shutdown: impl Future<Output = ()>,
     ) -> impl Future<Output = std::io::Result<()>> {
         let Self { router: routers, stop, served, .. } = self;
-        let generation = state.generation.clone();
+        let (generation, experiments) = (state.generation.clone(), state.experiments.clone());
         drop(routers.send_replace(router(state)));
         async move {
             let drained = async {
@@ -169,6 +171,7 @@ impl Server {
             tokio::select! {
                 ended = drained => ended,
                 () = self_test::run(&generation) => Ok(()),
+                () = promotion::run(&generation, &experiments) => Ok(()),
             }
         }
     }
@@ -202,6 +205,7 @@ fn routes(state: &AppState) -> Router {
         .route("/experiments", get(experiments::list))
         .route("/experiments/{name}", get(experiments::get))
         .route("/experiments/{name}/reset", post(experiments::reset))
+        .route("/experiments/{name}/promotions", get(promotions::list).post(promotions::begin))
         .route("/adapters", get(adapters::list))
         .route("/adapters/events", get(adapter_events::listen))
         .route("/adapters/{name}", adapter)

@@ -223,3 +223,7 @@ def test_stores_votes_and_experiments_are_as_described(document):
     hold(document, 200, "GET", "/v1/experiments/{name}", name="one")
     hold(document, 200, "POST", "/v1/experiments/{name}/reset", name="one")
     hold(document, 404, "GET", "/v1/experiments/{name}", name="none")
+    promotions = "/v1/experiments/{name}/promotions"
+    hold(document, 200, "GET", promotions, name="one")
+    hold(document, 400, "POST", promotions, {"adapter": ADAPTER}, name="one")
+    hold(document, 404, "POST", promotions, {"adapter": ADAPTER}, name="none")

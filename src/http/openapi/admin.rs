@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::document::{Access, Document, EVENTS, JSON, Operation, TEXT};
 use super::schema::{boolean, count, item, not_null, one_of, properties, required_text, text};
-use crate::experiments::{Report, StoredVote};
+use crate::experiments::{Promotion, Report, StoredVote};
 use crate::http::adapter_events::{EventView, MissedView};
 use crate::http::adapters::AdapterView;
 use crate::http::feedback::MAX_NAME_LEN;
@@ -236,10 +236,29 @@ fn describe_experiments(document: &mut Document) {
         Operation::post(
             "/v1/experiments/{name}/reset",
             EXPERIMENTS,
-            "Puts a canary that was rolled back into traffic again",
+            "Puts a canary that was rolled back into traffic again, or ends a promotion",
         )
         .access(Access::Admin)
         .answers(200, "Its report.", &report)
         .refuses(&[400, 404]),
+    );
+    let path = "/v1/experiments/{name}/promotions";
+    let list = document.list_of::<Promotion>();
+    document.add(
+        Operation::get(path, EXPERIMENTS, "What was promoted in an experiment, or was to be")
+            .answers(200, "The latest first.", &[(JSON, list)])
+            .refuses(&[400, 404]),
+    );
+    let promotion = [(JSON, document.of::<Promotion>())];
+    document.add(
+        Operation::post(path, EXPERIMENTS, "Checks an adapter on held-out feedback, and promotes it if it does better")
+            .access(Access::Admin)
+            .takes_schema(
+                item(json!({"adapter": text("What the canary's arm serves, if nothing is said.")}), &[]),
+                &[json!({"adapter": null}), json!({"adapter": "no-such-adapter"})],
+                false,
+            )
+            .answers(200, "It is checked.", &promotion)
+            .refuses(&[404, 409, 422]),
     );
 }

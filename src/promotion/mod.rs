@@ -1,0 +1,153 @@
+//! Promotions at work: a candidate is measured on held-out feedback beside what is served, and takes over the canary's arm
+//! if it does better. What happens to it there is for `experiments` to watch.
+
+mod begin;
+mod scoring;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::try_join;
+use tokio::task::spawn_blocking;
+use tokio::time::sleep;
+
+pub use begin::{BeginError, begin};
+
+use crate::adapter::registry::Source;
+use crate::experiments::{Check, Checked, Experiments, Promotion, PromotionRule};
+use crate::feedback::{HeldOut, held_out};
+use crate::generation::{Generation, GenerationError};
+use crate::icl;
+use scoring::{Scored, Scorer};
+
+/// The latest ones, so that a check has an end.
+const MAX_PAIRS: usize = 500;
+/// How often a server that is full is asked again.
+const POLL: Duration = Duration::from_millis(20);
+
+/// Checks every candidate, one after the other, for as long as it is polled. One whose check was cut off by the end of the
+/// server is checked again.
+pub async fn run(generation: &Generation, experiments: &Arc<Experiments>) {
+    loop {
+        let (experiment, promotion) = experiments.next_unchecked().await;
+        let checked = match experiments.promotes(&experiment) {
+            Ok((rule, of_arm)) => check(generation, experiments, &experiment, &promotion, rule, of_arm).await,
+            Err(error) => Checked::Failed { check: None, cause: error.to_string() },
+        };
+        experiments.checked(&experiment, &promotion.id, checked).await;
+    }
+}
+
+async fn check(
+    generation: &Generation,
+    experiments: &Arc<Experiments>,
+    experiment: &str,
+    promotion: &Promotion,
+    rule: &PromotionRule,
+    of_arm: &str,
+) -> Checked {
+    let pairs = match pairs(experiments, experiment, rule).await {
+        Ok(pairs) => pairs,
+        Err(cause) => return Checked::Failed { check: None, cause },
+    };
+    let check = match measure(generation, promotion, &pairs, rule).await {
+        Ok(check) => check,
+        Err(cause) => return Checked::Failed { check: None, cause },
+    };
+    if !check.has_passed {
+        return Checked::Measured { check, replaced_generation: None };
+    }
+    match take_over(generation, promotion, of_arm).await {
+        Ok(replaced_generation) => Checked::Measured { check, replaced_generation },
+        Err(cause) => Checked::Failed { check: Some(check), cause },
+    }
+}
+
+async fn pairs(experiments: &Arc<Experiments>, experiment: &str, rule: &PromotionRule) -> Result<Vec<HeldOut>, String> {
+    let (experiments, experiment, rule) = (experiments.clone(), experiment.to_owned(), rule.clone());
+    let read = spawn_blocking(move || {
+        let mut pairs = held_out(&experiments.judged_replies(&experiment)?, &rule);
+        pairs.drain(..pairs.len().saturating_sub(MAX_PAIRS));
+        Ok(pairs)
+    });
+    match read.await {
+        Ok(Ok(pairs)) => Ok(pairs),
+        Ok(Err::<_, crate::experiments::Unavailable>(cause)) => Err(cause.to_string()),
+        Err(panic) => Err(format!("the held-out feedback could not be read: {panic}")),
+    }
+}
+
+/// The error says why there is nothing to go by.
+async fn measure(
+    generation: &Generation,
+    promotion: &Promotion,
+    pairs: &[HeldOut],
+    rule: &PromotionRule,
+) -> Result<Check, String> {
+    let (model, icl) = icl::Selection::split_model_name(&promotion.incumbent_model).map_err(|e| e.to_string())?;
+    let mut candidate =
+        Scorer { model: &promotion.adapter, icl: None, generation: Some(Some(promotion.generation.clone())) };
+    let mut incumbent = Scorer { model, icl, generation: None };
+    let (mut logprobs, mut left_out) = (Vec::new(), 0);
+    for pair in pairs {
+        let both = try_join(
+            until_there_is_room(generation, &candidate, pair),
+            until_there_is_room(generation, &incumbent, pair),
+        );
+        match both.await.map_err(|error| format!("it could not be measured: {error}"))? {
+            (
+                Scored::Logprob { mean: of_candidate, generation: first },
+                Scored::Logprob { mean, generation: second },
+            ) => {
+                candidate.keep_to(first)?;
+                incumbent.keep_to(second)?;
+                logprobs.push((of_candidate, mean));
+            }
+            _ => left_out += 1,
+        }
+    }
+    if logprobs.iter().any(|(a, b)| !a.is_finite() || !b.is_finite()) {
+        return Err(
+            "a log-probability is not a number: the weights of the candidate or the incumbent are broken".to_owned()
+        );
+    }
+    if logprobs.len() < rule.min_pairs {
+        let (found, min) = (logprobs.len(), rule.min_pairs);
+        return Err(format!("{found} held-out pairs fit into the context, and promotion.min_pairs is {min}"));
+    }
+    Ok(Check::new(&logprobs, left_out))
+}
+
+/// A check must not be why a user is turned away. While the server stops this does not end.
+async fn until_there_is_room(
+    generation: &Generation,
+    scorer: &Scorer<'_>,
+    pair: &HeldOut,
+) -> Result<Scored, GenerationError> {
+    loop {
+        if generation.is_half_free() {
+            match scorer.score(generation, pair).await {
+                Err(GenerationError::Overloaded | GenerationError::ShuttingDown) => {}
+                scored => return scored,
+            }
+        }
+        sleep(POLL).await;
+    }
+}
+
+/// Puts the candidate where the canary's arm finds it. Result: the generation that was there.
+async fn take_over(generation: &Generation, promotion: &Promotion, of_arm: &str) -> Result<Option<String>, String> {
+    let adapters = generation.adapters();
+    let before = adapters.status(of_arm).and_then(|status| status.generation);
+    let status = if of_arm == promotion.adapter {
+        adapters.load(of_arm).await.map_err(|e| format!("it has passed, and cannot be loaded any more: {e}"))?
+    } else {
+        let source = Source::Folder(promotion.adapter.clone().into());
+        let installed = adapters.install(of_arm, source, None).await;
+        installed.map_err(|e| format!("it has passed, and cannot be installed as {of_arm}: {e}"))?
+    };
+    if status.generation.as_ref() != Some(&promotion.generation) {
+        return Err("it was replaced while it was checked: ask again".to_owned());
+    }
+    Ok(before.filter(|before| *before != promotion.generation))
+}
