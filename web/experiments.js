@@ -1,14 +1,17 @@
 // The running experiments: how often each arm is accepted and wins, and what it costs.
 
-import { get } from "./api.js";
+import { get, key } from "./api.js";
 import { byId, h } from "./dom.js";
-import { intervalPlot, pairPlot } from "./plot.js";
+import { intervalPlot, lossPlot, pairPlot } from "./plot.js";
 import { watch } from "./watch.js";
 
 const REFRESH_SECONDS = 10;
 
 /** What the view shows now, as JSON. */
 let shown = "";
+
+/** The losses of jobs, by key and job: what a key may not see, another may. Jobs that have made a candidate have ended. */
+const losses = new Map();
 
 export function watchExperiments() {
   const refresh = () => show().then((message) => (byId("experiments-status").textContent = message));
@@ -21,11 +24,25 @@ export function watchExperiments() {
 
 async function show() {
   const { data } = await get("/v1/experiments");
-  const now = JSON.stringify(data);
+  await Promise.all(data.map(({ promotion }) => fetchLosses(promotion?.trained?.job)));
+  const now = JSON.stringify([data, key.get()]);
   // What has not changed is left alone, so that who reads it keeps the place and the focus.
   if (now !== shown) byId("experiments").replaceChildren(...(data.length > 0 ? data.map(experiment) : [empty()]));
   shown = now;
   return data.length === 1 ? "1 experiment" : `${data.length} experiments`;
+}
+
+const lossesOf = (job) => `${key.get()} ${job}`;
+
+/** Who has no key has not that of the administrator, who alone may see jobs. */
+async function fetchLosses(job) {
+  if (!job || !key.get() || losses.has(lossesOf(job))) return;
+  try {
+    const { data } = await get(`/v1/fine_tuning/jobs/${encodeURIComponent(job)}/events?limit=10000`);
+    losses.set(lossesOf(job), data.map((event) => event.data).filter(Boolean).reverse());
+  } catch {
+    losses.set(lossesOf(job), null);
+  }
 }
 
 function empty() {
@@ -44,7 +61,7 @@ function empty() {
   );
 }
 
-function experiment({ name, arms, pairs, canary }) {
+function experiment({ name, arms, pairs, canary, promotion }) {
   const id = `experiment-${name}`;
   const voted = pairs.filter((pair) => pair.a_wins + pair.b_wins + pair.ties > 0);
   return h(
@@ -63,6 +80,46 @@ function experiment({ name, arms, pairs, canary }) {
     ),
     voted.length > 0 ? h("h3", {}, "Side by side on the same prompt") : null,
     voted.length > 0 ? h("ul", { class: "pairs" }, ...voted.map(pair)) : null,
+    ...(promotion ? record(promotion) : []),
+  );
+}
+
+/** What a candidate is, what it was trained on, how its check went, and what was decided when. */
+function record({ adapter, generation, arm, incumbent, stage, trained, check, steps }) {
+  const metrics = trained && losses.get(lossesOf(trained.job));
+  return [
+    h("h3", {}, `Promotion of ${adapter}: ${stage}`),
+    h(
+      "div",
+      { class: "record" },
+      h("span", {}, `${generation.slice(0, 8)} in ${arm}, against ${incumbent}`),
+      trained ? h("small", {}, `trained by ${trained.job} on ${trained.training_file}`) : null,
+      metrics ? lossPlot(metrics) : null,
+      check ? h("span", {}, h("strong", {}, incumbent), ` ${check.losses}`) : null,
+      check ? pairPlot(asPair(check, incumbent, adapter)) : null,
+      check ? h("span", {}, `${check.wins} `, h("strong", {}, adapter)) : null,
+      check ? h("small", {}, `p = ${check.p_value.toPrecision(2)} on ${check.pairs} held-out pairs`) : null,
+    ),
+    h("ol", { class: "steps" }, ...steps.map(step)),
+  ];
+}
+
+const asPair = ({ pairs, wins, losses }, incumbent, adapter) => ({
+  a: incumbent,
+  b: adapter,
+  a_wins: losses,
+  b_wins: wins,
+  ties: pairs - wins - losses,
+});
+
+function step({ stage, at, cause }) {
+  const time = new Date(at * 1000);
+  return h(
+    "li",
+    {},
+    h("strong", {}, stage),
+    h("time", { datetime: time.toISOString() }, time.toLocaleString()),
+    cause ? h("small", {}, cause) : null,
   );
 }
 

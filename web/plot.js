@@ -48,6 +48,30 @@ export function bar(value, largest) {
   );
 }
 
+/** How the losses of a job went, from its first step to its last; `metrics` has those of each step, in order. */
+export function lossPlot(metrics) {
+  const points = (name) => metrics.filter((step) => step[name] !== undefined).map((step) => [step.step, step[name]]);
+  const [training, validation] = [points("train_loss"), points("valid_loss")];
+  const all = [...training, ...validation];
+  if (all.length === 0) return h("span", { class: "nothing" }, "nothing yet");
+  const [width, height] = [240, 64];
+  const [low, high] = [Math.min(...all.map(([, loss]) => loss)), Math.max(...all.map(([, loss]) => loss))];
+  const last = Math.max(1, ...all.map(([step]) => step));
+  const x = (step) => INSET + (step / last) * (width - 2 * INSET);
+  const y = (loss) => INSET + ((high - loss) / Math.max(high - low, 1e-9)) * (height - 2 * INSET);
+  const line = (of, name) =>
+    svg("polyline", { class: name, points: of.map(([step, loss]) => `${x(step)},${y(loss)}`).join(" ") });
+  const best = Math.min(...validation.map(([, loss]) => loss));
+  const label = `Training loss to step ${last}${validation.length > 0 ? `, validation loss ${best.toFixed(2)} at best` : ""}`;
+  return svg(
+    "svg",
+    { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": label },
+    line(training, "curve curve-training"),
+    line(validation, "curve"),
+    ...validation.map(([step, loss]) => svg("circle", { class: "rate", cx: x(step), cy: y(loss), r: 2.5 })),
+  );
+}
+
 /** Wins of one, ties and wins of the other, side by side. */
 export function pairPlot({ a, b, a_wins, b_wins, ties }) {
   const width = 240;

@@ -66,7 +66,31 @@ const EXPERIMENTS = [
     ],
     pairs: [{ a: "base", b: "conala", a_wins: 19, b_wins: 31, ties: 6, p_value: 0.119 }],
     canary: { arm: "next", state: "rolled_back", cause: "`max_error_rate` is 0.05, and 0.2 of 50 requests failed" },
+    promotion: {
+      id: "promo-1",
+      stage: "back",
+      adapter: "ft-mine-1",
+      generation: "4215963a77c0",
+      arm: "next",
+      incumbent: "base",
+      trained: { job: "ftjob-1", training_file: "file-1", validation_file: null, valid_loss: 1.5, is_verified: true },
+      check: { pairs: 30, left_out: 0, wins: 22, losses: 7, p_value: 0.0081 },
+      steps: [
+        { stage: "checking", at: 1_790_000_000, cause: null },
+        { stage: "canary", at: 1_790_000_060, cause: "22 of 30 held-out completions are likelier to it" },
+        { stage: "back", at: 1_790_003_600, cause: "3 of 30 were accepted, against 30 of 40" },
+      ],
+    },
   },
+];
+
+/** The latest first. */
+const LOSSES = [
+  { step: 2, total_steps: 2, valid_loss: 1.5 },
+  { step: 2, total_steps: 2, train_loss: 2 },
+  null,
+  { step: 1, total_steps: 2, train_loss: 2.5 },
+  { step: 0, total_steps: 2, valid_loss: 3 },
 ];
 
 function arm(name, model, weight, acceptance, win_rate, ttft, tpot) {
@@ -152,6 +176,8 @@ async function answer(request, response, body, options) {
       return json(response, { object: "list", data: adapters(options).map(status) });
     case "GET /v1/experiments":
       return json(response, { object: "list", data: options.experiments ?? EXPERIMENTS });
+    case "GET /v1/fine_tuning/jobs/ftjob-1/events?limit=10000":
+      return json(response, { object: "list", data: LOSSES.map((data) => ({ data })) });
     case "POST /v1/feedback":
       if (options.failFeedback) return refuse(response, 503, "the vote could not be written: the disk is full", null);
       return json(response, { id: body.id, recorded: true });

@@ -21,6 +21,26 @@ pageTest("an experiment shows its rates with their intervals", { mock: {} }, asy
   assert.equal(await page.getByText("nothing yet").count(), 2);
 });
 
+pageTest("a promotion shows its record, and the curve of its job to who may see that", { mock: {} }, async ({ page }) => {
+  await view(page, "Experiments");
+  await page.getByRole("heading", { name: "Promotion of ft-mine-1: back" }).waitFor();
+  await page.getByText("4215963a in next, against base").waitFor();
+  await page.getByText("trained by ftjob-1 on file-1").waitFor();
+  await page.getByRole("img", { name: "base wins 7, ft-mine-1 wins 22, 1 ties" }).waitFor();
+  await page.getByText("p = 0.0081 on 30 held-out pairs").waitFor();
+  const steps = await page.locator(".steps li strong").allTextContents();
+  assert.deepEqual(steps, ["checking", "canary", "back"]);
+  await page.getByText("3 of 30 were accepted, against 30 of 40").waitFor();
+
+  const curve = page.getByRole("img", { name: "Training loss to step 2, validation loss 1.50 at best" });
+  assert.equal(await curve.count(), 0, "without a key no job is asked for");
+  await page.evaluate(() => sessionStorage.setItem("lorry.key", "admin"));
+  await page.getByRole("button", { name: "Refresh" }).click();
+  await curve.waitFor();
+  const points = await curve.locator("polyline").evaluateAll((lines) => lines.map((line) => line.points.numberOfItems));
+  assert.deepEqual(points, [2, 2]);
+});
+
 pageTest("adapters show their tier, their traffic and why one is refused", { mock: {} }, async ({ page }) => {
   await view(page, "Adapters");
   await page.getByText("4 registered, 2 in memory (17.6 MB)").waitFor();
