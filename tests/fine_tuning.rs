@@ -7,8 +7,9 @@ mod running;
 mod tiny;
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use reqwest::{Method, RequestBuilder, StatusCode};
@@ -470,10 +471,15 @@ async fn a_folder_that_another_server_has_is_refused_by_name() {
     let mut second = Command::new(env!("CARGO_BIN_EXE_lorry"));
     second.args(["serve", "--port", "0", "--config"]).arg(server.dir.join("lorry.toml"));
     second.arg("--model").arg(server.dir.join("tiny.gguf")).arg("--adapters").arg(server.dir.join("adapters"));
-    let refused = second.env("LORRY_HOME", &server.dir).env("LORRY__SERVER__ADMIN_KEY", "admin").output().unwrap();
-    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(!refused.status.success() && said.contains("is used by another server"), "{said}");
-    assert!(said.contains("state/fine_tuning") && said.contains("fine_tuning.dir"), "{said}");
+    second.env("LORRY_HOME", &server.dir).env("LORRY__SERVER__ADMIN_KEY", "admin").env_remove("RUST_LOG");
+    let mut second = second.stderr(Stdio::piped()).spawn().unwrap();
+    let lines = BufReader::new(second.stderr.take().unwrap()).lines().map_while(Result::ok);
+    // If it serves it has not been refused, and does not end by itself.
+    let said: Vec<String> = lines.take_while(|line| !line.contains("serving tiny on ")).collect();
+    let _ = second.kill();
+    let said = (second.wait().unwrap().code(), said.join("\n"));
+    assert!(said.0 == Some(1) && said.1.contains("is used by another server"), "{said:?}");
+    assert!(said.1.contains("state/fine_tuning") && said.1.contains("fine_tuning.dir"), "{said:?}");
     server.until(&server.job().await, "succeeded").await;
 }
 
