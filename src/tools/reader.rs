@@ -341,6 +341,10 @@ impl CallReader {
         // Several calls stand in one list, or, as those of Llama, side by side.
         let has_several = self.format.is_list() || self.format == CallFormat::Llama;
         let next = rest.strip_prefix(',').map(str::trim_start);
+        // White space behind the comma goes too, whenever it comes.
+        if has_several && next == Some("") {
+            return false;
+        }
         let is_next = has_several && (next.is_some() || rest.starts_with('{'));
         self.pending = next.unwrap_or(rest).to_owned();
         self.state = if is_next { State::Opened { opening: "" } } else { State::Text };

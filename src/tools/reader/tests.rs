@@ -151,6 +151,20 @@ fn one_call_is_all_where_they_are_not_to_be_parallel() {
     assert_eq!(read(CallFormat::Hermes, false, [format!("{call}\n{call}").as_str()]).1, ["read {}"]);
 }
 
+#[test]
+fn white_space_behind_a_comma_goes_whenever_it_comes() {
+    let call = r#"[TOOL_CALLS][{"name": "read", "arguments": {}}"#;
+    for (behind, text, num_calls) in
+        [(",\n", "", 1), (", \n x", "x", 1), (",\n {\"name\": \"read\", \"arguments\": {}}]", "", 2)]
+    {
+        let singly: Vec<String> = behind.chars().map(String::from).collect();
+        let pieces = [call].into_iter().chain(singly.iter().map(String::as_str));
+        let expected = (text.to_owned(), vec!["read {}".to_owned(); num_calls]);
+        assert_eq!(read(CallFormat::Mistral, true, pieces), expected, "{behind:?}");
+        assert_eq!(read(CallFormat::Mistral, true, [format!("{call}{behind}").as_str()]), expected, "{behind:?}");
+    }
+}
+
 proptest! {
     /// However the output is cut, and whatever it is.
     #[test]
