@@ -190,8 +190,8 @@ fn that_also_sees(is_new: bool) -> Checkpoint {
 #[test]
 fn of_a_checkpoint_that_also_sees_the_language_model_is_taken() {
     for is_new in [false, true] {
-        let path = that_also_sees(is_new).convert("none").unwrap();
-        assert_eq!(largest_difference(&path), 0.0, "{is_new}");
+        let checkpoint = that_also_sees(is_new);
+        assert_eq!(largest_difference(&checkpoint.convert("none").unwrap()), 0.0, "{is_new}");
     }
     for (within, field, value) in [
         ("", "tie_word_embeddings", json!(false)),
