@@ -502,7 +502,7 @@ async fn the_tokens_of_prompt_and_output_are_counted_and_the_request_that_takes_
         body
     };
     let arms = json!([{"name": "a", "model": model}, {"name": "b", "model": model}]);
-    let options = json!({"num_predict": 110, "ignore_eos": true});
+    let options = json!({"num_predict": 110, "temperature": 0});
     let ollama = json!({"model": model, "prompt": "def f(x):", "raw": true, "stream": false, "options": options});
     for (key, path, body) in [
         ("plain", "/v1/completions", text.clone()),

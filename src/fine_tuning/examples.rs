@@ -121,10 +121,10 @@ fn check_messages(row: &Map<String, Value>) -> Result<usize, Fault> {
         if index == 0 && role == "assistant" {
             return Err(at(format!("{path}.role"), "must not be `assistant` in the first message: it answers nothing"));
         }
+        let content = text(&format!("{path}.content"), message.get("content"))?;
         if index == last && role != "assistant" {
             return Err(at(format!("{path}.role"), "must be `assistant` in the last message: nothing answers it"));
         }
-        let content = text(&format!("{path}.content"), message.get("content"))?;
         let weight = match message.get("weight").filter(|weight| !weight.is_null()) {
             None => 1,
             Some(weight) if role == "assistant" && weight.as_u64().is_some_and(|weight| weight <= 1) => {
