@@ -17,6 +17,10 @@ use crate::model::spec::Module;
 const WITHOUT_EFFECT: &[&str] =
     &["auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"];
 
+/// Configurations of variants of a method, which PEFT turns on by an empty one too.
+const TURNED_ON_BY_EMPTY: &[&str] =
+    &["arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "velora_config"];
+
 /// What families name linear layers of decoder blocks beside Llama's names, for `all-linear`.
 const OTHER_MODULES: [&str; 5] = ["qkv_proj", "gate_up_proj", "c_fc", "c_proj", "gate"];
 
@@ -153,7 +157,7 @@ impl Fields {
             let is_default = match &value {
                 Value::Null | Value::Bool(false) => true,
                 Value::Array(items) => items.is_empty(),
-                Value::Object(entries) => entries.is_empty(),
+                Value::Object(entries) => entries.is_empty() && !TURNED_ON_BY_EMPTY.contains(&name.as_str()),
                 Value::Bool(true) | Value::Number(_) | Value::String(_) => false,
             };
             let has_effect = !WITHOUT_EFFECT.iter().chain(without_effect).any(|field| *field == name);

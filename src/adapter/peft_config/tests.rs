@@ -55,6 +55,11 @@ fn a_field_that_changes_the_arithmetic_is_refused_by_name() {
         ("layer_replication", "[[0, 4]]"),
         ("trainable_token_indices", "[1]"),
         ("arrow_config", r#"{"top_k": 3}"#),
+        ("arrow_config", "{}"),
+        ("kasa_config", "{}"),
+        ("monteclora_config", "{}"),
+        ("use_bdlora", "{}"),
+        ("velora_config", "{}"),
         ("field_of_the_future", "0.5"),
         ("bias", r#""all""#),
         ("init_lora_weights", r#""olora""#),
@@ -86,6 +91,7 @@ fn a_field_that_changes_the_arithmetic_is_refused_by_name() {
 fn defaults_and_fields_without_effect_are_accepted() {
     config(
         r#","use_dora": false, "modules_to_save": null, "loftq_config": {}, "layer_replication": [],
+           "field_of_another_future": {}, "arrow_config": null, "kasa_config": null, "use_bdlora": null,
            "lora_dropout": 0.05, "megatron_core": "megatron.core", "qalora_group_size": 16, "revision": "main",
            "init_lora_weights": "gaussian", "field_of_the_future": false, "task_type": null, "layers_pattern": """#,
     )
