@@ -116,6 +116,18 @@ fn an_adapter_is_the_same_whichever_program_saved_it() {
     }
 }
 
+#[test]
+fn a_head_that_is_saved_whole_is_not_adapted_besides() {
+    let expected = load(&good(Kind::LoraSavedHead).files()).unwrap();
+    for targets in [json!(["k_proj", "lm_head"]), json!(".*k_proj|lm_head")] {
+        let mut draft = good(Kind::LoraSavedHead);
+        draft.config["target_modules"] = targets;
+        let found = load(&draft.files()).unwrap();
+        assert!(matches!(found.weights.head, Some(HeadDelta::Replaced(_))));
+        assert_eq!(format!("{:?}", found.weights), format!("{:?}", expected.weights));
+    }
+}
+
 /// PEFT's default where the embedding or the head is a target.
 #[test]
 fn the_base_s_own_embedding_and_head_are_left_out() {

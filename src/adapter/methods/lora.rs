@@ -27,17 +27,21 @@ use crate::model::spec::ModelSpec;
 /// the wrong shape, rank or type or a value that is not finite.
 pub fn load(config: &LoraConfig, tensors: Tensors<'_>, base: &dyn BaseWeights) -> Result<Adapter, AdapterError> {
     let spec = base.spec();
-    let expected = config.selector.targets(spec)?;
+    let mut expected = config.selector.targets(spec)?;
+    // PEFT adapts nothing within what it saves whole, whatever names it.
+    expected.head &= !config.replaces_head;
     if config.use_dora && (expected.embedding || expected.head) {
         return Err(AdapterError::field("use_dora", "not supported on the embedding or the head"));
     }
     if config.lora_bias && expected.embedding {
         return Err(AdapterError::field("lora_bias", "not defined on the embedding"));
     }
-    if config.replaces_head && expected.head {
-        return Err(AdapterError::field("modules_to_save", "lm_head is named in target_modules too"));
-    }
     let placed = Placed::of(tensors, spec)?;
+    if config.replaces_head && placed.head.is_some() {
+        let reason =
+            "lm_head is to be saved whole, and the file holds a low-rank pair for it too: take one of the two out";
+        return Err(AdapterError::field("modules_to_save", reason));
+    }
     let mut found = Targets {
         sites: placed.sites.iter().map(|(site, _)| *site).collect(),
         embedding: placed.embedding_a.is_some() || placed.embedding_b.is_some(),

@@ -20,6 +20,9 @@ const INSTEAD: &str = "merge the adapter into its base and serve that";
 const DEFAULT_RANK: usize = 8;
 const DEFAULT_ALPHA: f64 = 8.0;
 
+/// Initialisations that left the base as it was.
+const PLAIN_INITS: [&str; 4] = ["eva", "gaussian", "mica", "orthogonal"];
+
 /// What `init_lora_weights` decides about, which is read; what training and other runtimes need; and ms-swift's own fields
 /// of training.
 const WITHOUT_EFFECT: &[&str] = &[
@@ -64,7 +67,7 @@ impl LoraConfig {
         // The other initialisations subtracted the initial delta from the base weights, which the file does not hold.
         match fields.take("init_lora_weights") {
             Value::Null | Value::Bool(_) => {}
-            Value::String(name) if ["gaussian", "eva", "orthogonal"].contains(&name.as_str()) => {}
+            Value::String(name) if PLAIN_INITS.iter().any(|plain| name.eq_ignore_ascii_case(plain)) => {}
             other => return Err(AdapterError::field("init_lora_weights", format!("{other} changed the base weights"))),
         }
 

@@ -47,6 +47,9 @@ impl PreludeConfig {
             num_attention_heads: fields.take_as("num_attention_heads")?,
             token_dim: fields.take_as("token_dim")?,
         };
+        if kind == PreludeKind::PrefixTuning && !fields.is_null("init_weights") {
+            fields.take_text("init_weights", &["zero"])?;
+        }
         // The file holds what an encoder made of its weights: the encoder itself matters to training only.
         fields.refuse_rest(match kind {
             PreludeKind::PromptTuning => {

@@ -99,6 +99,13 @@ fn defaults_and_fields_without_effect_are_accepted() {
 }
 
 #[test]
+fn an_initialisation_that_leaves_the_base_as_it_is_has_no_effect() {
+    for name in ["gaussian", "Gaussian", "eva", "orthogonal", "mica", "MiCA"] {
+        config(&format!(r#","init_lora_weights": "{name}""#)).unwrap();
+    }
+}
+
+#[test]
 fn what_was_trained_of_the_base_itself_is_refused_with_what_to_do() {
     for field in [r#""modules_to_save": ["embed_tokens"]"#, r#""trainable_token_indices": {"embed_tokens": [5]}"#] {
         let refusal = config(&format!(",{field}")).unwrap_err().to_string();
@@ -180,6 +187,7 @@ fn what_made_a_prompt_in_training_has_no_effect() {
         ),
         ("P_TUNING", r#","encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 9, "encoder_dropout": 0.1"#),
         ("PREFIX_TUNING", r#","prefix_projection": true, "encoder_hidden_size": 128, "init_weights": null"#),
+        ("PREFIX_TUNING", r#","init_weights": "zero""#),
     ] {
         let config = prelude(kind, &format!(r#","num_virtual_tokens": 20, "num_transformer_submodules": 1{fields}"#));
         assert_eq!(config.unwrap().num_virtual_tokens, 20);
