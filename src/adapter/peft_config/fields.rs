@@ -17,6 +17,9 @@ use crate::model::spec::Module;
 const WITHOUT_EFFECT: &[&str] =
     &["auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"];
 
+/// What to do with an adapter that needs more than is added here.
+pub(super) const INSTEAD: &str = "merge the adapter into its base and serve that";
+
 /// Configurations of variants of a method, which PEFT turns on by an empty one too.
 const TURNED_ON_BY_EMPTY: &[&str] =
     &["arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "velora_config"];
@@ -162,7 +165,8 @@ impl Fields {
             };
             let has_effect = !WITHOUT_EFFECT.iter().chain(without_effect).any(|field| *field == name);
             if !is_default && has_effect {
-                return Err(AdapterError::field(&name, "set to a value that this server does not support"));
+                let reason = format!("{value} asks for what this server does not do: {INSTEAD}");
+                return Err(AdapterError::field(&name, reason));
             }
         }
         Ok(())

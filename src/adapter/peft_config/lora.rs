@@ -4,7 +4,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::fields::{Entries, Fields, parse_error};
+use super::fields::{Entries, Fields, INSTEAD, parse_error};
 use crate::adapter::error::AdapterError;
 use crate::adapter::path_pattern::PathPattern;
 use crate::adapter::sites::{HEAD_PATH, SiteSelector};
@@ -12,9 +12,6 @@ use crate::adapter::sites::{HEAD_PATH, SiteSelector};
 const MAX_RANK: usize = 1024;
 /// Entries of one `*_pattern`: several per site of any base, and few enough to compile.
 const MAX_PATTERN_ENTRIES: usize = 2048;
-
-/// For what was trained of the base itself.
-const INSTEAD: &str = "merge the adapter into its base and serve that";
 
 /// PEFT's defaults for fields a file may leave out.
 const DEFAULT_RANK: usize = 8;
@@ -61,14 +58,26 @@ impl LoraConfig {
     /// When a field is malformed or asks for what this server does not do; names it. `text` is the whole configuration.
     pub(super) fn read(mut fields: Fields, text: &[u8]) -> Result<Self, AdapterError> {
         let patterns: Patterns = serde_json::from_slice(text).map_err(parse_error)?;
-        if !fields.is_null("bias") {
-            fields.take_text("bias", &["none"])?;
+        match fields.take("bias") {
+            Value::Null => {}
+            Value::String(name) if name == "none" => {}
+            other => {
+                let reason =
+                    format!("{other} is not supported (supported: none): biases of the base were trained; {INSTEAD}");
+                return Err(AdapterError::field("bias", reason));
+            }
         }
         // The other initialisations subtracted the initial delta from the base weights, which the file does not hold.
         match fields.take("init_lora_weights") {
             Value::Null | Value::Bool(_) => {}
             Value::String(name) if PLAIN_INITS.iter().any(|plain| name.eq_ignore_ascii_case(plain)) => {}
-            other => return Err(AdapterError::field("init_lora_weights", format!("{other} changed the base weights"))),
+            other => {
+                let reason = format!(
+                    "{other} changed the base weights: save the adapter again with PEFT's \
+                     path_initial_model_for_weight_conversion, or {INSTEAD}"
+                );
+                return Err(AdapterError::field("init_lora_weights", reason));
+            }
         }
 
         let parameters: Vec<String> = fields.take_as("target_parameters")?.unwrap_or_default();

@@ -88,6 +88,20 @@ fn a_field_that_changes_the_arithmetic_is_refused_by_name() {
 }
 
 #[test]
+fn a_refusal_says_the_value_and_what_to_do() {
+    for (field, value) in [
+        ("bias", r#""all""#),
+        ("init_lora_weights", r#""olora""#),
+        ("field_of_the_future", "0.5"),
+        ("arrow_config", r#"{"top_k":3}"#),
+        ("fan_in_fan_out", "true"),
+    ] {
+        let refusal = refusal(&format!(r#","{field}": {value}"#));
+        assert!(refusal.contains(&format!("{field}: {value} ")) && refusal.contains("merge"), "{refusal}");
+    }
+}
+
+#[test]
 fn defaults_and_fields_without_effect_are_accepted() {
     config(
         r#","use_dora": false, "modules_to_save": null, "loftq_config": {}, "layer_replication": [],
