@@ -1,5 +1,6 @@
 //! Why an adapter was refused.
 
+use super::files::WEIGHTS_FILE;
 use crate::model::gguf::GgufError;
 
 /// Names the file, field, tensor or site at fault and never a path: the text reaches clients.
@@ -47,19 +48,59 @@ pub enum AdapterError {
 
 impl AdapterError {
     pub fn field(field: &str, reason: impl ToString) -> Self {
-        Self::Field { field: excerpt(field), reason: reason.to_string() }
+        Self::Field { field: excerpt(field, MAX_NAME_CHARS), reason: excerpt_of(reason) }
     }
 
     pub fn tensor(key: &str, reason: impl ToString) -> Self {
-        Self::Tensor { key: excerpt(key), reason: reason.to_string() }
+        Self::Tensor { key: excerpt(key, MAX_NAME_CHARS), reason: excerpt_of(reason) }
+    }
+
+    pub fn header(reason: impl ToString) -> Self {
+        Self::Header { file: WEIGHTS_FILE, reason: excerpt_of(reason) }
+    }
+
+    pub fn parse(file: &'static str, reason: impl ToString) -> Self {
+        Self::Parse { file, reason: excerpt_of(reason) }
+    }
+
+    pub fn manifest(key: &'static str, reason: impl ToString) -> Self {
+        Self::Manifest { key, reason: excerpt_of(reason) }
     }
 }
 
-/// Names in a hostile file may be megabytes long; a log line must not be.
-fn excerpt(name: &str) -> String {
-    const MAX_CHARS: usize = 200;
-    match name.char_indices().nth(MAX_CHARS) {
-        Some((end, _)) => format!("{}…", &name[..end]),
-        None => name.to_string(),
+/// Names and values in a hostile file may be megabytes long; a log line must not be.
+const MAX_NAME_CHARS: usize = 200;
+const MAX_REASON_CHARS: usize = 1000;
+
+/// A reason that may quote the file.
+fn excerpt_of(reason: impl ToString) -> String {
+    excerpt(&reason.to_string(), MAX_REASON_CHARS)
+}
+
+fn excerpt(text: &str, max_chars: usize) -> String {
+    match text.char_indices().nth(max_chars) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_refusal_is_as_long_as_the_file_that_it_quotes() {
+        let long = "é".repeat(5000);
+        for (refusal, min_chars) in [
+            (AdapterError::field(&long, &long), 1200),
+            (AdapterError::tensor(&long, &long), 1200),
+            (AdapterError::header(&long), 1000),
+            (AdapterError::parse("a", &long), 1000),
+            (AdapterError::manifest("a", &long), 1000),
+        ] {
+            let num_chars = refusal.to_string().chars().filter(|c| *c == 'é').count();
+            assert_eq!(num_chars, min_chars, "{refusal:?}");
+        }
+        assert_eq!(AdapterError::parse("a", "short").to_string(), "a: short");
     }
 }

@@ -7,7 +7,7 @@ use tracing::info;
 
 use super::canonical::{Adapter, Coverage};
 use super::error::AdapterError;
-use super::files::{AdapterFiles, WEIGHTS_FILE};
+use super::files::AdapterFiles;
 use super::manifest::AdapterManifest;
 use super::methods::{ia3, lora, prelude};
 use super::peft_config::PeftConfig;
@@ -48,7 +48,7 @@ fn parse_weights(bytes: &[u8]) -> Result<SafeTensors<'_>, AdapterError> {
     let file_len = bytes.len() as u64;
     let header_len = weights_header::length(bytes, file_len)?;
     weights_header::parse(&bytes[PREFIX_BYTES..][..header_len], file_len)?;
-    SafeTensors::deserialize(bytes).map_err(|e| AdapterError::Header { file: WEIGHTS_FILE, reason: e.to_string() })
+    SafeTensors::deserialize(bytes).map_err(AdapterError::header)
 }
 
 #[cfg(test)]

@@ -45,9 +45,8 @@ impl AdapterManifest {
     /// # Errors
     /// When the text is not TOML, or a key is unknown, of the wrong type or out of range; names it.
     pub fn parse(text: &[u8]) -> Result<Self, AdapterError> {
-        let manifest: Self = toml::from_slice(text)
-            .map_err(|e| AdapterError::Parse { file: FILE, reason: e.to_string().trim_end().to_string() })?;
-        let refuse = |key, reason: &str| Err(AdapterError::Manifest { key, reason: reason.to_string() });
+        let manifest: Self = toml::from_slice(text).map_err(|e| AdapterError::parse(FILE, e.to_string().trim_end()))?;
+        let refuse = |key, reason: &str| Err(AdapterError::manifest(key, reason));
         let SamplingDefaults { temperature, top_p, max_tokens } = manifest.sampling;
         if temperature.is_some_and(|t| !(t.is_finite() && t >= 0.0)) {
             return refuse("sampling.temperature", "must be 0 or more");

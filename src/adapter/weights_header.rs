@@ -21,14 +21,16 @@ pub fn length(start: &[u8], file_len: u64) -> Result<usize, AdapterError> {
         return Err(AdapterError::LfsPointer { file: WEIGHTS_FILE });
     }
     let Some((length, _)) = start.split_first_chunk::<PREFIX_BYTES>() else {
-        return Err(bad(format!("the file has {file_len} bytes only")));
+        return Err(AdapterError::header(format!("the file has {file_len} bytes only")));
     };
     let length = u64::from_le_bytes(*length);
     if length > MAX_HEADER_BYTES {
-        return Err(bad(format!("its length of {length} bytes is above the {MAX_HEADER_BYTES} allowed")));
+        return Err(AdapterError::header(format!(
+            "its length of {length} bytes is above the {MAX_HEADER_BYTES} allowed"
+        )));
     }
     if length > file_len.saturating_sub(PREFIX_BYTES as u64) {
-        return Err(bad(format!("its length of {length} bytes reaches beyond the end of the file")));
+        return Err(AdapterError::header(format!("its length of {length} bytes reaches beyond the end of the file")));
     }
     Ok(usize::try_from(length).unwrap_or(usize::MAX))
 }
@@ -38,7 +40,7 @@ pub fn length(start: &[u8], file_len: u64) -> Result<usize, AdapterError> {
 /// # Errors
 /// When it is malformed, or describes more bytes than the file has.
 pub fn parse(header: &[u8], file_len: u64) -> Result<Metadata, AdapterError> {
-    let metadata: Metadata = serde_json::from_slice(header).map_err(|e| bad(e.to_string()))?;
+    let metadata: Metadata = serde_json::from_slice(header).map_err(AdapterError::header)?;
     let found = usize::try_from(file_len).unwrap_or(usize::MAX).saturating_sub(PREFIX_BYTES + header.len());
     if metadata.data_len() > found {
         return Err(AdapterError::Truncated { file: WEIGHTS_FILE, expected: metadata.data_len(), found });
@@ -57,8 +59,4 @@ pub fn resident_bytes(metadata: &Metadata) -> u64 {
         _ => count(shape).saturating_mul(4),
     };
     metadata.tensors().iter().map(|(key, info)| bytes(key, &info.shape)).fold(0, u64::saturating_add)
-}
-
-fn bad(reason: String) -> AdapterError {
-    AdapterError::Header { file: WEIGHTS_FILE, reason }
 }

@@ -28,7 +28,7 @@ const TURNED_ON_BY_EMPTY: &[&str] =
 const OTHER_MODULES: [&str; 5] = ["qkv_proj", "gate_up_proj", "c_fc", "c_proj", "gate"];
 
 pub(super) fn parse_error(e: serde_json::Error) -> AdapterError {
-    AdapterError::Parse { file: FILE, reason: e.to_string() }
+    AdapterError::parse(FILE, e)
 }
 
 #[derive(Deserialize)]

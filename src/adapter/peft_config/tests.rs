@@ -129,6 +129,23 @@ fn what_was_trained_of_the_base_itself_is_refused_with_what_to_do() {
 }
 
 #[test]
+fn a_refusal_quotes_the_beginning_of_what_is_too_long() {
+    let long = "x".repeat(100_000);
+    for fields in [
+        format!(r#","init_lora_weights": "{long}""#),
+        format!(r#","use_dora": "{long}""#),
+        format!(r#","field_of_the_future": ["{long}"]"#),
+        format!(r#","modules_to_save": ["{long}"]"#),
+        format!(r#","{long}": 1e999"#),
+        format!(r#","rank_pattern": {{"{long}": "{long}"}}"#),
+        format!(r#","rank_pattern": "{long}""#),
+    ] {
+        let num_chars = refusal(&fields).chars().count();
+        assert!(num_chars < 1500, "{num_chars}: {:.40}", fields);
+    }
+}
+
+#[test]
 fn another_method_is_refused_by_its_type_before_its_fields() {
     for text in [r#"{"block_size": 4, "peft_type": "LOHA"}"#, r#"{"peft_type": 3}"#, "{}"] {
         assert!(PeftConfig::parse(text.as_bytes()).unwrap_err().to_string().contains("peft_type"), "{text}");
