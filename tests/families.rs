@@ -11,20 +11,22 @@ mod tiny;
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::quantized::GgmlDType;
-use candle_core::quantized::gguf_file::Value;
+use candle_core::quantized::gguf_file::{self, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
 use half::f16;
 use kernels::Isa;
 use kernels::attention::{BLOCK_SIZE, BlockId};
 use keys::{KEYS, changes_nothing};
 use lorry::adapter::canonical::Adapter;
-use lorry::adapter::loader;
+use lorry::adapter::{import, loader};
 use lorry::model::base_weights::GgufWeights;
 use lorry::model::checkpoint::quantized;
 use lorry::model::gguf::GgufFile;
 use lorry::model::memory::Memory;
-use lorry::model::{AdapterGroup, SequenceRows};
+use lorry::model::{AdapterGroup, BaseWeights, SequenceRows};
 use model::{Family, Model, PeftCase, REFERENCE, write_checkpoint};
+use safetensors::SafeTensors;
 use serde_json::{Value as Json, json};
 use tiny::peft::{PeftAdapter, with_virtual_tokens};
 use tiny::{Loaded, Place, logits_alone, logits_of_rows, place};
@@ -226,6 +228,59 @@ fn an_adapter_that_does_not_fit_fused_layers_is_refused_by_the_name_of_its_tenso
     let mut of_llama = lora.clone();
     of_llama.config["target_modules"] = serde_json::json!(["q_proj", "v_proj"]);
     assert!(refusal(of_llama).contains("site"));
+}
+
+/// As llama.cpp's `convert_lora_to_gguf.py` writes it: one pair for the layer that q, k and v share.
+#[test]
+fn an_adapter_of_fused_layers_is_imported_from_llama_cpp_s_form() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tiny.gguf");
+    let phi3 = REFERENCE.families.iter().find(|family| family.name == "phi3").unwrap();
+    Model::of(phi3).write(&path, GgmlDType::F32);
+    let base = GgufWeights::open(&path).unwrap();
+    let spec = base.spec();
+    let pair = |seed: usize, shape: [usize; 2]| {
+        let values: Vec<f32> = (0..shape[0] * shape[1]).map(|i| ((i * 7 + seed) % 64) as f32 / 64.0).collect();
+        Tensor::from_vec(values, &shape, &Device::Cpu).unwrap()
+    };
+    let qkv = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim;
+    let layers = [("attn_qkv", "self_attn.qkv_proj", qkv), ("ffn_up", "mlp.gate_up_proj", 2 * spec.intermediate_size)];
+    let tensors: Vec<(String, Tensor)> = layers
+        .iter()
+        .flat_map(|(part, _, outputs)| {
+            [("a", pair(1, [2, spec.hidden_size])), ("b", pair(2, [*outputs, 2]))]
+                .map(|(half, tensor)| (format!("blk.1.{part}.weight.lora_{half}"), tensor))
+        })
+        .collect();
+    let text = |text: &str| Value::String(text.to_owned());
+    let metadata = [
+        ("general.type", text("adapter")),
+        ("adapter.type", text("lora")),
+        ("general.architecture", text("phi3")),
+        ("adapter.lora.alpha", Value::F32(4.0)),
+    ];
+    let metadata: Vec<_> = metadata.iter().map(|(key, value)| (*key, value)).collect();
+    let quantized: Vec<_> =
+        tensors.iter().map(|(name, tensor)| (name, QTensor::quantize(tensor, GgmlDType::F32).unwrap())).collect();
+    let quantized: Vec<_> = quantized.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let file = dir.path().join("sql.gguf");
+    gguf_file::write(&mut std::fs::File::create(&file).unwrap(), &metadata, &quantized).unwrap();
+
+    let files = import::import(&file, &base).unwrap();
+    let weights = SafeTensors::deserialize(&files.weights).unwrap();
+    for (part, path, _) in layers {
+        for half in ["a", "b"] {
+            let key = format!("base_model.model.model.layers.1.{path}.lora_{}.weight", half.to_uppercase());
+            let found = weights.tensor(&key).unwrap();
+            let name = format!("blk.1.{part}.weight.lora_{half}");
+            let (_, expected) = tensors.iter().find(|(other, _)| *other == name).unwrap();
+            let expected: Vec<f32> = expected.flatten_all().unwrap().to_vec1().unwrap();
+            let values: Vec<f32> = found.data().as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+            assert_eq!(values, expected, "{key}");
+        }
+    }
+    let adapter = loader::load("phi3", &files, &base).unwrap();
+    assert_eq!((adapter.coverage.num_sites, adapter.coverage.max_rank), (5, 2));
 }
 
 #[test]

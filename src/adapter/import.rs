@@ -18,7 +18,7 @@ use super::loader;
 use super::root::{NAME_RULE, Root, is_valid_name};
 use super::sites::{EMBEDDING_PATH, HEAD_PATH};
 use crate::model::BaseWeights;
-use crate::model::base_weights::{EMBEDDING_TENSOR, GgufWeights, HEAD_TENSOR, tensor_name};
+use crate::model::base_weights::{EMBEDDING_TENSOR, GgufWeights, HEAD_TENSOR};
 use crate::model::gguf::{GgufError, GgufFile};
 use crate::model::spec::Module;
 
@@ -146,13 +146,17 @@ impl<'a> Reader<'a> {
     /// Every pair of the file.
     fn pairs(mut self) -> Result<Vec<Pair>, ImportError> {
         let spec = self.base.spec();
-        let is_matrix = |module: &Module| !matches!(module, Module::Expert(..));
+        // Where several modules are one layer, its pair is theirs: the first of them stands for all.
+        let is_matrix =
+            |module: &Module| !matches!(module, Module::Expert(..)) && spec.file_rows(*module).first_row == 0;
         let sites =
             (0..spec.num_layers).flat_map(|layer| spec.modules().filter(is_matrix).map(move |module| (layer, module)));
         let base = self.base;
         let sites = sites.map(|(layer, module)| {
-            let tensor = tensor_name(layer, module);
-            (tensor, spec.module_path(layer, module), spec.module_shape(module), base.row_order(module))
+            let rows = spec.file_rows(module);
+            let (in_features, _) = spec.module_shape(module);
+            let tensor = format!("blk.{layer}.{}.weight", rows.part);
+            (tensor, spec.module_path(layer, module), (in_features, rows.num_rows), base.row_order(module))
         });
         let head = (HEAD_TENSOR.to_string(), HEAD_PATH.to_string(), (spec.hidden_size, spec.vocab_size), None);
         let mut pairs = Vec::new();

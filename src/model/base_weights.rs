@@ -14,11 +14,6 @@ pub const EMBEDDING_TENSOR: &str = "token_embd.weight";
 /// That of the head, where the base does not tie the two.
 pub const HEAD_TENSOR: &str = "output.weight";
 
-/// The name of a layer's weights.
-pub fn tensor_name(layer: usize, module: Module) -> String {
-    format!("blk.{layer}.{}.weight", module.gguf_name())
-}
-
 #[derive(Debug)]
 pub struct GgufWeights {
     file: GgufFile,
@@ -82,7 +77,7 @@ impl BaseWeights for GgufWeights {
 
     fn dequantize_row(&self, layer: usize, module: Module, row: usize, values: &mut [f32]) -> Result<(), GgufError> {
         let row = self.row_order(module).map_or(row, |order| order[row]);
-        let name = || GgufError::MissingTensor(tensor_name(layer, module));
+        let name = || GgufError::MissingTensor(format!("blk.{layer}.{}.weight", self.spec.file_rows(module).part));
         let matrix = self.layers[layer].get(module.index()).and_then(Option::as_ref).ok_or_else(name)?;
         matrix.dequantize_row(self.spec.file_rows(module).first_row + row, values);
         Ok(())
