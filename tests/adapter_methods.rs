@@ -163,6 +163,39 @@ fn a_magnitude_equal_to_the_norm_changes_nothing_but_the_low_rank_pair() {
     }
 }
 
+/// Beside weights of a usual size and a scale that makes up for it, which are the same adapter.
+#[test]
+fn weights_of_any_size_are_kept_as_well_as_those_of_a_usual_one() {
+    for kind in [Kind::LoraEverywhere, Kind::Dora] {
+        let usual = good(kind);
+        let expected = load(&usual.files()).unwrap();
+        // Powers of two, so that nothing is rounded: 2e-8 and 4e7 for weights around 0.1.
+        for power in [-22, 28] {
+            let factor = 2f32.powi(power);
+            let mut draft = usual.clone();
+            let alpha = draft.config["lora_alpha"].as_f64().unwrap();
+            draft.config["lora_alpha"] = json!(alpha / f64::from(factor));
+            for (key, (_, values)) in &mut draft.tensors {
+                if key.ends_with("lora_B.weight") || key.ends_with("lora_embedding_B") {
+                    values.iter_mut().for_each(|value| *value *= factor);
+                }
+            }
+            let found = load(&draft.files()).unwrap();
+            let sites = [&found, &expected].map(|adapter| adapter.site(1, Module::QProj).unwrap());
+            let [scale, usual_scale] = sites.map(|site| site.low_rank.as_ref().unwrap().scales()[0]);
+            // B has been made as large as f16 takes well, and not all that much larger.
+            assert!((1.0 / 64.0..64.0).contains(&(usual_scale / scale)), "{kind:?}: {scale}, {usual_scale}");
+            let [output_scale, usual] = sites.map(|site| site.output_scale.iter().flatten());
+            for (found, expected) in output_scale.zip(usual) {
+                assert!((found - expected).abs() < 1e-5, "{kind:?}: {found}, {expected}");
+            }
+            if let (Some(found), Some(expected)) = (&found.weights.embedding, &expected.weights.embedding) {
+                assert!(found.b.iter().zip(&expected.b).all(|(found, b)| (found - b).abs() <= 1e-6), "{power}");
+            }
+        }
+    }
+}
+
 #[test]
 fn what_does_not_fit_is_refused_with_its_cause() {
     type Change = Box<dyn Fn(&mut PeftAdapter)>;

@@ -152,7 +152,13 @@ fn an_adapter_that_does_not_fit_is_refused_with_its_cause() {
         ("lora_A", Box::new(move |d| drop(d.tensors.remove(&q("lora_A.weight"))))),
         ("NaN", Box::new(move |d| d.set(&q("lora_A.weight"), &[2, 8], f32::NAN))),
         ("inf", Box::new(move |d| d.set(&q("lora_B.weight"), &[8, 2], f32::NEG_INFINITY))),
-        ("16-bit", Box::new(move |d| d.set(&q("lora_B.weight"), &[8, 2], 7e4))),
+        (
+            "lora_B.weight",
+            Box::new(move |d| {
+                d.config["lora_alpha"] = 1e37.into();
+                d.set(&q("lora_B.weight"), &[8, 2], 7e4);
+            }),
+        ),
         ("rank", Box::new(move |d| d.set(&q("lora_A.weight"), &[3, 8], 0.5))),
         ("rank", Box::new(|d| d.config["r"] = 4.into())),
         ("shape", Box::new(move |d| d.set(&q("lora_A.weight"), &[2, 9], 0.5))),

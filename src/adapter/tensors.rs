@@ -36,6 +36,18 @@ fn max_base_error(bits: f64) -> f64 {
 /// How much more that may be in one row than in all of them.
 const MAX_ROW_ERROR: f64 = 2.0;
 
+/// From here on the largest of some weights loses nothing in f16, and those much smaller than it nothing that matters beside it.
+const MIN_LARGEST: f32 = 1.0 / 64.0;
+
+/// The power of two that divides weights into the range of f16, of which the largest is `largest`; 1 where they are in it.
+fn half_scale(largest: f32) -> f32 {
+    const EXPONENT: u32 = 0x7f80_0000;
+    if largest == 0.0 || (MIN_LARGEST..=f16::MAX.to_f32()).contains(&largest) {
+        return 1.0;
+    }
+    f32::from_bits(largest.max(f32::MIN_POSITIVE).to_bits() & EXPONENT)
+}
+
 /// The tensors that have not found their place yet, by their [`TensorName::canonical`].
 #[derive(Debug)]
 pub struct Tensors<'a>(BTreeMap<String, NamedTensor<'a>>);
@@ -256,6 +268,25 @@ impl NamedTensor<'_> {
         // What was beyond the range has become infinite: the file's own values tell the difference.
         let is_damaged = |value: &&f32| !(-f16::MAX.to_f32()..=f16::MAX.to_f32()).contains(*value);
         Err(self.refusal(self.elements()?.iter().find(is_damaged).copied().unwrap_or(f32::INFINITY)))
+    }
+
+    /// The elements of one of a pair, as f16 holds them best, row-major, and the power of two that their scale is to be multiplied
+    /// by: weights that are all small, under a large alpha, would be rounded to nothing.
+    ///
+    /// # Errors
+    /// When the type is none of F16, BF16 and F32, or a value is not finite.
+    pub fn scaled_f16_values(&self) -> Result<(Vec<f16>, f32), AdapterError> {
+        if self.view.dtype() == Dtype::F16 {
+            return self.f16_values().map(|values| (values, 1.0));
+        }
+        let mut exact = self.f32_values()?;
+        let scale = half_scale(exact.iter().fold(0.0, |largest, value| value.abs().max(largest)));
+        if scale != 1.0 {
+            exact.iter_mut().for_each(|value| *value /= scale);
+        }
+        let mut values = vec![f16::ZERO; exact.len()];
+        values.convert_from_f32_slice(&exact);
+        Ok((values, scale))
     }
 
     /// The elements, row-major.

@@ -7,7 +7,7 @@ use half::f16;
 use kernels::low_rank::LowRank;
 use kernels::shape::Experts;
 
-use super::lora::incomplete;
+use super::lora::{HalfPair, incomplete};
 use crate::adapter::canonical::SiteDelta;
 use crate::adapter::error::AdapterError;
 use crate::adapter::peft_config::LoraConfig;
@@ -70,7 +70,7 @@ impl<'a> FusedPair<'a> {
         let (rank, scale) = (config.rank(&path)?, config.scale(&path)?);
         self.a.check_rank(0, inputs, rank * count)?;
         self.b.check_rank(1, outputs, rank * count)?;
-        let (a, b) = (self.a.f16_values()?, self.b.f16_values()?);
+        let HalfPair { a, b, scale } = HalfPair::of(&self.a, &self.b, scale)?;
         let mut deltas = Vec::new();
         for expert in 0..count {
             let a = &a[expert * rank * inputs..][..rank * inputs];

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use half::f16;
 use half::slice::HalfFloatSliceExt;
 use kernels::half_matrix::HalfMatrix;
 use kernels::low_rank::LowRank;
@@ -126,7 +127,8 @@ impl<'a> Placed<'a> {
         let (rank, scale) = (config.rank(EMBEDDING_PATH)?, config.scale(EMBEDDING_PATH)?);
         a.check_rank(0, spec.vocab_size, rank)?;
         b.check_rank(1, spec.hidden_size, rank)?;
-        let (a, b) = (a.f16_values()?, b.f16_values()?.to_f32_vec());
+        let HalfPair { a, b, scale } = HalfPair::of(a, b, scale)?;
+        let b = b.to_f32_vec();
         Ok(EmbeddingDelta {
             rank,
             a: (0..spec.vocab_size).flat_map(|token| a[token..].iter().step_by(spec.vocab_size)).copied().collect(),
@@ -174,9 +176,9 @@ impl<'a> SiteTensors<'a> {
         let bias = vector(&self.bias, "lora_B.bias", "lora_bias", config.lora_bias)?;
         let magnitude = vector(&self.magnitude, "lora_magnitude_vector", "use_dora", config.use_dora)?;
 
-        let (a, b) = (lora_a.f16_values()?, lora_b.f16_values()?);
-        let low_rank = Some(LowRank::pack(rank, in_features, out_features, scale, &a, &b));
         let bias = bias.map(|bias| bias.into_iter().map(|value| scale * value).collect());
+        let HalfPair { a, b, scale } = HalfPair::of(lora_a, lora_b, scale)?;
+        let low_rank = Some(LowRank::pack(rank, in_features, out_features, scale, &a, &b));
         let (output_scale, bias) = match (magnitude, base) {
             (Some(magnitude), Some((site, base))) => {
                 let pair = Pair { rank, scale, a: &a, b: &b };
@@ -189,6 +191,66 @@ impl<'a> SiteTensors<'a> {
     }
 }
 
+/// A pair as f16 holds it best, and the scale that belongs to it then.
+pub(super) struct HalfPair {
+    pub a: Vec<f16>,
+    pub b: Vec<f16>,
+    pub scale: f32,
+}
+
+impl HalfPair {
+    /// # Errors
+    /// When a value is not finite, or the product of scale and weights is beyond the range of 32-bit floats.
+    pub fn of(a: &NamedTensor<'_>, b: &NamedTensor<'_>, scale: f32) -> Result<Self, AdapterError> {
+        let ((a, scale_of_a), (b_values, scale_of_b)) = (a.scaled_f16_values()?, b.scaled_f16_values()?);
+        // Of both at once: one alone may be beyond the range.
+        let scale = (f64::from(scale) * f64::from(scale_of_a) * f64::from(scale_of_b)) as f32;
+        if scale.is_finite() {
+            Ok(Self { a, b: b_values, scale })
+        } else {
+            Err(AdapterError::tensor(b.key, "times its scale is beyond the range of 32-bit floats"))
+        }
+    }
+}
+
 pub(super) fn incomplete(path: &str, part: &str) -> AdapterError {
     AdapterError::Sites(format!("site {path} is incomplete: {part} is missing"))
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::SafeTensors;
+    use safetensors::tensor::{Dtype, TensorView, serialize};
+
+    use super::*;
+
+    #[test]
+    fn a_pair_times_its_scale_is_the_same_however_small_or_large_its_weights_are() {
+        for (a, b, scale) in [
+            (0.5, 0.25, 2.0),
+            (0.5, 2e-8, 1e6),
+            (0.5, -1e-40, 1e30),
+            (1e-12, 3e-7, 1e10),
+            (9e4, 7e4, 1e-6),
+            (1e30, 1e-30, 1.0),
+            (1e30, 1e30, 1e-30),
+            (0.0, 1.0, 1.0),
+        ] {
+            let bytes = |value: f32| [value, value / 3.0].map(f32::to_le_bytes).concat();
+            let (of_a, of_b) = (bytes(a), bytes(b));
+            let view = |bytes| TensorView::new(Dtype::F32, vec![1, 2], bytes).unwrap();
+            let file = serialize([("a", view(&of_a)), ("b", view(&of_b))], None).unwrap();
+            let file = SafeTensors::deserialize(&file).unwrap();
+            let mut tensors = Tensors::of(&file).unwrap();
+            let [a_tensor, b_tensor] = ["a", "b"].map(|key| tensors.take(key).unwrap());
+            let pair = HalfPair::of(&a_tensor, &b_tensor, scale).unwrap();
+            for (i, divisor) in [1.0, 3.0].into_iter().enumerate() {
+                let product = f64::from(pair.a[i]) * f64::from(pair.b[i]) * f64::from(pair.scale);
+                let expected = f64::from(a) / divisor * f64::from(b) / divisor * f64::from(scale);
+                assert!((product - expected).abs() <= 2e-3 * expected.abs(), "{a} {b} {scale}: {product}");
+            }
+            // What f16 holds well is kept as it is.
+            assert!(scale != 2.0 || pair.scale == scale && pair.b[0].to_f32() == b);
+        }
+    }
 }
