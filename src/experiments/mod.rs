@@ -268,7 +268,8 @@ impl Experiments {
         let is_seen = |name: &str| report.arms.iter().any(|arm| arm.name == name);
         report.pairs.retain(|pair| is_seen(&pair.a) && is_seen(&pair.b));
         report.canary = report.canary.filter(|canary| is_seen(&canary.arm));
-        report.promotion = report.promotion.filter(|promotion| is_seen(&promotion.arm) && may_see(&promotion.adapter));
+        report.promotion =
+            report.promotion.filter(|promotion| is_seen(&promotion.arm) && self.shows(promotion, &may_see));
         report
     }
 

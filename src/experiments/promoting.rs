@@ -114,8 +114,13 @@ impl Experiments {
         let promotions = self.read(move |store| store.map_or(Ok(Vec::new()), |store| store.promotions(&name))).await?;
         let hides = |arm: &ArmConfig| self.names.adapter(&arm.model).is_some_and(|adapter| !may_see(adapter));
         let is_hidden = found.canary_arm().is_some_and(hides);
-        let visible = promotions.into_iter().filter(|promotion| !is_hidden && may_see(&promotion.adapter));
+        let visible = promotions.into_iter().filter(|promotion| !is_hidden && self.shows(promotion, &may_see));
         Ok(Some(visible.collect()))
+    }
+
+    /// Whether `may_see` allows both of the adapters that a promotion names, in its causes too.
+    pub(super) fn shows(&self, promotion: &Promotion, may_see: impl Fn(&str) -> bool) -> bool {
+        may_see(&promotion.adapter) && self.names.adapter(&promotion.incumbent_model).is_none_or(may_see)
     }
 
     /// The judged replies of an experiment, in order of time. Blocks.
@@ -383,6 +388,20 @@ mod tests {
         let back = latest(&experiments).await;
         assert_eq!((back.stage, served(&experiments)), (Stage::Back, arms(&["base"])));
         assert!(back.steps[2].cause.as_ref().unwrap().contains("the generation strange"), "{back:?}");
+    }
+
+    #[tokio::test]
+    async fn a_promotion_is_hidden_from_whom_the_candidate_the_arm_or_the_incumbent_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let experiments = open_with(folder.path(), &CONFIG.replace("model = 'm'", "model = 'y'"));
+        let begun = experiments.promote("e", candidate()).await.unwrap();
+        let report = experiments.report("e").await.unwrap().unwrap();
+        for (hidden, seen) in [("none", vec![begun]), ("ft-1", vec![]), ("x", vec![]), ("y", vec![])] {
+            let may_see = |name: &str| name != hidden;
+            let visible = experiments.visible(report.clone(), may_see);
+            assert_eq!(visible.promotion.into_iter().collect::<Vec<_>>(), seen, "{hidden}");
+            assert_eq!(experiments.promotions("e", may_see).await.unwrap().unwrap(), seen, "{hidden}");
+        }
     }
 
     #[tokio::test]
