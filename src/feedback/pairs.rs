@@ -114,7 +114,7 @@ impl Split {
     }
 
     /// By the hash of a user or prompt alone: the same in every export, of every experiment.
-    fn of(hash: i64, plan: &Plan) -> Self {
+    pub(super) fn of(hash: i64, plan: &Plan) -> Self {
         let position = (hash.cast_unsigned() >> 11) as f64 / (1u64 << 53) as f64;
         match position {
             position if position < plan.test => Self::Test,
@@ -250,7 +250,7 @@ fn plain(messages: &[Value]) -> Result<Vec<Value>, LeftOut> {
     Ok(plain)
 }
 
-fn plain_message(message: &Value) -> Result<Value, LeftOut> {
+pub(super) fn plain_message(message: &Value) -> Result<Value, LeftOut> {
     let calls = [&message["tool_calls"], &message["function_call"]];
     let has_calls =
         calls.into_iter().any(|calls| !calls.is_null() && calls.as_array().is_none_or(|all| !all.is_empty()));
