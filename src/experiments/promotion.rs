@@ -112,7 +112,7 @@ pub struct Step {
 pub struct Check {
     /// Pairs that both were measured on.
     pub pairs: usize,
-    /// Pairs that do not fit into the context of one of them.
+    /// Pairs that do not fit into the context of one of them, or that its template does not take.
     pub left_out: usize,
     /// Pairs whose completion is likelier to the candidate.
     pub wins: u64,

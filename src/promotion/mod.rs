@@ -113,7 +113,9 @@ async fn measure(
     }
     if logprobs.len() < rule.min_pairs {
         let (found, min) = (logprobs.len(), rule.min_pairs);
-        return Err(format!("{found} held-out pairs fit into the context, and promotion.min_pairs is {min}"));
+        return Err(format!(
+            "{found} held-out pairs fit into the context and the template, and promotion.min_pairs is {min}"
+        ));
     }
     Ok(Check::new(&logprobs, left_out))
 }

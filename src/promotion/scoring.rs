@@ -5,7 +5,7 @@ use crate::feedback::HeldOut;
 use crate::generation::{
     Access, Generation, GenerationError, GenerationOptions, GenerationRequest, Prompt, Selection, TextStream,
 };
-use crate::icl;
+use crate::icl::{self, IclError};
 
 /// One side of a check.
 #[derive(Debug)]
@@ -23,8 +23,19 @@ pub enum Scored {
         mean: f64,
         generation: Option<String>,
     },
-    /// There is nothing to score, or no room for it.
-    NoRoom,
+    /// There is nothing to score, no room for it, or a template that does not take it.
+    LeftOut,
+}
+
+/// Whether another pair may be scored all the same: users send what a template refuses, as two questions in a row.
+fn is_of_the_pair(error: &GenerationError) -> bool {
+    match error {
+        GenerationError::ContextLengthExceeded { .. }
+        | GenerationError::PromptTooLarge { .. }
+        | GenerationError::InvalidParameter { .. } => true,
+        GenerationError::Icl(error) => matches!(**error, IclError::PromptTooLong { .. } | IclError::Count(_)),
+        _ => false,
+    }
 }
 
 impl Scorer<'_> {
@@ -32,9 +43,7 @@ impl Scorer<'_> {
     /// Of the one or the other request.
     pub async fn score(&self, generation: &Generation, pair: &HeldOut) -> Result<Scored, GenerationError> {
         match self.try_score(generation, pair).await {
-            Err(GenerationError::ContextLengthExceeded { .. } | GenerationError::PromptTooLarge { .. }) => {
-                Ok(Scored::NoRoom)
-            }
+            Err(error) if is_of_the_pair(&error) => Ok(Scored::LeftOut),
             scored => scored,
         }
     }
@@ -45,19 +54,19 @@ impl Scorer<'_> {
         let completion = generation.tokenizer().encode_continuation(&pair.completion);
         let completion = completion.map_err(|error| GenerationError::Failed(error.to_string()))?;
         if completion.is_empty() {
-            return Ok(Scored::NoRoom);
+            return Ok(Scored::LeftOut);
         }
         tokens.extend(&completion);
         let account = Account { priority: Priority::Batch, ..Account::default() };
         let echoed = GenerationOptions { echo: true, top_logprobs: Some(0), account, ..GenerationOptions::default() };
         let mut generated = generation.start(self.request(Prompt::Tokens(tokens), None, echoed), &Access::All).await?;
-        let Some(sequence) = generated.sequences.pop() else { return Ok(Scored::NoRoom) };
+        let Some(sequence) = generated.sequences.pop() else { return Ok(Scored::LeftOut) };
         let completed = TextStream::collect(sequence).await?;
         let records = completed.tokens.iter().rev().take(completion.len());
         // Behind no prompt at all, nothing predicts the first.
         let logprobs: Vec<_> = records.filter_map(|record| record.logprob.as_ref()).collect();
         if logprobs.is_empty() {
-            return Ok(Scored::NoRoom);
+            return Ok(Scored::LeftOut);
         }
         let sum: f64 = logprobs.iter().map(|logprob| f64::from(logprob.logprob)).sum();
         let mean = sum / logprobs.len() as f64;
@@ -84,6 +93,36 @@ impl Scorer<'_> {
                 self.generation = Some(generation);
                 Ok(())
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_with_one_pair_is_no_end_of_a_check() {
+        let too_long = IclError::PromptTooLong {
+            store: "s".to_owned(),
+            k: 1,
+            num_prompt_tokens: 9,
+            max_prompt_tokens: 8,
+            num_fitting: 0,
+        };
+        let count = IclError::Count("roles must alternate".into());
+        let unknown = IclError::UnknownStore { store: "s".to_owned(), known: String::new() };
+        let refused = "roles must alternate".to_owned();
+        for (error, is_so) in [
+            (GenerationError::InvalidParameter { param: "messages", message: refused.clone() }, true),
+            (GenerationError::PromptTooLarge { param: "prompt", num_bytes: 9, context_length: 1 }, true),
+            (GenerationError::Icl(Box::new(too_long)), true),
+            (GenerationError::Icl(Box::new(count)), true),
+            (GenerationError::Icl(Box::new(unknown)), false),
+            (GenerationError::unknown_model("model", "m"), false),
+            (GenerationError::Failed(refused), false),
+        ] {
+            assert_eq!(is_of_the_pair(&error), is_so, "{error}");
         }
     }
 }
