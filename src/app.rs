@@ -8,7 +8,7 @@ use std::thread;
 
 use tracing::{error, info, warn};
 
-use crate::adapter::registry::{AdapterRegistry, RegistryError};
+use crate::adapter::registry::{AdapterRegistry, ChangeError, RegistryError};
 use crate::config::{self, Config, ConfigError, EngineConfig};
 use crate::engine::EngineHandle;
 use crate::experiments::{Experiments, ModelNames, OnRollBack};
@@ -140,10 +140,14 @@ fn load_adapters(config: &Config, path: &Path, metrics: &Arc<Metrics>) -> Result
 /// Reads files, and must not keep the experiments' writer waiting: each roll-back has a thread.
 fn roll_back_adapter(adapters: &Arc<AdapterRegistry>) -> OnRollBack {
     let adapters = adapters.clone();
-    Box::new(move |name| {
-        let (adapters, name) = (adapters.clone(), name.to_owned());
-        let roll_back = move || match futures::executor::block_on(adapters.roll_back(&name, None)) {
+    Box::new(move |name, from| {
+        let (adapters, name, from) = (adapters.clone(), name.to_owned(), from.map(str::to_owned));
+        let roll_back = move || match futures::executor::block_on(adapters.roll_back(&name, None, from.as_deref())) {
             Ok(status) => info!("adapter {name}: back to generation {}", status.generation.unwrap_or_default()),
+            // Somebody was quicker, or this server before it was killed.
+            Err(ChangeError::Conflict { expected, found }) => {
+                info!("adapter {name} stays as it is, at generation {found}: {expected} is not there any more");
+            }
             Err(e) => error!("adapter {name} is out of its experiment, but stays as it is: {e}"),
         };
         if let Err(e) = thread::Builder::new().name("lorry-roll-back".to_owned()).spawn(roll_back) {

@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use lorry::experiments::{
     ArmReport, CanaryState, Experiments, ExperimentsConfig, ModelNames, Outcome, Record, Report, Unavailable, Vote,
@@ -22,11 +23,14 @@ const CANARY: &str =
     "arms = [{name = 'base', model = 'coder:1b', weight = 1}, {name = 'tuned', model = 'conala', weight = 1, canary = true}]
     bounds = {max_error_rate = 0.2, min_samples = 10}";
 
-/// An experiment `e` on the alias `coder`, and the adapters that it rolled back.
+/// An adapter, and its generation that was bad.
+type RolledBack = (String, Option<String>);
+
+/// An experiment `e` on the alias `coder`, and what it rolled back.
 struct Lab {
     experiments: Experiments,
     metrics: Arc<Metrics>,
-    rolled_back: Arc<Mutex<Vec<String>>>,
+    rolled_back: Arc<Mutex<Vec<RolledBack>>>,
 }
 
 impl Lab {
@@ -43,7 +47,9 @@ impl Lab {
         config.validate(BASE).unwrap();
         let (metrics, rolled_back) = (Arc::new(Metrics::new("base")), Arc::new(Mutex::new(Vec::new())));
         let calls = rolled_back.clone();
-        let on_roll_back = Box::new(move |adapter: &str| calls.lock().unwrap().push(adapter.to_owned()));
+        let on_roll_back = Box::new(move |adapter: &str, generation: Option<&str>| {
+            calls.lock().unwrap().push((adapter.to_owned(), generation.map(str::to_owned)));
+        });
         let experiments = Experiments::start(
             &config,
             database.to_path_buf(),
@@ -249,7 +255,7 @@ async fn a_canary_that_breaks_its_bound_leaves_the_traffic_until_it_is_reset() {
         lab.experiments.record(request(&format!("cmpl-base-{i}"), "base"));
     }
     lab.settle().await;
-    assert_eq!(*lab.rolled_back.lock().unwrap(), ["conala"], "the hook is called once");
+    assert_eq!(*lab.rolled_back.lock().unwrap(), [("conala".to_owned(), None)], "the hook is called once");
     assert_eq!(arms_served(&lab), HashSet::from(["base".to_owned()]));
     assert!(lab.experiments.is_rolled_back("e", "tuned") && !lab.experiments.is_rolled_back("e", "base"));
     let canary = lab.report().await.canary.unwrap();
@@ -264,6 +270,28 @@ async fn a_canary_that_breaks_its_bound_leaves_the_traffic_until_it_is_reset() {
     assert_eq!(arms_served(&lab).len(), 2);
     assert_eq!(lab.report().await.canary.unwrap().state, CanaryState::Watching);
     assert!(lab.rolled_back.lock().unwrap().is_empty(), "what was before the reset does not count");
+}
+
+#[tokio::test]
+async fn what_is_rolled_back_is_the_generation_that_broke_the_bound_also_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let of = |generation: &str, i: usize| {
+        let (id, generation) = (format!("cmpl-{generation}-{i}"), Some(generation.to_owned()));
+        Record { outcome: Outcome::Failed, generation, ..request(&id, "tuned") }
+    };
+    let lab = Lab::open(&database(&folder), CANARY);
+    (0..9).for_each(|i| lab.experiments.record(of("v1", i)));
+    lab.settle().await;
+    // Requests are kept in order of milliseconds.
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    (0..9).for_each(|i| lab.experiments.record(of("v2", i)));
+    lab.settle().await;
+    assert!(lab.rolled_back.lock().unwrap().is_empty(), "nine samples prove nothing");
+    drop(lab);
+    let lab = Lab::open(&database(&folder), CANARY);
+    lab.experiments.record(Record { outcome: Outcome::Failed, ..request("cmpl-9", "tuned") });
+    lab.settle().await;
+    assert_eq!(*lab.rolled_back.lock().unwrap(), [("conala".to_owned(), Some("v2".to_owned()))]);
 }
 
 #[tokio::test]

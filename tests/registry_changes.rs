@@ -93,18 +93,25 @@ async fn earlier_generations_can_be_installed_again() {
     let [_, second, third, fourth] = &generations[..] else { panic!("{generations:?}") };
     assert_eq!(status(&registry, "a").previous_generations, [third.clone(), second.clone()]);
 
-    let rolled_back = registry.roll_back("a", None).await.unwrap();
+    let rolled_back = registry.roll_back("a", None, None).await.unwrap();
     assert_eq!(rolled_back.generation.as_ref(), Some(third));
     assert_eq!(registry.acquire("a").await.unwrap().generation, *third);
     assert_eq!(rolled_back.previous_generations, [fourth.clone(), second.clone()]);
-    assert_eq!(registry.roll_back("a", Some(second)).await.unwrap().generation.as_ref(), Some(second));
-    let error = registry.roll_back("a", Some(&generations[0])).await.unwrap_err();
+    assert_eq!(registry.roll_back("a", Some(second), None).await.unwrap().generation.as_ref(), Some(second));
+    let error = registry.roll_back("a", Some(&generations[0]), None).await.unwrap_err();
     assert!(matches!(error, ChangeError::Source(_)), "{error}");
+
+    // By whoever thinks that another one is there.
+    let conflict = ChangeError::Conflict { expected: third.clone(), found: second.clone() };
+    assert_eq!(registry.roll_back("a", None, Some(third)).await.unwrap_err(), conflict);
+    assert_eq!(generation(&registry, "a").as_ref(), Some(second));
+    assert_eq!(registry.roll_back("a", Some(third), Some(second)).await.unwrap().generation.as_ref(), Some(third));
+    registry.roll_back("a", Some(second), None).await.unwrap();
 
     registry.remove("a", None).await.unwrap();
     assert_eq!(registry.acquire("a").await.unwrap_err(), AcquireError::Unknown("a".to_owned()));
-    assert_eq!(registry.roll_back("a", None).await.unwrap().generation.as_ref(), Some(second));
-    assert_eq!(registry.roll_back("b", None).await.unwrap_err(), ChangeError::Unknown("b".to_owned()));
+    assert_eq!(registry.roll_back("a", None, None).await.unwrap().generation.as_ref(), Some(second));
+    assert_eq!(registry.roll_back("b", None, None).await.unwrap_err(), ChangeError::Unknown("b".to_owned()));
 }
 
 #[tokio::test]

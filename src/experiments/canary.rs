@@ -55,6 +55,11 @@ impl Monitor {
         Self { bounds, canary: VecDeque::new(), others: VecDeque::new(), generation: None, replaced: None }
     }
 
+    /// What the canary served last.
+    pub fn generation(&self) -> Option<&str> {
+        self.generation.as_deref()
+    }
+
     pub fn observe_canary(&mut self, request: PastRequest) {
         // What failed before it had its weights says nothing of a swap.
         if request.generation.is_some() && request.generation != self.generation {

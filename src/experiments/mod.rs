@@ -40,8 +40,9 @@ use canary::CanaryStatus;
 use store::Store;
 use writer::{Command, Writer};
 
-/// Called on the writer's thread with the name of an adapter whose canary has broken a bound; must not block.
-pub type OnRollBack = Box<dyn Fn(&str) + Send>;
+/// Called on the writer's thread with the name of an adapter whose canary has broken a bound, and the generation that did,
+/// unless none came to be served; must not block.
+pub type OnRollBack = Box<dyn Fn(&str, Option<&str>) + Send>;
 
 /// The arm that a request to an alias gets.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -232,7 +232,7 @@ mod tests {
         let config: ExperimentsConfig = toml::from_str(config).unwrap();
         config.validate("m").unwrap();
         let (names, metrics) = (ModelNames::new("m", |_| false), Arc::new(Metrics::new("m")));
-        Experiments::start(&config, folder.join("experiments.db"), names, metrics, Box::new(|_| {})).unwrap()
+        Experiments::start(&config, folder.join("experiments.db"), names, metrics, Box::new(|_, _| {})).unwrap()
     }
 
     fn candidate() -> Candidate {

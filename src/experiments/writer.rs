@@ -331,9 +331,11 @@ impl Writer {
                 }
                 (None, None) => continue,
             };
+            let generation = experiment.promotion().map(|promotion| promotion.generation);
+            let generation = generation.or_else(|| monitor.generation().map(str::to_owned));
             self.take_out(index, cause);
             if let Some(adapter) = self.names.adapter(&arm.model) {
-                (self.on_roll_back)(adapter);
+                (self.on_roll_back)(adapter, generation.as_deref());
             }
         }
         if !self.unsaved.is_empty() {

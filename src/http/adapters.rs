@@ -204,7 +204,7 @@ pub async fn roll_back(
     fields: Option<Fields>,
 ) -> Result<Response, ApiError> {
     let to = fields.as_ref().map(|fields| fields.string("generation")).transpose()?.flatten();
-    let status = state.generation.adapters().roll_back(&name, to).await?;
+    let status = state.generation.adapters().roll_back(&name, to, None).await?;
     Ok(view(&state, StatusCode::OK, status))
 }
 

@@ -227,7 +227,7 @@ impl Server {
             config.experiments.path(dir.path()),
             ModelNames::new(BASE, |_| false),
             metrics.clone(),
-            Box::new(|_| {}),
+            Box::new(|_, _| {}),
         )
         .unwrap();
         let experiments = Arc::new(experiments);

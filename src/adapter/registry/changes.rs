@@ -74,9 +74,11 @@ impl Worker {
         Ok(())
     }
 
-    pub fn roll_back(&mut self, name: &str, to: Option<&str>) -> Result<(), ChangeError> {
+    pub fn roll_back(&mut self, name: &str, to: Option<&str>, expected: Option<&str>) -> Result<(), ChangeError> {
         let root = self.open()?;
-        let present = self.present(&root, name)?.map(|present| present.generation);
+        let present = self.present(&root, name)?;
+        check_expected(present.as_ref(), expected)?;
+        let present = present.map(|present| present.generation);
         let kept: Vec<String> = generations::list(&root, name).into_iter().map(|(kept, _)| kept).collect();
         if present.is_none() && kept.is_empty() {
             return Err(ChangeError::Unknown(name.to_owned()));

@@ -272,10 +272,15 @@ impl AdapterRegistry {
         self.change(name, move |worker| worker.remove(&removed, expected.as_deref())).await
     }
 
-    /// Installs a previous generation again: `to`, or the latest.
-    pub async fn roll_back(&self, name: &str, to: Option<&str>) -> Result<AdapterStatus, ChangeError> {
-        let (rolled_back, to) = (name.to_owned(), to.map(str::to_owned));
-        self.change(name, move |worker| worker.roll_back(&rolled_back, to.as_deref())).await?;
+    /// Installs a previous generation again: `to`, or the latest. `expected` as for [`AdapterRegistry::install`].
+    pub async fn roll_back(
+        &self,
+        name: &str,
+        to: Option<&str>,
+        expected: Option<&str>,
+    ) -> Result<AdapterStatus, ChangeError> {
+        let (rolled_back, to, expected) = (name.to_owned(), to.map(str::to_owned), expected.map(str::to_owned));
+        self.change(name, move |worker| worker.roll_back(&rolled_back, to.as_deref(), expected.as_deref())).await?;
         self.status(name).ok_or_else(|| ChangeError::Unknown(name.to_owned()))
     }
 
