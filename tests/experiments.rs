@@ -96,6 +96,7 @@ fn request(id: &str, arm: &str) -> Record {
     };
     Record {
         id: id.to_owned(),
+        started_ms: 0,
         experiment: Some("e".to_owned()),
         arm: arm.to_owned(),
         model: model.to_owned(),

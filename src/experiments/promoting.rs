@@ -149,6 +149,7 @@ fn begin(candidate: Candidate, arm: &ArmConfig, incumbent: &ArmConfig) -> Promot
         adapter,
         generation,
         arm: arm.name.clone(),
+        live_from_ms: None,
         replaced_generation: None,
         incumbent: incumbent.name.clone(),
         incumbent_model: incumbent.model.clone(),
@@ -195,16 +196,13 @@ impl Experiment {
         rule.map(|rule| rule.min_shown)
     }
 
-    /// Whether a reply of the canary's arm is the canary's; `generation` as it was recorded.
-    pub(super) fn is_watched(&self, generation: Option<&str>) -> bool {
-        let is_candidate = |promotion: Promotion| promotion.whose(generation) == Served::Candidate;
-        !self.promotes() || self.promotion().filter(Promotion::is_live).is_some_and(is_candidate)
-    }
-
-    /// Whether it is of something that was put in the place of the candidate that gets traffic.
-    pub(super) fn is_stranger(&self, generation: &str) -> bool {
-        let live = self.promotion().filter(Promotion::is_live);
-        live.is_some_and(|promotion| promotion.whose(Some(generation)) == Served::Stranger)
+    /// Whose a reply of the canary's arm is. All are the canary's where candidates are not promoted.
+    pub(super) fn whose(&self, generation: Option<&str>, started_ms: i64) -> Served {
+        match self.promotion() {
+            Some(promotion) if promotion.is_live() => promotion.whose(generation, started_ms),
+            _ if self.promotes() => Served::Before,
+            _ => Served::Candidate,
+        }
     }
 }
 
@@ -380,14 +378,26 @@ mod tests {
         let experiments = open(folder.path());
         let begun = experiments.promote("e", candidate()).await.unwrap();
         experiments.checked("e", &begun.id, checked(8)).await;
-        for id in 0..9 {
-            show(&experiments, id, "old", false).await;
-        }
+        let live_from_ms = latest(&experiments).await.live_from_ms.unwrap();
+        let serve = |id: usize, generation: &str, started_ms: i64| {
+            let (experiment, model, outcome) = (Some("e".to_owned()), "m-x".to_owned(), Outcome::Failed);
+            let generation = Some(generation.to_owned());
+            let begun = Record::begin(&format!("serve-{id}"), "tuned");
+            experiments.record(Record { experiment, model, generation, outcome, started_ms, ..begun });
+        };
+        // Of a candidate before it, too.
+        (0..9).for_each(|id| serve(id, if id < 5 { "old" } else { "older" }, live_from_ms - 1));
+        experiments.settled().await;
         assert_eq!(latest(&experiments).await.stage, Stage::Canary);
-        show(&experiments, 9, "strange", true).await;
+        (10..13).for_each(|id| serve(id, "new", live_from_ms - 1));
+        experiments.settled().await;
+        assert_eq!(latest(&experiments).await.stage, Stage::Canary, "three of it are too few for a bound");
+        // As when somebody rolls its arm's adapter back.
+        serve(13, "old", live_from_ms);
+        experiments.settled().await;
         let back = latest(&experiments).await;
         assert_eq!((back.stage, served(&experiments)), (Stage::Back, arms(&["base"])));
-        assert!(back.steps[2].cause.as_ref().unwrap().contains("the generation strange"), "{back:?}");
+        assert!(back.steps[2].cause.as_ref().unwrap().contains("the generation old"), "{back:?}");
     }
 
     #[tokio::test]

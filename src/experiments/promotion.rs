@@ -72,6 +72,10 @@ pub struct Promotion {
     pub generation: String,
     /// The arm that it is promoted in.
     pub arm: String,
+    /// Unix milliseconds from which requests of the arm are the candidate's, or of what nobody has checked; `None` until it
+    /// gets traffic.
+    #[serde(default)]
+    pub live_from_ms: Option<i64>,
     /// What the arm served before, if that was an adapter that was there.
     pub replaced_generation: Option<String>,
     /// The arm that it is measured against, and the model of that.
@@ -197,6 +201,7 @@ impl Promotion {
         match checked {
             Checked::Measured { check, replaced_generation } => {
                 let (stage, cause) = (if check.has_passed { Stage::Canary } else { Stage::Refused }, check.in_words());
+                self.live_from_ms = check.has_passed.then_some(now_ms);
                 (self.check, self.replaced_generation) = (Some(check), replaced_generation);
                 self.step(stage, now_ms, Some(cause));
             }
@@ -207,13 +212,15 @@ impl Promotion {
         }
     }
 
-    /// `generation` is that of a reply, which has none where it failed before it had weights.
-    pub(super) fn whose(&self, generation: Option<&str>) -> Served {
+    /// `generation` is that of a reply, which has none where it failed before it had weights. What else began before the
+    /// candidate had traffic may be of any that came before it, and end at any time.
+    pub(super) fn whose(&self, generation: Option<&str>, started_ms: i64) -> Served {
         match generation {
-            None => Served::Candidate,
-            Some(generation) if generation == self.generation => Served::Candidate,
-            generation if generation == self.replaced_generation.as_deref() => Served::Before,
-            Some(_) => Served::Stranger,
+            Some(generation) if generation != self.generation => match self.live_from_ms {
+                Some(from) if started_ms >= from => Served::Stranger,
+                _ => Served::Before,
+            },
+            _ => Served::Candidate,
         }
     }
 }

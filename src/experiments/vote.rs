@@ -5,12 +5,15 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use super::store::Unavailable;
+use super::writer::now_ms;
 
 /// One finished run of one arm: of a request to an alias, or of a comparison.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Record {
     /// The id of the reply, which votes name; the arms of a comparison, and a request and its shadows, share it.
     pub id: String,
+    /// When it began, in Unix milliseconds; it is recorded at its end.
+    pub started_ms: i64,
     /// `None` for an arm of a comparison.
     pub experiment: Option<String>,
     pub arm: String,
@@ -44,10 +47,11 @@ pub struct Asked {
 }
 
 impl Record {
-    /// Of a run that has only begun: an arm of a comparison, until more is said.
+    /// Of a run that begins now: an arm of a comparison, until more is said.
     pub fn begin(id: &str, arm: &str) -> Self {
         Self {
             id: id.to_owned(),
+            started_ms: now_ms(),
             experiment: None,
             arm: arm.to_owned(),
             model: String::new(),

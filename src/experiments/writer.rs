@@ -10,7 +10,7 @@ use rusqlite::Transaction;
 use tokio::sync::oneshot;
 
 use super::canary::{CanaryStatus, Monitor, RollBack, Verdict, WINDOW};
-use super::promotion::{Checked, Promotion, Stage};
+use super::promotion::{Checked, Promotion, Served, Stage};
 use super::store::{self, PastRequest, Store, StoreError, Unavailable};
 use super::vote::{Record, Vote, VoteError};
 use super::{Experiment, ModelNames, OnRollBack};
@@ -264,7 +264,10 @@ impl Writer {
             let past =
                 |of_others| store.past_requests(&experiment.config.name, &arm.name, of_others, status.since_ms, WINDOW);
             let of_canary = past(false)?.into_iter();
-            let of_canary = of_canary.filter(|past| experiment.is_watched(past.generation.as_deref()));
+            // Whatever else the arm served since is not the candidate's, whenever it began.
+            let is_canarys =
+                |past: &PastRequest| experiment.whose(past.generation.as_deref(), i64::MAX) == Served::Candidate;
+            let of_canary = of_canary.filter(is_canarys);
             of_canary.for_each(|request| monitor.observe_canary(request));
             past(true)?.into_iter().for_each(|request| monitor.observe_other(request));
             // Not if it broke a bound while the file could not be read.
@@ -280,18 +283,17 @@ impl Writer {
         let Some(index) = self.index_of(&record) else { return };
         let experiments = self.experiments.clone();
         let Some(arm) = experiments[index].arm(&record.arm, &record.model) else { return };
-        let Record { id, generation, outcome, ttft_ms, .. } = record;
-        let stranger = generation.as_deref().filter(|generation| experiments[index].is_stranger(generation));
-        if let (true, Some(generation)) = (arm.canary, stranger) {
+        let Record { id, started_ms, generation, outcome, ttft_ms, .. } = record;
+        let whose = experiments[index].whose(generation.as_deref(), started_ms);
+        if let (true, Served::Stranger, Some(generation)) = (arm.canary, whose, &generation) {
             let cause = format!("the generation {generation} was served, which nobody has checked");
             self.take_out(index, cause);
             return;
         }
         let Some(monitor) = &mut self.monitors[index] else { return };
-        let is_watched = experiments[index].is_watched(generation.as_deref());
         let request = PastRequest { id, generation, outcome, ttft_ms, shown: false, accepted: false };
         match (arm.canary, arm.shadow) {
-            (true, _) if is_watched => monitor.observe_canary(request),
+            (true, _) if whose == Served::Candidate => monitor.observe_canary(request),
             (false, false) => monitor.observe_other(request),
             _ => {}
         }

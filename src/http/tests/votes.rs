@@ -137,6 +137,7 @@ async fn a_database_that_cannot_be_opened_costs_votes_and_nothing_else() {
 fn record(id: &str, experiment: Option<&str>, arm: &str, outcome: Outcome) -> Record {
     Record {
         id: id.to_owned(),
+        started_ms: 0,
         experiment: experiment.map(str::to_owned),
         arm: arm.to_owned(),
         model: if arm == "base" { BASE.to_owned() } else { "x".to_owned() },
