@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 
-use tokio::sync::{Mutex, Notify, oneshot, watch};
+use tokio::sync::{Notify, oneshot, watch};
 
 pub use model::ModelNames;
 pub use outcomes::{FileError, JudgedReply, forget, judged_replies};
@@ -77,8 +77,6 @@ pub struct Experiments {
     path: PathBuf,
     keep_text: bool,
     metrics: Arc<Metrics>,
-    /// Held while a promotion is begun, so that none is while another is under way.
-    beginning: Mutex<()>,
     /// A candidate is to be checked.
     unchecked: Arc<Notify>,
     // Dropped in this order: without a sender the thread writes what is left and ends.
@@ -128,9 +126,8 @@ impl Experiments {
         );
         let thread =
             std::thread::Builder::new().name("lorry-experiments".to_owned()).spawn(move || writer.run(&receiver))?;
-        let (keep_text, beginning) = (config.keep_text, Mutex::default());
-        let _writer = WriterThread(Some(thread));
-        Ok(Self { experiments, names, path, keep_text, metrics, beginning, unchecked, commands, _writer })
+        let (keep_text, _writer) = (config.keep_text, WriterThread(Some(thread)));
+        Ok(Self { experiments, names, path, keep_text, metrics, unchecked, commands, _writer })
     }
 
     /// What clients may send as `model`, beside names of models.

@@ -49,18 +49,20 @@ impl Experiments {
     /// See [`PromoteError`]; nothing has begun then.
     pub async fn promote(&self, experiment: &str, candidate: Candidate) -> Result<Promotion, PromoteError> {
         self.promotes(experiment)?;
-        let _one = self.beginning.lock().await;
         let unknown = || PromoteError::UnknownExperiment(experiment.to_owned());
         let (index, found) = self.find(experiment).ok_or_else(unknown)?;
-        if let Some(Promotion { adapter, .. }) = found.promotion().filter(|latest| latest.stage.is_under_way()) {
-            return Err(PromoteError::UnderWay { experiment: experiment.to_owned(), adapter });
-        }
         let (Some(arm), Some(incumbent)) = (found.canary_arm(), found.config.incumbent()) else {
             return Err(PromoteError::NoPromotion(experiment.to_owned()));
         };
         let promotion = begin(candidate, arm, incumbent);
         match self.answered(|reply| Command::Promote(index, Box::new(promotion.clone()), reply)).await {
-            Ok(()) => Ok(promotion),
+            // The writer has the last word, as several may be begun at once.
+            Ok(()) => match found.promotion().filter(|latest| latest.id != promotion.id) {
+                Some(Promotion { adapter, .. }) => {
+                    Err(PromoteError::UnderWay { experiment: experiment.to_owned(), adapter })
+                }
+                None => Ok(promotion),
+            },
             Err(VoteError::Unavailable(cause)) => Err(cause.into()),
             Err(VoteError::UnknownArm { .. }) => Err(Unavailable::Failed.into()),
         }
@@ -178,6 +180,11 @@ impl Experiment {
 
     fn stage(&self) -> Option<Stage> {
         self.promotion.as_ref().and_then(|promotion| promotion.borrow().as_ref().map(|promotion| promotion.stage))
+    }
+
+    /// Whether nothing else can be promoted.
+    pub(super) fn is_under_way(&self) -> bool {
+        self.stage().is_some_and(Stage::is_under_way)
     }
 
     /// Whether the canary gets no traffic.
@@ -398,6 +405,33 @@ mod tests {
         let back = latest(&experiments).await;
         assert_eq!((back.stage, served(&experiments)), (Stage::Back, arms(&["base"])));
         assert!(back.steps[2].cause.as_ref().unwrap().contains("the generation old"), "{back:?}");
+    }
+
+    #[tokio::test]
+    async fn one_of_several_that_are_begun_at_once_is_under_way_and_no_step_is_lost() {
+        let folder = tempfile::tempdir().unwrap();
+        let experiments = open(folder.path());
+        let begun = futures::future::join_all((0..5).map(|_| experiments.promote("e", candidate()))).await;
+        let (begun, refused): (Vec<_>, Vec<_>) = begun.into_iter().partition(Result::is_ok);
+        assert!(refused.iter().all(|refused| matches!(refused, Err(PromoteError::UnderWay { .. }))), "{refused:?}");
+        let [Ok(begun)] = &begun[..] else { panic!("{begun:?}") };
+        assert_eq!(experiments.promotions("e", |_| true).await.unwrap().unwrap(), std::slice::from_ref(begun));
+
+        // In one batch of the writer, as far as it has not begun with them.
+        let checked = experiments.checked("e", &begun.id, checked(8));
+        let strange = async {
+            let (experiment, generation) = (Some("e".to_owned()), Some("strange".to_owned()));
+            let started_ms = i64::MAX;
+            let begun = Record::begin("strange", "tuned");
+            experiments.record(Record { experiment, model: "m-x".to_owned(), generation, started_ms, ..begun });
+        };
+        let ((), (), reset) = futures::join!(checked, strange, experiments.reset("e"));
+        reset.unwrap();
+        let back = latest(&experiments).await;
+        assert_eq!(stages(&back), [Stage::Checking, Stage::Canary, Stage::Back]);
+        assert_eq!(experiments.promotions("e", |_| true).await.unwrap().unwrap(), std::slice::from_ref(&back));
+        drop(experiments);
+        assert_eq!(latest(&open(folder.path())).await, back, "as the file has it");
     }
 
     #[tokio::test]

@@ -1,6 +1,8 @@
 //! The thread that writes: it alone changes the file, watches the canaries, and answers a vote when that is on disk.
 
 use std::collections::BTreeSet;
+use std::iter;
+use std::mem;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -25,12 +27,19 @@ pub enum Command {
     Vote(Vote, oneshot::Sender<Result<(), VoteError>>),
     /// Lets the canary of an experiment, by index, begin anew.
     Reset(usize, oneshot::Sender<Result<(), VoteError>>),
-    /// Begins the promotion in the experiment, by index; none is under way there.
+    /// Begins the promotion in the experiment, by index, unless one is under way there.
     Promote(usize, Box<Promotion>, oneshot::Sender<Result<(), VoteError>>),
     /// What the check of the promotion with this id gave.
     Checked(usize, String, Checked),
     /// Answered when all before it has been taken up.
     Settle(oneshot::Sender<Result<(), VoteError>>),
+}
+
+impl Command {
+    /// Whether what it does depends on where a canary or a promotion is, to which all before it must have led.
+    fn is_a_turn(&self) -> bool {
+        matches!(self, Self::Reset(..) | Self::Promote(..) | Self::Checked(..))
+    }
 }
 
 pub struct Writer {
@@ -90,13 +99,23 @@ impl Writer {
     /// Until every sender is gone.
     pub fn run(mut self, commands: &Receiver<Command>) {
         while let Ok(first) = commands.recv() {
-            let mut batch = vec![first];
-            batch.extend(commands.try_iter().take(MAX_BATCH - 1));
+            let mut batch = Vec::new();
+            for command in iter::once(first).chain(commands.try_iter()).take(MAX_BATCH) {
+                if command.is_a_turn() {
+                    self.handle(mem::take(&mut batch));
+                    self.handle(vec![command]);
+                } else {
+                    batch.push(command);
+                }
+            }
             self.handle(batch);
         }
     }
 
     fn handle(&mut self, batch: Vec<Command>) {
+        if batch.is_empty() {
+            return;
+        }
         let answers = match self.write(&batch) {
             Ok(answers) => answers,
             Err(cause) => vec![Err(VoteError::Unavailable(cause)); batch.len()],
@@ -129,7 +148,7 @@ impl Writer {
                     replies.push((reply, answer));
                 }
                 Command::Promote(index, promotion, reply) => {
-                    if answer.is_ok() {
+                    if answer.is_ok() && !self.experiments[index].is_under_way() {
                         self.experiments[index].set_promotion(*promotion);
                     }
                     replies.push((reply, answer));
@@ -219,7 +238,11 @@ impl Writer {
                     self.save_promotion(transaction, *index, &promotion)?;
                 }
             }
-            Command::Promote(index, promotion, _) => self.save_promotion(transaction, *index, promotion)?,
+            Command::Promote(index, promotion, _) => {
+                if !self.experiments[*index].is_under_way() {
+                    self.save_promotion(transaction, *index, promotion)?;
+                }
+            }
             // Holds at once, and is saved behind this.
             Command::Checked(..) | Command::Settle(_) => {}
         }
