@@ -331,7 +331,7 @@ impl Config {
             return Err("server.max_body_bytes_in_flight must be at least server.max_body_bytes".to_owned());
         }
         self.server.validate_keys()?;
-        self.experiments.validate(&self.model.id)?;
+        self.experiments.validate(&self.model.id, &self.server.model_aliases)?;
         self.fine_tuning.validate()?;
         if self.fine_tuning.enabled && self.adapters.dir().is_none() {
             return Err("fine_tuning.enabled needs a folder for adapters: set adapters.dir".to_owned());

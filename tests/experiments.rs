@@ -1,7 +1,7 @@
 //! Experiments through the library: what is reported, what a canary does, and what survives a crash or a bad disk. None of
 //! it needs a model. Two tests run this binary again as a child, to kill it or to take its rights away.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -44,7 +44,7 @@ impl Lab {
              [[run]]\nname = 'e'\nalias = 'coder'\n{arms}"
         );
         let config: ExperimentsConfig = toml::from_str(&config).unwrap();
-        config.validate(BASE).unwrap();
+        config.validate(BASE, &BTreeMap::new()).unwrap();
         let (metrics, rolled_back) = (Arc::new(Metrics::new("base")), Arc::new(Mutex::new(Vec::new())));
         let calls = rolled_back.clone();
         let on_roll_back = Box::new(move |adapter: &str, generation: Option<&str>| {

@@ -215,7 +215,7 @@ impl Experiment {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
+    use std::collections::{BTreeMap, BTreeSet};
     use std::path::Path;
     use std::sync::Arc;
 
@@ -235,7 +235,7 @@ mod tests {
 
     fn open_with(folder: &Path, config: &str) -> Experiments {
         let config: ExperimentsConfig = toml::from_str(config).unwrap();
-        config.validate("m").unwrap();
+        config.validate("m", &BTreeMap::new()).unwrap();
         let (names, metrics) = (ModelNames::new("m", |_| false), Arc::new(Metrics::new("m")));
         Experiments::start(&config, folder.join("experiments.db"), names, metrics, Box::new(|_, _| {})).unwrap()
     }

@@ -9,6 +9,9 @@ use super::statistics::sign_test;
 /// With fewer pairs the sign test cannot come down to [`MAX_P_VALUE`], whatever the candidate does.
 pub const FEWEST_PAIRS: usize = 6;
 
+/// The latest ones that a check takes, so that it has an end.
+pub const MOST_PAIRS: usize = 500;
+
 const MAX_P_VALUE: f64 = 0.05;
 
 /// What a candidate must show before it is promoted.

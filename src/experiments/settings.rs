@@ -1,11 +1,12 @@
 //! `[experiments]` of the configuration, checked as far as that is possible without knowing the models.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::promotion::{FEWEST_PAIRS, PromotionRule};
+use super::promotion::{FEWEST_PAIRS, MOST_PAIRS, PromotionRule};
 use crate::generation::model_name::ModelName;
 use crate::icl;
 
@@ -77,8 +78,9 @@ impl ExperimentsConfig {
     }
 
     /// # Errors
-    /// The first key that makes no sense; `base_id` is the id of the base.
-    pub fn validate(&self, base_id: &str) -> Result<(), String> {
+    /// The first key that makes no sense; `base_id` is the id of the base, and `model_aliases` what of `server` goes by that
+    /// name.
+    pub fn validate(&self, base_id: &str, model_aliases: &BTreeMap<String, String>) -> Result<(), String> {
         if self.max_mib == 0 {
             return Err("experiments.max_mib must be at least 1".to_owned());
         }
@@ -100,7 +102,7 @@ impl ExperimentsConfig {
                     self.max_mib
                 ));
             }
-            experiment.validate_promotion(&at, base_id)?;
+            experiment.validate_promotion(&at, base_id, model_aliases)?;
             let before = &self.run[..index];
             if before.iter().any(|other| other.name == experiment.name || other.alias == experiment.alias) {
                 return Err(format!("{at}: its name or alias is taken by another experiment"));
@@ -128,7 +130,12 @@ impl ExperimentConfig {
         self.arms.iter().find(|arm| arm.weight > 0.0 && !arm.canary)
     }
 
-    fn validate_promotion(&self, at: &str, base_id: &str) -> Result<(), String> {
+    fn validate_promotion(
+        &self,
+        at: &str,
+        base_id: &str,
+        model_aliases: &BTreeMap<String, String>,
+    ) -> Result<(), String> {
         let Some(rule) = &self.promotion else { return Ok(()) };
         let (at_arms, at) = (format!("{at}.arms"), format!("{at}.promotion"));
         let (Some(arm), Some(bounds)) = (self.arms.iter().find(|arm| arm.canary), &self.bounds) else {
@@ -138,14 +145,40 @@ impl ExperimentConfig {
         if is_base || arm.model.contains('+') || arm.weight == 0.0 {
             return Err(format!("{at}: the canary {:?} must be an adapter alone, with a weight", arm.name));
         }
+        if model_aliases.contains_key(&arm.model) {
+            // What it stands for would be served, and the candidate be installed under its own name.
+            return Err(format!(
+                "{at}: the model {:?} of the canary {:?} is in server.model_aliases: name the adapter itself",
+                arm.model, arm.name
+            ));
+        }
         if self.arms.iter().filter(|arm| arm.weight > 0.0 && !arm.canary).count() != 1 {
             return Err(format!("{at_arms}: with `promotion`, one arm alone may have a weight beside the canary's"));
+        }
+        let weights_of = |model: &str| {
+            let model = icl::Selection::split_model_name(model).map_or(model, |(model, _)| model);
+            let model = model_aliases.get(model).map_or(model, String::as_str);
+            match ModelName::parse(Some(model), base_id, |_| false) {
+                ModelName::Base => None,
+                ModelName::Adapter(adapter) => Some(adapter.to_owned()),
+            }
+        };
+        if let Some(incumbent) =
+            self.incumbent().filter(|incumbent| weights_of(&incumbent.model) == weights_of(&arm.model))
+        {
+            return Err(format!(
+                "{at_arms}: {:?} serves the adapter of the canary {:?}, and would change with it: give it another name",
+                incumbent.name, arm.name
+            ));
         }
         if self.keep_prompts_mib == 0 {
             return Err(format!("{at} needs prompts to check on: set keep_prompts_mib"));
         }
-        if rule.min_pairs < FEWEST_PAIRS {
-            return Err(format!("{at}.min_pairs must be at least {FEWEST_PAIRS}: with fewer nothing can be shown"));
+        if !(FEWEST_PAIRS..=MOST_PAIRS).contains(&rule.min_pairs) {
+            return Err(format!(
+                "{at}.min_pairs must be from {FEWEST_PAIRS} to {MOST_PAIRS}: with fewer nothing can be shown, and a check \
+                 takes no more"
+            ));
         }
         let (least, most) = (bounds.min_samples, super::canary::WINDOW);
         if !(least..=most).contains(&rule.min_shown) {
@@ -221,7 +254,7 @@ mod tests {
 
     fn check(run: &str) -> Result<(), String> {
         let config: ExperimentsConfig = toml::from_str(&format!("{HEAD}{run}")).unwrap();
-        config.validate("base")
+        config.validate("base", &BTreeMap::new())
     }
 
     fn run(name: &str, alias: &str, arms: &str, rest: &str) -> String {
@@ -272,7 +305,7 @@ mod tests {
         check(&run).unwrap();
         let without_text = format!("{HEAD}{run}").replace("keep_text = true", "keep_text = false");
         let config: ExperimentsConfig = toml::from_str(&without_text).unwrap();
-        assert!(config.validate("base").unwrap_err().contains("experiments.keep_text"));
+        assert!(config.validate("base", &BTreeMap::new()).unwrap_err().contains("experiments.keep_text"));
     }
 
     #[test]
@@ -284,6 +317,8 @@ mod tests {
         check(ARMS, BOUNDS, RULE).unwrap();
         let of_base = ARMS.replace("'x'", "'BASE'");
         let of_base = of_base.replace("'base'", "'y'");
+        let of_same = ARMS.replace("'base'", "'base-x'");
+        let of_same_with_examples = ARMS.replace("'base'", "'x+icl:s@1'");
         let with_examples = ARMS.replace("'x'", "'x+icl:s@1'");
         let third = format!("{ARMS}, {{name = 'c', model = 'y', weight = 1}}");
         for (arms, bounds, rule, word) in [
@@ -292,13 +327,25 @@ mod tests {
             (with_examples.as_str(), BOUNDS, RULE, "must be an adapter"),
             (third.as_str(), BOUNDS, RULE, "run[0].arms"),
             (ARMS, BOUNDS, "promotion = {min_pairs = 20, min_shown = 50}", "keep_prompts_mib"),
-            (ARMS, BOUNDS, &RULE.replace("= 20", "= 5"), "min_pairs must be at least 6"),
+            (of_same.as_str(), BOUNDS, RULE, "run[0].arms: \"a\" serves the adapter of the canary \"b\""),
+            (of_same_with_examples.as_str(), BOUNDS, RULE, "run[0].arms: \"a\" serves the adapter"),
+            (ARMS, BOUNDS, &RULE.replace("= 20", "= 5"), "min_pairs must be from 6 to 500"),
+            (ARMS, BOUNDS, &RULE.replace("= 20", "= 501"), "min_pairs must be from 6 to 500"),
             (ARMS, BOUNDS, &RULE.replace("= 50", "= 19"), "min_shown must be from bounds.min_samples, 20, to 1000"),
             (ARMS, BOUNDS, &RULE.replace("= 50", "= 50, test = 0.5"), "promotion.test"),
         ] {
             let error = check(arms, bounds, rule).unwrap_err();
             assert!(error.contains(word), "{word}: {error}");
         }
+
+        let of_alias = |alias: &str, model: &str| {
+            let run = run("one", "coder", ARMS, &format!("{BOUNDS}\n{RULE}")).replace("'base'", "'y'");
+            let config: ExperimentsConfig = toml::from_str(&format!("{HEAD}{run}")).unwrap();
+            config.validate("base", &BTreeMap::from([(alias.to_owned(), model.to_owned())]))
+        };
+        assert!(of_alias("x", "z").unwrap_err().contains("server.model_aliases"));
+        assert!(of_alias("y", "x").unwrap_err().contains("run[0].arms: \"a\" serves the adapter"));
+        of_alias("y", "z").unwrap();
     }
 
     #[test]

@@ -14,14 +14,12 @@ use tokio::time::sleep;
 pub use begin::{BeginError, begin};
 
 use crate::adapter::registry::Source;
-use crate::experiments::{Check, Checked, Experiments, Promotion, PromotionRule};
+use crate::experiments::{Check, Checked, Experiments, MOST_PAIRS, Promotion, PromotionRule};
 use crate::feedback::{HeldOut, held_out};
 use crate::generation::{Generation, GenerationError};
 use crate::icl;
 use scoring::{Scored, Scorer};
 
-/// The latest ones, so that a check has an end.
-const MAX_PAIRS: usize = 500;
 /// How often a server that is full is asked again.
 const POLL: Duration = Duration::from_millis(20);
 
@@ -67,7 +65,7 @@ async fn pairs(experiments: &Arc<Experiments>, experiment: &str, rule: &Promotio
     let (experiments, experiment, rule) = (experiments.clone(), experiment.to_owned(), rule.clone());
     let read = spawn_blocking(move || {
         let mut pairs = held_out(&experiments.judged_replies(&experiment)?, &rule);
-        pairs.drain(..pairs.len().saturating_sub(MAX_PAIRS));
+        pairs.drain(..pairs.len().saturating_sub(MOST_PAIRS));
         Ok(pairs)
     });
     match read.await {
