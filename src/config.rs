@@ -19,7 +19,7 @@ use kernels::attention::KvType;
 use serde::{Deserialize, Deserializer};
 
 use crate::adapter::registry::RegistryOptions;
-use crate::experiments::ExperimentsConfig;
+use crate::experiments::{ExperimentsConfig, SPARE_PLACES};
 use crate::fine_tuning::FineTuningConfig;
 use crate::model::checkpoint::Quantization;
 
@@ -332,6 +332,12 @@ impl Config {
         }
         self.server.validate_keys()?;
         self.experiments.validate(&self.model.id, &self.server.model_aliases)?;
+        let num_places = self.engine.max_queued;
+        if num_places <= SPARE_PLACES && self.experiments.run.iter().any(|run| run.promotion.is_some()) {
+            return Err(format!(
+                "engine.max_queued must be more than {SPARE_PLACES} for a promotion, not {num_places}: so many a check leaves free"
+            ));
+        }
         self.fine_tuning.validate()?;
         if self.fine_tuning.enabled && self.adapters.dir().is_none() {
             return Err("fine_tuning.enabled needs a folder for adapters: set adapters.dir".to_owned());

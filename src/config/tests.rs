@@ -213,6 +213,21 @@ fn experiments_come_from_a_file_and_are_checked_with_it() {
 }
 
 #[test]
+fn a_promotion_needs_more_places_than_its_check_leaves_free() {
+    let check = |max_queued: usize, promotion: &str| {
+        let arms = "{name = 'a', model = 'y', weight = 1}, {name = 'b', model = 'x', weight = 1, canary = true}";
+        let run = format!("[[experiments.run]]\nname = 'e'\nalias = 'coder'\narms = [{arms}]\nkeep_prompts_mib = 1");
+        let rest = format!("bounds = {{min_samples = 9}}\n{promotion}");
+        load(Some(&format!("[engine]\nmax_queued = {max_queued}\n{run}\n{rest}")), &[], &Overrides::default())
+    };
+    let promotion = "promotion = {min_pairs = 6, min_shown = 9}";
+    let error = check(2, promotion).unwrap_err();
+    assert!(error.contains("engine.max_queued must be more than 2"), "{error}");
+    check(3, promotion).unwrap();
+    check(2, "").unwrap();
+}
+
+#[test]
 fn a_file_that_is_missing_or_not_toml_is_refused_by_name() {
     let error = Config::load(Some(Path::new("/nowhere/lorry.toml")), &Overrides::default()).unwrap_err();
     assert!(error.to_string().contains("/nowhere/lorry.toml"), "{error}");

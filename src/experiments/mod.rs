@@ -28,7 +28,7 @@ use tokio::sync::{Notify, oneshot, watch};
 pub use model::ModelNames;
 pub use outcomes::{FileError, JudgedReply, forget, judged_replies};
 pub use promoting::{Candidate, PromoteError};
-pub use promotion::{Check, Checked, MOST_PAIRS, Promotion, PromotionRule, Stage, Trained};
+pub use promotion::{Check, Checked, MOST_PAIRS, Promotion, PromotionRule, SPARE_PLACES, Stage, Trained};
 pub use report::{ArmReport, CanaryReport, CanaryState, PairReport, Percentiles, Report};
 pub use settings::{ArmConfig, Bounds, ExperimentConfig, ExperimentsConfig};
 pub use statistics::Rate;

@@ -12,6 +12,9 @@ pub const FEWEST_PAIRS: usize = 6;
 /// The latest ones that a check takes, so that it has an end.
 pub const MOST_PAIRS: usize = 500;
 
+/// Places in the queue that a check leaves free.
+pub const SPARE_PLACES: usize = 2;
+
 const MAX_P_VALUE: f64 = 0.05;
 
 /// What a candidate must show before it is promoted.

@@ -277,6 +277,11 @@ impl Generation {
         self.launch(prepared)
     }
 
+    /// Places in the queue that nobody has.
+    pub fn num_free_places(&self) -> usize {
+        self.engine.num_free_places()
+    }
+
     /// Whether at least half of the places in the queue are free.
     pub fn is_half_free(&self) -> bool {
         2 * self.engine.num_free_places() >= self.config.engine.max_queued

@@ -18,10 +18,12 @@ use crate::experiments::{Check, Checked, Experiments, MOST_PAIRS, Promotion, Pro
 use crate::feedback::{HeldOut, held_out};
 use crate::generation::{Generation, GenerationError};
 use crate::icl;
-use scoring::{Scored, Scorer};
+use scoring::{Scored, Scorer, has_room};
 
 /// How often a server that is full is asked again.
 const POLL: Duration = Duration::from_millis(20);
+/// How long is waited where what was begun came to nothing.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Checks every candidate, one after the other, for as long as it is polled. One whose check was cut off by the end of the
 /// server is checked again.
@@ -118,20 +120,41 @@ async fn measure(
     Ok(Check::new(&logprobs, left_out))
 }
 
-/// A check must not be why a user is turned away. While the server stops this does not end.
+/// While the server stops this does not end.
 async fn until_there_is_room(
     generation: &Generation,
     scorer: &Scorer<'_>,
     pair: &HeldOut,
 ) -> Result<Scored, GenerationError> {
     loop {
-        if generation.is_half_free() {
-            match scorer.score(generation, pair).await {
-                Err(GenerationError::Overloaded | GenerationError::ShuttingDown) => {}
-                scored => return scored,
-            }
+        if !has_room(generation) {
+            sleep(POLL).await;
+            continue;
         }
-        sleep(POLL).await;
+        let scored = scorer.score(generation, pair).await;
+        match scored.as_ref().err().and_then(patience) {
+            Some(patience) => sleep(patience).await,
+            None => return scored,
+        }
+    }
+}
+
+/// How long to wait until it is tried again; `None` where the error says something of the candidate or the incumbent. What
+/// says more of the server than of them is no end of a check: once the server has stopped, the next one makes it again.
+fn patience(error: &GenerationError) -> Option<Duration> {
+    match error {
+        GenerationError::Overloaded => Some(POLL),
+        GenerationError::ShuttingDown
+        | GenerationError::EngineStopped
+        | GenerationError::OutOfMemory(_)
+        | GenerationError::DeadlineExceeded { .. } => Some(RETRY),
+        GenerationError::UnknownModel { .. }
+        | GenerationError::InvalidParameter { .. }
+        | GenerationError::InvalidSelection { .. }
+        | GenerationError::Icl(_)
+        | GenerationError::ContextLengthExceeded { .. }
+        | GenerationError::PromptTooLarge { .. }
+        | GenerationError::Failed(_) => None,
     }
 }
 
@@ -150,4 +173,25 @@ async fn take_over(generation: &Generation, promotion: &Promotion, of_arm: &str)
         return Err("it was replaced while it was checked: ask again".to_owned());
     }
     Ok(before.filter(|before| *before != promotion.generation))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_that_is_short_of_something_or_stops_ends_no_check() {
+        let unknown = GenerationError::unknown_model("model", "m");
+        for (error, is_tried_again) in [
+            (GenerationError::Overloaded, true),
+            (GenerationError::ShuttingDown, true),
+            (GenerationError::EngineStopped, true),
+            (GenerationError::OutOfMemory("no memory".to_owned()), true),
+            (GenerationError::DeadlineExceeded { max_seconds: 1 }, true),
+            (unknown, false),
+            (GenerationError::Failed("the model has no such layer".to_owned()), false),
+        ] {
+            assert_eq!(patience(&error).is_some(), is_tried_again, "{error}");
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! How likely a model finds what a user wanted, by the way on which it would have answered.
 
 use crate::engine::fairness::{Account, Priority};
+use crate::experiments::SPARE_PLACES;
 use crate::feedback::HeldOut;
 use crate::generation::{
     Access, Generation, GenerationError, GenerationOptions, GenerationRequest, Prompt, Selection, TextStream,
@@ -25,6 +26,11 @@ pub enum Scored {
     },
     /// There is nothing to score, no room for it, or a template that does not take it.
     LeftOut,
+}
+
+/// A check must not be why a user is turned away.
+pub fn has_room(generation: &Generation) -> bool {
+    generation.is_half_free() && generation.num_free_places() > SPARE_PLACES
 }
 
 /// Whether another pair may be scored all the same: users send what a template refuses, as two questions in a row.
@@ -59,6 +65,10 @@ impl Scorer<'_> {
         tokens.extend(&completion);
         let account = Account { priority: Priority::Batch, ..Account::default() };
         let echoed = GenerationOptions { echo: true, top_logprobs: Some(0), account, ..GenerationOptions::default() };
+        // It may have filled up while the prompt was encoded.
+        if !has_room(generation) {
+            return Err(GenerationError::Overloaded);
+        }
         let mut generated = generation.start(self.request(Prompt::Tokens(tokens), None, echoed), &Access::All).await?;
         let Some(sequence) = generated.sequences.pop() else { return Ok(Scored::LeftOut) };
         let completed = TextStream::collect(sequence).await?;
