@@ -82,6 +82,19 @@ impl Experiments {
         }
     }
 
+    /// Whether the candidate of this promotion is still to be checked.
+    pub fn is_checking(&self, experiment: &str, id: &str) -> bool {
+        self.find(experiment).is_some_and(|(_, found)| found.promotion().is_some_and(|latest| latest.is_checking(id)))
+    }
+
+    /// Returns when it is not any more.
+    pub async fn until_not_checking(&self, experiment: &str, id: &str) {
+        let Some(promotion) = self.find(experiment).and_then(|(_, found)| found.promotion.as_ref()) else { return };
+        let mut latest = promotion.subscribe();
+        // An error means that the experiments are gone.
+        drop(latest.wait_for(|latest| !latest.as_ref().is_some_and(|latest| latest.is_checking(id))).await);
+    }
+
     /// Takes the candidate on to where its check leads. One that is withdrawn stays so.
     pub async fn checked(&self, experiment: &str, id: &str, checked: Checked) {
         let Some((index, _)) = self.find(experiment) else { return };

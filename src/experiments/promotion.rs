@@ -194,6 +194,11 @@ impl Promotion {
         self.stage.is_live()
     }
 
+    /// Whether it is the one with this id, and waits for the end of its check.
+    pub(super) fn is_checking(&self, id: &str) -> bool {
+        self.id == id && self.stage == Stage::Checking
+    }
+
     /// Takes the next step, at Unix milliseconds.
     pub(super) fn step(&mut self, stage: Stage, now_ms: i64, cause: Option<String>) {
         let why = cause.as_ref().map(|cause| format!(": {cause}")).unwrap_or_default();

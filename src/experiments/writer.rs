@@ -397,7 +397,7 @@ impl Writer {
     /// A check that was withdrawn meanwhile changes nothing.
     fn take_up(&mut self, index: usize, id: &str, checked: Checked) {
         let promotion = self.experiments[index].promotion();
-        let Some(mut promotion) = promotion.filter(|now| now.id == id && now.stage == Stage::Checking) else { return };
+        let Some(mut promotion) = promotion.filter(|now| now.is_checking(id)) else { return };
         let now_ms = now_ms();
         promotion.take_up(checked, now_ms);
         // Before it has traffic.

@@ -17,6 +17,7 @@ mod logprobs;
 mod mutations;
 mod ollama;
 mod openapi;
+mod promotions;
 mod reviewed;
 mod tabby;
 mod tokenize;
@@ -222,14 +223,9 @@ impl Server {
         let formats = PromptFormats::new(&config.prompt_formats).unwrap();
         let generation =
             Generation::new(base, Arc::default(), icl, formats, engine.clone(), metrics.clone(), config.clone());
-        let experiments = Experiments::start(
-            &config.experiments,
-            config.experiments.path(dir.path()),
-            ModelNames::new(BASE, |_| false),
-            metrics.clone(),
-            Box::new(|_, _| {}),
-        )
-        .unwrap();
+        let (path, names) = (config.experiments.path(dir.path()), ModelNames::new(BASE, |_| false));
+        let experiments =
+            Experiments::start(&config.experiments, path, names, metrics.clone(), Box::new(|_, _| {})).unwrap();
         let experiments = Arc::new(experiments);
         let tuned = crate::fine_tuning::Base { id: BASE.to_owned(), path: file, begins_with_bos: false };
         let jobs = dir.path().join("jobs");

@@ -2,6 +2,7 @@
 //! if it does better. What happens to it there is for `experiments` to watch.
 
 mod begin;
+mod placing;
 mod scoring;
 
 use std::sync::Arc;
@@ -12,8 +13,8 @@ use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
 pub use begin::{BeginError, begin};
+pub use placing::{PlaceError, place};
 
-use crate::adapter::registry::Source;
 use crate::experiments::{Check, Checked, Experiments, MOST_PAIRS, Promotion, PromotionRule};
 use crate::feedback::{HeldOut, held_out};
 use crate::generation::{Generation, GenerationError};
@@ -26,18 +27,21 @@ const POLL: Duration = Duration::from_millis(20);
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Checks every candidate, one after the other, for as long as it is polled. One whose check was cut off by the end of the
-/// server is checked again.
+/// server is checked again; one that is withdrawn keeps no other waiting.
 pub async fn run(generation: &Generation, experiments: &Arc<Experiments>) {
     loop {
         let (experiment, promotion) = experiments.next_unchecked().await;
         let checked = match experiments.promotes(&experiment) {
             Ok((rule, of_arm)) => check(generation, experiments, &experiment, &promotion, rule, of_arm).await,
-            Err(error) => Checked::Failed { check: None, cause: error.to_string() },
+            Err(error) => Some(Checked::Failed { check: None, cause: error.to_string() }),
         };
-        experiments.checked(&experiment, &promotion.id, checked).await;
+        if let Some(checked) = checked {
+            experiments.checked(&experiment, &promotion.id, checked).await;
+        }
     }
 }
 
+/// `None` for a candidate that was withdrawn meanwhile, which is not installed.
 async fn check(
     generation: &Generation,
     experiments: &Arc<Experiments>,
@@ -45,21 +49,26 @@ async fn check(
     promotion: &Promotion,
     rule: &PromotionRule,
     of_arm: &str,
-) -> Checked {
-    let pairs = match pairs(experiments, experiment, rule).await {
-        Ok(pairs) => pairs,
-        Err(cause) => return Checked::Failed { check: None, cause },
+) -> Option<Checked> {
+    let measured = async {
+        let pairs = pairs(experiments, experiment, rule).await?;
+        measure(generation, promotion, &pairs, rule).await
     };
-    let check = match measure(generation, promotion, &pairs, rule).await {
-        Ok(check) => check,
-        Err(cause) => return Checked::Failed { check: None, cause },
+    let measured = tokio::select! {
+        biased;
+        () = experiments.until_not_checking(experiment, &promotion.id) => return None,
+        measured = measured => measured,
     };
-    if !check.has_passed {
-        return Checked::Measured { check, replaced_generation: None };
-    }
-    match take_over(generation, promotion, of_arm).await {
-        Ok(replaced_generation) => Checked::Measured { check, replaced_generation },
-        Err(cause) => Checked::Failed { check: Some(check), cause },
+    let check = match measured {
+        Ok(check) if check.has_passed => check,
+        Ok(check) => return Some(Checked::Measured { check, replaced_generation: None }),
+        Err(cause) => return Some(Checked::Failed { check: None, cause }),
+    };
+    let is_wanted = || experiments.is_checking(experiment, &promotion.id);
+    match place(generation.adapters(), &promotion.adapter, &promotion.generation, of_arm, is_wanted).await {
+        Ok(replaced_generation) => Some(Checked::Measured { check, replaced_generation }),
+        Err(PlaceError::Withdrawn) => None,
+        Err(error) => Some(Checked::Failed { check: Some(check), cause: error.to_string() }),
     }
 }
 
@@ -156,23 +165,6 @@ fn patience(error: &GenerationError) -> Option<Duration> {
         | GenerationError::PromptTooLarge { .. }
         | GenerationError::Failed(_) => None,
     }
-}
-
-/// Puts the candidate where the canary's arm finds it. Result: the generation that was there.
-async fn take_over(generation: &Generation, promotion: &Promotion, of_arm: &str) -> Result<Option<String>, String> {
-    let adapters = generation.adapters();
-    let before = adapters.status(of_arm).and_then(|status| status.generation);
-    let status = if of_arm == promotion.adapter {
-        adapters.load(of_arm).await.map_err(|e| format!("it has passed, and cannot be loaded any more: {e}"))?
-    } else {
-        let source = Source::Folder(promotion.adapter.clone().into());
-        let installed = adapters.install(of_arm, source, None).await;
-        installed.map_err(|e| format!("it has passed, and cannot be installed as {of_arm}: {e}"))?
-    };
-    if status.generation.as_ref() != Some(&promotion.generation) {
-        return Err("it was replaced while it was checked: ask again".to_owned());
-    }
-    Ok(before.filter(|before| *before != promotion.generation))
 }
 
 #[cfg(test)]
