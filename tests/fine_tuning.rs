@@ -17,9 +17,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use adapter_server::write_adapter;
-use running::Running;
+use running::{ADMIN, Running, sent};
 
-const BOUNDARY: &str = "a-boundary";
 /// Waits while there is a file `hold`, fails where there is `fail`, and else leaves a copy of `made`.
 const TRAINER: &str = r#"
 here=$(dirname "$0")
@@ -49,7 +48,7 @@ impl Server {
         fs::write(&script, TRAINER).unwrap();
         write_adapter(&dir.join("made"), 7);
         let config = format!("[fine_tuning]\nenabled = true\nmax_file_mib = 1\ncommand = ['/bin/sh', {script:?}]");
-        let running = Running::start_in(&dir, &config, &[("LORRY__SERVER__ADMIN_KEY", "admin")]);
+        let running = Running::start_in(&dir, &config, &[ADMIN]);
         Self { running, dir }
     }
 
@@ -61,30 +60,8 @@ impl Server {
         fs::remove_file(self.dir.join("hold")).unwrap();
     }
 
-    fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        self.running.client.request(method, format!("{}/v1{path}", self.running.url)).bearer_auth("admin")
-    }
-
-    async fn get(&self, path: &str) -> Value {
-        let (status, reply) = sent(self.request(Method::GET, path)).await;
-        assert_eq!(status, StatusCode::OK, "{path}: {reply}");
-        reply
-    }
-
     fn upload(&self, text: &str, purpose: &str) -> RequestBuilder {
-        self.upload_with(text, purpose, &[])
-    }
-
-    /// With other parts behind those that there must be.
-    fn upload_with(&self, text: &str, purpose: &str, more: &[(&str, &str)]) -> RequestBuilder {
-        let part = |head: &str, content: &str| {
-            format!("--{BOUNDARY}\r\nContent-Disposition: form-data; {head}\r\n\r\n{content}\r\n")
-        };
-        let file = part("name=\"file\"; filename=\"train.jsonl\"", text);
-        let more: String = more.iter().map(|(name, content)| part(&format!("name={name:?}"), content)).collect();
-        let body = format!("{}{file}{more}--{BOUNDARY}--\r\n", part("name=\"purpose\"", purpose));
-        let form = format!("multipart/form-data; boundary={BOUNDARY}");
-        self.request(Method::POST, "/files").header("content-type", form).body(body)
+        self.running.upload(text, purpose, &[])
     }
 
     /// The id of a file with so many examples.
@@ -96,7 +73,7 @@ impl Server {
 
     async fn create(&self, mut body: Value) -> (StatusCode, Value) {
         body["model"] = json!("tiny");
-        sent(self.request(Method::POST, "/fine_tuning/jobs").body(body.to_string())).await
+        sent(self.running.admin(Method::POST, "/fine_tuning/jobs").body(body.to_string())).await
     }
 
     /// The id of a job.
@@ -107,7 +84,7 @@ impl Server {
     }
 
     async fn cancel(&self, id: &str) -> (StatusCode, Value) {
-        sent(self.request(Method::POST, &format!("/fine_tuning/jobs/{id}/cancel"))).await
+        sent(self.running.admin(Method::POST, &format!("/fine_tuning/jobs/{id}/cancel"))).await
     }
 
     /// The job, when it has this status.
@@ -115,7 +92,7 @@ impl Server {
         let path = format!("/fine_tuning/jobs/{id}");
         let mut job = Value::Null;
         until(async || {
-            job = self.get(&path).await;
+            job = self.running.admin_get(&path).await;
             assert!(job["status"] == status || job["finished_at"].is_null(), "{job}");
             job["status"] == status
         })
@@ -125,7 +102,7 @@ impl Server {
 
     /// Messages, the first first.
     async fn messages(&self, id: &str) -> Vec<String> {
-        let events = self.get(&format!("/fine_tuning/jobs/{id}/events?limit=100")).await;
+        let events = self.running.admin_get(&format!("/fine_tuning/jobs/{id}/events?limit=100")).await;
         let events = events["data"].as_array().unwrap().iter().rev();
         events.map(|event| event["message"].as_str().unwrap().to_owned()).collect()
     }
@@ -149,13 +126,6 @@ impl Server {
 
 fn examples(count: usize) -> String {
     r#"{"prompt": "a", "completion": "b"}"#.repeat(count).replace("}{", "}\n{")
-}
-
-async fn sent(request: RequestBuilder) -> (StatusCode, Value) {
-    let response = request.send().await.unwrap();
-    let status = response.status();
-    let text = response.text().await.unwrap();
-    (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
 }
 
 async fn until(mut condition: impl AsyncFnMut() -> bool) {
@@ -210,19 +180,19 @@ async fn a_job_becomes_an_adapter_that_is_served_without_a_restart() {
     let environment = fs::read_to_string(server.dir.join("environment")).unwrap();
     assert!(!environment.contains("ADMIN_KEY"), "{environment}");
 
-    let events = server.get(&format!("/fine_tuning/jobs/{id}/events?limit=2")).await;
+    let events = server.running.admin_get(&format!("/fine_tuning/jobs/{id}/events?limit=2")).await;
     assert_eq!((events["data"].as_array().unwrap().len(), &events["has_more"]), (2, &json!(true)));
     assert_eq!(events["data"][0]["message"], "The job has succeeded");
     let after = events["last_id"].as_str().unwrap();
-    let older = server.get(&format!("/fine_tuning/jobs/{id}/events?after={after}")).await;
+    let older = server.running.admin_get(&format!("/fine_tuning/jobs/{id}/events?after={after}")).await;
     assert_eq!(older["data"][0]["data"], json!({"step": 2, "total_steps": 2, "valid_loss": 1.5}));
     assert_eq!(older["data"][1]["data"], json!({"step": 2, "total_steps": 2, "train_loss": 2.0}));
-    let checkpoints = server.get(&format!("/fine_tuning/jobs/{id}/checkpoints")).await;
+    let checkpoints = server.running.admin_get(&format!("/fine_tuning/jobs/{id}/checkpoints")).await;
     let [checkpoint] = checkpoints["data"].as_array().unwrap().as_slice() else { panic!("{checkpoints}") };
     assert_eq!((&checkpoint["step_number"], &checkpoint["metrics"]["valid_loss"]), (&json!(2), &json!(1.5)));
     assert_eq!(checkpoint["fine_tuned_model_checkpoint"], model);
 
-    let jobs = server.get("/fine_tuning/jobs?limit=1").await;
+    let jobs = server.running.admin_get("/fine_tuning/jobs?limit=1").await;
     assert_eq!((&jobs["data"][0]["id"], &jobs["has_more"]), (&json!(id), &json!(false)));
     // Nothing of the training is left but what tells of it.
     let left = fs::read_dir(server.folder(id)).unwrap();
@@ -238,17 +208,17 @@ async fn a_file_is_kept_shown_and_deleted_and_its_job_has_it_still() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(&dir);
     let id = server.file(10).await;
-    let file = server.get(&format!("/files/{id}")).await;
+    let file = server.running.admin_get(&format!("/files/{id}")).await;
     assert_eq!((&file["filename"], &file["purpose"]), (&json!("train.jsonl"), &json!("fine-tune")));
-    let content = sent(server.request(Method::GET, &format!("/files/{id}/content"))).await.1;
+    let content = sent(server.running.admin(Method::GET, &format!("/files/{id}/content"))).await.1;
     assert_eq!((content, &file["bytes"]), (Value::String(examples(10)), &json!(examples(10).len())));
     server.hold();
     let (_, job) = server.create(json!({"training_file": id})).await;
-    let (status, deleted) = sent(server.request(Method::DELETE, &format!("/files/{id}"))).await;
+    let (status, deleted) = sent(server.running.admin(Method::DELETE, &format!("/files/{id}"))).await;
     assert_eq!((status, &deleted["deleted"]), (StatusCode::OK, &json!(true)));
-    let (status, error) = sent(server.request(Method::GET, &format!("/files/{id}"))).await;
+    let (status, error) = sent(server.running.admin(Method::GET, &format!("/files/{id}"))).await;
     assert_eq!((status, &error["error"]["code"]), (StatusCode::NOT_FOUND, &json!("file_not_found")));
-    assert_eq!(server.get("/files").await["data"], json!([]));
+    assert_eq!(server.running.admin_get("/files").await["data"], json!([]));
     server.let_go();
     server.until(job["id"].as_str().unwrap(), "succeeded").await;
 
@@ -256,13 +226,13 @@ async fn a_file_is_kept_shown_and_deleted_and_its_job_has_it_still() {
     assert_eq!(status, StatusCode::BAD_REQUEST);
     assert!(named(&error, "purpose").contains("`fine-tune`"));
     for (part, more) in [("split", "train"), ("file", "{}"), ("purpose", "fine-tune")] {
-        let (status, error) = sent(server.upload_with(&examples(10), "fine-tune", &[(part, more)])).await;
+        let (status, error) = sent(server.running.upload(&examples(10), "fine-tune", &[(part, more)])).await;
         assert_eq!(status, StatusCode::BAD_REQUEST, "{error}");
         assert!(named(&error, part).contains(part), "{error}");
     }
     let (status, _) = sent(server.upload(&"a".repeat((1 << 20) + 1), "fine-tune")).await;
     assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE);
-    let (status, _) = sent(server.request(Method::POST, "/files").body("{}")).await;
+    let (status, _) = sent(server.running.admin(Method::POST, "/files").body("{}")).await;
     assert_eq!(status, StatusCode::BAD_REQUEST);
     assert_eq!(fs::read_dir(server.dir.join("state/fine_tuning/files")).unwrap().count(), 0);
 }
@@ -284,7 +254,7 @@ async fn a_bad_file_is_refused_with_its_line_and_field() {
     let (status, error) = server.create(json!({"training_file": "../jobs"})).await;
     assert_eq!(status, StatusCode::BAD_REQUEST);
     assert!(named(&error, "training_file").contains("there is no file"));
-    assert_eq!(server.get("/fine_tuning/jobs").await["data"], json!([]));
+    assert_eq!(server.running.admin_get("/fine_tuning/jobs").await["data"], json!([]));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -295,7 +265,7 @@ async fn a_trainer_that_is_killed_or_fails_fails_its_job_with_the_cause_and_the_
     let (first, second) = (server.job().await, server.job().await);
     let pid = server.trainer(1).await;
     // One at a time.
-    assert_eq!(server.get(&format!("/fine_tuning/jobs/{second}")).await["status"], "queued");
+    assert_eq!(server.running.admin_get(&format!("/fine_tuning/jobs/{second}")).await["status"], "queued");
     assert!(Command::new("kill").args(["-KILL", &pid]).status().unwrap().success());
     let job = server.until(&first, "failed").await;
     let expected = "the trainer was killed by signal 9";
@@ -312,7 +282,7 @@ async fn a_trainer_that_is_killed_or_fails_fails_its_job_with_the_cause_and_the_
     fs::remove_file(server.dir.join("made/adapter_model.safetensors")).unwrap();
     let job = server.until(&server.job().await, "failed").await;
     assert!(job["error"]["message"].as_str().unwrap().contains("cannot be served"), "{job}");
-    assert_eq!(server.get("/adapters").await["data"].as_array().unwrap().len(), 1);
+    assert_eq!(server.running.admin_get("/adapters").await["data"].as_array().unwrap().len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -333,7 +303,7 @@ async fn a_job_is_cancelled_before_and_while_it_runs_and_not_after() {
     assert_eq!(server.cancel("ftjob-none").await.0, StatusCode::NOT_FOUND);
     server.let_go();
     server.until(&server.job().await, "succeeded").await;
-    assert_eq!(server.get(&format!("/fine_tuning/jobs/{running}")).await["status"], "cancelled");
+    assert_eq!(server.running.admin_get(&format!("/fine_tuning/jobs/{running}")).await["status"], "cancelled");
     assert_eq!(server.pids().len(), 2);
 }
 
@@ -352,7 +322,7 @@ async fn a_server_that_is_killed_in_mid_training_loses_no_job_and_leaves_no_trai
     let server = Server::start(&dir);
     let second = server.trainer(2).await;
     assert!(runs(&second));
-    assert_eq!(server.get(&format!("/fine_tuning/jobs/{cut_off}")).await["status"], "running");
+    assert_eq!(server.running.admin_get(&format!("/fine_tuning/jobs/{cut_off}")).await["status"], "running");
     server.let_go();
     server.until(&cut_off, "succeeded").await;
     server.until(&queued, "succeeded").await;
@@ -363,8 +333,8 @@ async fn a_server_that_is_killed_in_mid_training_loses_no_job_and_leaves_no_trai
     drop(server);
 
     let server = Server::start(&dir);
-    assert_eq!(server.get(&format!("/fine_tuning/jobs/{cut_off}")).await["status"], "succeeded");
-    assert_eq!(server.get("/fine_tuning/jobs").await["data"][0]["id"], json!(queued));
+    assert_eq!(server.running.admin_get(&format!("/fine_tuning/jobs/{cut_off}")).await["status"], "succeeded");
+    assert_eq!(server.running.admin_get("/fine_tuning/jobs").await["data"][0]["id"], json!(queued));
     assert_eq!(server.pids().len(), 3);
 }
 
@@ -398,7 +368,7 @@ async fn a_cancel_that_cannot_be_written_is_refused_and_the_job_goes_on() {
         fs::create_dir(&record).unwrap();
         let (refused, error) = server.cancel(id).await;
         assert_eq!((refused, &error["error"]["code"]), (StatusCode::INSUFFICIENT_STORAGE, &json!("not_writable")));
-        assert_eq!(server.get(&format!("/fine_tuning/jobs/{id}")).await["status"], status);
+        assert_eq!(server.running.admin_get(&format!("/fine_tuning/jobs/{id}")).await["status"], status);
         fs::remove_dir(&record).unwrap();
         fs::write(&record, kept).unwrap();
     }
@@ -453,7 +423,7 @@ async fn a_job_waits_for_its_base_and_begins_anew_where_its_recipe_is_another() 
     server.let_go();
     server.until(&cut_off, "succeeded").await;
     assert!(server.messages(&cut_off).await.iter().any(|message| message.contains("training begins anew")));
-    assert_eq!(server.get(&format!("/fine_tuning/jobs/{queued}")).await["status"], "queued");
+    assert_eq!(server.running.admin_get(&format!("/fine_tuning/jobs/{queued}")).await["status"], "queued");
     let waits = "The job waits for the base other: tiny is served now";
     assert_eq!(server.messages(&queued).await.iter().filter(|message| *message == waits).count(), 1);
     // Those of the base that is served do not wait for it.
@@ -471,7 +441,7 @@ async fn a_folder_that_another_server_has_is_refused_by_name() {
     let mut second = Command::new(env!("CARGO_BIN_EXE_lorry"));
     second.args(["serve", "--port", "0", "--config"]).arg(server.dir.join("lorry.toml"));
     second.arg("--model").arg(server.dir.join("tiny.gguf")).arg("--adapters").arg(server.dir.join("adapters"));
-    second.env("LORRY_HOME", &server.dir).env("LORRY__SERVER__ADMIN_KEY", "admin").env_remove("RUST_LOG");
+    second.env("LORRY_HOME", &server.dir).env(ADMIN.0, ADMIN.1).env_remove("RUST_LOG");
     let mut second = second.stderr(Stdio::piped()).spawn().unwrap();
     let lines = BufReader::new(second.stderr.take().unwrap()).lines().map_while(Result::ok);
     // If it serves it has not been refused, and does not end by itself.
@@ -511,7 +481,7 @@ async fn fine_tuning_is_for_the_admin_key_and_off_unless_it_is_turned_on() {
         assert_eq!((status, &error["error"]["code"]), (StatusCode::FORBIDDEN, &json!("admin_key_required")), "{path}");
         assert_eq!(sent(request().body("{}")).await.0, StatusCode::UNAUTHORIZED, "{path}");
     }
-    let off = Running::start("", &[("LORRY__SERVER__ADMIN_KEY", "admin")]);
+    let off = Running::start("", &[ADMIN]);
     for path in ["/files", "/fine_tuning/jobs"] {
         let (status, error) = sent(off.client.get(format!("{}/v1{path}", off.url)).bearer_auth("admin")).await;
         assert_eq!((status, &error["error"]["code"]), (StatusCode::FORBIDDEN, &json!("fine_tuning_off")));

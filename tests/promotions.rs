@@ -11,16 +11,15 @@ use std::fs;
 use std::time::Duration;
 
 use lorry::experiments::user_hash;
-use reqwest::{Method, RequestBuilder, StatusCode};
+use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use adapter_server::write_adapter;
-use running::Running;
+use running::{ADMIN, Running, sent};
 
 const NUM_USERS: usize = 40;
 const HELD_OUT: f64 = 0.4;
-const BOUNDARY: &str = "a-boundary";
 /// Leaves a copy of `made`.
 const TRAINER: &str = r#"
 echo '{"type": "begin", "step": 0, "steps": 1, "examples": 9, "validation_examples": 1, "left_out": 0}'
@@ -75,22 +74,12 @@ impl Lab {
             arms(1.0),
             arms(2.0)
         );
-        let running = Running::start_in(&dir, &config, &[("LORRY__SERVER__ADMIN_KEY", "admin")]);
+        let running = Running::start_in(&dir, &config, &[ADMIN]);
         Self { running }
     }
 
-    fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        self.running.client.request(method, format!("{}/v1{path}", self.running.url)).bearer_auth("admin")
-    }
-
-    async fn get(&self, path: &str) -> Value {
-        let (status, reply) = sent(self.request(Method::GET, path)).await;
-        assert_eq!(status, StatusCode::OK, "{path}: {reply}");
-        reply
-    }
-
     async fn post(&self, path: &str, body: Value) -> (StatusCode, Value) {
-        sent(self.request(Method::POST, path).body(body.to_string())).await
+        sent(self.running.admin(Method::POST, path).body(body.to_string())).await
     }
 
     /// Id of the reply, and the model that gave it.
@@ -159,7 +148,7 @@ impl Lab {
     async fn until(&self, stage: &str) -> Value {
         let polled = async {
             loop {
-                let promotion = self.get("/experiments/one").await["promotion"].clone();
+                let promotion = self.running.admin_get("/experiments/one").await["promotion"].clone();
                 if promotion["stage"] == stage {
                     return promotion;
                 }
@@ -176,30 +165,24 @@ impl Lab {
             let (id, model) = self.ask(user).await;
             let kind = if accepts || model == "tiny" { "accepted" } else { "rejected" };
             self.vote(json!({"id": id, "kind": kind, "user": user.to_string()})).await;
-            let promotion = self.get("/experiments/one").await["promotion"].clone();
+            let promotion = self.running.admin_get("/experiments/one").await["promotion"].clone();
             if promotion["stage"] != "canary" {
                 return promotion;
             }
         }
-        panic!("the canary is never decided: {}", self.get("/experiments/one").await);
+        panic!("the canary is never decided: {}", self.running.admin_get("/experiments/one").await);
     }
 
     /// The name of the adapter that was trained on `file`, and its job.
     async fn trained_on(&self, file: &str) -> (String, Value) {
-        let part = |head: &str, content: &str| {
-            format!("--{BOUNDARY}\r\nContent-Disposition: form-data; {head}\r\n\r\n{content}\r\n")
-        };
-        let file = part("name=\"file\"; filename=\"train.jsonl\"", file);
-        let body = format!("{}{file}--{BOUNDARY}--\r\n", part("name=\"purpose\"", "fine-tune"));
-        let form = format!("multipart/form-data; boundary={BOUNDARY}");
-        let (status, file) = sent(self.request(Method::POST, "/files").header("content-type", form).body(body)).await;
+        let (status, file) = sent(self.running.upload(file, "fine-tune", &[])).await;
         assert_eq!(status, StatusCode::OK, "{file}");
         let asked = json!({"model": "tiny", "training_file": file["id"]});
         let (status, job) = self.post("/fine_tuning/jobs", asked).await;
         assert_eq!(status, StatusCode::OK, "{job}");
         let path = format!("/fine_tuning/jobs/{}", job["id"].as_str().unwrap());
         loop {
-            let job = self.get(&path).await;
+            let job = self.running.admin_get(&path).await;
             if let Some(model) = job["fine_tuned_model"].as_str() {
                 return (model.to_owned(), job);
             }
@@ -207,13 +190,6 @@ impl Lab {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
-}
-
-async fn sent(request: RequestBuilder) -> (StatusCode, Value) {
-    let response = request.send().await.unwrap();
-    let status = response.status();
-    let text = response.text().await.unwrap();
-    (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
 }
 
 fn stages(promotion: &Value) -> Vec<&str> {
@@ -248,7 +224,8 @@ async fn a_candidate_is_checked_on_what_is_held_out_and_gets_its_arm_and_then_th
         let found = check[name].as_f64().unwrap();
         assert!((found - expected).abs() < 1e-5, "{name}: {found}, and the server says {expected} itself");
     }
-    let (candidate, tuned) = (lab.get("/adapters/b").await, lab.get("/adapters/tuned").await);
+    let (candidate, tuned) =
+        (lab.running.admin_get("/adapters/b").await, lab.running.admin_get("/adapters/tuned").await);
     assert_eq!((&candidate["generation"], &tuned["generation"]), (&promotion["generation"], &promotion["generation"]));
     assert_eq!(lab.models().await, models(&["tiny", "tiny-tuned"]));
     let (status, error) = lab.promote(json!({"adapter": "a"})).await;
@@ -265,7 +242,7 @@ async fn a_candidate_is_checked_on_what_is_held_out_and_gets_its_arm_and_then_th
     let (status, report) = lab.post("/experiments/one/reset", json!({})).await;
     assert_eq!((status, &report["promotion"]["stage"]), (StatusCode::OK, &json!("withdrawn")));
     assert_eq!(lab.models().await, models(&["tiny"]));
-    let list = lab.get("/experiments/one/promotions").await;
+    let list = lab.running.admin_get("/experiments/one/promotions").await;
     assert_eq!(list["data"], json!([report["promotion"]]));
     assert_eq!(stages(&list["data"][0]), ["checking", "canary", "whole", "withdrawn"]);
     assert!(list["data"][0]["steps"].as_array().unwrap().iter().all(|step| step["at"].as_i64() > Some(1_700_000_000)));
@@ -281,7 +258,7 @@ async fn a_candidate_that_does_worse_gets_no_traffic() {
     assert_eq!(refused["check"]["losses"], held_out.len());
     assert!(refused["steps"][1]["cause"].as_str().unwrap().starts_with("0 of "), "{refused}");
     assert_eq!(lab.models().await, models(&["tiny"]));
-    assert_eq!(sent(lab.request(Method::GET, "/adapters/tuned")).await.0, StatusCode::NOT_FOUND);
+    assert_eq!(sent(lab.running.admin(Method::GET, "/adapters/tuned")).await.0, StatusCode::NOT_FOUND);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -298,7 +275,7 @@ async fn a_candidate_that_users_do_not_like_goes_back() {
     // Nothing keeps it from another try.
     let (status, promotion) = lab.promote(json!({"adapter": "b"})).await;
     assert_eq!((status, &promotion["stage"]), (StatusCode::OK, &json!("checking")), "{promotion}");
-    assert_eq!(lab.get("/experiments/one/promotions").await["data"].as_array().unwrap().len(), 2);
+    assert_eq!(lab.running.admin_get("/experiments/one/promotions").await["data"].as_array().unwrap().len(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -343,6 +320,6 @@ async fn what_cannot_be_promoted_is_refused_by_name() {
     let of_team = lab.running.client.post(format!("{}/v1/experiments/one/promotions", lab.running.url));
     let (status, error) = sent(of_team.bearer_auth("secret").body("{}")).await;
     assert_eq!((status, &error["error"]["code"]), (StatusCode::FORBIDDEN, &json!("admin_key_required")));
-    assert_eq!(lab.get("/experiments/one/promotions").await["data"], json!([]));
-    assert_eq!(lab.get("/experiments/one").await["promotion"], Value::Null);
+    assert_eq!(lab.running.admin_get("/experiments/one/promotions").await["data"], json!([]));
+    assert_eq!(lab.running.admin_get("/experiments/one").await["promotion"], Value::Null);
 }

@@ -14,7 +14,7 @@ use std::time::Duration;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value as GgufValue;
 use lorry::model::spec::Architecture;
-use reqwest::{Client, Method, RequestBuilder};
+use reqwest::{Client, Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -23,6 +23,10 @@ use crate::tiny::TinyModel;
 
 pub const PROMPT: &str = "a prompt that nobody else should read";
 pub const CONTEXT_LENGTH: u32 = 1 << 15;
+/// Of servers that are started with [`ADMIN`] in their environment.
+const ADMIN_KEY: &str = "admin";
+pub const ADMIN: (&str, &str) = ("LORRY__SERVER__ADMIN_KEY", ADMIN_KEY);
+const BOUNDARY: &str = "a-boundary";
 const LONG: Duration = Duration::from_secs(120);
 
 /// The command as it runs, with an adapter `a` that the key `team` opens.
@@ -101,4 +105,36 @@ impl Running {
         let request = self.client.request(Method::POST, format!("{}/v1/completions", self.url));
         request.bearer_auth("secret").body(body.to_string())
     }
+
+    /// With the admin key, below `/v1`.
+    pub fn admin(&self, method: Method, path: &str) -> RequestBuilder {
+        self.client.request(method, format!("{}/v1{path}", self.url)).bearer_auth(ADMIN_KEY)
+    }
+
+    /// A file, with other parts of the form behind those that there must be.
+    pub fn upload(&self, text: &str, purpose: &str, more: &[(&str, &str)]) -> RequestBuilder {
+        let part = |head: &str, content: &str| {
+            format!("--{BOUNDARY}\r\nContent-Disposition: form-data; {head}\r\n\r\n{content}\r\n")
+        };
+        let file = part("name=\"file\"; filename=\"train.jsonl\"", text);
+        let more: String = more.iter().map(|(name, content)| part(&format!("name={name:?}"), content)).collect();
+        let body = format!("{}{file}{more}--{BOUNDARY}--\r\n", part("name=\"purpose\"", purpose));
+        let form = format!("multipart/form-data; boundary={BOUNDARY}");
+        self.admin(Method::POST, "/files").header("content-type", form).body(body)
+    }
+
+    /// What the administrator gets, which is there.
+    pub async fn admin_get(&self, path: &str) -> Value {
+        let (status, reply) = sent(self.admin(Method::GET, path)).await;
+        assert_eq!(status, StatusCode::OK, "{path}: {reply}");
+        reply
+    }
+}
+
+/// The reply, as text where it is no JSON.
+pub async fn sent(request: RequestBuilder) -> (StatusCode, Value) {
+    let response = request.send().await.unwrap();
+    let status = response.status();
+    let text = response.text().await.unwrap();
+    (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
 }
