@@ -1,11 +1,11 @@
 """From pairs to an adapter, as a newcomer does it: what a fine-tuning job of the server takes, and what it gives.
 
-    .venv/bin/python benches/pairs.py pairs.jsonl held_out.jsonl [--model ID] [--epochs N] [--method lora] [--config FILE]
+    .venv-lab/bin/python benches/pairs.py pairs.jsonl held_out.jsonl [--model ID] [--epochs N] [--method lora] [--config FILE]
 
-Both files have a chat on each line, as docs/fine_tuning.md says; `make .venv/ready .venv-lab/ready-to-train` before. The pairs go to a
+Both files have a chat on each line, as docs/fine_tuning.md says; `make .venv-lab/ready-to-train` before. The pairs go to a
 server of this build through OpenAI's own client, and what is trained answers the held-out ones beside the base, greedily, while the
-server goes on. One line of JSON for each of the two: in how many it gave the very answer, and how alike they are on average (chrF:
-M. Popović, WMT 2015, of whole texts, n-grams up to 6), with the job's seconds and losses; and how often which of the two was right
+server goes on. One line of JSON for each of the two: per cent of the very answers, and how alike they are (the lab's EM@1 and chrF),
+with the job's seconds and losses; and how often which of the two was right
 alone, with the exact test of McNemar for it.
 """
 
@@ -22,32 +22,12 @@ from pathlib import Path
 import openai
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "tests" / "clients"))
+sys.path[:0] = [str(REPOSITORY / "tests" / "clients"), str(REPOSITORY / "lab")]
 
-from lorry_server import serving  # noqa: E402: found in the folder above
+from lorry_server import serving  # noqa: E402: found in the folders above
+from metrics import chrf, exact_match_at  # noqa: E402
 
 CLIENTS = 8
-MAX_N = 6
-BETA = 2
-
-
-def chrf(given: str, expected: str) -> float:
-    """Between 0 and 1, of characters without spaces."""
-    given, expected = "".join(given.split()), "".join(expected.split())
-    if given == expected:
-        return 1.0
-    precisions, recalls = [], []
-    for n in range(1, MAX_N + 1):
-        ours, theirs = (Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in (given, expected))
-        if ours and theirs:
-            common = (ours & theirs).total()
-            precisions.append(common / ours.total())
-            recalls.append(common / theirs.total())
-    if not precisions:
-        return 0.0
-    precision, recall = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
-    weighted = BETA**2 * precision + recall
-    return (1 + BETA**2) * precision * recall / weighted if weighted else 0.0
 
 
 def mcnemar(first_alone: int, second_alone: int) -> float:
@@ -116,9 +96,8 @@ def main():
             for name, model, further in [("base", options.model, {}), ("adapter", job.fine_tuned_model, facts)]:
                 given = [answer.strip() for answer in answers(client, model, held_out)]
                 right[name] = [a == b for a, b in zip(given, expected)]
-                alike = sum(map(chrf, given, expected)) / len(expected)
-                exact = sum(right[name]) / len(expected)
-                print(json.dumps({"answers": name, "exact": round(exact, 3), "chrf": round(alike, 3), **further}), flush=True)
+                scores = {"em@1": exact_match_at(1, [[answer] for answer in given], expected), "chrf": chrf(given, expected)}
+                print(json.dumps({"answers": name, **scores, **further}), flush=True)
     alone = Counter((base, adapter) for base, adapter in zip(right["base"], right["adapter"]))
     base_alone, adapter_alone = alone[True, False], alone[False, True]
     print(json.dumps({"base_alone": base_alone, "adapter_alone": adapter_alone, "p": mcnemar(base_alone, adapter_alone)}))
