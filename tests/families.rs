@@ -395,6 +395,14 @@ fn a_key_that_is_not_served_is_refused_with_its_name_and_value() {
         ("llama", "attention.causal", Value::Bool(false), "false"),
         ("llama", "context_length", Value::U32(0), "0"),
         ("llama", "block_count", Value::U32(0), "0"),
+        ("llama", "block_count", Value::U64(1 << 60), "1152921504606846976"),
+        ("gemma2", "block_count", Value::U32(4_000_000), "4000000"),
+        ("llama", "context_length", Value::U32(u32::MAX), "4294967295"),
+        // With heads of 64 dimensions, the rows that the tensors have, but for a carry.
+        ("qwen3", "attention.head_count", Value::U64((1 << 58) + 4), "288230376151711748"),
+        ("llama", "rope.freq_base", Value::F32(f32::NAN), "NaN"),
+        ("qwen2", "attention.layer_norm_rms_epsilon", Value::F32(f32::INFINITY), "inf"),
+        ("granite", "logit_scale", Value::F64(f64::MAX), "e308"),
         ("qwen2", "attention.causal", Value::Bool(false), "false"),
         ("qwen2", "attention.causal", Value::U32(1), "true or false"),
         ("qwen2", "attention.sliding_window", Value::U32(16), "16"),
@@ -418,6 +426,23 @@ fn a_key_that_is_not_served_is_refused_with_its_name_and_value() {
         model.set(key, value);
         let refusal = model.load(GgmlDType::Q8_0, Place::Host(Isa::detect(), 1)).map(|_| ()).unwrap_err();
         assert!(refusal.contains(&format!("{name}.{key}")) && refusal.contains(shown), "{refusal}");
+    }
+}
+
+#[test]
+fn a_norm_or_a_bias_that_is_no_number_is_refused_by_the_name_of_its_tensor() {
+    for (name, tensor, value) in [
+        ("llama", "output_norm.weight", f32::NAN),
+        ("llama", "blk.1.attn_norm.weight", f32::INFINITY),
+        ("qwen2", "blk.0.attn_k.bias", f32::NEG_INFINITY),
+    ] {
+        let mut model = Model::of(REFERENCE.families.iter().find(|family| family.name == name).unwrap());
+        let drawn = model.tensors.get_mut(tensor).unwrap();
+        let mut values = drawn.values(tensor);
+        values[3] = value;
+        drawn.values = Some(values);
+        let refusal = model.load(GgmlDType::Q8_0, Place::Host(Isa::detect(), 1)).map(|_| ()).unwrap_err();
+        assert!(refusal.contains(tensor) && refusal.contains(&value.to_string()), "{refusal}");
     }
 }
 

@@ -255,7 +255,7 @@ impl GgufFile {
         Ok(tensor)
     }
 
-    /// A vector of exactly this length, as f32.
+    /// A vector of exactly this length, as f32; all of it numbers.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, GgufError> {
         let tensor = self.tensor(name)?;
         if tensor.shape != [len] {
@@ -263,7 +263,11 @@ impl GgufFile {
         }
         let mut values = vec![0.0; len];
         tensor.weight_type.dequantize_row(tensor.bytes, &mut values);
-        Ok(values)
+        // Activations are rounded to whole numbers, which would hide it.
+        match values.iter().find(|value| !value.is_finite()) {
+            Some(value) => Err(GgufError::Unsupported(format!("tensor {name} holds {value}: the weights are damaged"))),
+            None => Ok(values),
+        }
     }
 
     /// The decoder this file describes.

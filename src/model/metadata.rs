@@ -26,6 +26,9 @@ const TOKENS: &str = "tokenizer.ggml.tokens";
 const WITHOUT_EFFECT: [&str; 3] =
     ["rope.scaling.finetuned", "rope.scaling.original_context_length", "tensor_data_layout"];
 
+/// The largest number that a key may give, be it of positions: more than any decoder has. What sizes are multiplied to stays
+/// within a machine's word, and what is laid out for as many positions within its memory.
+pub const MAX_COUNT: usize = 1 << 23;
 /// Experts of a block: as many as llama.cpp allows.
 const MAX_EXPERTS: usize = 512;
 
@@ -47,9 +50,15 @@ impl<'a> Keys<'a> {
     /// A whole number, or as many equal ones as there are layers.
     fn count(&self, name: &str) -> Result<Option<usize>, GgufError> {
         let Some((key, value)) = self.get(name) else { return Ok(None) };
-        let wrong = || GgufError::WrongType { key: key.clone(), expected: "a whole number" };
-        let Value::Array(values) = value else { return whole_number(value).ok_or_else(wrong).map(Some) };
-        let numbers: Vec<usize> = values.iter().map(whole_number).collect::<Option<_>>().ok_or_else(wrong)?;
+        let count = |value: &Value| match whole_number(value) {
+            None => Err(GgufError::WrongType { key: key.clone(), expected: "a whole number" }),
+            Some(number) if number > MAX_COUNT => {
+                Err(GgufError::of_key(&key, value, &format!("at most {MAX_COUNT} is supported")))
+            }
+            Some(number) => Ok(number),
+        };
+        let Value::Array(values) = value else { return count(value).map(Some) };
+        let numbers: Vec<usize> = values.iter().map(count).collect::<Result<_, _>>()?;
         match &numbers[..] {
             [first, rest @ ..] if rest.iter().all(|number| number == first) => Ok(Some(*first)),
             _ => Err(GgufError::of_key(&key, value, "layers that differ in size are not supported")),
@@ -59,14 +68,17 @@ impl<'a> Keys<'a> {
     fn number(&self, name: &str) -> Result<Option<f32>, GgufError> {
         let Some((key, value)) = self.get(name) else { return Ok(None) };
         let number = value.to_f32().or_else(|_| value.to_f64().map(|number| number as f32));
-        let wrong = |_| GgufError::WrongType { key, expected: "a floating-point number" };
-        number.map(Some).map_err(wrong)
+        match number {
+            Err(_) => Err(GgufError::WrongType { key, expected: "a floating-point number" }),
+            Ok(number) if !number.is_finite() => Err(GgufError::of_key(&key, value, "expected a number")),
+            Ok(number) => Ok(Some(number)),
+        }
     }
 
     /// A number that is not there if it is 0.
     fn positive(&self, name: &str) -> Result<Option<f32>, GgufError> {
         let Some(number) = self.number(name)? else { return Ok(None) };
-        if number < 0.0 || !number.is_finite() {
+        if number < 0.0 {
             let value = Value::F32(number);
             return Err(GgufError::of_key(&format!("{}.{name}", self.prefix), &value, "expected a positive number"));
         }
@@ -149,6 +161,13 @@ pub fn spec(file: &GgufFile) -> Result<ModelSpec, GgufError> {
     let name = file.str("general.architecture")?;
     let family = Family::named(name).ok_or_else(|| GgufError::Architecture(name.to_owned(), Family::names()))?;
     let keys = Keys { file, prefix: family.name, read: RefCell::default() };
+    let num_layers = keys.required_count("block_count")?;
+    // Before anything is laid out for each of them.
+    let of_last = format!("blk.{}.attn_norm.weight", num_layers - 1);
+    if !file.has_tensor(&of_last) {
+        let (key, value) = (format!("{}.block_count", family.name), Value::U64(num_layers as u64));
+        return Err(GgufError::of_key(&key, &value, &format!("the file has no tensor {of_last}")));
+    }
     let hidden_size = keys.required_count("embedding_length")?;
     let num_heads = keys.required_count("attention.head_count")?;
     let num_kv_heads = keys.count("attention.head_count_kv")?.unwrap_or(num_heads);
@@ -190,7 +209,7 @@ pub fn spec(file: &GgufFile) -> Result<ModelSpec, GgufError> {
         architecture: family.architecture,
         hidden_size,
         intermediate_size,
-        num_layers: keys.required_count("block_count")?,
+        num_layers,
         num_heads,
         num_kv_heads,
         head_dim,

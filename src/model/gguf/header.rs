@@ -31,11 +31,14 @@ const DEFAULT_ALIGNMENT: usize = 32;
 /// Nested deeper than this are no lists of tokens.
 const MAX_DEPTH: usize = 4;
 const MAX_DIMENSIONS: u32 = 8;
+/// Of all arrays together: a value takes more memory than the byte that it may take in the file. The largest vocabularies have
+/// a million tokens and merges.
+const MAX_ELEMENTS: usize = 1 << 24;
 
 /// # Errors
 /// When the bytes are no whole header, in words.
 pub fn read(bytes: &[u8]) -> Result<Header, String> {
-    let mut reader = Reader { rest: bytes };
+    let mut reader = Reader { rest: bytes, elements_left: MAX_ELEMENTS };
     if reader.take(4)? != b"GGUF" {
         return Err("it does not begin with GGUF".to_owned());
     }
@@ -69,6 +72,8 @@ pub fn read(bytes: &[u8]) -> Result<Header, String> {
 
 struct Reader<'a> {
     rest: &'a [u8],
+    /// How many elements the arrays to come may have.
+    elements_left: usize,
 }
 
 impl<'a> Reader<'a> {
@@ -130,6 +135,9 @@ impl<'a> Reader<'a> {
                 if len > self.rest.len() || max_depth == 0 {
                     return Err(format!("an array of {len} does not fit into the file"));
                 }
+                let left = self.elements_left.checked_sub(len);
+                self.elements_left =
+                    left.ok_or_else(|| format!("an array of {len}: all together may have {MAX_ELEMENTS} elements"))?;
                 let mut values = Vec::with_capacity(len);
                 for _ in 0..len {
                     values.push(self.value_of(kind, max_depth - 1)?);
@@ -188,6 +196,18 @@ mod tests {
             let reason = read(&bytes).unwrap_err();
             assert!(reason.contains(words), "{reason}");
         }
+    }
+
+    #[test]
+    fn arrays_have_no_more_elements_than_any_vocabulary() {
+        let array = |len: usize| {
+            let head = [9u32, 0].map(u32::to_le_bytes).concat();
+            [head, (len as u64).to_le_bytes().to_vec(), vec![0; len]].concat()
+        };
+        let of_two = |len: usize| header(0, 2, &[text("one"), array(1 << 16), text("two"), array(len)].concat());
+        assert_eq!(read(&of_two(1 << 16)).unwrap().metadata.len(), 2);
+        let reason = read(&of_two(MAX_ELEMENTS)).unwrap_err();
+        assert!(reason.contains("key two") && reason.contains("an array of 16777216:"), "{reason}");
     }
 
     #[test]
