@@ -74,9 +74,27 @@ impl Shards {
     /// A tensor as it is in its file.
     pub fn tensor(&self, name: &str) -> Result<Tensor, CheckpointError> {
         let place = self.0.tensors.get(name).ok_or_else(|| CheckpointError::tensor(name, "is missing"))?;
-        let bytes = &self.0.maps[place.file].bytes()[place.bytes.clone()];
+        let bytes = self.bytes(place);
+        if !are_numbers(place.dtype, bytes) {
+            return Err(CheckpointError::tensor(
+                name,
+                "holds what is no number (NaN or infinite): the weights are damaged",
+            ));
+        }
         Tensor::from_raw_buffer(bytes, place.dtype, &place.shape, &Device::Cpu)
             .map_err(|e| CheckpointError::tensor(name, e))
+    }
+
+    fn bytes(&self, place: &Place) -> &[u8] {
+        &self.0.maps[place.file].bytes()[place.bytes.clone()]
+    }
+
+    /// Whether two tensors are there and alike to the bit.
+    pub fn are_same(&self, one: &str, other: &str) -> bool {
+        let [one, other] = [one, other].map(|name| self.0.tensors.get(name));
+        one.zip(other).is_some_and(|(one, other)| {
+            (one.dtype, &one.shape) == (other.dtype, &other.shape) && self.bytes(one) == self.bytes(other)
+        })
     }
 
     /// A part of a quantized matrix, which the configuration says the shape of.
@@ -153,6 +171,22 @@ impl SimpleBackend for Shards {
 
     fn contains_tensor(&self, name: &str) -> bool {
         self.contains(name)
+    }
+}
+
+/// Whether every value of floats is a number: NaN and infinite ones have an exponent of ones.
+fn are_numbers(dtype: DType, bytes: &[u8]) -> bool {
+    fn none_has<const N: usize>(bytes: &[u8], mask: [u8; N]) -> bool {
+        let (values, _) = bytes.as_chunks::<N>();
+        !values.iter().any(|value| value.iter().zip(&mask).all(|(byte, mask)| byte & mask == *mask))
+    }
+    match dtype {
+        DType::F32 => none_has(bytes, 0x7f80_0000_u32.to_le_bytes()),
+        DType::BF16 => none_has(bytes, 0x7f80_u16.to_le_bytes()),
+        DType::F16 => none_has(bytes, 0x7c00_u16.to_le_bytes()),
+        // Of its kind, only the one with a mantissa of ones is none.
+        DType::F8E4M3 => none_has(bytes, [0x7f]),
+        _ => true,
     }
 }
 
