@@ -74,6 +74,104 @@ fn biases_are_those_of_their_rows() {
 }
 
 #[test]
+fn layers_have_biases_where_the_configuration_says_so_and_nowhere_else() {
+    let with = |model_type: &str, fields: &serde_json::Value, module: &str| {
+        let mut checkpoint = Checkpoint::new(model_type);
+        checkpoint.config.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let name = format!("model.layers.1.{module}.bias");
+        checkpoint.tensors.insert(name.clone(), tensor(&name, &matrix_shape(module)[..1]));
+        (checkpoint.convert("q8_0").map(|path| GgufWeights::open(&path).unwrap()), name)
+    };
+    for (model_type, fields, module, read) in [
+        ("llama", json!({"attention_bias": true}), "self_attn.k_proj", Module::KProj),
+        ("llama", json!({"attention_bias": true}), "self_attn.o_proj", Module::OProj),
+        ("llama", json!({"mlp_bias": true}), "mlp.up_proj", Module::UpProj),
+        ("smollm3", json!({"attention_bias": true}), "self_attn.v_proj", Module::VProj),
+    ] {
+        let (base, name) = with(model_type, &fields, module);
+        let bias = base.unwrap().bias(1, read).unwrap().unwrap();
+        assert!((0..bias.len()).all(|row| bias[row] == element(&name, row)), "{model_type}, {fields}: {module}");
+    }
+    for (model_type, fields, module) in [
+        ("llama", json!({}), "self_attn.k_proj"),
+        ("llama", json!({"attention_bias": null}), "self_attn.o_proj"),
+        ("llama", json!({"attention_bias": true}), "mlp.down_proj"),
+        ("llama", json!({"attention_bias": false, "mlp_bias": true}), "self_attn.q_proj"),
+        ("mistral", json!({"attention_bias": true}), "self_attn.q_proj"),
+        ("qwen2", json!({}), "self_attn.o_proj"),
+        ("smollm3", json!({}), "self_attn.v_proj"),
+    ] {
+        let (base, name) = with(model_type, &fields, module);
+        let refusal = base.map(|_| ()).unwrap_err();
+        assert!(refusal.contains(&name), "{model_type}, {fields}: {refusal}");
+    }
+    let mut checkpoint = Checkpoint::new("llama");
+    checkpoint.config["attention_bias"] = json!("yes");
+    assert!(checkpoint.refusal().contains("attention_bias"));
+}
+
+#[test]
+fn a_head_beside_a_tied_embedding_must_be_the_embedding() {
+    let embedding = Checkpoint::new("llama").tensors["model.embed_tokens.weight"].clone();
+    let with_head = |model_type: &str, ties: Option<bool>, head: &Tensor| {
+        let mut checkpoint = Checkpoint::new(model_type);
+        let fields = checkpoint.config.as_object_mut().unwrap();
+        fields.remove("tie_word_embeddings");
+        fields.extend(ties.map(|ties| ("tie_word_embeddings".to_owned(), json!(ties))));
+        checkpoint.tensors.insert("lm_head.weight".to_owned(), head.clone());
+        let path = checkpoint.convert("q8_0")?;
+        Ok::<_, String>(GgufFile::open(&path).unwrap().has_tensor("output.weight"))
+    };
+    let other = tensor("lm_head.weight", &[VOCAB, HIDDEN]);
+    for (model_type, ties, head, expected) in [
+        ("llama", Some(true), &embedding, Ok(false)),
+        ("llama", Some(false), &embedding, Ok(true)),
+        ("llama", Some(false), &other, Ok(true)),
+        // Where nothing is said, the tensors say it.
+        ("llama", None, &other, Ok(true)),
+        ("smollm3", None, &other, Ok(true)),
+        ("llama", Some(true), &other, Err(())),
+        ("smollm3", Some(true), &other, Err(())),
+    ] {
+        let found = with_head(model_type, ties, head);
+        let case = format!("{model_type}, {ties:?}: {found:?}");
+        assert!(found.as_ref().err().is_none_or(|refusal| refusal.contains("lm_head.weight")), "{case}");
+        assert_eq!(found.map_err(|_| ()), expected, "{case}");
+    }
+}
+
+#[test]
+fn weights_that_are_no_numbers_are_refused_by_the_name_of_their_tensor() {
+    // One element of this kind among zeros.
+    let with = |name: &str, dtype: Dtype, bytes: &[u8]| {
+        let mut checkpoint = Checkpoint::new("llama");
+        let shape = checkpoint.tensors[name].shape.clone();
+        let mut all = vec![0; shape.iter().product::<usize>() * bytes.len()];
+        let at = 17 * bytes.len();
+        all[at..at + bytes.len()].copy_from_slice(bytes);
+        checkpoint.tensors.insert(name.to_owned(), Tensor { dtype, shape, bytes: all });
+        checkpoint.convert("none")
+    };
+    let names = ["model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"];
+    for name in names {
+        for (dtype, bytes) in [
+            (Dtype::F32, &f32::NAN.to_le_bytes()[..]),
+            (Dtype::F32, &f32::NEG_INFINITY.to_le_bytes()[..]),
+            (Dtype::BF16, &0x7fc0_u16.to_le_bytes()[..]),
+            (Dtype::BF16, &0xff80_u16.to_le_bytes()[..]),
+            (Dtype::F16, &0xfc01_u16.to_le_bytes()[..]),
+            (Dtype::F16, &0x7c00_u16.to_le_bytes()[..]),
+        ] {
+            let refusal = with(name, dtype, bytes).unwrap_err();
+            assert!(refusal.contains(name) && refusal.contains("no number"), "{dtype:?} {bytes:?}: {refusal}");
+        }
+        // The largest.
+        with(name, Dtype::F16, &0x7bff_u16.to_le_bytes()).unwrap();
+        with(name, Dtype::BF16, &0xff7f_u16.to_le_bytes()).unwrap();
+    }
+}
+
+#[test]
 fn the_configuration_is_carried_over_in_both_its_layouts() {
     let mut checkpoint = Checkpoint::new("llama");
     let old = GgufWeights::open(&checkpoint.convert("q8_0").unwrap()).unwrap().spec().clone();

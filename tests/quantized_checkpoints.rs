@@ -287,17 +287,22 @@ fn fp8_and_bitsandbytes_are_dequantized() {
 
 #[test]
 fn a_bias_of_zeros_that_the_packing_added_is_left_out() {
+    const ADDED: [&str; 2] = ["model.layers.0.self_attn.o_proj.bias", "model.layers.1.self_attn.o_proj.bias"];
     let (mut checkpoint, _) = pair("qwen2", GPTQ);
     let bias = |value: f32| Tensor {
         dtype: Dtype::F16,
         shape: vec![HIDDEN],
         bytes: (0..HIDDEN).flat_map(|_| f16::from_f32(value).to_le_bytes()).collect(),
     };
-    checkpoint.tensors.insert("model.layers.0.self_attn.o_proj.bias".to_owned(), bias(0.0));
-    checkpoint.tensors.insert("model.layers.1.self_attn.o_proj.bias".to_owned(), bias(0.25));
+    checkpoint.tensors.extend(ADDED.map(|name| (name.to_owned(), bias(0.0))));
+    checkpoint.tensors.insert("model.layers.1.self_attn.q_proj.bias".to_owned(), bias(0.25));
     let base = GgufWeights::open(&checkpoint.convert("q4k").unwrap()).unwrap();
-    assert_eq!(base.bias(0, Module::OProj).unwrap(), None);
-    assert_eq!(base.bias(1, Module::OProj).unwrap(), Some(vec![0.25; HIDDEN]));
+    assert_eq!([0, 1].map(|layer| base.bias(layer, Module::OProj).unwrap()), [None, None]);
+    assert_eq!(base.bias(1, Module::QProj).unwrap(), Some(vec![0.25; HIDDEN]));
+    // That layer has none in transformers.
+    checkpoint.tensors.insert(ADDED[1].to_owned(), bias(0.25));
+    let refusal = checkpoint.convert("q4k").unwrap_err();
+    assert!(refusal.contains(ADDED[1]), "{refusal}");
 }
 
 #[test]

@@ -83,6 +83,8 @@ pub struct Config {
     pub vocab_size: usize,
     /// `None` where the checkpoint's tensors say it: it is tied if there is no head.
     pub ties_embedding: Option<bool>,
+    /// The linear layers that have a bias, by the last part of their names.
+    biased: Vec<&'static str>,
     /// How the matrices were quantized by another program.
     pub method: Option<Method>,
     pub rope_factors: RopeFactors,
@@ -148,7 +150,7 @@ impl Config {
         fields.must_be("hidden_activation", &activations[..1])?;
         fields.must_be("is_causal", &[json!(true)])?;
         (family.carry_over)(&fields, &mut metadata)?;
-        let rope_factors = rope::carry_over(&fields, &mut metadata, head_dim)?;
+        let rope_factors = rope::carry_over(&fields, family, &mut metadata, head_dim)?;
 
         let vocab_size = fields.count("vocab_size")?;
         metadata.count("vocab_size", vocab_size)?;
@@ -165,6 +167,7 @@ impl Config {
             num_experts,
             vocab_size,
             ties_embedding: fields.flag("tie_word_embeddings")?,
+            biased: family.biased(&fields)?,
             method,
             rope_factors,
             bos_token_id: fields.ids("bos_token_id")?.first().copied(),
@@ -172,6 +175,12 @@ impl Config {
         };
         fields.refuse_the_rest(WITHOUT_EFFECT)?;
         Ok(config)
+    }
+
+    /// Whether a module has a bias.
+    pub fn has_bias(&self, module: &str) -> bool {
+        let last = module.rsplit('.').next().unwrap_or_default();
+        self.biased.contains(&last) || self.family.centers_norms && last.contains("norm")
     }
 
     /// `(out, in)` of a matrix.
@@ -326,6 +335,122 @@ mod tests {
         assert_eq!((number("gemma3.rope.scaling.factor"), number("gemma3.attention.scale")), (8.0, 1.0 / 16.0));
     }
 
+    /// A number of a small configuration under a key below the architecture's name.
+    fn number(model_type: &str, more: &Value, key: &str) -> Option<f64> {
+        let config = small(model_type, more).unwrap_or_else(|e| panic!("{model_type} with {more}: {e}"));
+        let key = format!("{}.{key}", config.family.gguf);
+        let (_, value) = config.metadata.iter().find(|(name, _)| *name == key)?;
+        Some(value.to_f32().map(f64::from).or_else(|_| value.to_u32().map(f64::from)).unwrap())
+    }
+
+    #[test]
+    fn what_a_configuration_leaves_out_is_what_its_class_has() {
+        for (model_type, theta) in
+            [("llama", 1e4), ("qwen2", 1e4), ("phi3", 1e4), ("smollm3", 2e6), ("gemma2", 1e4), ("gemma3_text", 1e6)]
+        {
+            assert_eq!(number(model_type, &json!({}), "rope.freq_base"), Some(theta), "{model_type}");
+            for said in [json!({"rope_theta": 500.0}), json!({"rope_parameters": {"rope_theta": 500.0}})] {
+                assert_eq!(number(model_type, &said, "rope.freq_base"), Some(500.0), "{model_type} with {said}");
+            }
+        }
+        let nested = json!({"rope_parameters": {"full_attention": null, "sliding_attention": {"rope_theta": 300.0}}});
+        assert_eq!(number("gemma3_text", &nested, "rope.freq_base"), Some(1e6));
+        assert_eq!(number("gemma3_text", &nested, "rope.freq_base_swa"), Some(300.0));
+        const WINDOW: &str = "attention.sliding_window";
+        for (model_type, more, expected) in [
+            ("mistral", json!({}), Some(4096.0)),
+            ("mistral", json!({"sliding_window": null}), None),
+            ("mistral", json!({"sliding_window": 64}), Some(64.0)),
+            ("llama", json!({}), None),
+            ("phi3", json!({}), None),
+            ("starcoder2", json!({}), None),
+            ("qwen2", json!({"sliding_window": 64, "max_window_layers": 2}), None),
+        ] {
+            assert_eq!(number(model_type, &more, WINDOW), expected, "{model_type} with {more}");
+        }
+    }
+
+    /// The values are those of transformers' `modeling_rope_utils.py`; heads have 16 dimensions and the context 512 positions.
+    #[test]
+    fn scaled_rotary_embeddings_keep_their_numbers() {
+        const ORIGINAL: &str = "rope.scaling.original_context_length";
+        const MAGNITUDE: &str = "rope.scaling.attn_factor";
+        let long = |more: Value| {
+            let mut scaling = json!({"rope_type": "longrope", "short_factor": vec![1.5; 4], "long_factor": vec![3; 4]});
+            scaling.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            json!({"partial_rotary_factor": 0.5, "rope_scaling": scaling})
+        };
+        let beside = |mut config: Value| {
+            config["original_max_position_embeddings"] = json!(64);
+            config
+        };
+        for (config, magnitude) in [
+            // sqrt(1 + ln(512 / 64) / ln(64)) and sqrt(1 + ln(4) / ln(64))
+            (beside(long(json!({}))), 1.224_744_9),
+            (long(json!({"original_max_position_embeddings": 64})), 1.224_744_9),
+            (long(json!({"original_max_position_embeddings": 64, "factor": 4})), 1.154_700_5),
+            (beside(long(json!({"original_max_position_embeddings": 64, "factor": 4.0}))), 1.154_700_5),
+            (beside(long(json!({"factor": 0.5}))), 1.0),
+            (beside(long(json!({"factor": 4.0, "attention_factor": 1.25}))), 1.25),
+        ] {
+            let found = number("phi3", &config, MAGNITUDE).unwrap();
+            assert!((found - magnitude).abs() < 1e-6, "{config}: {found}");
+            assert_eq!(number("phi3", &config, ORIGINAL), Some(64.0), "{config}");
+            assert_eq!(number("phi3", &config, "rope.dimension_count"), Some(8.0), "{config}");
+            let factors = small("phi3", &config).unwrap().rope_factors;
+            let expected =
+                [("rope_factors_short.weight", vec![1.5_f32; 4]), ("rope_factors_long.weight", vec![3.0_f32; 4])];
+            assert_eq!(factors, expected, "{config}");
+        }
+        let yarn = json!({"rope_scaling": {"type": "yarn", "factor": 4.0}});
+        assert_eq!(number("qwen2", &yarn, ORIGINAL), Some(512.0));
+        assert_eq!(number("qwen2", &beside(yarn), ORIGINAL), Some(64.0));
+        let llama3 =
+            json!({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}});
+        let factors = small("llama", &beside(llama3)).unwrap().rope_factors;
+        let [(name, factors)] = &factors[..] else { panic!("{factors:?}") };
+        // Of wavelengths 2π·10000^(i/8): 6.3, 19.9, 62.8 and longer ones, in an original context of 64.
+        let expected = [1.0, 1.293_976, 7.667_385, 8.0, 8.0, 8.0, 8.0, 8.0];
+        assert_eq!((*name, factors.len()), ("rope_freqs.weight", 8));
+        assert!(factors.iter().zip(expected).all(|(found, expected)| (found - expected).abs() < 1e-3), "{factors:?}");
+    }
+
+    #[test]
+    fn rotary_embeddings_that_say_two_things_or_what_is_not_served_are_refused_by_name() {
+        let two = |kind: &str| {
+            json!({
+                "original_max_position_embeddings": 32,
+                "rope_scaling": {
+                    "rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 64, "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0, "short_factor": vec![1.0; 8], "long_factor": vec![1.0; 8]
+                }
+            })
+        };
+        let kind = |kind: Value| json!({"rope_scaling": {"rope_type": kind, "factor": 2.0}});
+        for (config, field) in [
+            (two("yarn"), "original_max_position_embeddings"),
+            (two("llama3"), "original_max_position_embeddings"),
+            (two("longrope"), "original_max_position_embeddings"),
+            (kind(json!(7)), "rope_scaling.rope_type"),
+            (kind(json!("dynamic")), "dynamic"),
+            (kind(json!("mrope")), "mrope"),
+            (kind(json!("proportional")), "proportional"),
+            (json!({"rope_scaling": {"factor": 2.0}}), "rope_scaling.factor"),
+            (kind(json!("llama3")), "original_max_position_embeddings"),
+            (
+                json!({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}),
+                "original_max_position_embeddings",
+            ),
+            (
+                json!({"rope_parameters": {"full_attention": {}, "chunked_attention": {"rope_theta": 3.0}}}),
+                "rope_parameters.chunked_attention",
+            ),
+        ] {
+            let refusal = small("llama", &config).err().map(|e| e.to_string());
+            assert!(refusal.as_ref().is_some_and(|text| text.contains(field)), "{config}: {refusal:?}");
+        }
+    }
+
     #[test]
     fn the_same_fields_are_refused_by_name_where_they_say_something_else() {
         for (model_type, field, value) in [
@@ -337,6 +462,17 @@ mod tests {
             ("phi3", "lm_head_bias", json!(true)),
             ("qwen3_moe", "shared_expert_intermediate_size", json!(512)),
             ("qwen3_moe", "use_qk_norm", json!(false)),
+            ("smollm3", "no_rope_layers", json!([1, 1, 1, 1])),
+            ("smollm3", "no_rope_layers", json!([1, 0, 1, 0])),
+            ("smollm3", "no_rope_layer_interval", json!(2)),
+            ("qwen2", "use_sliding_window", json!(true)),
+            ("qwen3", "layer_types", json!(["full_attention", "sliding_attention"])),
+            ("mistral", "layer_types", json!(["full_attention"])),
+            ("gemma3_text", "layer_types", json!(["chunked_attention"])),
+            ("gemma3_text", "use_bidirectional_attention", json!(true)),
+            ("gemma2", "num_hidden_layers", json!(4_294_967_295_u32)),
+            ("llama", "num_attention_heads", json!(1_u64 << 60)),
+            ("llama", "max_position_embeddings", json!(-1)),
         ] {
             let refusal = small(model_type, &json!({field: value.clone()})).err().map(|e| e.to_string());
             assert!(refusal.as_ref().is_some_and(|text| text.contains(field)), "{field} = {value}: {refusal:?}");

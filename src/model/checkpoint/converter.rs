@@ -15,6 +15,9 @@ use super::quantize::{self, Quantization};
 use super::shards::Shards;
 use crate::model::base_weights::HEAD_TENSOR;
 
+const EMBEDDING: &str = "model.embed_tokens";
+const HEAD: &str = "lm_head";
+
 pub struct Converter<'a> {
     config: &'a Config,
     shards: &'a Shards,
@@ -90,7 +93,13 @@ impl<'a> Converter<'a> {
             return Ok(None);
         }
         let (module, part) = split(name).ok_or_else(has_place)?;
-        if module == "lm_head" && self.config.ties_embedding == Some(true) {
+        if module == HEAD && self.config.ties_embedding == Some(true) {
+            let embedding = format!("{EMBEDDING}.weight");
+            // Versions of transformers differ in which of two they take.
+            if part == "weight" && self.shards.contains(&embedding) && !self.shards.are_same(name, &embedding) {
+                let reason = format!("is another matrix than {embedding}, and config.json says tie_word_embeddings");
+                return Err(CheckpointError::tensor(name, reason));
+            }
             return Ok(None);
         }
         let gguf = self.config.family.gguf_module(module).ok_or_else(has_place)?;
@@ -98,6 +107,9 @@ impl<'a> Converter<'a> {
             return Ok(None);
         }
         match part {
+            "bias" if !self.config.has_bias(module) => {
+                Err(CheckpointError::tensor(name, "is there, and by config.json this layer has no bias"))
+            }
             "weight" | "bias" => Ok(Some(format!("{gguf}.{part}"))),
             part if self.prequantized.is_main_part(part) => Ok(Some(format!("{gguf}.weight"))),
             _ => Err(has_place()),
@@ -130,7 +142,7 @@ impl<'a> Converter<'a> {
         if self.config.family.gguf_module(module).is_some_and(|gguf| gguf.ends_with(ROUTER)) {
             return matrix.weights.to_dtype(DType::F32).and_then(|matrix| quantize::keep(&matrix)).map_err(in_tensor);
         }
-        let is_vocabulary = matches!(module, "model.embed_tokens" | "lm_head");
+        let is_vocabulary = [EMBEDDING, HEAD].contains(&module);
         let quantization = if is_vocabulary { self.quantization.of_vocabulary() } else { self.quantization };
         self.pack(matrix, quantization).map_err(in_tensor)
     }

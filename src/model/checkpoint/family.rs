@@ -21,6 +21,10 @@ pub struct Family {
     pub has_experts: bool,
     /// What `hidden_act` may be: names of one function, its own first.
     pub activations: &'static [&'static str],
+    /// What heads turn by where the configuration does not say it: that of the class in transformers.
+    pub rope_theta: f32,
+    /// Which linear layers have a bias.
+    biases: Biases,
     /// Modules that are named otherwise than in [`MODULES`].
     modules: &'static [(&'static str, &'static str)],
     /// Carries the fields over that only this family has.
@@ -35,12 +39,30 @@ const PLAIN: Family = Family {
     centers_norms: false,
     has_experts: false,
     activations: &["silu"],
+    rope_theta: 10_000.0,
+    biases: Biases::None,
     modules: &[],
     carry_over: full_attention,
 };
 
+/// What says that linear layers have a bias.
+enum Biases {
+    None,
+    OfAllModels(&'static [&'static str]),
+    /// Fields, what they are where they are not there, and the layers that each is about.
+    Fields(&'static [(&'static str, bool, &'static [&'static str])]),
+}
+
+const ATTENTION: &[&str] = &["q_proj", "k_proj", "v_proj", "o_proj"];
+const OF_ATTENTION: Biases = Biases::Fields(&[("attention_bias", false, ATTENTION)]);
+const OF_ATTENTION_AND_MLP: Biases = Biases::Fields(&[
+    ("attention_bias", false, ATTENTION),
+    ("mlp_bias", false, &["gate_proj", "up_proj", "down_proj"]),
+]);
+
 /// The tanh approximation; Gemma's first checkpoints call it by the name of the exact function.
-const GEMMA: Family = Family { adds_one_to_norms: true, activations: &["gelu_pytorch_tanh", "gelu"], ..PLAIN };
+const GEMMA: Family =
+    Family { adds_one_to_norms: true, activations: &["gelu_pytorch_tanh", "gelu"], biases: OF_ATTENTION, ..PLAIN };
 
 const GEMMA_NORMS: &[(&str, &str)] = &[
     ("post_attention_layernorm", "post_attention_norm"),
@@ -49,20 +71,42 @@ const GEMMA_NORMS: &[(&str, &str)] = &[
 ];
 
 const FAMILIES: [Family; 12] = [
-    Family { model_type: "llama", gguf: "llama", interleaves_heads: true, ..PLAIN },
-    Family { model_type: "mistral", gguf: "llama", interleaves_heads: true, carry_over: one_window, ..PLAIN },
-    Family { model_type: "qwen2", gguf: "qwen2", carry_over: unused_window, ..PLAIN },
-    Family { model_type: "qwen3", gguf: "qwen3", carry_over: unused_window, ..PLAIN },
+    Family { model_type: "llama", gguf: "llama", interleaves_heads: true, biases: OF_ATTENTION_AND_MLP, ..PLAIN },
+    Family { model_type: "mistral", gguf: "llama", interleaves_heads: true, carry_over: mistral, ..PLAIN },
+    Family {
+        model_type: "qwen2",
+        gguf: "qwen2",
+        biases: Biases::OfAllModels(&["q_proj", "k_proj", "v_proj"]),
+        carry_over: unused_window,
+        ..PLAIN
+    },
+    Family { model_type: "qwen3", gguf: "qwen3", biases: OF_ATTENTION, carry_over: unused_window, ..PLAIN },
     Family {
         model_type: "qwen3_moe",
         gguf: "qwen3moe",
         has_experts: true,
+        biases: OF_ATTENTION,
         modules: &[("mlp.gate", ROUTER)],
         carry_over: qwen3_moe,
         ..PLAIN
     },
-    Family { model_type: "granite", gguf: "granite", interleaves_heads: true, carry_over: granite, ..PLAIN },
-    Family { model_type: "smollm3", gguf: "smollm3", interleaves_heads: true, carry_over: smollm3, ..PLAIN },
+    Family {
+        model_type: "granite",
+        gguf: "granite",
+        interleaves_heads: true,
+        biases: OF_ATTENTION_AND_MLP,
+        carry_over: granite,
+        ..PLAIN
+    },
+    Family {
+        model_type: "smollm3",
+        gguf: "smollm3",
+        interleaves_heads: true,
+        rope_theta: 2_000_000.0,
+        biases: OF_ATTENTION_AND_MLP,
+        carry_over: smollm3,
+        ..PLAIN
+    },
     Family {
         model_type: "phi3",
         gguf: "phi3",
@@ -75,13 +119,21 @@ const FAMILIES: [Family; 12] = [
         gguf: "starcoder2",
         centers_norms: true,
         activations: &["gelu_pytorch_tanh"],
+        biases: Biases::Fields(&[("use_bias", true, &["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"])]),
         modules: &[("mlp.c_fc", "ffn_up"), ("mlp.c_proj", "ffn_down")],
         carry_over: starcoder2,
         ..PLAIN
     },
     Family { model_type: "gemma", gguf: "gemma", ..GEMMA },
     Family { model_type: "gemma2", gguf: "gemma2", modules: GEMMA_NORMS, carry_over: gemma2, ..GEMMA },
-    Family { model_type: "gemma3_text", gguf: "gemma3", modules: GEMMA_NORMS, carry_over: gemma3, ..GEMMA },
+    Family {
+        model_type: "gemma3_text",
+        gguf: "gemma3",
+        rope_theta: 1_000_000.0,
+        modules: GEMMA_NORMS,
+        carry_over: gemma3,
+        ..GEMMA
+    },
 ];
 
 /// GGUF's name of what chooses experts.
@@ -124,6 +176,22 @@ impl Family {
         }
         let (_, name) = self.modules.iter().chain(&MODULES).find(|(of, _)| *of == module)?;
         Some(format!("blk.{layer}.{name}"))
+    }
+
+    /// The linear layers that have a bias, by the last part of their names.
+    pub fn biased(&self, fields: &Fields) -> Result<Vec<&'static str>, CheckpointError> {
+        let by_field = match self.biases {
+            Biases::None => return Ok(Vec::new()),
+            Biases::OfAllModels(layers) => return Ok(layers.to_vec()),
+            Biases::Fields(by_field) => by_field,
+        };
+        let mut biased = Vec::new();
+        for (field, is_usual, layers) in by_field {
+            if fields.flag(field)?.unwrap_or(*is_usual) {
+                biased.extend_from_slice(layers);
+            }
+        }
+        Ok(biased)
     }
 
     /// Whether GGUF has the rows of this module in another order.
@@ -170,6 +238,16 @@ fn one_window(fields: &Fields, metadata: &mut Metadata) -> Result<(), Checkpoint
         }
         None => layers_are(fields, "full_attention"),
     }
+}
+
+/// A window that is not there is that of the class, and one that is `null` is none.
+fn mistral(fields: &Fields, metadata: &mut Metadata) -> Result<(), CheckpointError> {
+    const WINDOW: usize = 4096;
+    if fields.has("sliding_window") {
+        return one_window(fields, metadata);
+    }
+    layers_are(fields, "sliding_attention")?;
+    metadata.count("attention.sliding_window", WINDOW)
 }
 
 /// Only with `use_sliding_window` does the window say anything.
@@ -239,8 +317,6 @@ fn starcoder2(fields: &Fields, metadata: &mut Metadata) -> Result<(), Checkpoint
     ] {
         fields.take(field);
     }
-    // The biases are there or not; their tensors say it.
-    fields.take("use_bias");
     one_window(fields, metadata)
 }
 

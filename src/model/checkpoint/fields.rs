@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use serde_json::{Map, Value};
 
 use super::CheckpointError;
+use crate::model::metadata::MAX_COUNT;
 
 pub const FILE: &str = "config.json";
 
@@ -37,6 +38,11 @@ impl Fields {
         self.values.get(name).filter(|value| !value.is_null())
     }
 
+    /// Whether a field is there, be it without a value.
+    pub fn has(&self, name: &str) -> bool {
+        self.values.contains_key(name)
+    }
+
     /// Whether a field is there and says that it has no value.
     pub fn is_null(&self, name: &str) -> bool {
         self.values.get(name).is_some_and(Value::is_null)
@@ -59,11 +65,15 @@ impl Fields {
         self.take(name).map(|value| value.as_bool().ok_or_else(wrong)).transpose()
     }
 
-    /// At least 1.
+    /// At least 1, and no more than a file may say.
     pub fn optional_count(&self, name: &str) -> Result<Option<usize>, CheckpointError> {
         let count = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0);
-        let wrong = || self.refuse(name, "is not a number from 1 on");
-        self.take(name).map(|value| count(value).ok_or_else(wrong)).transpose()
+        let Some(value) = self.take(name) else { return Ok(None) };
+        match count(value) {
+            None => Err(self.refuse(name, "is not a number from 1 on")),
+            Some(count) if count > MAX_COUNT => Err(self.refuse(name, format!("{count} is more than {MAX_COUNT}"))),
+            count => Ok(count),
+        }
     }
 
     pub fn count(&self, name: &str) -> Result<usize, CheckpointError> {
