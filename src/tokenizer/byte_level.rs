@@ -19,6 +19,16 @@ const QWEN2: &str =
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const SEED_CODER: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+";
+const GPT4O: &str = concat!(
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
+const TEKKEN: &str = concat!(
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
 const DIGIT: &str = r"\p{N}";
 
 /// What happens to text before merging.
@@ -50,6 +60,8 @@ impl Steps {
             "qwen2" | "deepseek-r1-qwen" | "megrez" => &[QWEN2],
             "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "dbrx" | "smaug-bpe" => &[LLAMA3],
             "seed-coder" => &[SEED_CODER],
+            "gpt-4o" => &[GPT4O],
+            "tekken" => &[TEKKEN],
             "deepseek-coder" => &["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u{800}-\u{9fa5}\u{ac00}-\u{d7ff}]+", DIGIT],
             "default" => &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
             _ => return Err(TokenizerError::UnsupportedPreTokenizer(name.to_owned())),
@@ -63,7 +75,7 @@ impl Steps {
         Ok(Self {
             normalizer: (name == "qwen2").then(|| NFC.into()),
             pre_tokenizer: Some(Sequence::new(steps).into()),
-            ignore_merges: matches!(name, "llama-bpe" | "llama3" | "llama-v3" | "falcon3"),
+            ignore_merges: matches!(name, "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "tekken"),
         })
     }
 }
@@ -140,4 +152,31 @@ pub fn append_bytes(text: &str, bytes: &mut Vec<u8>) {
 #[cfg(test)]
 pub fn byte_char(byte: u8) -> char {
     BYTE_CHARS[byte as usize]
+}
+
+#[cfg(test)]
+mod tests {
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _};
+
+    use super::*;
+
+    /// What the tokenizers of Phi-4-mini and of Mistral give.
+    #[test]
+    fn words_and_numbers_are_cut_as_the_name_says() {
+        let pieces = |name: &str, text: &str| {
+            let mut cut = PreTokenizedString::from(text);
+            Steps::named(name).unwrap().pre_tokenizer.unwrap().pre_tokenize(&mut cut).unwrap();
+            let pieces = cut.get_splits(OffsetReferential::Original, OffsetType::Byte).into_iter();
+            pieces.map(|(text, ..)| text.replace('Ġ', " ").replace('Ċ', "\n").replace('ĉ', "\t")).collect::<Vec<_>>()
+        };
+        let words = "getHTTPResponse_codeX I'LL don't 12345";
+        let of_gpt4o = ["get", "HTTPResponse", "_code", "X", " I'LL", " don't", " ", "123", "45"];
+        assert_eq!(pieces("gpt-4o", words), of_gpt4o);
+        let of_tekken = ["get", "HTTPResponse", "_code", "X", " I", "'LL", " don", "'t", " ", "1", "2", "3", "4", "5"];
+        assert_eq!(pieces("tekken", words), of_tekken);
+        for name in ["gpt-4o", "tekken"] {
+            let found = pieces(name, "  if x:\n\n\treturn //\n/a  \n");
+            assert_eq!(found, [" ", " if", " x", ":\n\n", "\treturn", " //\n/", "a", "  \n"], "{name}");
+        }
+    }
 }

@@ -87,9 +87,9 @@ impl PreTokenizer {
         })
     }
 
-    /// Llama 3 puts a beginning-of-sequence token first even where the file does not say so.
+    /// Llama 3 and Mistral put a beginning-of-sequence token first even where the file does not say so.
     pub fn adds_bos(&self) -> bool {
-        matches!(self, Self::Named(name) if matches!(name.as_str(), "llama-bpe" | "llama3" | "llama-v3"))
+        matches!(self, Self::Named(name) if matches!(name.as_str(), "llama-bpe" | "llama3" | "llama-v3" | "tekken"))
     }
 }
 
