@@ -21,6 +21,7 @@ pub fn with_template(name: &'static str, source: &str) -> Result<Environment<'st
     });
     environment.add_filter("string", string);
     environment.add_filter("tojson", to_json);
+    environment.add_filter("truncate", truncate);
     environment.add_test("iterable", is_iterable);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
@@ -112,6 +113,29 @@ fn to_json(value: &Value, ensure_ascii: Option<bool>, options: Kwargs) -> Result
     let refused = |cause: &dyn std::fmt::Display| Error::new(ErrorKind::BadSerialization, format!("tojson: {cause}"));
     written.map_err(|cause| refused(&cause))?;
     String::from_utf8(json).map_err(|cause| refused(&cause))
+}
+
+/// As Jinja has it: a text that is longer, by more than a few characters, loses its end, and the word that is cut.
+fn truncate(
+    text: &str,
+    length: Option<usize>,
+    kills_words: Option<bool>,
+    end: Option<String>,
+    options: Kwargs,
+) -> Result<String, Error> {
+    let length = length.or(options.get("length")?).unwrap_or(255);
+    let kills_words = kills_words.or(options.get("killwords")?).unwrap_or(false);
+    let end = end.or(options.get("end")?).unwrap_or_else(|| "...".to_owned());
+    let leeway = options.get::<Option<usize>>("leeway")?.unwrap_or(5);
+    options.assert_all_used()?;
+    let too_short = || Error::new(ErrorKind::InvalidOperation, format!("truncate: {length} has no room for {end:?}"));
+    let num_kept = length.checked_sub(end.chars().count()).ok_or_else(too_short)?;
+    if text.chars().count() <= length.saturating_add(leeway) {
+        return Ok(text.to_owned());
+    }
+    let kept: String = text.chars().take(num_kept).collect();
+    let words = kept.rsplit_once(' ').filter(|_| !kills_words).map_or(&*kept, |(words, _)| words);
+    Ok(format!("{words}{end}"))
 }
 
 fn sorted(value: serde_json::Value) -> serde_json::Value {
@@ -296,6 +320,32 @@ mod tests {
         let nested = json!({"a": [1e-7, "it's", {"b": 2e20, "c": null}], "d": true});
         let expected = "{'a': [1e-07, \"it's\", {'b': 2e+20, 'c': None}], 'd': True}";
         assert_eq!(render("{{ value }}", &nested).unwrap(), expected);
+    }
+
+    /// What Jinja 3.1 gives.
+    #[test]
+    fn truncate_cuts_as_jinja_does() {
+        let text = json!("foo bar baz qux");
+        for (arguments, expected) in [
+            ("(9)", "foo..."),
+            ("(9, true)", "foo ba..."),
+            ("(11)", "foo bar baz qux"),
+            ("(11, false, '...', leeway=0)", "foo bar..."),
+            ("(length=9, killwords=true, end='…')", "foo bar …"),
+            ("(5, end='')", "foo"),
+            ("", "foo bar baz qux"),
+        ] {
+            assert_eq!(
+                render(&format!("{{{{ value | truncate{arguments} }}}}"), &text).unwrap(),
+                expected,
+                "{arguments}"
+            );
+        }
+        let long = json!("é".repeat(300));
+        assert_eq!(render("{{ value | truncate }}", &long).unwrap(), format!("{}...", "é".repeat(252)));
+        for wrong in ["(2)", "(9, by=3)"] {
+            assert!(render(&format!("{{{{ value | truncate{wrong} }}}}"), &text).is_err(), "{wrong}");
+        }
     }
 
     #[test]
