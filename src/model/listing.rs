@@ -71,8 +71,8 @@ fn table_for(available: Option<usize>, rows: impl Iterator<Item = Row>) -> Strin
     // Writing to a string cannot fail.
     let _ = write!(
         table,
-        "\n{available} of memory are available. `needs` is the weights and the KV store that engine.kv_cache_mib asks for; an adapter\n\
-         has rank {ADAPTER_RANK} on every linear layer. Sizes are those of the CPU.\n"
+        "\n{available} of memory are available. `needs` is the weights, the KV store that engine.kv_cache_mib asks for, and a table of\n\
+         all positions; an adapter has rank {ADAPTER_RANK} on every linear layer. Sizes are those of the CPU.\n"
     );
     table
 }

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::fs;
+use std::path::Path;
 
 use kernels::attention::BLOCK_SIZE;
 use kernels::host;
@@ -74,7 +75,9 @@ impl Memory {
 
     /// What a server of the base alone takes, with its KV store full.
     pub fn needed_bytes(&self, spec: &ModelSpec, config: &EngineConfig) -> usize {
-        self.weight_bytes + host_kv_blocks(spec, config) * kv_block_bytes(spec, config)
+        let asked = if config.context_length == 0 { usize::MAX } else { config.context_length };
+        let spec = ModelSpec { context_length: spec.context_length.min(asked), ..spec.clone() };
+        self.weight_bytes + host_kv_blocks(&spec, config) * kv_block_bytes(&spec, config) + rotary_bytes(&spec)
     }
 }
 
@@ -128,6 +131,12 @@ pub fn kv_token_bytes(spec: &ModelSpec, config: &EngineConfig) -> usize {
     kv_block_bytes(spec, config) / BLOCK_SIZE
 }
 
+/// Of the cosines and sines of all positions.
+fn rotary_bytes(spec: &ModelSpec) -> usize {
+    let num_angles: usize = spec.attention_plan().rotaries.iter().map(|rotary| rotary.frequencies.len()).sum();
+    2 * size_of::<f32>() * num_angles * spec.context_length
+}
+
 /// Blocks of the host's KV store: more than all sequences together could fill would never be touched.
 pub fn host_kv_blocks(spec: &ModelSpec, config: &EngineConfig) -> usize {
     let bytes = if config.kv_cache_mib == 0 { DEFAULT_KV_BYTES } else { config.kv_cache_mib.saturating_mul(1 << 20) };
@@ -139,15 +148,31 @@ pub fn max_kv_blocks(spec: &ModelSpec, config: &EngineConfig) -> usize {
     config.max_sequences.saturating_mul(spec.context_length.div_ceil(BLOCK_SIZE))
 }
 
-/// Memory that this process can have without pushing others out: what the system has, or the process's control group leaves.
-/// `None` where the system does not say.
+/// Memory that this process can have without pushing others out: what the system has, or the process's control group and those
+/// around it leave. `None` where the system does not say.
 pub fn available_bytes() -> Option<usize> {
-    let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<usize>().ok();
     let info = fs::read_to_string("/proc/meminfo").ok()?;
     let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let system = line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok()? << 10;
-    let group = number("/sys/fs/cgroup/memory.max").zip(number("/sys/fs/cgroup/memory.current"));
-    Some(group.map_or(system, |(max, current)| system.min(max.saturating_sub(current))))
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    // That of version 2.
+    let group = groups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default();
+    Some(left_by_groups(Path::new("/sys/fs/cgroup"), group).map_or(system, |left| system.min(left)))
+}
+
+/// What the bounds of a control group, and of all that it is in, leave; `None` where there are none.
+fn left_by_groups(root: &Path, group: &str) -> Option<usize> {
+    let group = root.join(group.trim_start_matches('/'));
+    group.ancestors().take_while(|group| group.starts_with(root)).filter_map(left_by_group).min()
+}
+
+fn left_by_group(group: &Path) -> Option<usize> {
+    let number = |file: &str| fs::read_to_string(group.join(file)).ok()?.trim().parse::<usize>().ok();
+    let (max, current) = number("memory.max").zip(number("memory.current"))?;
+    // Pages of files that nobody has used for a while make room for others.
+    let stat = fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
+    let cached = stat.lines().find_map(|line| line.strip_prefix("inactive_file ")?.trim().parse::<usize>().ok());
+    Some(max.saturating_sub(current.saturating_sub(cached.unwrap_or(0))))
 }
 
 /// A size for people: `1.9 GiB`, `730 MiB`, `12 KiB`.
@@ -201,6 +226,43 @@ mod tests {
         let q8 = EngineConfig { kv_cache_type: KvType::Q8_0, ..config(0, 64) };
         assert_eq!(kv_token_bytes(&spec, &q8), 12_288 / 64 * 34);
         assert_eq!(host_kv_blocks(&spec, &q8), (1 << 30) / (6_528 * 16));
+    }
+
+    #[test]
+    fn what_is_needed_is_weights_keys_and_values_and_the_turns_of_positions() {
+        let spec = "0.5b".parse::<Shape>().unwrap().spec;
+        let default = Config::load(None, &Overrides::default()).unwrap().engine;
+        let memory = Memory::of_mix(&spec, Mix::Q4KM);
+        let beside = |context_length, max_sequences| {
+            let config = EngineConfig { context_length, max_sequences, ..default.clone() };
+            memory.needed_bytes(&spec, &config) - memory.weight_bytes
+        };
+        // A token's keys and values, and the cosines and sines of 32 angles.
+        let (token, turns) = (12_288, 32 * 2 * 4);
+        assert_eq!(beside(0, 64), (1 << 30) / (16 * token) * 16 * token + 32_768 * turns);
+        assert_eq!(beside(0, 1), 32_768 * token + 32_768 * turns);
+        assert_eq!(beside(1024, 2), 2 * 1024 * token + 1024 * turns);
+        assert_eq!(beside(1 << 20, 1), beside(0, 1));
+    }
+
+    #[test]
+    fn a_group_has_what_the_groups_around_it_leave() {
+        let root = tempfile::tempdir().unwrap();
+        let group = |path: &str, files: &[(&str, &str)]| {
+            fs::create_dir_all(root.path().join(path)).unwrap();
+            files.iter().for_each(|(file, text)| fs::write(root.path().join(path).join(file), text).unwrap());
+        };
+        let left = |group: &str| left_by_groups(root.path(), group);
+        group("slice/service", &[("memory.max", "max\n"), ("memory.current", "500\n")]);
+        assert_eq!([left("/slice/service"), left("/"), left("/elsewhere")], [None; 3]);
+        group("slice", &[("memory.max", "1000\n"), ("memory.current", "900\n")]);
+        assert_eq!([left("/slice/service"), left("/slice"), left("")], [Some(100), Some(100), None]);
+        group("slice", &[("memory.stat", "anon 500\ninactive_file 350\nactive_file 20\n")]);
+        assert_eq!(left("/slice/service"), Some(450));
+        group("slice/service", &[("memory.max", "600\n"), ("memory.stat", "")]);
+        assert_eq!([left("/slice/service"), left("/slice")], [Some(100), Some(450)]);
+        group("", &[("memory.max", "70"), ("memory.current", "80")]);
+        assert_eq!(left("/slice/service/not/seen/here"), Some(0));
     }
 
     #[test]
