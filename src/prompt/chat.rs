@@ -14,6 +14,8 @@ use crate::tools::CallFormat;
 /// GGUF's key of the template, and what stands before the names of those that a model has besides it.
 pub const KEY: &str = "tokenizer.chat_template";
 pub const NAMED: &str = "tokenizer.chat_template.";
+/// That of those names which transformers takes where tools are offered.
+const WITH_TOOLS: &str = "tokenizer.chat_template.tool_use";
 /// Ends the answer that is gone on with, where it is rendered: a noncharacter, which no template looks for.
 const END_OF_BEGUN: char = '\u{fffe}';
 
@@ -37,6 +39,8 @@ pub struct ChatTemplate {
     eos_token: String,
     call_format: Option<CallFormat>,
     call_form: CallForm,
+    /// What takes its place where tools are offered.
+    with_tools: Option<Box<Self>>,
 }
 
 impl ChatTemplate {
@@ -46,6 +50,8 @@ impl ChatTemplate {
         let mut named: Vec<&str> =
             gguf.metadata_pairs().map(|(key, _)| key).filter(|key| key.starts_with(NAMED)).collect();
         named.sort_unstable();
+        let with_tools = gguf.metadata(KEY).and_then(|_| named.iter().position(|key| *key == WITH_TOOLS));
+        let with_tools = with_tools.map(|at| named.remove(at));
         let key = match (gguf.metadata(KEY), &named[..]) {
             (Some(_), []) => KEY,
             (Some(_), _) => {
@@ -59,13 +65,20 @@ impl ChatTemplate {
                 return Err(PromptError::ChatTemplate(reason));
             }
         };
-        let source = gguf.str(key).map_err(|e| PromptError::ChatTemplate(e.to_string()))?;
+        let source = |key: &str| gguf.str(key).map_err(|e| PromptError::ChatTemplate(e.to_string()));
         // A template may write the token even where raw prompts go without it.
         let token_text = |key: &str| match gguf.usize(key).ok().and_then(|id| u32::try_from(id).ok()) {
             Some(id) => tokenizer.token_text(id).into_owned(),
             None => String::new(),
         };
-        Self::new(source, token_text("tokenizer.ggml.bos_token_id"), token_text("tokenizer.ggml.eos_token_id"))
+        let of = |key: &str| {
+            Self::new(
+                source(key)?,
+                token_text("tokenizer.ggml.bos_token_id"),
+                token_text("tokenizer.ggml.eos_token_id"),
+            )
+        };
+        Ok(Self { with_tools: with_tools.map(of).transpose()?.map(Box::new), ..of(key)? })
     }
 
     /// # Errors
@@ -74,7 +87,8 @@ impl ChatTemplate {
         let invalid = |error: Error| PromptError::ChatTemplate(error.to_string());
         let environment = environment::with_template(KEY, source).map_err(invalid)?;
         let (source, call_form) = (source.to_owned(), CallForm::default());
-        let template = Self { environment, source, bos_token, eos_token, call_format: None, call_form };
+        let template =
+            Self { environment, source, bos_token, eos_token, call_format: None, call_form, with_tools: None };
         let probe = CallForm::probe();
         let shown = CallForm::ALL.into_iter().find_map(|call_form| {
             let text = template.render_in(&probe, Ending::LastMessage, None, call_form).ok()?;
@@ -99,7 +113,7 @@ impl ChatTemplate {
 
     /// How the model words calls of tools; `None` for one that was not taught to.
     pub fn call_format(&self) -> Option<CallFormat> {
-        self.call_format
+        self.with_tools.as_ref().map_or(self.call_format, |template| template.call_format)
     }
 
     /// The prompt text for OpenAI `messages`, to be encoded with special tokens parsed and nothing put before it: what the
@@ -113,7 +127,8 @@ impl ChatTemplate {
         ending: Ending<'_>,
         tools: Option<&[Value]>,
     ) -> Result<String, PromptError> {
-        self.render_in(messages, ending, tools, self.call_form)
+        let template = self.with_tools.as_deref().filter(|_| tools.is_some()).unwrap_or(self);
+        template.render_in(messages, ending, tools, template.call_form)
     }
 
     fn render_in(

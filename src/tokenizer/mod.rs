@@ -20,7 +20,9 @@ use sentence_piece::SentencePiece;
 use sentinels::FimTokens;
 #[cfg(test)]
 use vocabulary::Spaces;
-pub use vocabulary::{IGNORE_MERGES, LSTRIP, METASPACE, NORMALIZER, PRE_TOKENIZER, RSTRIP, parse_byte};
+pub use vocabulary::{
+    IGNORE_MERGES, LSTRIP, METASPACE, MORE_ENDS, NORMALIZER, PIECE_MERGES, PRE_TOKENIZER, RSTRIP, parse_byte,
+};
 use vocabulary::{Strips, TokenBytes, TokenKind, TokenizerMetadata, TokenizerModel};
 
 #[derive(Debug, thiserror::Error)]

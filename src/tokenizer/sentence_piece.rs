@@ -1,5 +1,5 @@
-//! SentencePiece BPE (GGUF's `llama`): the adjacent pair whose union has the best score is merged first, the leftmost
-//! among equals; characters outside the vocabulary become their UTF-8 bytes.
+//! SentencePiece BPE (GGUF's `llama`): the adjacent pair whose union has the best score is merged first, or that which merges say
+//! is first, the leftmost among equals; characters outside the vocabulary become their UTF-8 bytes.
 
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
@@ -13,6 +13,8 @@ use super::vocabulary::{Spaces, TokenKind, TokenizerMetadata, parse_byte};
 pub struct SentencePiece {
     /// Id and score of every token that text may become.
     pieces: HashMap<String, (u32, f32)>,
+    /// The scores of pairs that merge, where they are not those of the tokens that pairs become.
+    pairs: Option<HashMap<(u32, u32), f32>>,
     /// `[256]`
     byte_ids: Vec<Option<u32>>,
     unknown: Option<u32>,
@@ -71,7 +73,11 @@ impl SentencePiece {
                 TokenKind::Control | TokenKind::Unused => {}
             }
         }
-        Self { pieces, byte_ids, unknown, spaces: metadata.spaces.clone() }
+        let id = |text: &String| pieces.get(text).map(|(id, _)| *id);
+        let pair = |((left, right), rank): (&(String, String), u32)| Some(((id(left)?, id(right)?), -(rank as f32)));
+        let pairs = metadata.merges.iter().zip(0..).filter_map(pair).collect();
+        let pairs = (!metadata.merges.is_empty()).then_some(pairs);
+        Self { pieces, pairs, byte_ids, unknown, spaces: metadata.spaces.clone() }
     }
 
     pub fn id_of(&self, text: &str) -> Option<u32> {
@@ -122,8 +128,15 @@ impl SentencePiece {
         if self.spaces.splits && text[symbols[right].start..].starts_with('▁') {
             return None;
         }
-        let (_, score) = self.pieces.get(&text[start..end])?;
-        Some(Merge { score: *score, left, right, start, end })
+        let (_, of_token) = self.pieces.get(&text[start..end])?;
+        let score = match &self.pairs {
+            None => *of_token,
+            Some(pairs) => {
+                let [one, other] = [left, right].map(|at| self.id_of(&text[symbols[at].start..symbols[at].end]));
+                *pairs.get(&(one?, other?))?
+            }
+        };
+        Some(Merge { score, left, right, start, end })
     }
 
     fn append(&self, piece: &str, ids: &mut Vec<u32>) {

@@ -20,6 +20,10 @@ pub const NORMALIZER: &str = "lorry.tokenizer.normalizer";
 pub const IGNORE_MERGES: &str = "lorry.tokenizer.ignore_merges";
 /// SentencePiece's step `Metaspace`, which can say more of spaces than GGUF's `add_space_prefix`.
 pub const METASPACE: &str = "lorry.tokenizer.metaspace";
+/// SentencePiece's merges, best first, where tokens' scores may not say them.
+pub const PIECE_MERGES: &str = "lorry.tokenizer.piece_merges";
+/// Ids of the tokens that end a completion, beyond the three that GGUF names.
+pub const MORE_ENDS: &str = "lorry.tokenizer.more_ends";
 /// Ids of the tokens that take in the whitespace before them, and behind them.
 pub const LSTRIP: &str = "lorry.tokenizer.lstrip";
 pub const RSTRIP: &str = "lorry.tokenizer.rstrip";
@@ -137,11 +141,11 @@ pub struct TokenizerMetadata {
     pub kinds: Vec<TokenKind>,
     /// SentencePiece only.
     pub scores: Vec<f32>,
-    /// Byte-level BPE only, best first.
+    /// Best first; empty for SentencePiece's where scores say them.
     pub merges: Vec<(String, String)>,
     pub bos: Option<u32>,
     pub eos: Option<u32>,
-    /// End of turn and end of message, where the file names them.
+    /// End of turn, end of message and others, where the file names them.
     pub other_ends: Vec<u32>,
     /// Those that the file names, or that are known by text once this is checked.
     pub fim: Option<FimTokens>,
@@ -162,15 +166,10 @@ impl TokenizerMetadata {
         let kinds = list(gguf, TOKEN_TYPES, "a list of token types (1 to 6)", |v| TokenKind::from_gguf(integer(v)?))?;
         let (scores, merges) = match model {
             TokenizerModel::SentencePiece => {
-                (list(gguf, SCORES, "a list of 32-bit floats", |v| v.to_f32().ok())?, vec![])
+                let scores = list(gguf, SCORES, "a list of 32-bit floats", |v| v.to_f32().ok())?;
+                (scores, if gguf.metadata(PIECE_MERGES).is_some() { pairs(gguf, PIECE_MERGES)? } else { vec![] })
             }
-            TokenizerModel::ByteLevelBpe => (
-                vec![],
-                list(gguf, MERGES, "a list of pairs separated by a space", |v| {
-                    let (left, right) = v.to_string().ok()?.split_once(' ')?;
-                    Some((left.to_string(), right.to_string()))
-                })?,
-            ),
+            TokenizerModel::ByteLevelBpe => (vec![], pairs(gguf, MERGES)?),
         };
         let id = |name: &str| optional_id(gguf, &format!("tokenizer.ggml.{name}_token_id"), tokens.len());
         // Older files name the same without `fim_`.
@@ -189,7 +188,7 @@ impl TokenizerMetadata {
             pre,
             bos: id("bos")?,
             eos: id("eos")?,
-            other_ends: [id("eot")?, id("eom")?].into_iter().flatten().collect(),
+            other_ends: [id("eot")?, id("eom")?].into_iter().flatten().chain(ids(gguf, MORE_ENDS)?).collect(),
             add_bos: optional_bool(gguf, "tokenizer.ggml.add_bos_token")?,
             spaces: Spaces::read(gguf)?,
             strips: Strips { left: ids(gguf, LSTRIP)?, right: ids(gguf, RSTRIP)? },
@@ -235,6 +234,10 @@ impl TokenizerMetadata {
             .collect();
         // What text is merged to is text.
         let is_merged = |text: &str| {
+            // Pieces are spelled as they are, also those that steer.
+            if self.model == TokenizerModel::SentencePiece {
+                return false;
+            }
             let parts = |(left, right): &(String, String)| text.strip_prefix(left.as_str()) == Some(right.as_str());
             self.merges.iter().any(parts)
         };
@@ -336,6 +339,13 @@ fn list<T>(
 
 fn strings(gguf: &GgufFile, key: &str) -> Result<Vec<String>, TokenizerError> {
     list(gguf, key, "a list of strings", |v| v.to_string().ok().cloned())
+}
+
+fn pairs(gguf: &GgufFile, key: &str) -> Result<Vec<(String, String)>, TokenizerError> {
+    list(gguf, key, "a list of pairs separated by a space", |v| {
+        let (left, right) = v.to_string().ok()?.split_once(' ')?;
+        Some((left.to_string(), right.to_string()))
+    })
 }
 
 fn integer(value: &Value) -> Option<i64> {

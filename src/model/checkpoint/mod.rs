@@ -9,6 +9,7 @@ mod config;
 mod converter;
 mod family;
 mod fields;
+mod generation;
 mod integers;
 mod language_model;
 mod matrix;
@@ -17,6 +18,7 @@ mod prequantized;
 mod quantize;
 mod rope;
 mod shards;
+pub(super) mod templates;
 mod tokenizer;
 
 use std::fs;
@@ -42,7 +44,7 @@ use super::pull;
 use crate::hexadecimal::hexadecimal;
 
 /// Of the way that a checkpoint is converted: a file of another one is made anew.
-const VERSION: &str = "4";
+const VERSION: &str = "5";
 /// What a converted file was made of, in its metadata.
 const SOURCE: &str = "lorry.checkpoint.fingerprint";
 const MAX_TEXT_BYTES: u64 = 256 << 20;
@@ -120,7 +122,11 @@ fn target_stem(folder: &Path, quantization: Quantization) -> String {
 /// Names, sizes and times of the files: reading gigabytes again at every start would cost more than it is worth.
 fn fingerprint(folder: &Path, quantization: Quantization) -> io::Result<String> {
     let mut lines = vec![VERSION.to_owned(), quantization.name().to_owned()];
-    for entry in fs::read_dir(folder)? {
+    let templates = match fs::read_dir(folder.join(templates::FOLDER)) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+        entries => Some(entries?),
+    };
+    for entry in fs::read_dir(folder)?.chain(templates.into_iter().flatten()) {
         let entry = entry?;
         // Of what a link leads to: caches of the hub are full of links.
         let metadata = fs::metadata(entry.path())?;

@@ -1,6 +1,6 @@
 //! `tokenizer.json` and what stands beside it, as GGUF's metadata says the same.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use candle_core::quantized::gguf_file::Value as Gguf;
@@ -10,16 +10,14 @@ use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 use tokenizers::{NormalizedString, Normalizer, NormalizerWrapper};
 
 use super::config::Config;
-use super::fields::ids;
+use super::fields;
 use super::post_processor::Surroundings;
-use super::{CheckpointError, read_json, read_text};
-use crate::prompt::chat;
-use crate::tokenizer::{LSTRIP, METASPACE, NORMALIZER, PRE_TOKENIZER, RSTRIP};
+use super::templates::{self, Templates};
+use super::{CheckpointError, generation, read_json, read_text};
+use crate::tokenizer::{LSTRIP, METASPACE, MORE_ENDS, NORMALIZER, PIECE_MERGES, PRE_TOKENIZER, RSTRIP};
 
 pub const FILE: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
-const GENERATION_CONFIG: &str = "generation_config.json";
-const CHAT_TEMPLATE: &str = "chat_template.jinja";
 
 #[derive(Deserialize)]
 struct TokenizerFile {
@@ -80,13 +78,43 @@ struct AddedToken {
     normalized: bool,
 }
 
+/// As much as a tokenizer with any type of model has.
+#[derive(Deserialize)]
+struct AnyTokenizer {
+    model: AnyModel,
+}
+
+#[derive(Deserialize)]
+struct AnyModel {
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+/// An added token in `tokenizer_config.json`, where its id is the key.
+#[derive(Deserialize)]
+struct TokenAddedAnew {
+    content: String,
+    #[serde(default)]
+    special: bool,
+    #[serde(default)]
+    single_word: bool,
+    #[serde(default)]
+    lstrip: bool,
+    #[serde(default)]
+    rstrip: bool,
+    normalized: Option<bool>,
+}
+
 /// The part of `tokenizer_config.json` that matters.
 #[derive(Default, Deserialize)]
 struct TokenizerConfig {
+    #[serde(default)]
+    added_tokens_decoder: BTreeMap<u32, TokenAddedAnew>,
     bos_token: Option<TokenText>,
     eos_token: Option<TokenText>,
     add_bos_token: Option<bool>,
     add_eos_token: Option<bool>,
+    add_prefix_space: Option<bool>,
     chat_template: Option<Templates>,
 }
 
@@ -95,24 +123,6 @@ struct TokenizerConfig {
 enum TokenText {
     Text(String),
     Token { content: String },
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Templates {
-    One(String),
-    Named(Vec<NamedTemplate>),
-}
-
-#[derive(Deserialize)]
-struct NamedTemplate {
-    name: String,
-    template: String,
-}
-
-#[derive(Default, Deserialize)]
-struct GenerationConfig {
-    eos_token_id: Option<Value>,
 }
 
 /// GGUF's token types.
@@ -125,15 +135,10 @@ const BYTE: i32 = 6;
 
 /// `tokenizer.ggml.*` and the chat template, for a vocabulary of `config.vocab_size` tokens.
 pub fn metadata(folder: &Path, config: &Config) -> Result<Vec<(String, Gguf)>, CheckpointError> {
-    let file = read_json::<TokenizerFile>(folder, FILE)?.ok_or_else(|| {
-        CheckpointError::file(
-            FILE,
-            "is not there: it can be made by AutoTokenizer.from_pretrained(…).save_pretrained(…)",
-        )
-    })?;
-    let beside = read_json::<TokenizerConfig>(folder, CONFIG)?.unwrap_or_default();
-    let generation = read_json::<GenerationConfig>(folder, GENERATION_CONFIG)?.unwrap_or_default();
+    let mut file = read_tokenizer(folder)?;
+    let mut beside = read_json::<TokenizerConfig>(folder, CONFIG)?.unwrap_or_default();
     refuse_unknown_model(&file.model)?;
+    add_anew(&mut file, std::mem::take(&mut beside.added_tokens_decoder));
     refuse_unknown_flags(&file)?;
 
     let is_sentence_piece = file.model.byte_fallback;
@@ -154,6 +159,13 @@ pub fn metadata(folder: &Path, config: &Config) -> Result<Vec<(String, Gguf)>, C
             let reason = "pre_tokenizer: without a step ByteLevel, a BPE model is served with byte_fallback only";
             return Err(CheckpointError::file(FILE, reason));
         }
+        // That of a sequence of steps is not looked at.
+        let said = file.pre_tokenizer.as_ref().and_then(|step| step.get("add_prefix_space")?.as_bool());
+        if let (Some(asked), Some(said)) = (beside.add_prefix_space, said)
+            && asked != said
+        {
+            return Err(CheckpointError::file(CONFIG, format!("add_prefix_space: {asked}, and {FILE} says {said}")));
+        }
         set("model", Gguf::String("gpt2".to_owned()));
         // The steps themselves, not the name of one of the few sequences of steps that have a name.
         let json = |step: &Option<Value>| Gguf::String(step.as_ref().unwrap_or(&Value::Null).to_string());
@@ -163,13 +175,16 @@ pub fn metadata(folder: &Path, config: &Config) -> Result<Vec<(String, Gguf)>, C
     }
     let mut set = |key: &str, value: Gguf| pairs.push((format!("tokenizer.ggml.{key}"), value));
 
-    let id_of = |text: &Option<TokenText>| match text {
-        Some(TokenText::Text(text) | TokenText::Token { content: text }) => vocabulary.id(text),
-        None => None,
+    let id_of = |field: &str, text: &Option<TokenText>| match text {
+        Some(TokenText::Text(text) | TokenText::Token { content: text }) => match vocabulary.id(text) {
+            Some(id) => Ok(Some(id)),
+            None => Err(CheckpointError::file(CONFIG, format!("{field}: {text:?} is no token of {FILE}"))),
+        },
+        None => Ok(None),
     };
     let around = Surroundings::of(file.post_processor.as_ref())?;
     let first = around.before.first().map(|text| vocabulary.id(text));
-    let bos = id_of(&beside.bos_token).or(config.bos_token_id).or(first.flatten());
+    let bos = id_of("bos_token", &beside.bos_token)?.or(config.bos_token_id).or(first.flatten());
     match (beside.add_eos_token, around.behind.first()) {
         (Some(true), _) => {
             let reason = "add_eos_token: true is not served: nothing would follow the end that it puts behind a prompt";
@@ -194,12 +209,16 @@ pub fn metadata(folder: &Path, config: &Config) -> Result<Vec<(String, Gguf)>, C
             ));
         }
     };
-    let named_ends = generation.eos_token_id.as_ref().map(|value| {
-        ids(value).ok_or_else(|| CheckpointError::file(GENERATION_CONFIG, "eos_token_id: is no token id"))
-    });
-    let mut ends = named_ends.transpose()?.unwrap_or_else(|| config.eos_token_ids.clone());
+    let (named_by, mut ends) = match generation::ends(folder)? {
+        Some(ends) => (generation::FILE, ends),
+        None => (fields::FILE, config.eos_token_ids.clone()),
+    };
+    if let Some(id) = ends.iter().find(|id| **id as usize >= config.vocab_size) {
+        let reason = format!("eos_token_id: {id}, and the model's vocabulary has {} tokens", config.vocab_size);
+        return Err(CheckpointError::file(named_by, reason));
+    }
     // The tokenizer's own comes first: templates write it.
-    ends.splice(0..0, id_of(&beside.eos_token));
+    ends.splice(0..0, id_of("eos_token", &beside.eos_token)?);
     let mut seen = Vec::new();
     ends.retain(|id| {
         !seen.contains(id) && {
@@ -207,12 +226,8 @@ pub fn metadata(folder: &Path, config: &Config) -> Result<Vec<(String, Gguf)>, C
             true
         }
     });
-    if ends.len() > 3 {
-        return Err(CheckpointError::file(
-            GENERATION_CONFIG,
-            format!("eos_token_id: {} tokens, three are read", ends.len()),
-        ));
-    }
+    // GGUF names three.
+    let more_ends = ends.split_off(ends.len().min(3));
     for (key, id) in ["eos_token_id", "eot_token_id", "eom_token_id"].into_iter().zip(ends) {
         set(key, Gguf::U32(id));
     }
@@ -220,19 +235,22 @@ pub fn metadata(folder: &Path, config: &Config) -> Result<Vec<(String, Gguf)>, C
     if let Some(bos) = bos {
         set("bos_token_id", Gguf::U32(bos));
     }
-    let merges = file.model.merges.into_iter().map(Merge::line);
-    if !is_sentence_piece {
-        set("merges", array(merges, Gguf::String));
-    }
     set("tokens", array(vocabulary.tokens, Gguf::String));
     set("token_type", array(vocabulary.kinds, Gguf::I32));
+
+    // Scores are of tokens, and the same token may be made of some pairs early, late, or not at all.
+    let merges = if is_sentence_piece { PIECE_MERGES } else { "tokenizer.ggml.merges" };
+    pairs.push((merges.to_owned(), array(file.model.merges.into_iter().map(Merge::line), Gguf::String)));
+    if !more_ends.is_empty() {
+        pairs.push((MORE_ENDS.to_owned(), array(more_ends, Gguf::U32)));
+    }
 
     // Without any, a reader that knows the architecture might take it to be meant.
     for (key, strips) in [(LSTRIP, (|token| token.lstrip) as fn(&AddedToken) -> bool), (RSTRIP, |token| token.rstrip)] {
         let ids = file.added_tokens.iter().filter(|token| strips(token)).map(|token| token.id);
         pairs.push((key.to_owned(), array(ids, Gguf::U32)));
     }
-    pairs.extend(chat_templates(folder, beside.chat_template)?);
+    pairs.extend(templates::metadata(folder, beside.chat_template)?);
     Ok(pairs)
 }
 
@@ -240,11 +258,50 @@ fn array<T>(values: impl IntoIterator<Item = T>, wrap: impl Fn(T) -> Gguf) -> Gg
     Gguf::Array(values.into_iter().map(wrap).collect())
 }
 
+fn read_tokenizer(folder: &Path) -> Result<TokenizerFile, CheckpointError> {
+    let text = read_text(folder, FILE)?.ok_or_else(|| {
+        CheckpointError::file(
+            FILE,
+            "is not there: it can be made by AutoTokenizer.from_pretrained(…).save_pretrained(…)",
+        )
+    })?;
+    serde_json::from_str(&text).map_err(|e| match serde_json::from_str::<AnyTokenizer>(&text) {
+        // Models of other types have other fields.
+        Ok(AnyTokenizer { model: AnyModel { kind } }) if kind != "BPE" => refuse_type(&kind),
+        _ => CheckpointError::file(FILE, e),
+    })
+}
+
+fn refuse_type(kind: &str) -> CheckpointError {
+    CheckpointError::file(FILE, format!("model.type {kind:?} is not served: BPE is"))
+}
+
+/// What `tokenizer_config.json` says of a token counts: transformers adds it once more.
+fn add_anew(file: &mut TokenizerFile, tokens: BTreeMap<u32, TokenAddedAnew>) {
+    for (id, anew) in tokens {
+        let TokenAddedAnew { content, special, single_word, lstrip, rstrip, normalized } = anew;
+        let normalized = normalized.unwrap_or(!special);
+        let known = file.added_tokens.iter_mut().find(|token| token.content == content);
+        match known {
+            // One that was special stays so.
+            Some(token) => {
+                let (id, special) = (token.id, special || token.special);
+                *token = AddedToken { id, content, special, single_word, lstrip, rstrip, normalized };
+            }
+            None => {
+                let id = file.model.vocab.get(&content).copied().unwrap_or(id);
+                let token = AddedToken { id, content, special, single_word, lstrip, rstrip, normalized };
+                file.added_tokens.push(token);
+            }
+        }
+    }
+}
+
 fn refuse_unknown_model(model: &BpeModel) -> Result<(), CheckpointError> {
     let refuse = |what: String| Err(CheckpointError::file(FILE, format!("model.{what} is not served")));
     match model.kind.as_deref() {
         None | Some("BPE") => {}
-        Some(kind) => return refuse(format!("type {kind:?}")),
+        Some(kind) => return Err(refuse_type(kind)),
     }
     let affixes = [
         ("continuing_subword_prefix", &model.continuing_subword_prefix),
@@ -303,6 +360,10 @@ impl Vocabulary {
                 let reason = format!("token {text:?} has the id {id}, the model's vocabulary has {size} tokens");
                 return Err(CheckpointError::file(FILE, reason));
             }
+            if kinds[at] != UNUSED && tokens[at] != text {
+                let reason = format!("tokens {:?} and {text:?} have the id {id}", tokens[at]);
+                return Err(CheckpointError::file(FILE, reason));
+            }
             (tokens[at], kinds[at]) = (text.to_owned(), kind);
             Ok(())
         };
@@ -321,7 +382,10 @@ impl Vocabulary {
                 USER_DEFINED
             };
             place(token.id, &token.content, kind)?;
-            ids.insert(token.content.clone(), token.id);
+            if let Some(other) = ids.insert(token.content.clone(), token.id).filter(|other| *other != token.id) {
+                let reason = format!("token {:?} has the ids {other} and {}", token.content, token.id);
+                return Err(CheckpointError::file(FILE, reason));
+            }
         }
         Ok(Self { tokens, kinds, ids })
     }
@@ -338,8 +402,10 @@ impl Vocabulary {
                 Merge::Pair(left, right) => format!("{left}{right}"),
                 Merge::Line(line) => line.replacen(' ', "", 1),
             };
-            let Some(id) = self.id(&whole) else {
-                return Err(CheckpointError::file(FILE, format!("model.merges gives {whole:?}, which is no token")));
+            // A line of a merge has a space between the two.
+            let Some(id) = self.id(&whole).filter(|_| !whole.contains(' ')) else {
+                let reason = format!("model.merges gives {whole:?}, which is no token without a space");
+                return Err(CheckpointError::file(FILE, reason));
             };
             let score = &mut scores[id as usize];
             if *score == 0.0 {
@@ -389,27 +455,4 @@ pub fn steps<'a>(part: Option<&'a Value>, list: &str) -> Vec<&'a Value> {
         Some(sequence) => sequence.iter().flat_map(|step| steps(Some(step), list)).collect(),
         None => vec![step],
     }
-}
-
-/// A file of its own goes before what the configuration has under no name, or as the default.
-fn chat_templates(folder: &Path, named: Option<Templates>) -> Result<Vec<(String, Gguf)>, CheckpointError> {
-    let mut pairs: Vec<(String, Gguf)> = Vec::new();
-    let mut set = |key: String, template: String| pairs.push((key, Gguf::String(template)));
-    let of_file = read_text(folder, CHAT_TEMPLATE)?;
-    let has_file = of_file.is_some();
-    of_file.into_iter().for_each(|template| set(chat::KEY.to_owned(), template));
-    match named {
-        Some(Templates::One(template)) if !has_file => set(chat::KEY.to_owned(), template),
-        None | Some(Templates::One(_)) => {}
-        Some(Templates::Named(list)) => {
-            for NamedTemplate { name, template } in list {
-                match name.as_str() {
-                    "default" if has_file => {}
-                    "default" => set(chat::KEY.to_owned(), template),
-                    name => set(format!("{}{name}", chat::NAMED), template),
-                }
-            }
-        }
-    }
-    Ok(pairs)
 }
