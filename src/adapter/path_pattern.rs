@@ -39,14 +39,25 @@ impl PathPattern {
         Self::at_start(field, &format!(r"(?:{pattern})\z"))
     }
 
-    /// # Errors
-    /// When the pattern takes too many steps; names its field.
-    pub fn is_match(&self, path: &str) -> Result<bool, AdapterError> {
+    fn is_match(&self, path: &str) -> Result<bool, AdapterError> {
         self.regex.is_match(path).map_err(|e| self.refusal(&e))
     }
 
+    /// Whether it matches one of the paths.
+    ///
     /// # Errors
-    /// As [`PathPattern::is_match`].
+    /// When the pattern takes too many steps; names its field.
+    pub fn matches_any(&self, paths: &[String]) -> Result<bool, AdapterError> {
+        for path in paths {
+            if self.is_match(path)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// # Errors
+    /// As [`PathPattern::matches_any`].
     pub fn captures<'a>(&self, path: &'a str) -> Result<Option<Captures<'a, str>>, AdapterError> {
         self.regex.captures(path).map_err(|e| self.refusal(&e))
     }

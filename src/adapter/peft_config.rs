@@ -43,7 +43,7 @@ impl PeftConfig {
             fields.take_text("task_type", &["CAUSAL_LM"])?;
         }
         match method {
-            "LORA" => LoraConfig::read(fields, text).map(Self::Lora),
+            "LORA" => LoraConfig::read(fields).map(Self::Lora),
             "IA3" => Ia3Config::read(fields).map(Self::Ia3),
             "PROMPT_TUNING" => PreludeConfig::read(fields, PreludeKind::PromptTuning).map(Self::Prelude),
             "P_TUNING" => PreludeConfig::read(fields, PreludeKind::PTuning).map(Self::Prelude),

@@ -98,10 +98,9 @@ pub enum PathMatch {
 
 impl PathMatch {
     fn matches(&self, path: &str) -> Result<bool, AdapterError> {
-        let within = in_multimodal(path);
         match self {
-            Self::Pattern(pattern) => Ok(pattern.is_match(path)? || pattern.is_match(&within)?),
-            Self::Names(names) => Ok(names.iter().any(|name| is_ending(path, name) || is_ending(&within, name))),
+            Self::Pattern(pattern) => pattern.matches_any(&paths_in_training(path)),
+            Self::Names(names) => Ok(names.iter().any(|name| is_named(path, name))),
         }
     }
 
@@ -109,19 +108,22 @@ impl PathMatch {
     fn names_exactly(&self, path: &str) -> bool {
         match self {
             Self::Pattern(_) => true,
-            Self::Names(names) => names.iter().any(|name| name == path),
+            Self::Names(names) => paths_in_training(path).iter().any(|path| names.contains(path)),
         }
     }
 }
 
-/// The path in a model that sees images too, whose part for text is the base: Gemma 3's are trained within it.
-fn in_multimodal(path: &str) -> String {
-    path.replacen("model.", &format!("model.{TEXT_MODEL}."), 1)
+/// What a module of the base may have been called in training: by its own path, or by that within a model that sees images too,
+/// whose part for text is the base. The second is that of Transformers since 4.52, the third that of those before.
+pub fn paths_in_training(path: &str) -> [String; 3] {
+    let within = path.replacen("model.", &format!("model.{TEXT_MODEL}."), 1);
+    [path.to_string(), within, format!("{TEXT_MODEL}.{path}")]
 }
 
-/// Whether a path is this, or ends in it behind a dot.
-fn is_ending(path: &str, ending: &str) -> bool {
-    path.strip_suffix(ending).is_some_and(|before| before.is_empty() || before.ends_with('.'))
+/// Whether what a module or parameter was called in training is this name, or ends in it behind a dot.
+fn is_named(path: &str, name: &str) -> bool {
+    let is_ending = |path: &String| path.strip_suffix(name).is_some_and(|stem| stem.is_empty() || stem.ends_with('.'));
+    paths_in_training(path).iter().any(is_ending)
 }
 
 /// `target_modules`, `target_parameters`, `exclude_modules`, `layers_to_transform` and `layers_pattern` of a configuration.
@@ -132,9 +134,43 @@ pub struct SiteSelector {
     pub parameters: Vec<String>,
     pub excluded: Option<PathMatch>,
     /// `None` is every layer.
-    pub layers: Option<BTreeSet<usize>>,
-    /// What the layer list is called in a module path; empty accepts any name. The first group is the layer's number.
-    pub layer_patterns: Vec<PathPattern>,
+    pub layers: Option<ChosenLayers>,
+}
+
+/// `layers_to_transform`, and where `layers_pattern` finds the number of a layer in a path.
+#[derive(Debug)]
+pub struct ChosenLayers {
+    pub numbers: BTreeSet<usize>,
+    patterns: Vec<PathPattern>,
+}
+
+impl ChosenLayers {
+    /// `lists` are what the layer list may be called in a path, patterns; none accepts any name. Of several numbers in a path the
+    /// first is the layer's, as in PEFT since 0.19: a later one is an expert's.
+    ///
+    /// # Errors
+    /// When one of the lists is no pattern.
+    pub fn new(numbers: BTreeSet<usize>, lists: &[&str]) -> Result<Self, AdapterError> {
+        let behind = |list: String| PathPattern::at_start("layers_pattern", &format!(r"{list}\.(?P<idx>\d+)\."));
+        let patterns = if lists.is_empty() {
+            vec![behind(r".*?\.[^.]*".to_string())?]
+        } else {
+            lists.iter().map(|list| behind(format!(r"(?:^|.*?\.){list}"))).collect::<Result<_, _>>()?
+        };
+        Ok(Self { numbers, patterns })
+    }
+
+    fn contain(&self, path: &str) -> Result<bool, AdapterError> {
+        for pattern in &self.patterns {
+            for path in paths_in_training(path) {
+                if let Some(captures) = pattern.captures(&path)? {
+                    let number = captures.name("idx").and_then(|number| number.as_str().parse().ok());
+                    return Ok(number.is_some_and(|number| self.numbers.contains(&number)));
+                }
+            }
+        }
+        Ok(false)
+    }
 }
 
 impl SiteSelector {
@@ -143,7 +179,8 @@ impl SiteSelector {
     /// # Errors
     /// When it names nothing, or a layer that the base does not have.
     pub fn targets(&self, spec: &ModelSpec) -> Result<Targets, AdapterError> {
-        if let Some(layer) = self.layers.iter().flatten().find(|&&layer| layer >= spec.num_layers) {
+        let chosen = self.layers.iter().flat_map(|chosen| &chosen.numbers);
+        if let Some(layer) = chosen.copied().find(|layer| *layer >= spec.num_layers) {
             let reason = format!("layer {layer} is no site of the base, which has {} layers", spec.num_layers);
             return Err(AdapterError::field("layers_to_transform", reason));
         }
@@ -161,7 +198,7 @@ impl SiteSelector {
         let parameters: Vec<(String, Vec<Site>)> =
             if self.parameters.is_empty() { Vec::new() } else { parameters(spec).collect() };
         for name in &self.parameters {
-            let mut named = parameters.iter().filter(|(path, _)| is_ending(path, name)).peekable();
+            let mut named = parameters.iter().filter(|(path, _)| is_named(path, name)).peekable();
             if named.peek().is_none() {
                 let reason = format!("{name:?} is no parameter of the base's linear layers or experts");
                 return Err(AdapterError::field("target_parameters", reason));
@@ -182,7 +219,7 @@ impl SiteSelector {
     pub fn named_path(&self, spec: &ModelSpec, (layer, module): Site) -> String {
         let path = spec.module_path(layer, module);
         let weight = format!("{path}.weight");
-        if self.parameters.iter().any(|name| is_ending(&weight, name)) { weight } else { path }
+        if self.parameters.iter().any(|name| is_named(&weight, name)) { weight } else { path }
     }
 
     fn selects(&self, path: &str) -> Result<bool, AdapterError> {
@@ -191,31 +228,16 @@ impl SiteSelector {
             return Ok(false);
         }
         match &self.layers {
-            Some(layers) if !self.targets.names_exactly(path) => {
-                Ok(self.layer_of(path)?.is_some_and(|layer| layers.contains(&layer)))
-            }
+            Some(chosen) if !self.targets.names_exactly(path) => chosen.contain(path),
             _ => Ok(true),
         }
-    }
-
-    fn layer_of(&self, path: &str) -> Result<Option<usize>, AdapterError> {
-        if self.layer_patterns.is_empty() {
-            let number = path.split('.').rev().find(|part| part.starts_with(|c: char| c.is_ascii_digit()));
-            return Ok(number.and_then(|number| number.parse().ok()));
-        }
-        for pattern in &self.layer_patterns {
-            if let Some(captures) = pattern.captures(path)? {
-                return Ok(captures.get(1).and_then(|number| number.as_str().parse().ok()));
-            }
-        }
-        Ok(None)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::spec::{Architecture, Features};
+    use crate::model::spec::{Architecture, Features, Projection};
 
     fn spec() -> ModelSpec {
         ModelSpec {
@@ -239,7 +261,11 @@ mod tests {
     }
 
     fn all_layers(targets: PathMatch) -> SiteSelector {
-        SiteSelector { targets, parameters: Vec::new(), excluded: None, layers: None, layer_patterns: Vec::new() }
+        SiteSelector { targets, parameters: Vec::new(), excluded: None, layers: None }
+    }
+
+    fn layers(numbers: &[usize], lists: &[&str]) -> Option<ChosenLayers> {
+        Some(ChosenLayers::new(numbers.iter().copied().collect(), lists).unwrap())
     }
 
     #[test]
@@ -268,8 +294,11 @@ mod tests {
         };
         assert_eq!(targets(&["gate_up_proj"]).unwrap().sites.len(), 12 * 3 * 2);
         assert_eq!(targets(&["mlp.experts.down_proj", "gate.weight"]).unwrap().sites.len(), 12 * (3 + 1));
-        let one = targets(&["model.layers.3.mlp.gate.weight", "4.self_attn.q_proj.weight"]).unwrap().sites;
-        assert_eq!(one.into_iter().collect::<Vec<_>>(), [(3, Module::Router), (4, Module::QProj)]);
+        for layers in ["model.layers", "model.language_model.layers", "language_model.model.layers"] {
+            let gate = format!("{layers}.3.mlp.gate.weight");
+            let one = targets(&[&gate, "4.self_attn.q_proj.weight"]).unwrap().sites;
+            assert_eq!(one.into_iter().collect::<Vec<_>>(), [(3, Module::Router), (4, Module::QProj)]);
+        }
         for unknown in ["gate", "experts.0.down_proj.weight", "q_proj"] {
             let refusal = targets(&["gate.weight", unknown]).unwrap_err().to_string();
             assert!(refusal.contains("target_parameters") && refusal.contains(unknown), "{refusal}");
@@ -282,8 +311,7 @@ mod tests {
             targets: names(&["q_proj", "v_proj"]),
             parameters: Vec::new(),
             excluded: Some(names(&["layers.1.self_attn.v_proj"])),
-            layers: Some([1, 11].into()),
-            layer_patterns: Vec::new(),
+            layers: layers(&[1, 11], &[]),
         };
         let sites: Vec<Site> = selector.targets(&spec()).unwrap().sites.into_iter().collect();
         assert_eq!(sites, [(1, Module::QProj), (11, Module::QProj), (11, Module::VProj)]);
@@ -291,18 +319,36 @@ mod tests {
 
     #[test]
     fn a_layers_pattern_that_names_another_list_selects_nothing() {
-        let mut selector = all_layers(names(&["q_proj"]));
-        selector.layers = Some([1].into());
-        selector.layer_patterns = vec![PathPattern::at_start("layers_pattern", r".*\.layers\.(\d+)\.").unwrap()];
-        assert_eq!(selector.targets(&spec()).unwrap().sites.len(), 1);
-        selector.layer_patterns = vec![PathPattern::at_start("layers_pattern", r".*\.h\.(\d+)\.").unwrap()];
-        assert!(selector.targets(&spec()).unwrap_err().to_string().contains("site"));
+        let sites = |lists: &[&str]| {
+            SiteSelector { layers: layers(&[1], lists), ..all_layers(names(&["q_proj"])) }
+                .targets(&spec())
+                .map(|targets| targets.sites.into_iter().collect::<Vec<_>>())
+        };
+        for lists in
+            [&["layers"][..], &["h", "layers"], &["model.layers"], &["lay(er|ing)s"], &["language_model.layers"]]
+        {
+            assert_eq!(sites(lists).unwrap(), [(1, Module::QProj)], "{lists:?}");
+        }
+        for lists in [&["h"][..], &["ayers"], &["mlp"]] {
+            assert!(sites(lists).unwrap_err().to_string().contains("site"), "{lists:?}");
+        }
+    }
+
+    #[test]
+    fn the_first_number_of_a_path_is_the_layer_and_a_later_one_an_experts() {
+        let experts = Some(Experts { count: 3, used: 1, normalizes_shares: true });
+        let spec = ModelSpec { features: Features { experts, ..Features::PLAIN }, ..spec() };
+        for lists in [&[][..], &["layers"]] {
+            let selector = SiteSelector { layers: layers(&[2], lists), ..all_layers(names(&["up_proj"])) };
+            let sites: Vec<Site> = selector.targets(&spec).unwrap().sites.into_iter().collect();
+            let of_expert = |expert| (2, Module::Expert(expert, Projection::Up));
+            assert_eq!(sites, [0, 1, 2].map(of_expert), "{lists:?}");
+        }
     }
 
     #[test]
     fn a_layer_the_base_does_not_have_is_refused() {
-        let mut selector = all_layers(names(&["q_proj"]));
-        selector.layers = Some([1, 12].into());
+        let selector = SiteSelector { layers: layers(&[1, 12], &[]), ..all_layers(names(&["q_proj"])) };
         assert!(selector.targets(&spec()).unwrap_err().to_string().contains("layers_to_transform"));
     }
 
@@ -311,7 +357,7 @@ mod tests {
         let selector = all_layers(names(&["q_proj", "embed_tokens", "lm_head"]));
         let targets = selector.targets(&spec()).unwrap();
         assert!(targets.embedding && targets.head && targets.sites.len() == 12);
-        let targets = SiteSelector { layers: Some([1].into()), ..selector }.targets(&spec()).unwrap();
+        let targets = SiteSelector { layers: layers(&[1], &[]), ..selector }.targets(&spec()).unwrap();
         // `lm_head` is the whole path, which no choice of layers narrows.
         assert!(!targets.embedding && targets.head && targets.sites.len() == 1);
         let targets =
@@ -340,6 +386,16 @@ mod tests {
         for targets in selected {
             let sites: Vec<Site> = all_layers(targets).targets(&spec()).unwrap().sites.into_iter().collect();
             assert_eq!(sites, [(0, Module::QProj), (0, Module::UpProj), (1, Module::QProj), (1, Module::UpProj)]);
+        }
+    }
+
+    #[test]
+    fn a_module_named_as_it_was_called_beside_images_is_adapted_whatever_the_layers() {
+        let q = "layers.4.self_attn.q_proj";
+        for name in [format!("model.{q}"), format!("model.language_model.{q}"), format!("language_model.model.{q}")] {
+            let selector = SiteSelector { layers: layers(&[1], &[]), ..all_layers(names(&[&name, "v_proj"])) };
+            let sites: Vec<Site> = selector.targets(&spec()).unwrap().sites.into_iter().collect();
+            assert_eq!(sites, [(1, Module::VProj), (4, Module::QProj)], "{name}");
         }
     }
 

@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::FILE;
 use crate::adapter::error::AdapterError;
 use crate::adapter::path_pattern::PathPattern;
-use crate::adapter::sites::{PathMatch, SiteSelector};
+use crate::adapter::sites::{ChosenLayers, PathMatch, SiteSelector};
 use crate::model::spec::Module;
 
 /// Fields of every method that matter to training, provenance or other runtimes only.
@@ -26,10 +26,6 @@ const TURNED_ON_BY_EMPTY: &[&str] =
 
 /// What families name linear layers of decoder blocks beside Llama's names, for `all-linear`.
 const OTHER_MODULES: [&str; 5] = ["qkv_proj", "gate_up_proj", "c_fc", "c_proj", "gate"];
-
-pub(super) fn parse_error(e: serde_json::Error) -> AdapterError {
-    AdapterError::parse(FILE, e)
-}
 
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "neither a value of the right type nor a list of them")]
@@ -57,42 +53,38 @@ impl OneOrMany<String> {
     }
 }
 
-/// A JSON object in the order of the file: of several patterns that match, PEFT takes the first.
-#[derive(Default)]
-pub(super) struct Entries(pub Vec<(String, Value)>);
+/// The fields not yet interpreted. Of a key that stands there twice, the last value counts at the first place, as in Python.
+pub(super) struct Fields(BTreeMap<String, Value>);
 
-impl<'de> Deserialize<'de> for Entries {
+impl<'de> Deserialize<'de> for Fields {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct EntriesVisitor;
+        struct FieldsVisitor;
 
-        impl<'de> Visitor<'de> for EntriesVisitor {
-            type Value = Entries;
+        impl<'de> Visitor<'de> for FieldsVisitor {
+            type Value = Fields;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object")
             }
 
-            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Entries, M::Error> {
-                let mut entries = Vec::new();
+            // As a map's own, but that an error says which field it is in.
+            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Fields, M::Error> {
+                let mut fields = BTreeMap::new();
                 while let Some(name) = map.next_key::<String>()? {
                     let value = map.next_value().map_err(|e| M::Error::custom(format!("field {name:?}: {e}")))?;
-                    entries.push((name, value));
+                    fields.insert(name, value);
                 }
-                Ok(Entries(entries))
+                Ok(Fields(fields))
             }
         }
 
-        deserializer.deserialize_map(EntriesVisitor)
+        deserializer.deserialize_map(FieldsVisitor)
     }
 }
 
-/// The fields not yet interpreted.
-pub(super) struct Fields(BTreeMap<String, Value>);
-
 impl Fields {
     pub fn parse(text: &[u8]) -> Result<Self, AdapterError> {
-        let entries: Entries = serde_json::from_slice(text).map_err(parse_error)?;
-        Ok(Self(entries.0.into_iter().collect()))
+        serde_json::from_slice(text).map_err(|e| AdapterError::parse(FILE, e))
     }
 
     pub fn is_null(&self, name: &str) -> bool {
@@ -132,7 +124,7 @@ impl Fields {
             .take_as::<OneOrMany<String>>("exclude_modules")?
             .map(|excluded| excluded.into_path_match("exclude_modules"))
             .transpose()?;
-        Ok(SiteSelector { targets, parameters, excluded, layers: None, layer_patterns: Vec::new() })
+        Ok(SiteSelector { targets, parameters, excluded, layers: None })
     }
 
     /// `layers_to_transform` and `layers_pattern`, which narrow `selector`.
@@ -142,13 +134,10 @@ impl Fields {
             let reason = "has no meaning when target_modules is a pattern: put the layers into the pattern";
             return Err(AdapterError::field("layers_to_transform", reason));
         }
-        let layer_patterns: Vec<String> = self.take_as("layers_pattern")?.map(OneOrMany::into_vec).unwrap_or_default();
-        selector.layer_patterns = layer_patterns
-            .iter()
-            .filter(|pattern| !pattern.is_empty())
-            .map(|pattern| PathPattern::at_start("layers_pattern", &format!(r".*\.{pattern}\.(\d+)\.")))
-            .collect::<Result<_, _>>()?;
-        selector.layers = (!layers.is_empty()).then(|| layers.into_iter().collect());
+        let lists: Vec<String> = self.take_as("layers_pattern")?.map(OneOrMany::into_vec).unwrap_or_default();
+        let lists: Vec<&str> = lists.iter().map(String::as_str).filter(|list| !list.is_empty()).collect();
+        let chosen = ChosenLayers::new(layers.into_iter().collect(), &lists)?;
+        selector.layers = (!chosen.numbers.is_empty()).then_some(chosen);
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 use super::fields::{Fields, OneOrMany};
 use crate::adapter::error::AdapterError;
 use crate::adapter::path_pattern::PathPattern;
-use crate::adapter::sites::SiteSelector;
+use crate::adapter::sites::{SiteSelector, paths_in_training};
 
 /// Which layers are scaled, and at which end.
 #[derive(Debug)]
@@ -40,9 +40,12 @@ impl Ia3Config {
     /// # Errors
     /// When a pattern takes too many steps; names its field.
     pub fn is_feedforward(&self, path: &str) -> Result<bool, AdapterError> {
+        let paths = paths_in_training(path);
         match &self.feedforward {
-            Feedforward::Endings(endings) => Ok(endings.iter().any(|ending| path.ends_with(ending.as_str()))),
-            Feedforward::Pattern(pattern) => pattern.is_match(path),
+            Feedforward::Endings(endings) => {
+                Ok(endings.iter().any(|ending| paths.iter().any(|path| path.ends_with(ending.as_str()))))
+            }
+            Feedforward::Pattern(pattern) => pattern.matches_any(&paths),
         }
     }
 }

@@ -1,17 +1,18 @@
 //! The configuration of LoRA and what grew from it: rsLoRA, DoRA, patterns, biases, a head saved whole.
 
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use super::fields::{Entries, Fields, INSTEAD, parse_error};
+use super::fields::{Fields, INSTEAD};
 use crate::adapter::error::AdapterError;
 use crate::adapter::path_pattern::PathPattern;
-use crate::adapter::sites::{HEAD_PATH, SiteSelector};
+use crate::adapter::sites::{HEAD_PATH, SiteSelector, paths_in_training};
 
 const MAX_RANK: usize = 1024;
 /// Entries of one `*_pattern`: several per site of any base, and few enough to compile.
 const MAX_PATTERN_ENTRIES: usize = 2048;
+/// Those of them that are more than a path, which may take a hundred times as much memory. Trainers write few.
+const MAX_REGEX_ENTRIES: usize = 128;
 
 /// PEFT's defaults for fields a file may leave out.
 const DEFAULT_RANK: usize = 8;
@@ -55,9 +56,8 @@ pub struct LoraConfig {
 
 impl LoraConfig {
     /// # Errors
-    /// When a field is malformed or asks for what this server does not do; names it. `text` is the whole configuration.
-    pub(super) fn read(mut fields: Fields, text: &[u8]) -> Result<Self, AdapterError> {
-        let patterns: Patterns = serde_json::from_slice(text).map_err(parse_error)?;
+    /// When a field is malformed or asks for what this server does not do; names it.
+    pub(super) fn read(mut fields: Fields) -> Result<Self, AdapterError> {
         match fields.take("bias") {
             Value::Null => {}
             Value::String(name) if name == "none" => {}
@@ -82,13 +82,11 @@ impl LoraConfig {
 
         let parameters: Vec<String> = fields.take_as("target_parameters")?.unwrap_or_default();
         let targets_parameters = !parameters.is_empty();
-        fields.take("rank_pattern");
-        fields.take("alpha_pattern");
         let mut config = Self {
             rank: fields.take_as("r")?.map_or(Ok(DEFAULT_RANK), |r| checked_rank("r", r))?,
             alpha: fields.take_as("lora_alpha")?.unwrap_or(DEFAULT_ALPHA),
-            rank_pattern: patterns.rank_pattern.unwrap_or_default().compile("rank_pattern", checked_rank)?,
-            alpha_pattern: patterns.alpha_pattern.unwrap_or_default().compile("alpha_pattern", |_, alpha| Ok(alpha))?,
+            rank_pattern: take_patterns(&mut fields, "rank_pattern", checked_rank)?,
+            alpha_pattern: take_patterns(&mut fields, "alpha_pattern", |_, alpha| Ok(alpha))?,
             use_rslora: fields.take_as("use_rslora")?.unwrap_or(false),
             use_dora: fields.take_as("use_dora")?.unwrap_or(false),
             lora_bias: fields.take_as("lora_bias")?.unwrap_or(false),
@@ -144,8 +142,9 @@ impl LoraConfig {
 }
 
 fn first_match<T: Copy>(patterns: &[(PathPattern, T)], path: &str) -> Result<Option<T>, AdapterError> {
+    let paths = paths_in_training(path);
     for (pattern, value) in patterns {
-        if pattern.is_match(path)? {
+        if pattern.matches_any(&paths)? {
             return Ok(Some(*value));
         }
     }
@@ -159,26 +158,26 @@ fn checked_rank(field: &str, rank: i64) -> Result<usize, AdapterError> {
     }
 }
 
-impl Entries {
-    fn compile<T: DeserializeOwned, U>(
-        self,
-        field: &str,
-        check: impl Fn(&str, T) -> Result<U, AdapterError>,
-    ) -> Result<Vec<(PathPattern, U)>, AdapterError> {
-        if self.0.len() > MAX_PATTERN_ENTRIES {
-            return Err(AdapterError::field(field, format!("more than {MAX_PATTERN_ENTRIES} entries")));
+/// The entries of a `*_pattern` in the order of the file: of several that match, PEFT takes the first.
+fn take_patterns<T: DeserializeOwned, U>(
+    fields: &mut Fields,
+    field: &str,
+    check: impl Fn(&str, T) -> Result<U, AdapterError>,
+) -> Result<Vec<(PathPattern, U)>, AdapterError> {
+    let entries: Map<String, Value> = fields.take_as(field)?.unwrap_or_default();
+    let is_regex = |key: &&String| key.contains(|c: char| !(c.is_ascii_alphanumeric() || "._-".contains(c)));
+    for (count, limit, what) in [
+        (entries.len(), MAX_PATTERN_ENTRIES, "entries"),
+        (entries.keys().filter(is_regex).count(), MAX_REGEX_ENTRIES, "entries that are patterns, not paths"),
+    ] {
+        if count > limit {
+            return Err(AdapterError::field(field, format!("{count} {what}: at most {limit} are read")));
         }
-        let compile_entry = |(key, value)| {
-            let field = format!("{field}[{key}]");
-            let value = serde_json::from_value(value).map_err(|e| AdapterError::field(&field, e))?;
-            Ok((PathPattern::whole(&field, &format!(r"(?:.*\.)?(?:{key})"))?, check(&field, value)?))
-        };
-        self.0.into_iter().map(compile_entry).collect()
     }
-}
-
-#[derive(Deserialize)]
-struct Patterns {
-    rank_pattern: Option<Entries>,
-    alpha_pattern: Option<Entries>,
+    let compile = |(key, value)| {
+        let field = format!("{field}[{key}]");
+        let value = serde_json::from_value(value).map_err(|e| AdapterError::field(&field, e))?;
+        Ok((PathPattern::whole(&field, &format!(r"(?:.*\.)?(?:{key})"))?, check(&field, value)?))
+    };
+    entries.into_iter().map(compile).collect()
 }

@@ -41,6 +41,49 @@ fn the_first_pattern_in_file_order_wins_and_matches_whole_components() {
 }
 
 #[test]
+fn of_a_key_that_stands_there_twice_the_last_value_counts_at_the_first_place() {
+    let c = config(
+        r#","r": 2, "rank_pattern": {"v_proj": 5}, "rank_pattern": {"v_proj": 2, "self_attn.v_proj": 3, "v_proj": 4},
+           "r": 16, "lora_alpha": 32"#,
+    )
+    .unwrap();
+    assert_eq!((c.rank(V_PROJ_3).unwrap(), c.scale(V_PROJ_3).unwrap()), (4, 8.0));
+    assert_eq!(c.rank("model.layers.3.self_attn.q_proj").unwrap(), 16);
+}
+
+#[test]
+fn a_pattern_may_name_a_module_as_it_was_called_beside_images() {
+    let v = "layers.3.self_attn.v_proj";
+    for key in [
+        format!("model.{v}"),
+        format!("model.language_model.{v}"),
+        format!("language_model.model.{v}"),
+        format!("^model.language_model.{v}"),
+        r"language_model.*\.v_proj".to_string(),
+    ] {
+        let key = key.replace('\\', r"\\");
+        let c = config(&format!(r#","rank_pattern": {{"{key}": 2}}, "alpha_pattern": {{"{key}": 6}}"#)).unwrap();
+        assert_eq!((c.rank(V_PROJ_3).unwrap(), c.scale(V_PROJ_3).unwrap()), (2, 3.0), "{key}");
+        assert_eq!(c.rank("model.layers.13.self_attn.q_proj").unwrap(), 8, "{key}");
+    }
+}
+
+#[test]
+fn as_many_patterns_as_memory_is_lent_for_are_read() {
+    let entries =
+        |count: usize, key: &str| (0..count).map(|i| format!(r#""layers.{i}{key}": 4"#)).collect::<Vec<_>>().join(",");
+    for (count, key, is_read) in
+        [(2048, ".q_proj", true), (2049, ".q_proj", false), (128, ".*", true), (129, ".*", false)]
+    {
+        let parsed = config(&format!(r#","rank_pattern": {{{}}}"#, entries(count, key)));
+        match parsed {
+            Ok(_) => assert!(is_read, "{count} {key}"),
+            Err(e) => assert!(!is_read && e.to_string().contains("rank_pattern"), "{count} {key}: {e}"),
+        }
+    }
+}
+
+#[test]
 fn a_field_that_changes_the_arithmetic_is_refused_by_name() {
     for (name, value) in [
         ("fan_in_fan_out", "true"),
@@ -82,8 +125,7 @@ fn a_field_that_changes_the_arithmetic_is_refused_by_name() {
             Ok(_) => panic!("{name} = {value} was accepted"),
             Err(e) => e.to_string(),
         };
-        let named = refusal.contains(name) || name == "alpha_pattern" && refusal.contains(FILE);
-        assert!(named, "{name} = {value}: {refusal}");
+        assert!(refusal.contains(name), "{name} = {value}: {refusal}");
     }
 }
 
@@ -180,6 +222,13 @@ fn feedforward_modules_match_the_end_of_a_path_or_the_whole_of_it() {
     assert!(ia3(r#","feedforward_modules": ".*down_proj""#).unwrap().is_feedforward(path).unwrap());
     assert!(!ia3(r#","feedforward_modules": "down_proj""#).unwrap().is_feedforward(path).unwrap());
     assert!(!ia3("").unwrap().is_feedforward(path).unwrap());
+    // Within a model that sees images too.
+    for modules in [r#"["language_model.layers.3.mlp.down_proj"]"#, r#""language_model\\..*down_proj""#] {
+        assert!(
+            ia3(&format!(r#","feedforward_modules": {modules}"#)).unwrap().is_feedforward(path).unwrap(),
+            "{modules}"
+        );
+    }
 }
 
 #[test]
