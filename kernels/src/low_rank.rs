@@ -27,8 +27,17 @@ impl LowRank {
     /// When the slices do not have these sizes, or `in_features` is not a multiple of 4; the caller has checked the file's
     /// shapes.
     pub fn pack(rank: usize, in_features: usize, out_features: usize, scale: f32, a: &[f16], b: &[f16]) -> Self {
+        Self::pack_scaled(&vec![scale; rank], in_features, out_features, a, b)
+    }
+
+    /// As [`LowRank::pack`], with a scale for each rank.
+    ///
+    /// # Panics
+    /// As [`LowRank::pack`].
+    pub fn pack_scaled(scales: &[f32], in_features: usize, out_features: usize, a: &[f16], b: &[f16]) -> Self {
         assert_eq!(in_features % 4, 0, "in_features");
-        let mut scales = vec![scale; rank];
+        let rank = scales.len();
+        let mut scales = scales.to_vec();
         scales.resize(rank.next_multiple_of(LANES), 0.0);
         Self { a: HalfMatrix::pack(rank, in_features, a), b: HalfMatrix::pack(out_features, rank, b), scales }
     }

@@ -21,6 +21,12 @@ pub enum Method {
     RsLora,
     #[serde(rename = "dora")]
     Dora,
+    #[serde(rename = "adalora")]
+    AdaLora,
+    #[serde(rename = "vera")]
+    Vera,
+    #[serde(rename = "miss")]
+    Miss,
     #[serde(rename = "ia3")]
     Ia3,
     #[serde(rename = "prompt-tuning")]

@@ -9,7 +9,7 @@ use super::canonical::{Adapter, Coverage};
 use super::error::AdapterError;
 use super::files::AdapterFiles;
 use super::manifest::AdapterManifest;
-use super::methods::{ia3, lora, prelude};
+use super::methods::{adalora, ia3, lora, miss, prelude, vera};
 use super::peft_config::PeftConfig;
 use super::tensors::Tensors;
 use super::weights_header::{self, PREFIX_BYTES};
@@ -26,7 +26,7 @@ pub fn load(name: &str, files: &AdapterFiles, base: &dyn BaseWeights) -> Result<
     }
     let config = PeftConfig::parse(&files.config)?;
     let weights = parse_weights(&files.weights)?;
-    let mut tensors = Tensors::of(&weights)?;
+    let mut tensors = Tensors::of(&weights, matches!(config, PeftConfig::AdaLora(_)))?;
     tensors.take_apart(base.spec())?;
     let replaces_head = matches!(&config, PeftConfig::Lora(config) if config.replaces_head);
     for key in tensors.leave_out_base(base, replaces_head)? {
@@ -34,6 +34,9 @@ pub fn load(name: &str, files: &AdapterFiles, base: &dyn BaseWeights) -> Result<
     }
     let mut adapter = match &config {
         PeftConfig::Lora(config) => lora::load(config, tensors, base)?,
+        PeftConfig::AdaLora(config) => adalora::load(config, tensors, base.spec())?,
+        PeftConfig::Vera(config) => vera::load(config, tensors, base.spec())?,
+        PeftConfig::Miss(config) => miss::load(config, tensors, base.spec())?,
         PeftConfig::Ia3(config) => ia3::load(config, tensors, base.spec())?,
         PeftConfig::Prelude(config) => prelude::load(config, tensors, base.spec())?,
     };

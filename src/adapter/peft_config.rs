@@ -3,14 +3,20 @@
 //! A field is honoured, known to be without effect at inference, or must have its default value: an adapter whose
 //! configuration says more than this server does would be served with the wrong arithmetic.
 
+mod adalora;
 mod fields;
 mod ia3;
 mod lora;
+mod miss;
 mod prelude;
+mod vera;
 
+pub use adalora::AdaLoraConfig;
 pub use ia3::Ia3Config;
 pub use lora::LoraConfig;
+pub use miss::MissConfig;
 pub use prelude::{PreludeConfig, PreludeKind};
+pub use vera::VeraConfig;
 
 use super::error::AdapterError;
 use fields::Fields;
@@ -22,6 +28,9 @@ pub const MAX_FILE_BYTES: u64 = 1 << 20;
 #[derive(Debug)]
 pub enum PeftConfig {
     Lora(LoraConfig),
+    AdaLora(AdaLoraConfig),
+    Vera(VeraConfig),
+    Miss(MissConfig),
     Ia3(Ia3Config),
     Prelude(PreludeConfig),
 }
@@ -38,17 +47,29 @@ impl PeftConfig {
                 "missing: this is MLX's form of an adapter, which is not read",
             ));
         }
-        let method = fields.take_text("peft_type", &["LORA", "IA3", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])?;
+        const METHODS: &[&str] =
+            &["LORA", "ADALORA", "VERA", "MISS", "IA3", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"];
+        let method = fields.take_text("peft_type", METHODS)?;
         if !fields.is_null("task_type") {
             fields.take_text("task_type", &["CAUSAL_LM"])?;
         }
-        match method {
+        let config = match method {
             "LORA" => LoraConfig::read(fields).map(Self::Lora),
+            "ADALORA" => AdaLoraConfig::read(fields).map(Self::AdaLora),
+            "VERA" => VeraConfig::read(fields).map(Self::Vera),
+            "MISS" => MissConfig::read(fields).map(Self::Miss),
             "IA3" => Ia3Config::read(fields).map(Self::Ia3),
             "PROMPT_TUNING" => PreludeConfig::read(fields, PreludeKind::PromptTuning).map(Self::Prelude),
             "P_TUNING" => PreludeConfig::read(fields, PreludeKind::PTuning).map(Self::Prelude),
             _ => PreludeConfig::read(fields, PreludeKind::PrefixTuning).map(Self::Prelude),
-        }
+        };
+        config.map_err(|error| match error {
+            // The same field may be right for another method.
+            AdapterError::Field { field, reason } if method != "LORA" => {
+                AdapterError::Field { field, reason: format!("{reason} (peft_type {method})") }
+            }
+            other => other,
+        })
     }
 }
 

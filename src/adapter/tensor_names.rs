@@ -9,7 +9,18 @@ const WRAPPERS: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_w
 /// Parts of an adapter that are modules and have weights of their own, below the adapter's name.
 const MATRICES: [&str; 2] = ["lora_A", "lora_B"];
 /// Parts that are the weights, or whose weights PEFT saves under the part's own name.
-const VECTORS: [&str; 4] = ["lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "ia3_l"];
+const VECTORS: [&str; 10] = [
+    "lora_E",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "ia3_l",
+    "miss_block",
+    "vera_A",
+    "vera_B",
+    "vera_lambda_b",
+    "vera_lambda_d",
+];
 /// The part for text of a model that sees images too. GGUF files are of that part alone.
 pub const TEXT_MODEL: &str = "language_model";
 /// What stands around a layer that is trained whole.
@@ -53,6 +64,11 @@ fn take_adapter_name<'a>(parts: &mut Vec<&'a str>) -> Option<&'a str> {
         }
         [name, _] if MATRICES.contains(&part) => {
             parts.remove(at + 1);
+            Some(name)
+        }
+        // AdaLoRA's are the weights.
+        [name] if MATRICES.contains(&part) && !["weight", "bias"].contains(&name) => {
+            parts.truncate(at + 1);
             Some(name)
         }
         ["weight"] if VECTORS.contains(&part) => {
@@ -104,8 +120,13 @@ mod tests {
                 None,
             ),
             ("prompt_embeddings", "prompt_embeddings", None),
-            // What is none of these stays, and finds no place.
             ("base_model.model.{q}.lora_A", "{q}.lora_A", None),
+            ("base_model.model.{q}.lora_B.default", "{q}.lora_B", Some("default")),
+            ("base_model.model.{q}.lora_E.default", "{q}.lora_E", Some("default")),
+            ("base_model.model.{q}.vera_lambda_d", "{q}.vera_lambda_d", None),
+            ("base_model.model.{q}.miss_block.default", "{q}.miss_block", Some("default")),
+            ("base_model.vera_A.default", "base_model.vera_A", Some("default")),
+            // What is none of these stays, and finds no place.
             ("base_model.model.{q}.lora_A.a.b.weight", "{q}.lora_A.a.b.weight", None),
             ("", "", None),
         ] {

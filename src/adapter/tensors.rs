@@ -19,10 +19,16 @@ const EMPTY: &str = "has no elements: under DeepSpeed ZeRO-3 each process holds 
 
 const NO_SITE: &str = "finds no site in the base";
 
-/// What an adapter has of a linear layer.
-const SITE_TENSORS: [&str; 5] = [LORA_A, "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", IA3];
-const LORA_A: &str = "lora_A.weight";
+/// What an adapter has of a linear layer for each of its outputs.
+const OUTPUT_TENSORS: [&str; 6] =
+    ["lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "lora_B", "vera_lambda_b", IA3];
+/// What it has of one for its inputs or for the ranks, or whose outputs are no rows.
+const WHOLE_TENSORS: [&str; 5] = ["lora_A.weight", "lora_A", "lora_E", "vera_lambda_d", "miss_block"];
 const IA3: &str = "ia3_l";
+
+/// The pair that all layers of a VeRA share.
+pub const VERA_A: &str = "base_model.vera_A";
+pub const VERA_B: &str = "base_model.vera_B";
 
 /// What PEFT puts around a layer of the base that it does not train.
 const BASE_LAYER: &str = "base_layer";
@@ -48,21 +54,32 @@ fn half_scale(largest: f32) -> f32 {
     f32::from_bits(largest.max(f32::MIN_POSITIVE).to_bits() & EXPONENT)
 }
 
+/// Numbers that are finite as f16 holds them best, and the power of two that they are to be multiplied by.
+pub fn scaled_f16(mut exact: Vec<f32>) -> (Vec<f16>, f32) {
+    let scale = half_scale(exact.iter().fold(0.0, |largest, value| value.abs().max(largest)));
+    if scale != 1.0 {
+        exact.iter_mut().for_each(|value| *value /= scale);
+    }
+    let mut values = vec![f16::ZERO; exact.len()];
+    values.convert_from_f32_slice(&exact);
+    (values, scale)
+}
+
 /// The tensors that have not found their place yet, by their [`TensorName::canonical`].
 #[derive(Debug)]
 pub struct Tensors<'a>(BTreeMap<String, NamedTensor<'a>>);
 
 impl<'a> Tensors<'a> {
     /// # Errors
-    /// When there are none, one has no elements, two belong to one place, or they are of several adapters.
-    pub fn of(file: &'a SafeTensors<'a>) -> Result<Self, AdapterError> {
+    /// When there are none, two belong to one place, they are of several adapters, or one has no elements, unless it `may_be_empty`.
+    pub fn of(file: &'a SafeTensors<'a>, may_be_empty: bool) -> Result<Self, AdapterError> {
         if file.is_empty() {
             return Err(AdapterError::NoTensors);
         }
         let mut tensors: BTreeMap<String, NamedTensor<'a>> = BTreeMap::new();
         let mut adapter = None;
         for (key, view) in file.iter() {
-            if view.shape().contains(&0) {
+            if view.shape().contains(&0) && !may_be_empty {
                 return Err(AdapterError::tensor(key, EMPTY));
             }
             let name = TensorName::parse(key);
@@ -89,7 +106,7 @@ impl<'a> Tensors<'a> {
         for layer in 0..spec.num_layers {
             let other_names = |module: &Module| spec.module_path(layer, *module) != module_path(layer, *module);
             let modules: Vec<Module> = spec.modules().filter(other_names).collect();
-            for name in SITE_TENSORS {
+            for name in WHOLE_TENSORS.into_iter().chain(OUTPUT_TENSORS) {
                 for (i, module) in modules.iter().enumerate() {
                     let path = spec.module_path(layer, *module);
                     let is_last = modules[i + 1..].iter().all(|later| spec.module_path(layer, *later) != path);
@@ -97,7 +114,7 @@ impl<'a> Tensors<'a> {
                     let Some(whole) = self.0.get(&key) else { continue };
                     let (rows, (_, count)) = (spec.file_rows(*module), spec.module_shape(*module));
                     let part = match whole.view.shape() {
-                        _ if name == LORA_A => whole.clone(),
+                        _ if WHOLE_TENSORS.contains(&name) => whole.clone(),
                         // (IA)³ of the inputs.
                         [1, _] if name == IA3 => whole.clone(),
                         _ => whole.rows(rows.first_row, count, rows.num_rows)?,
@@ -279,14 +296,7 @@ impl NamedTensor<'_> {
         if self.view.dtype() == Dtype::F16 {
             return self.f16_values().map(|values| (values, 1.0));
         }
-        let mut exact = self.f32_values()?;
-        let scale = half_scale(exact.iter().fold(0.0, |largest, value| value.abs().max(largest)));
-        if scale != 1.0 {
-            exact.iter_mut().for_each(|value| *value /= scale);
-        }
-        let mut values = vec![f16::ZERO; exact.len()];
-        values.convert_from_f32_slice(&exact);
-        Ok((values, scale))
+        self.f32_values().map(scaled_f16)
     }
 
     /// The elements, row-major.

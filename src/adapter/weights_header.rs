@@ -49,14 +49,20 @@ pub fn parse(header: &[u8], file_len: u64) -> Result<Metadata, AdapterError> {
 }
 
 /// About what the weights will take in memory, in bytes: matrices as f16 with their rows padded as the kernels want
-/// them, all else as f32.
+/// them, all else as f32. What the layers of a VeRA share in the file, each has of its own in memory.
 pub fn resident_bytes(metadata: &Metadata) -> u64 {
     let count = |shape: &[usize]| shape.iter().fold(1, |count: u64, n| count.saturating_mul(*n as u64));
+    let tensors = metadata.tensors();
+    let most_inputs = tensors.iter().find(|(key, _)| key.contains("vera_A")).and_then(|(_, info)| info.shape.get(1));
+    let rank = tensors.iter().find(|(key, _)| key.contains("vera_B")).and_then(|(_, info)| info.shape.get(1));
     let bytes = |key: &str, shape: &[usize]| match *shape {
+        _ if key.contains("vera_A") || key.contains("vera_B") => 0,
+        [rank] if key.contains("vera_lambda_d") => count(&[rank, *most_inputs.unwrap_or(&0)]).saturating_mul(2),
+        [outputs] if key.contains("vera_lambda_b") => count(&[outputs, *rank.unwrap_or(&0)]).saturating_mul(2),
         [rows, columns] if rows.min(columns) > 1 && !key.ends_with("prompt_embeddings") => {
             count(&[rows.saturating_add(7) / 8 * 8, columns]).saturating_mul(2)
         }
         _ => count(shape).saturating_mul(4),
     };
-    metadata.tensors().iter().map(|(key, info)| bytes(key, &info.shape)).fold(0, u64::saturating_add)
+    tensors.iter().map(|(key, info)| bytes(key, &info.shape)).fold(0, u64::saturating_add)
 }

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, MissConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from peft import VeraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 VOCAB, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 96, 128, 160, 4, 2, 32, 256
@@ -169,8 +170,9 @@ EXACT_STEP = 2.0**-9
 
 def adapter_tensor(name, shape):
     is_vector = name.endswith(("ia3_l", "lora_magnitude_vector"))
-    is_plain = "lora_A" in name or name.startswith("prompt")
-    scale = 1 if is_plain else 4 if "embedding" in name or is_vector else 0.5
+    is_plain = "lora_A" in name or name.startswith("prompt") or name.endswith(("vera_A", "vera_B"))
+    is_large = "embedding" in name or is_vector or name.endswith(("lora_E", "vera_lambda_b", "vera_lambda_d"))
+    scale = 1 if is_plain else 4 if is_large else 0.5
     tensor = {"shape": list(shape), "mean": float(is_vector), "step": EXACT_STEP * scale, "blocks": False}
     return tensor, torch.from_numpy(values(name, tensor))
 
@@ -222,6 +224,9 @@ def adapter(family, config, kind, peft_config):
         "converted": ["peft_type", "task_type", "r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern"],
         "experts": ["peft_type", "task_type", "r", "lora_alpha", "target_modules"],
         "dora": ["peft_type", "task_type", "r", "lora_alpha", "target_modules", "use_dora"],
+        "adalora": ["peft_type", "task_type", "init_r", "lora_alpha", "target_modules", "rank_pattern"],
+        "vera": ["peft_type", "task_type", "r", "target_modules"],
+        "miss": ["peft_type", "task_type", "r", "mini_r", "init_weights", "target_modules"],
         "ia3": ["peft_type", "task_type", "target_modules", "feedforward_modules"],
         "rslora": ["peft_type", "task_type", "r", "lora_alpha", "target_modules", "use_rslora", "lora_bias"],
         "head": ["peft_type", "task_type", "r", "lora_alpha", "target_modules"],
@@ -252,6 +257,14 @@ def adapters(family, config):
         r=4, lora_alpha=8, target_modules=attention + ["gate", "gate_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM"
     )
     dora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_dora=True, task_type="CAUSAL_LM")
+    masks = {"model.layers.0": [True, False, True, True, False, False], "model.layers.1": [False] * 6}
+    adalora = AdaLoraConfig(
+        init_r=6, lora_alpha=12, total_step=1, target_modules=targets, task_type="CAUSAL_LM",
+        rank_pattern={f"{layer}.self_attn.{targets[0]}.lora_E": mask for layer, mask in masks.items()},
+    )
+    vera = VeraConfig(r=12, target_modules=targets, task_type="CAUSAL_LM")
+    miss = MissConfig(r=12, target_modules=targets, task_type="CAUSAL_LM")
+    mini = MissConfig(r=12, mini_r=8, init_weights="mini", target_modules=targets[:2], task_type="CAUSAL_LM")
     ia3 = IA3Config(target_modules=keys, feedforward_modules=feedforward, task_type="CAUSAL_LM")
     rslora = LoraConfig(
         r=9, lora_alpha=6, target_modules=targets[:2], use_rslora=True, lora_bias=True, bias="none", task_type="CAUSAL_LM"
@@ -265,7 +278,7 @@ def adapters(family, config):
     prompt = PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
     # Of a base whose head is its embedding, PEFT adapts or saves both.
     of_head = [] if config.tie_word_embeddings else [("head", head), ("saved head", saved_head)]
-    more = [("rslora", rslora), *of_head, ("p-tuning", PromptEncoderConfig(**loaded)), ("prefix", PrefixTuningConfig(**loaded))]
+    more = [("rslora", rslora), ("adalora", adalora), ("vera", vera), ("miss", miss), ("miss", mini), *of_head, ("p-tuning", PromptEncoderConfig(**loaded)), ("prefix", PrefixTuningConfig(**loaded))]
     more = [adapter(family, config, kind, peft_config) for kind, peft_config in more]
     return [
         adapter(family, config, "lora", lora),

@@ -27,6 +27,10 @@ pub enum Kind {
     /// LoRA beside a head of its own.
     LoraSavedHead,
     Dora,
+    /// AdaLoRA of which training has left less of one site, and nothing of another.
+    AdaLora,
+    Vera,
+    Miss,
     Ia3,
     /// (IA)³ that scales the inputs of gate and up too, each in its own way.
     Ia3Wide,
@@ -36,11 +40,14 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 12] = [
         Self::LoraEverywhere,
         Self::RsLoraBias,
         Self::LoraSavedHead,
         Self::Dora,
+        Self::AdaLora,
+        Self::Vera,
+        Self::Miss,
         Self::Ia3,
         Self::Ia3Wide,
         Self::PromptTuning,
@@ -96,6 +103,38 @@ impl PeftAdapter {
                 let magnitude = |_, outputs| (vec![outputs], 1.2, 0.2);
                 draft.each(&[QProj, VProj, DownProj], "lora_magnitude_vector", magnitude);
                 lora(4, &names(&[QProj, VProj, DownProj]), json!({"use_dora": true}))
+            }
+            Kind::AdaLora => {
+                for name in ["lora_A", "lora_B", "lora_E"] {
+                    draft.of_rank(&[QProj, VProj], name, 4);
+                }
+                let config = json!({"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "lora_alpha": 8, "total_step": 9,
+                    "target_modules": names(&[QProj, VProj])});
+                let shrunk = [(0, QProj, [true, false, true, true]), (1, VProj, [false; 4])];
+                shrunk.into_iter().fold(config, |mut config, (layer, module, mask)| {
+                    let rank = mask.into_iter().filter(|is_kept| *is_kept).count();
+                    for name in ["lora_A", "lora_B", "lora_E"] {
+                        draft.of_rank_at(layer, module, name, rank);
+                    }
+                    let path = format!("model.layers.{layer}.{}.{}.lora_E", module.parent(), module.name());
+                    config["rank_pattern"][path] = json!(mask);
+                    config
+                })
+            }
+            Kind::Vera => {
+                let targets = [QProj, VProj, DownProj];
+                let shapes = targets.map(|module| spec.module_shape(module));
+                let most = |of: fn(&(usize, usize)) -> usize| shapes.iter().map(of).max().unwrap_or_default();
+                let (inputs, outputs) = (most(|shape| shape.0), most(|shape| shape.1));
+                draft.add_key("base_model.vera_A", &[12, inputs], 0.0, (inputs as f32).powf(-0.5));
+                draft.add_key("base_model.vera_B", &[outputs, 12], 0.0, 0.3);
+                draft.each(&targets, "vera_lambda_d", |_, _| (vec![12], 0.5, 0.5));
+                draft.each(&targets, "vera_lambda_b", |_, outputs| (vec![outputs], 0.0, 0.5));
+                json!({"peft_type": "VERA", "r": 12, "save_projection": true, "target_modules": names(&targets)})
+            }
+            Kind::Miss => {
+                draft.each(&[QProj, UpProj], "miss_block", |_, outputs| (vec![6, outputs], 0.0, 0.05));
+                json!({"peft_type": "MISS", "r": 6, "target_modules": names(&[QProj, UpProj])})
             }
             Kind::Ia3 => {
                 draft.each(&[KProj, VProj], "ia3_l", |_, outputs| (vec![outputs, 1], 1.0, 0.2));
@@ -154,6 +193,30 @@ impl Draft<'_> {
 
     fn add(&mut self, path: &str, shape: &[usize], mean: f32, deviation: f32) {
         self.add_key(&format!("{PREFIX}{path}"), shape, mean, deviation);
+    }
+
+    /// One tensor of AdaLoRA for each of these modules.
+    fn of_rank(&mut self, modules: &[Module], name: &str, rank: usize) {
+        for layer in 0..self.spec.num_layers {
+            for module in modules {
+                self.of_rank_at(layer, *module, name, rank);
+            }
+        }
+    }
+
+    fn of_rank_at(&mut self, layer: usize, module: Module, name: &str, rank: usize) {
+        let (inputs, outputs) = self.spec.module_shape(module);
+        let (shape, mean, deviation) = match name {
+            "lora_A" => ([rank, inputs], 0.0, (inputs as f32).powf(-0.5)),
+            "lora_B" => ([outputs, rank], 0.0, 0.3),
+            _ => ([rank, 1], 0.5, 0.5),
+        };
+        self.add(
+            &format!("model.layers.{layer}.{}.{}.{name}", module.parent(), module.name()),
+            &shape,
+            mean,
+            deviation,
+        );
     }
 
     /// One tensor for each of these modules, `of(in, out)` saying its shape, mean and deviation.

@@ -99,11 +99,13 @@ impl Reference {
         let rank = adapter.config["r"].as_f64().unwrap_or(1.0);
         let alpha = adapter.config["lora_alpha"].as_f64().unwrap_or(0.0);
         let scale = strength * alpha / if flag("use_rslora") { rank.sqrt() } else { rank };
-        let matrix = |path: &str| -> Option<Matrix> {
-            let (shape, values) = adapter.tensors.get(&format!("{PREFIX}{path}"))?;
+        let tensor = |key: &str| -> Option<Matrix> {
+            let (shape, values) = adapter.tensors.get(key).filter(|(shape, _)| !shape.contains(&0))?;
             let rows = values.chunks_exact(*shape.last().unwrap());
             Some(rows.map(|row| row.iter().map(|&v| f64::from(v)).collect()).collect())
         };
+        let matrix = |path: &str| tensor(&format!("{PREFIX}{path}"));
+        let times = |row: &[f64], factor: f64| row.iter().map(|value| factor * value).collect::<Vec<_>>();
         // Before the embedding changes: a tied head does not follow it.
         let tied = self.weights["token_embd.weight"].clone();
         let head = self.weights.entry("output.weight".into()).or_insert(tied);
@@ -125,6 +127,24 @@ impl Reference {
                 let weight = self.weights.get_mut(&weight_name(layer, module)).unwrap();
                 if let (Some(a), Some(b)) = (of("lora_A.weight"), of("lora_B.weight")) {
                     add_pair(weight, scale, &a, &b);
+                }
+                if let (Some(a), Some(b), Some(e)) = (of("lora_A"), of("lora_B"), of("lora_E")) {
+                    let scale = strength * alpha / (adapter.config["init_r"].as_f64().unwrap() + 1e-5);
+                    let a: Matrix = a.iter().zip(&e).map(|(row, e)| times(row, e[0])).collect();
+                    add_pair(weight, scale, &a, &b);
+                }
+                if let (Some(of_ranks), Some(of_outputs)) = (of("vera_lambda_d"), of("vera_lambda_b")) {
+                    let [a, b] = ["base_model.vera_A", "base_model.vera_B"].map(|key| tensor(key).unwrap());
+                    let num_inputs = weight[0].len();
+                    let a: Matrix = a.iter().zip(&of_ranks[0]).map(|(row, d)| times(&row[..num_inputs], *d)).collect();
+                    let b: Matrix = b.iter().zip(&of_outputs[0]).map(|(row, factor)| times(row, *factor)).collect();
+                    add_pair(weight, strength, &a, &b);
+                }
+                if let Some(block) = of("miss_block") {
+                    // `[rank, out]`; input k belongs to rank k modulo the rank.
+                    for (output, row) in weight.iter_mut().enumerate() {
+                        row.iter_mut().enumerate().for_each(|(k, w)| *w += strength * block[k % block.len()][output]);
+                    }
                 }
                 if let Some(magnitude) = of("lora_magnitude_vector") {
                     for (row, magnitude) in weight.iter_mut().zip(&magnitude[0]) {

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use super::all_sites;
+use super::{all_sites, refuse_ends};
 use crate::adapter::canonical::{Adapter, AdapterWeights, Method, SiteDelta};
 use crate::adapter::error::AdapterError;
 use crate::adapter::peft_config::Ia3Config;
-use crate::adapter::sites::{EMBEDDING_PATH, HEAD_PATH, Targets, module_path};
+use crate::adapter::sites::{Targets, module_path};
 use crate::adapter::tensors::Tensors;
 use crate::model::spec::ModelSpec;
 
@@ -15,12 +15,7 @@ use crate::model::spec::ModelSpec;
 /// wrong shape or type or a value that is not finite.
 pub fn load(config: &Ia3Config, mut tensors: Tensors<'_>, spec: &ModelSpec) -> Result<Adapter, AdapterError> {
     let expected = config.selector.targets(spec)?;
-    for (is_named, path) in [(expected.embedding, EMBEDDING_PATH), (expected.head, HEAD_PATH)] {
-        if is_named {
-            let reason = format!("{path} is named: (IA)³ is applied to the layers of decoder blocks only");
-            return Err(AdapterError::field("target_modules", reason));
-        }
-    }
+    refuse_ends(&expected, "(IA)³")?;
     let mut placed = Vec::new();
     for (layer, module) in all_sites(spec) {
         let path = module_path(layer, module);

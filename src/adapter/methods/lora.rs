@@ -17,7 +17,7 @@ use crate::adapter::canonical::{Adapter, AdapterWeights, EmbeddingDelta, HeadDel
 use crate::adapter::error::AdapterError;
 use crate::adapter::peft_config::LoraConfig;
 use crate::adapter::sites::{EMBEDDING_PATH, HEAD_PATH, Site, Targets, module_path};
-use crate::adapter::tensors::{NamedTensor, Tensors};
+use crate::adapter::tensors::{NamedTensor, Tensors, scaled_f16};
 use crate::model::BaseWeights;
 use crate::model::spec::ModelSpec;
 
@@ -202,14 +202,21 @@ impl HalfPair {
     /// # Errors
     /// When a value is not finite, or the product of scale and weights is beyond the range of 32-bit floats.
     pub fn of(a: &NamedTensor<'_>, b: &NamedTensor<'_>, scale: f32) -> Result<Self, AdapterError> {
-        let ((a, scale_of_a), (b_values, scale_of_b)) = (a.scaled_f16_values()?, b.scaled_f16_values()?);
+        Self::of_scaled(a.scaled_f16_values()?, b.scaled_f16_values()?, scale)
+            .ok_or_else(|| AdapterError::tensor(b.key, "times its scale is beyond the range of 32-bit floats"))
+    }
+
+    /// Of values that are no tensors of a file; `None` where one is not finite.
+    pub fn of_values(a: Vec<f32>, b: Vec<f32>) -> Option<Self> {
+        let are_finite = |values: &[f32]| values.iter().all(|value| value.is_finite());
+        if are_finite(&a) && are_finite(&b) { Self::of_scaled(scaled_f16(a), scaled_f16(b), 1.0) } else { None }
+    }
+
+    /// `None` when the product of scales and weights is beyond the range of 32-bit floats.
+    fn of_scaled((a, scale_of_a): (Vec<f16>, f32), (b, scale_of_b): (Vec<f16>, f32), scale: f32) -> Option<Self> {
         // Of both at once: one alone may be beyond the range.
         let scale = (f64::from(scale) * f64::from(scale_of_a) * f64::from(scale_of_b)) as f32;
-        if scale.is_finite() {
-            Ok(Self { a, b: b_values, scale })
-        } else {
-            Err(AdapterError::tensor(b.key, "times its scale is beyond the range of 32-bit floats"))
-        }
+        scale.is_finite().then_some(Self { a, b, scale })
     }
 }
 
@@ -241,7 +248,7 @@ mod tests {
             let view = |bytes| TensorView::new(Dtype::F32, vec![1, 2], bytes).unwrap();
             let file = serialize([("a", view(&of_a)), ("b", view(&of_b))], None).unwrap();
             let file = SafeTensors::deserialize(&file).unwrap();
-            let mut tensors = Tensors::of(&file).unwrap();
+            let mut tensors = Tensors::of(&file, false).unwrap();
             let [a_tensor, b_tensor] = ["a", "b"].map(|key| tensors.take(key).unwrap());
             let pair = HalfPair::of(&a_tensor, &b_tensor, scale).unwrap();
             for (i, divisor) in [1.0, 3.0].into_iter().enumerate() {

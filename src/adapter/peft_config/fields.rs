@@ -109,6 +109,20 @@ impl Fields {
         })
     }
 
+    /// # Errors
+    /// When `bias` says that biases of the base were trained.
+    pub fn refuse_biases(&mut self) -> Result<(), AdapterError> {
+        match self.take("bias") {
+            Value::Null => Ok(()),
+            Value::String(name) if name == "none" => Ok(()),
+            other => {
+                let reason =
+                    format!("{other} is not supported (supported: none): biases of the base were trained; {INSTEAD}");
+                Err(AdapterError::field("bias", reason))
+            }
+        }
+    }
+
     /// `target_modules` and `exclude_modules`: what every method that changes layers has. `parameters` are named besides.
     pub fn take_selector(&mut self, parameters: Vec<String>) -> Result<SiteSelector, AdapterError> {
         let targets = match self.take_as::<OneOrMany<String>>("target_modules")? {

@@ -16,14 +16,14 @@ const MAX_REGEX_ENTRIES: usize = 128;
 
 /// PEFT's defaults for fields a file may leave out.
 const DEFAULT_RANK: usize = 8;
-const DEFAULT_ALPHA: f64 = 8.0;
+pub(super) const DEFAULT_ALPHA: f64 = 8.0;
 
 /// Initialisations that left the base as it was.
 const PLAIN_INITS: [&str; 4] = ["eva", "gaussian", "mica", "orthogonal"];
 
 /// What `init_lora_weights` decides about, which is read; what training and other runtimes need; and ms-swift's own fields
 /// of training.
-const WITHOUT_EFFECT: &[&str] = &[
+pub(super) const WITHOUT_EFFECT: &[&str] = &[
     "corda_config",
     "eva_config",
     "loftq_config",
@@ -58,15 +58,7 @@ impl LoraConfig {
     /// # Errors
     /// When a field is malformed or asks for what this server does not do; names it.
     pub(super) fn read(mut fields: Fields) -> Result<Self, AdapterError> {
-        match fields.take("bias") {
-            Value::Null => {}
-            Value::String(name) if name == "none" => {}
-            other => {
-                let reason =
-                    format!("{other} is not supported (supported: none): biases of the base were trained; {INSTEAD}");
-                return Err(AdapterError::field("bias", reason));
-            }
-        }
+        fields.refuse_biases()?;
         // The other initialisations subtracted the initial delta from the base weights, which the file does not hold.
         match fields.take("init_lora_weights") {
             Value::Null | Value::Bool(_) => {}
@@ -151,7 +143,7 @@ fn first_match<T: Copy>(patterns: &[(PathPattern, T)], path: &str) -> Result<Opt
     Ok(None)
 }
 
-fn checked_rank(field: &str, rank: i64) -> Result<usize, AdapterError> {
+pub(super) fn checked_rank(field: &str, rank: i64) -> Result<usize, AdapterError> {
     match usize::try_from(rank) {
         Ok(rank @ 1..=MAX_RANK) => Ok(rank),
         _ => Err(AdapterError::field(field, format!("{rank} is not a rank between 1 and {MAX_RANK}"))),

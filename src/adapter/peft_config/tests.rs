@@ -206,6 +206,89 @@ fn a_head_saved_whole_is_known_by_its_field() {
     assert!(!config(r#","modules_to_save": []"#).unwrap().replaces_head);
 }
 
+fn adalora(fields: &str) -> Result<AdaLoraConfig, AdapterError> {
+    let text = format!(r#"{{"peft_type": "ADALORA", "target_modules": ["q_proj", "v_proj"]{fields}}}"#);
+    match PeftConfig::parse(text.as_bytes())? {
+        PeftConfig::AdaLora(config) => Ok(config),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn adalora_keeps_of_its_first_rank_what_its_masks_say_and_is_divided_by_the_first() {
+    let c = adalora(
+        r#","r": 8, "init_r": 4, "target_r": 2, "lora_alpha": 32, "total_step": 10, "tinit": 1, "tfinal": 2, "deltaT": 1,
+           "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5, "bias": "none", "use_dora": false, "rank_pattern": {
+             "model.layers.3.self_attn.v_proj.lora_E": [true, false, true, true],
+             "model.language_model.layers.4.self_attn.v_proj.lora_E.default": [false, false, false, false]}"#,
+    )
+    .unwrap();
+    assert_eq!((c.rank(V_PROJ_3), c.rank("model.layers.4.self_attn.v_proj")), (3, 0));
+    assert_eq!(c.rank("model.layers.3.self_attn.q_proj"), 4);
+    assert!((c.scale(3).unwrap() - 32.0 / 4.000_01).abs() < 1e-6);
+    assert!(c.check_patterns([V_PROJ_3, "model.layers.4.self_attn.v_proj"].into_iter()).is_ok());
+    let refusal = c.check_patterns([V_PROJ_3].into_iter()).unwrap_err().to_string();
+    assert!(refusal.contains("rank_pattern") && refusal.contains("layers.4"), "{refusal}");
+    // Where alpha is not positive, PEFT takes the rank that is left.
+    assert!((adalora(r#","init_r": 4, "lora_alpha": 0"#).unwrap().scale(3).unwrap() - 3.0 / 4.000_01).abs() < 1e-6);
+    assert_eq!(adalora("").unwrap().rank(V_PROJ_3), 12);
+}
+
+#[test]
+fn a_field_that_changes_adalora_is_refused_by_name() {
+    for (name, value) in [
+        ("init_r", "0"),
+        ("init_r", "-3"),
+        ("lora_alpha", "1e300"),
+        ("lora_alpha", r#""8""#),
+        ("rank_pattern", r#"{"model.layers.3.self_attn.v_proj.lora_E": [true]}"#),
+        ("rank_pattern", r#"{"model.layers.3.self_attn.v_proj": [true]}"#),
+        ("rank_pattern", r#"{"q_proj": 3}"#),
+        ("alpha_pattern", r#"{"q_proj": 3}"#),
+        ("use_rslora", "true"),
+        ("use_dora", "true"),
+        ("lora_bias", "true"),
+        ("bias", r#""all""#),
+        ("fan_in_fan_out", "true"),
+        ("modules_to_save", r#"["lm_head"]"#),
+        ("target_parameters", r#"["mlp.gate.weight"]"#),
+        ("target_modules", "3"),
+    ] {
+        let parsed = adalora(&format!(r#","{name}": {value}"#));
+        let refusal = parsed.and_then(|c| c.scale(8)).unwrap_err().to_string();
+        assert!(refusal.contains(name), "{name} = {value}: {refusal}");
+    }
+}
+
+fn vera(fields: &str) -> Result<VeraConfig, AdapterError> {
+    let text = format!(r#"{{"peft_type": "VERA", "target_modules": ["q_proj"]{fields}}}"#);
+    match PeftConfig::parse(text.as_bytes())? {
+        PeftConfig::Vera(config) => Ok(config),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn vera_has_one_rank_and_its_matrices_in_the_file() {
+    assert_eq!(vera("").unwrap().rank, 256);
+    let fields = r#","r": 9, "save_projection": true, "projection_prng_key": 5, "vera_dropout": 0.1, "d_initial": 0.2,
+        "init_weights": true, "bias": "none", "fan_in_fan_out": false, "modules_to_save": null, "layers_to_transform": [1]"#;
+    assert_eq!(vera(fields).unwrap().rank, 9);
+    for (name, value) in [
+        ("r", "0"),
+        ("r", "2000"),
+        ("save_projection", "false"),
+        ("bias", r#""vera_only""#),
+        ("fan_in_fan_out", "true"),
+        ("modules_to_save", r#"["lm_head"]"#),
+        ("rank_pattern", r#"{"q_proj": 2}"#),
+        ("layers_to_transform", "[-1]"),
+    ] {
+        let refusal = vera(&format!(r#","{name}": {value}"#)).map(|_| ()).unwrap_err().to_string();
+        assert!(refusal.contains(name), "{name} = {value}: {refusal}");
+    }
+}
+
 fn ia3(fields: &str) -> Result<Ia3Config, AdapterError> {
     let text = format!(r#"{{"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"]{fields}}}"#);
     match PeftConfig::parse(text.as_bytes())? {
