@@ -14,7 +14,7 @@ use crate::engine::EngineHandle;
 use crate::engine::fairness::Account;
 use crate::engine::request::{Event, PromptOutput, Request, SamplingParams, TokenLogprob};
 use crate::tokenizer::Tokenizer;
-use crate::tokenizer::detokenize::{Detokenizer, StopOutcome, StopStrings};
+use crate::tokenizer::detokenize::Detokenizer;
 
 /// One search, from its prompt to the events of its best outputs.
 #[derive(Debug)]
@@ -70,17 +70,10 @@ impl BeamRun {
             for answer in answers {
                 next_tokens.push(self.next_tokens(answer, search.is_new()).await?);
             }
-            if search.advance(&next_tokens, |tokens| self.has_stop_string(tokens)) {
+            if search.advance(&next_tokens, |tokens| completes_stop_string(&self.tokenizer, &self.stop, tokens)) {
                 return Ok(search.finish());
             }
         }
-    }
-
-    fn has_stop_string(&self, tokens: &[u32]) -> bool {
-        let mut detokenizer = Detokenizer::new(self.tokenizer.clone());
-        let mut stops = StopStrings::new(self.stop.iter().cloned());
-        !self.stop.is_empty()
-            && tokens.iter().any(|&id| matches!(stops.push(&detokenizer.push(id)), StopOutcome::Stopped { .. }))
     }
 
     /// Asks for the one token behind a beam, and for its rivals.
@@ -131,6 +124,29 @@ impl BeamRun {
     }
 }
 
+/// Whether the last of `tokens` completes a stop string, as none before it has. A search asks for every candidate of every step:
+/// only that much of the text is looked at which such a string can be in.
+fn completes_stop_string(tokenizer: &Arc<Tokenizer>, stop: &[String], tokens: &[u32]) -> bool {
+    let stop = || stop.iter().filter(|stop| !stop.is_empty());
+    let (Some(longest), Some((last, before))) = (stop().map(String::len).max(), tokens.split_last()) else {
+        return false;
+    };
+    // In front of the string, the text may begin within a character.
+    let mut num_bytes_left = longest + char::MAX_LEN_UTF8;
+    let is_near = |id: &&u32| {
+        let is_near = num_bytes_left > 0;
+        let num_bytes = if tokenizer.is_special(**id) { 0 } else { tokenizer.token_bytes(**id).len() };
+        num_bytes_left = num_bytes_left.saturating_sub(num_bytes);
+        is_near
+    };
+    let num_near = before.iter().rev().take_while(is_near).count();
+    let mut detokenizer = Detokenizer::new(tokenizer.clone());
+    let mut text: String = before[before.len() - num_near..].iter().map(|id| detokenizer.push(*id)).collect();
+    let num_bytes_before = text.len();
+    text.push_str(&detokenizer.push(*last));
+    stop().any(|stop| text.rfind(stop).is_some_and(|start| start + stop.len() > num_bytes_before))
+}
+
 fn tell(choice: &mpsc::UnboundedSender<Event>, found: Hypothesis) {
     let tokens = found.tokens.into_iter().zip(found.logprobs).map(|(id, logprob)| {
         let logprob = Some(TokenLogprob { logprob, top: Vec::new() });
@@ -139,5 +155,50 @@ fn tell(choice: &mpsc::UnboundedSender<Event>, found: Hypothesis) {
     // The score first: nothing is read behind the token that completes a stop string.
     for event in [Event::Score(found.score)].into_iter().chain(tokens).chain([Event::Finished(found.reason)]) {
         let _ = choice.send(event);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::tokenizer::detokenize::{StopOutcome, StopStrings};
+
+    const THE: u32 = 257;
+    const SPECIAL: u32 = 258;
+
+    /// How many tokens have a stop string first, their text being read from the beginning.
+    fn num_tokens_to_stop(tokenizer: &Arc<Tokenizer>, stop: &[String], tokens: &[u32]) -> Option<usize> {
+        let mut detokenizer = Detokenizer::new(tokenizer.clone());
+        let mut stops = StopStrings::new(stop.to_vec());
+        let mut is_stopped = |id: &u32| matches!(stops.push(&detokenizer.push(*id)), StopOutcome::Stopped { .. });
+        tokens.iter().position(|id| is_stopped(id)).map(|last| last + 1)
+    }
+
+    proptest! {
+        #[test]
+        fn an_output_ends_with_the_token_that_completes_a_stop_string(
+            // With parts of `é` and of nothing, and with text over several tokens.
+            tokens in prop::collection::vec(prop::sample::select(vec![97, 98, 0xc3, 0xa9, 0xff, THE, SPECIAL]), 0..60),
+            stop in prop::collection::vec("[abé\u{fffd}]{0,4}|[ab]{0,2}thea?", 0..4),
+        ) {
+            let tokenizer = Arc::new(Tokenizer::tiny(&["<|end|>"]));
+            let found = (1..=tokens.len()).find(|len| completes_stop_string(&tokenizer, &stop, &tokens[..*len]));
+            prop_assert_eq!(found, num_tokens_to_stop(&tokenizer, &stop, &tokens));
+        }
+    }
+
+    #[test]
+    fn what_is_further_back_than_a_stop_string_is_not_read() {
+        let tokenizer = Arc::new(Tokenizer::tiny(&[]));
+        let tokens = [vec![97; 1 << 20], vec![98]].concat();
+        let stop = |text: &str| [text.to_owned()];
+        let started = std::time::Instant::now();
+        for _ in 0..1000 {
+            assert!(completes_stop_string(&tokenizer, &stop("aab"), &tokens));
+            assert!(!completes_stop_string(&tokenizer, &stop("aa"), &tokens));
+        }
+        assert!(started.elapsed().as_secs() < 10);
     }
 }
