@@ -415,8 +415,7 @@ impl TextAssembler {
             stopped = self.release(&rest, &mut delta);
         }
         if !stopped {
-            let rest = self.block.as_mut().map(IndentedBlock::finish).unwrap_or_default();
-            self.let_go(&rest, &mut delta);
+            self.release_block(&mut delta);
             delta.tokens.extend(self.held.drain(..));
             let text_offset = self.num_chars_seen;
             let stop_token = self.stop_token.take();
@@ -432,14 +431,17 @@ impl TextAssembler {
     fn push_text(&mut self, text: &str, delta: &mut TextDelta) -> bool {
         self.num_chars_seen += text.chars().count();
         self.has_line |= text.contains('\n');
-        let (released, stopped) = match self.stops.push(text) {
-            StopOutcome::Continue(text) => (text, false),
-            StopOutcome::Stopped { text, stop } => {
-                self.found_stop = Some(stop);
-                (text, true)
-            }
+        let (released, stop) = match self.stops.push(text) {
+            StopOutcome::Continue(text) => (text, None),
+            StopOutcome::Stopped { text, stop } => (text, Some(stop)),
         };
-        self.release(&released, delta) || stopped
+        // A block that has ended did so before the stop string.
+        let is_out = self.release(&released, delta);
+        if !is_out && stop.is_some() {
+            self.release_block(delta);
+            self.found_stop = stop;
+        }
+        is_out || self.found_stop.is_some()
     }
 
     /// Whether the text ends the output, which is then cut.
@@ -455,6 +457,12 @@ impl TextAssembler {
                 has_ended
             }
         }
+    }
+
+    /// What the block has held back, the output having ended in it.
+    fn release_block(&mut self, delta: &mut TextDelta) {
+        let rest = self.block.as_mut().map(IndentedBlock::finish).unwrap_or_default();
+        self.let_go(&rest, delta);
     }
 
     fn let_go(&mut self, text: &str, delta: &mut TextDelta) {

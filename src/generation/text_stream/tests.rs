@@ -164,3 +164,32 @@ fn a_line_outside_of_the_block_ends_the_output_and_is_cut() {
     assert_eq!(text.iter().map(|(delta, _)| delta.text.as_str()).collect::<String>(), "a\n  b");
     assert_eq!(text.iter().map(|(_, stopped)| *stopped).collect::<Vec<_>>(), [[false; 6].as_slice(), &[true]].concat());
 }
+
+#[test]
+fn of_a_block_and_a_stop_string_the_one_that_ends_first_counts_and_all_before_it_is_there() {
+    for (text, kept, found) in [
+        // The text before a stop string keeps its white space, as it does without a block.
+        ("a\n  X", "a\n  ", Some("X")),
+        ("a\n\n  bX", "a\n\n  b", Some("X")),
+        ("a\nX", "a\n", Some("X")),
+        ("a X\n  b", "a ", Some("X")),
+        // The line outside of the block has the stop string, but was cut before.
+        ("a\n  b\ncX", "a\n  b", None),
+        ("a\nb X", "a", None),
+    ] {
+        let mut single = assembler(&["X"], None);
+        single.block = Some(IndentedBlock::new(2));
+        let mut got = String::new();
+        let has_ended = text.bytes().any(|byte| {
+            let (delta, stopped) = single.token(u32::from(byte), None);
+            got.push_str(&delta.text);
+            stopped
+        });
+        assert_eq!((got.as_str(), has_ended, single.found_stop.as_deref()), (kept, true, found), "{text:?}");
+        let mut whole = assembler(&["X"], None);
+        whole.block = Some(IndentedBlock::new(2));
+        let mut delta = TextDelta::default();
+        assert!(whole.push_text(text, &mut delta), "{text:?}");
+        assert_eq!((delta.text.as_str(), whole.found_stop.as_deref()), (kept, found), "{text:?}");
+    }
+}
