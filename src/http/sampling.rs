@@ -164,7 +164,14 @@ fn parse_beams(fields: &Fields, num_choices: usize) -> Result<Option<BeamOptions
     let length_penalty = fields.number("length_penalty", -10.0..=10.0)?.unwrap_or(1.0);
     let early_stopping = fields.boolean("early_stopping")?.unwrap_or(false);
     if !fields.boolean("use_beam_search")?.unwrap_or(false) {
-        return Ok(None);
+        let asked = [("length_penalty", length_penalty != 1.0), ("early_stopping", early_stopping)];
+        return match asked.into_iter().find(|(_, is_asked)| *is_asked) {
+            None => Ok(None),
+            Some((name, _)) => {
+                let message = format!("`{name}` is of beam search: send `use_beam_search`: true, or leave it out");
+                Err(ApiError::invalid(name, message))
+            }
+        };
     }
     let field = if fields.get("best_of").is_some() { "best_of" } else { "n" };
     let num_beams = fields.count(field, 1..=MAX_BEAMS)?.unwrap_or(num_choices);
@@ -375,6 +382,21 @@ mod tests {
         {
             assert!(options(field).unwrap().beams.is_some(), "{field}");
         }
+    }
+
+    #[test]
+    fn what_is_of_beams_alone_needs_them() {
+        for (field, name) in
+            [(r#""length_penalty": 0"#, "length_penalty"), (r#""early_stopping": true"#, "early_stopping")]
+        {
+            let without = parse_options(&fields(&format!("{{{field}}}"))).unwrap_err();
+            assert_eq!(without.param(), Some(name), "{field}");
+            let off = parse_options(&fields(&format!(r#"{{"use_beam_search": false, {field}}}"#))).unwrap_err();
+            assert_eq!(off.param(), Some(name), "{field}");
+            let with = parse_options(&fields(&format!(r#"{{"use_beam_search": true, "n": 2, {field}}}"#)));
+            assert!(with.unwrap().beams.is_some(), "{field}");
+        }
+        assert_eq!(parse_options(&fields(r#"{"length_penalty": 1, "early_stopping": false}"#)).unwrap().beams, None);
     }
 
     #[test]
