@@ -1,9 +1,11 @@
 //! Constraints compiled for one vocabulary.
 
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use llguidance::ParserFactory;
 use llguidance::api::{ParserLimits, TopLevelGrammar};
+use llguidance::earley::CGrammar;
 use prometheus::IntCounter;
 use serde_json::{Value, json};
 use toktrie::{TokEnv, TokRxInfo, TokTrie, TokenId, TokenizerEnv};
@@ -79,7 +81,11 @@ impl GrammarCompiler {
         let grammar = grammar(constraint)?;
         let parsers = self.parsers.get_or_init(|| Parsers::new(&self.tokenizer)).as_ref().map_err(Clone::clone)?;
         let parser = parsers.0.create_parser(grammar).map_err(|error| GrammarError::Invalid(worded(&error)))?;
-        Ok(Matcher::new(parser, end_of(&self.tokenizer)))
+        if has_temperature(parser.parser.grammar()) {
+            let message = "the `temperature` of a rule is not served: send one for the whole output";
+            return Err(GrammarError::Invalid(message.to_owned()));
+        }
+        Matcher::new(parser, end_of(&self.tokenizer))
     }
 }
 
@@ -163,19 +169,41 @@ fn grammar(constraint: &Constraint) -> Result<TopLevelGrammar, GrammarError> {
     }
 }
 
+/// Whether a part of it is to be drawn at a temperature of its own, as Lark's notation can say here.
+fn has_temperature(grammar: &CGrammar) -> bool {
+    let (mut left, mut seen) = (vec![grammar.start()], HashSet::new());
+    while let Some(symbol) = left.pop() {
+        if grammar.sym_data(symbol).props.temperature != 0.0 {
+            return true;
+        }
+        if seen.insert(symbol) {
+            left.extend(grammar.rules_of(symbol).iter().flat_map(|rule| grammar.rule_rhs(*rule).0));
+        }
+    }
+    false
+}
+
 fn of_schema(schema: Value) -> TopLevelGrammar {
     TopLevelGrammar::from_json_schema(with_bounded_space(schema))
 }
 
 /// `schema` for JSON without blanks that go on and on.
-pub fn with_bounded_space(mut schema: Value) -> Value {
+pub fn with_bounded_space(schema: Value) -> Value {
+    // Both allow any value.
+    let mut schema = if schema == true { json!({}) } else { schema };
     if let Some(fields) = schema.as_object_mut() {
         fields.entry("x-guidance").or_insert_with(|| json!({"whitespace_pattern": JSON_WHITESPACE}));
     }
     schema
 }
 
-/// The first line of an error, cut.
+/// The first line of an error, cut, with the cause that a regular expression's has in a line further down.
 pub(super) fn worded(error: &dyn std::fmt::Display) -> String {
-    error.to_string().lines().next().unwrap_or_default().chars().take(MAX_ERROR_CHARS).collect()
+    let error = error.to_string();
+    let mut lines = error.lines();
+    let mut text = lines.next().unwrap_or_default().to_owned();
+    if let Some(cause) = lines.find_map(|line| line.strip_prefix("error: ")) {
+        text.extend([" ", cause]);
+    }
+    text.chars().take(MAX_ERROR_CHARS).collect()
 }

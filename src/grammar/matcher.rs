@@ -1,5 +1,7 @@
 //! Where one sequence is in its grammar.
 
+use std::fmt::Display;
+
 use toktrie::{SimpleVob, TokenId};
 
 use super::GrammarError;
@@ -28,8 +30,19 @@ impl Clone for Matcher {
 }
 
 impl Matcher {
-    pub(super) fn new(parser: llguidance::TokenParser, end: TokenId) -> Self {
-        Self { parser: llguidance::Matcher::new(Ok(parser)), end, prepared: None }
+    /// At the beginning of an output, with what may come first prepared for all that begin there.
+    ///
+    /// # Errors
+    /// When no text, or none but the empty one, can be an output.
+    pub(super) fn new(parser: llguidance::TokenParser, end: TokenId) -> Result<Self, GrammarError> {
+        let mut parser = llguidance::Matcher::new(Ok(parser));
+        let first = parser
+            .compute_mask_or_eos()
+            .map_err(|error| GrammarError::Invalid(format!("no output can begin as it says ({})", worded(&error))))?;
+        if first.num_set() == usize::from(first.is_allowed(end)) {
+            return Err(GrammarError::Invalid("it allows no output but an empty one".to_owned()));
+        }
+        Ok(Self { parser, end, prepared: Some(first) })
     }
 
     /// Computes what may come next before it is needed.
@@ -48,9 +61,10 @@ impl Matcher {
     pub fn mask(&mut self, logits: &mut [f32], stop_tokens: &[u32]) -> Result<(), GrammarError> {
         let mut mask = match self.prepared.take() {
             Some(prepared) => prepared,
-            None => self.parser.compute_mask_or_eos().map_err(|error| GrammarError::Lost(worded(&error)))?,
+            None => self.parser.compute_mask_or_eos().map_err(lost)?,
         };
-        let may_end = mask.is_allowed(self.end);
+        // The mask has the end also where it would only end a part (`stop=""`), or be any token (`<[*]>`).
+        let may_end = self.parser.is_accepting().map_err(lost)?;
         mask.disallow_token(self.end);
         for &token in stop_tokens.iter().filter(|token| **token < self.end) {
             mask.set(token as usize, may_end);
@@ -75,11 +89,15 @@ impl Matcher {
     /// When it must not, or the parser reaches a limit; then nothing more can be asked of it.
     pub fn consume(&mut self, token: u32) -> Result<(), GrammarError> {
         self.prepared = None;
-        self.parser.consume_token(token).map_err(|error| GrammarError::Lost(worded(&error)))
+        self.parser.consume_token(token).map_err(lost)
     }
 
     /// Whether nothing but the end may follow.
     pub fn is_complete(&self) -> bool {
         self.parser.is_stopped()
     }
+}
+
+fn lost(error: impl Display) -> GrammarError {
+    GrammarError::Lost(worded(&error))
 }

@@ -1,6 +1,8 @@
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use prometheus::IntCounter;
+use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
@@ -54,10 +56,12 @@ fn what_was_used_lately_is_not_compiled_again() {
     assert_eq!(count.get(), 36);
 }
 
-/// Which of the tokens may come next.
+/// Which of the tokens may come next: none where nothing can go on.
 fn allowed(matcher: &mut Matcher) -> Vec<u32> {
     let mut logits = [0.0; 259];
-    matcher.mask(&mut logits, &[STOP]).unwrap();
+    if matcher.mask(&mut logits, &[STOP]).is_err() {
+        return Vec::new();
+    }
     (0..).zip(logits).filter(|(_, logit)| *logit == 0.0).map(|(token, _)| token).collect()
 }
 
@@ -95,6 +99,11 @@ fn each_kind_of_constraint_accepts_what_it_says_and_nothing_else() {
             Constraint::Choice(vec!["yes".to_owned(), "no \"\\\n é".to_owned(), "not".to_owned()]),
             vec!["yes", "no \"\\\n é", "not"],
             vec!["no", "yesno", ""],
+        ),
+        (
+            Constraint::Choice(["abc", "a", "ab", "ba"].map(str::to_owned).to_vec()),
+            vec!["a", "ab", "abc", "ba"],
+            vec!["", "b", "abcd", "aba"],
         ),
         (
             Constraint::Lark("start: A \" \" b?\nA: /t+h/\nb: \"e\" | \"f\"".to_owned()),
@@ -197,6 +206,18 @@ fn the_end_may_follow_what_is_complete_and_special_tokens_nothing() {
 }
 
 #[test]
+fn the_end_does_not_stand_for_a_part_that_something_must_follow() {
+    for (rules, good, bad) in [
+        ("start: text \"END\"\ntext[stop=\"\"]: /[a-z]*/", vec!["aEND", "END"], vec!["", "a", "ab", "aEN"]),
+        ("start: text\ntext[stop=\"\"]: /[a-z]+/", vec!["a", "ab"], vec!["", "aEND"]),
+        ("start: <[*]> \"x\"", vec!["ax", "xx"], vec!["", "a", "x"]),
+        ("start: \"x\" (<[97-259]> \"y\")?", vec!["x", "xay"], vec!["", "xa"]),
+    ] {
+        assert_accepts(&Constraint::Lark(rules.to_owned()), &good, &bad);
+    }
+}
+
+#[test]
 fn what_cannot_be_compiled_is_an_error() {
     for constraint in [
         Constraint::JsonSchema(json!({"type": "no such type"})),
@@ -211,8 +232,212 @@ fn what_cannot_be_compiled_is_an_error() {
     ] {
         assert!(matches!(compile(&constraint), Err(GrammarError::Invalid(_))), "{constraint:?}");
     }
+    for (constraint, cause) in [
+        (Constraint::Regex("(?=a)b".to_owned()), "look-around"),
+        (Constraint::Regex("(a".to_owned()), "unclosed group"),
+        (Constraint::JsonSchema(json!({"type": "string", "pattern": "^(?=a)b"})), "look-around"),
+    ] {
+        let refused = compile(&constraint).expect_err(cause).to_string();
+        assert!(refused.contains(cause), "{constraint:?}: {refused}");
+    }
     let large = Constraint::Regex("a".repeat(200_000));
     assert!(matches!(compile(&large), Err(GrammarError::TooLarge(200_000, _))));
+}
+
+#[test]
+fn a_constraint_without_an_output_is_an_error() {
+    for constraint in [
+        Constraint::Gbnf("root ::= root".to_owned()),
+        Constraint::Gbnf("root ::= a | root \"x\"\na ::= a \"y\"".to_owned()),
+        Constraint::Gbnf("root ::= \"\"".to_owned()),
+        Constraint::Gbnf("root ::= \"a\"{0}".to_owned()),
+        Constraint::Regex("()".to_owned()),
+        Constraint::Regex("a{0}".to_owned()),
+        Constraint::Lark("start: start".to_owned()),
+        Constraint::Lark("start: \"\"".to_owned()),
+        Constraint::Lark("start: A\nA: /a/ & /b/".to_owned()),
+        Constraint::JsonSchema(json!({"$ref": "#"})),
+        Constraint::JsonSchema(json!({"enum": []})),
+        Constraint::JsonSchema(json!({"type": "string", "minLength": 3, "maxLength": 2})),
+        Constraint::JsonSchema(json!({"type": "integer", "minimum": 3, "maximum": 2})),
+    ] {
+        assert!(matches!(compile(&constraint), Err(GrammarError::Invalid(_))), "{constraint:?}");
+    }
+}
+
+#[test]
+fn keywords_of_schemas_that_are_not_followed_are_refused_by_name() {
+    let named = json!({"type": "string"});
+    for (keyword, schema) in [
+        ("not", json!({"not": named})),
+        ("if", json!({"if": named, "then": named})),
+        ("oneOf", json!({"oneOf": [{"type": "integer"}, {"type": "number"}]})),
+        ("contains", json!({"type": "array", "contains": named})),
+        ("uniqueItems", json!({"type": "array", "uniqueItems": true})),
+        ("propertyNames", json!({"type": "object", "propertyNames": {"pattern": "a"}})),
+        ("dependentRequired", json!({"type": "object", "dependentRequired": {"a": ["b"]}})),
+        ("unevaluatedProperties", json!({"type": "object", "unevaluatedProperties": false})),
+        ("$dynamicRef", json!({"type": "object", "properties": {"a": {"$dynamicRef": "#a"}}})),
+        ("format", json!({"type": "string", "format": "colour"})),
+    ] {
+        let refused = compile(&Constraint::JsonSchema(schema)).expect_err(keyword).to_string();
+        assert!(refused.contains(keyword), "{keyword}: {refused}");
+    }
+}
+
+#[test]
+fn a_temperature_of_a_part_is_refused_by_name() {
+    for rules in [
+        "start[temperature=0.5]: /a+/",
+        "start: \"x\" a | start a\na[temperature=1.5, max_tokens=3]: /a+/",
+        "start: (\"x\" a)*\na[temperature=0.7, stop=\"b\"]: /a+/",
+        "start: a \"x\"\na[temperature=0.5]: %json {\"type\": \"integer\"}",
+    ] {
+        let refused = compile(&Constraint::Lark(rules.to_owned())).expect_err(rules).to_string();
+        assert!(refused.contains("`temperature`"), "{rules}: {refused}");
+    }
+    for rules in ["start: \"temperature=0.5\"", "start: a \"x\"\na[max_tokens=3]: %json {\"type\": \"integer\"}"] {
+        compile(&Constraint::Lark(rules.to_owned())).unwrap();
+    }
+}
+
+#[test]
+fn blanks_in_json_come_to_an_end_whatever_the_schema() {
+    let blanks = "[".to_owned() + &" \n".repeat(40);
+    for schema in [json!(true), json!({}), json!({"type": "array"})] {
+        assert_accepts(&Constraint::JsonSchema(schema), &["[]", "[ 1,\n\n  2]"], &[]);
+    }
+    for schema in [json!(true), json!({}), json!({"type": "array"})] {
+        let mut matcher = compile(&Constraint::JsonSchema(schema)).unwrap();
+        assert!(blanks.bytes().any(|blank| matcher.consume(u32::from(blank)).is_err()));
+    }
+}
+
+/// One grammar, to be written in GBNF and to be read by the book.
+#[derive(Debug, Clone)]
+enum Tree {
+    Literal(&'static str),
+    /// Of the characters from the first to the last.
+    Class(u8, u8),
+    Rule(usize),
+    Sequence(Vec<Tree>),
+    Alternatives(Vec<Tree>),
+    Repeated(Box<Tree>, usize, Option<usize>),
+}
+
+const RULE_NAMES: [&str; 3] = ["root", "b", "c"];
+
+/// Where texts of each rule can end, by where they begin.
+type RuleEnds = Vec<Vec<BTreeSet<usize>>>;
+
+impl Tree {
+    fn any() -> impl Strategy<Value = Self> {
+        let leaf = prop_oneof![
+            prop::sample::select(vec!["", "a", "b", "ab", "ba"]).prop_map(Self::Literal),
+            prop::sample::select(vec![(b'a', b'a'), (b'a', b'b'), (b'a', b'z')]).prop_map(|(a, z)| Self::Class(a, z)),
+            (0..RULE_NAMES.len()).prop_map(Self::Rule),
+        ];
+        leaf.prop_recursive(3, 12, 3, |inner| {
+            let several = prop::collection::vec(inner.clone(), 1..4);
+            prop_oneof![
+                several.clone().prop_map(Self::Sequence),
+                several.prop_map(Self::Alternatives),
+                (inner, 0..3usize, prop::option::of(0..3usize)).prop_map(|(inner, min, more)| {
+                    Self::Repeated(Box::new(inner), min, more.map(|more| min + more))
+                }),
+            ]
+        })
+    }
+
+    fn written(&self) -> String {
+        let join = |parts: &[Self], joint: &str| parts.iter().map(Self::written).collect::<Vec<_>>().join(joint);
+        match self {
+            Self::Literal(text) => format!("{text:?}"),
+            Self::Class(first, last) => format!("[{}-{}]", char::from(*first), char::from(*last)),
+            Self::Rule(number) => RULE_NAMES[*number].to_owned(),
+            Self::Sequence(parts) => format!("({})", join(parts, " ")),
+            Self::Alternatives(parts) => format!("({})", join(parts, " | ")),
+            Self::Repeated(inner, 0, None) => format!("({})*", inner.written()),
+            Self::Repeated(inner, min, None) => format!("({}){{{min},}}", inner.written()),
+            Self::Repeated(inner, min, Some(max)) => format!("({}){{{min},{max}}}", inner.written()),
+        }
+    }
+
+    /// Whether it has a class of many characters, whose repetitions end only where they cannot go on.
+    fn is_wide(&self) -> bool {
+        match self {
+            Self::Class(_, last) => *last == b'z',
+            Self::Literal(_) | Self::Rule(_) => false,
+            Self::Sequence(parts) | Self::Alternatives(parts) => parts.iter().any(Self::is_wide),
+            Self::Repeated(inner, ..) => inner.is_wide(),
+        }
+    }
+
+    /// Where its texts can end that begin at `from`, as far as `rules` are known.
+    fn ends(&self, text: &str, from: usize, rules: &RuleEnds) -> BTreeSet<usize> {
+        let after = |starts: &BTreeSet<usize>, part: &Self| -> BTreeSet<usize> {
+            starts.iter().flat_map(|start| part.ends(text, *start, rules)).collect()
+        };
+        match self {
+            Self::Literal(literal) => {
+                text[from..].starts_with(literal).then_some(from + literal.len()).into_iter().collect()
+            }
+            Self::Class(first, last) => {
+                let next = text.as_bytes().get(from).filter(|byte| (first..=last).contains(byte));
+                next.map(|_| from + 1).into_iter().collect()
+            }
+            Self::Rule(number) => rules[*number][from].clone(),
+            Self::Sequence(parts) => parts.iter().fold(BTreeSet::from([from]), |starts, part| after(&starts, part)),
+            Self::Alternatives(parts) => parts.iter().flat_map(|part| part.ends(text, from, rules)).collect(),
+            Self::Repeated(inner, min, max) => {
+                let (mut starts, mut ends) = (BTreeSet::from([from]), BTreeSet::new());
+                // Beyond the least, each repetition that matters has a character.
+                for count in 0..=max.unwrap_or(min + text.len()) {
+                    if count >= *min {
+                        ends.extend(&starts);
+                    }
+                    starts = after(&starts, inner);
+                }
+                ends
+            }
+        }
+    }
+}
+
+/// Whether the first of `rules` has the text.
+fn is_text_of(rules: &[Tree], text: &str) -> bool {
+    let mut known: RuleEnds = vec![vec![BTreeSet::new(); text.len() + 1]; rules.len()];
+    loop {
+        let of_rule = |rule: &Tree| (0..=text.len()).map(|from| rule.ends(text, from, &known)).collect();
+        let next: RuleEnds = rules.iter().map(of_rule).collect();
+        if next == known {
+            return known[0][0].contains(&text.len());
+        }
+        known = next;
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_grammar_in_gbnf_accepts_what_it_says_by_the_book(rules in prop::collection::vec(Tree::any(), RULE_NAMES.len())) {
+        let written: String =
+            rules.iter().zip(RULE_NAMES).map(|(rule, name)| format!("{name} ::= {}\n", rule.written())).collect();
+        let compiled = compile(&Constraint::Gbnf(written.clone()));
+        let is_wide = rules.iter().any(Tree::is_wide);
+        let texts = (0..=4usize).flat_map(|len| (0..1 << len).map(move |bits: usize| {
+            (0..len).map(|at| if bits >> at & 1 == 0 { 'a' } else { 'b' }).collect::<String>()
+        }));
+        for text in texts {
+            let expected = is_text_of(&rules, &text);
+            match &compiled {
+                Ok(matcher) => {
+                    let is_accepted = accepts(matcher, &text);
+                    prop_assert!(is_accepted == expected || is_wide && expected, "{written}{text:?}: {expected}");
+                }
+                Err(error) => prop_assert!(!expected || text.is_empty(), "{written}{text:?}: {error}"),
+            }
+        }
+    }
 }
 
 /// None of them may take the process down, or much time.

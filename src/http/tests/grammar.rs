@@ -53,6 +53,8 @@ async fn what_cannot_be_compiled_is_refused_by_name() {
     for (name, value) in [
         ("guided_regex", json!("(")),
         ("grammar", json!("root ::= nowhere")),
+        ("grammar", json!("root ::= root")),
+        ("guided_regex", json!("a{0}")),
         ("guided_grammar", json!("start: nowhere")),
         ("guided_json", json!({"type": "no such type"})),
         ("response_format", json!({"type": "json_schema", "json_schema": {"schema": {"$ref": "https://a.b/c"}}})),
