@@ -172,8 +172,8 @@ mod tests {
     fn num_tokens_to_stop(tokenizer: &Arc<Tokenizer>, stop: &[String], tokens: &[u32]) -> Option<usize> {
         let mut detokenizer = Detokenizer::new(tokenizer.clone());
         let mut stops = StopStrings::new(stop.to_vec());
-        let mut is_stopped = |id: &u32| matches!(stops.push(&detokenizer.push(*id)), StopOutcome::Stopped { .. });
-        tokens.iter().position(|id| is_stopped(id)).map(|last| last + 1)
+        let is_stopped = |id: &u32| matches!(stops.push(&detokenizer.push(*id)), StopOutcome::Stopped { .. });
+        tokens.iter().position(is_stopped).map(|last| last + 1)
     }
 
     proptest! {
