@@ -76,7 +76,8 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--config", type=Path, help="of the server")
     options = parser.parse_args()
-    held_out = [json.loads(line) for line in options.held_out.read_text().splitlines()]
+    # As bytes, which end lines at line ends alone: a text may have others of Unicode's.
+    held_out = [json.loads(line) for line in options.held_out.read_bytes().splitlines()]
     expected = [example["messages"][-1]["content"].strip() for example in held_out]
 
     right = {}

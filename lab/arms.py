@@ -121,6 +121,9 @@ def _table(text: str) -> dict[str, Any]:
     if not all(key and separator and value for key, separator, value in pairs):
         raise ArmError(f"`{text}` is not NAME=MODEL[,KEY=VALUE]...")
     (name, _, model), *rest_pairs = pairs
+    keys = ["name", "model", *(key for key, _, _ in rest_pairs)]
+    if repeated := next((key for key in keys if keys.count(key) > 1), None):
+        raise ArmError(f"`{text}` says `{repeated}` twice")
     table: dict[str, Any] = {"name": name, "model": model}
     for key, _, value in rest_pairs:
         if key == "icl":

@@ -24,7 +24,7 @@ from typing import Any
 from arms import ArmError, Decoding, read_arms
 from data_files import BadData, MissingData
 from metrics import MetricError, chrf, codebleu, exact_match_at, pass_at
-from predictions import EvaluationError, Prediction, Question, ask, missing, read_lines, read_predictions
+from predictions import EvaluationError, Prediction, Question, alone_in, ask, missing, read_lines, read_predictions
 from sandbox import Outcome, Sandbox, SandboxUnavailable
 from suites import SUITES, Row, Suite, suite_named
 from summary import summary_table
@@ -39,7 +39,12 @@ def main(arguments: list[str]) -> None:
     options = _options(arguments)
     decoding = Decoding(options.beams, options.samples, options.temperature if options.samples > 1 else 0.0)
     arms = read_arms(options.arms, options.arm)
-    suites = list({suite.name: suite for suite in options.suites}.values())
+    suites = options.suites
+    names = [suite.name for suite in suites]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise EvaluationError(
+            f"several suites are named {', '.join(sorted(repeated))}: predictions are filed by that name"
+        )
     rows = {suite.name: suite.rows() for suite in suites}
     # Now, not after hours of asking: it raises where generated code cannot be run safely.
     sandbox = Sandbox() if any("pass" in suite.metrics for suite in suites) else None
@@ -53,26 +58,27 @@ def main(arguments: list[str]) -> None:
         for seed in arm.seeds
     ]
 
-    file = options.out / "predictions.jsonl"
-    to_ask = missing(questions, read_predictions(file), file)
-    print(f"{len(questions)} predictions, {len(to_ask)} of them to be made", file=sys.stderr)
-    if to_ask:
-        api_key = os.environ.get("OPENAI_API_KEY", "none")
-        asyncio.run(ask(options.url, api_key, to_ask, options.concurrency, file))
+    with alone_in(options.out):
+        file = options.out / "predictions.jsonl"
+        to_ask = missing(questions, read_predictions(file), file)
+        print(f"{len(questions)} predictions, {len(to_ask)} of them to be made", file=sys.stderr)
+        if to_ask:
+            api_key = os.environ.get("OPENAI_API_KEY", "none")
+            asyncio.run(ask(options.url, api_key, to_ask, options.concurrency, file))
 
-    known = read_predictions(file)
-    for arm in arms:
-        check_one_version(arm.name, known.values())
-    executions = Executions(options.out / "executions.jsonl", sandbox)
-    scores = []
-    for suite in suites:
+        known = read_predictions(file)
         for arm in arms:
-            for seed in arm.seeds:
-                asked = [Question(suite, row, arm, seed, decoding) for row in chosen[suite.name]]
-                predictions = [known[question.key] for question in asked]
-                scores += score(suite, chosen[suite.name], len(rows[suite.name]), predictions, executions)
-    merge_scores(options.out / "scores.json", scores)
-    print(summary_table(scores))
+            check_one_version(arm.name, known.values())
+        executions = Executions(options.out / "executions.jsonl", sandbox)
+        scores = []
+        for suite in suites:
+            for arm in arms:
+                for seed in arm.seeds:
+                    asked = [Question(suite, row, arm, seed, decoding) for row in chosen[suite.name]]
+                    predictions = [known[question.key] for question in asked]
+                    scores += score(suite, chosen[suite.name], len(rows[suite.name]), predictions, executions)
+        merge_scores(options.out / "scores.json", scores)
+        print(summary_table(scores))
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -247,7 +253,9 @@ def merge_scores(file: Path, scores: list[dict[str, Any]]) -> None:
     for entry in scores:
         if merged.get(key(entry), entry)["rows"] <= entry["rows"]:
             merged[key(entry)] = entry
-    file.write_text(json.dumps(list(merged.values()), indent=1) + "\n", encoding="utf-8")
+    unfinished = file.with_suffix(".part")
+    unfinished.write_text(json.dumps(list(merged.values()), indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(file)
 
 
 if __name__ == "__main__":

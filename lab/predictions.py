@@ -1,9 +1,12 @@
 """Asks a server for what is missing, and keeps every prediction as a line of JSON."""
 
 import asyncio
+import fcntl
 import json
+import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +76,20 @@ class Question:
         return f"arm {self.arm.name}, row {self.row.id} of {self.suite.name}"
 
 
+@contextmanager
+def alone_in(run: Path) -> Iterator[None]:
+    """Raises `EvaluationError` if another process writes to the folder `run`: each would cut off what the other has begun."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise EvaluationError(
+                f"another evaluation is writing to {run}: wait for its end, or take another --out"
+            ) from error
+        yield
+
+
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The lines of `file`, if there is one. A last one that was not written to its end is cut off."""
     if not file.exists():
@@ -80,13 +97,24 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     content = file.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
-        file.write_bytes(whole)
-    return [json.loads(line) for line in whole.splitlines()]
+        # Not written anew: what is whole must outlive a crash here too.
+        os.truncate(file, len(whole))
+    return [_line(file, number, line) for number, line in enumerate(whole.splitlines(), start=1)]
+
+
+def _line(file: Path, number: int, text: bytes) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise EvaluationError(f"{file}: line {number} is damaged: take it out, and only that is done again") from error
 
 
 def read_predictions(file: Path) -> dict[tuple, Prediction]:
     """The predictions of `file` by key."""
-    predictions = (Prediction(**line) for line in read_lines(file))
+    try:
+        predictions = [Prediction(**line) for line in read_lines(file)]
+    except TypeError as error:
+        raise EvaluationError(f"{file} is of another version of the lab: take another --out ({error})") from error
     return {prediction.key: prediction for prediction in predictions}
 
 
@@ -159,7 +187,8 @@ def _prediction(
     ended: float,
 ) -> Prediction:
     choices = sorted(reply["choices"], key=lambda choice: choice["index"])
-    texts = [choice["message"]["content"] if "message" in choice else choice["text"] for choice in choices]
+    # `null` is what a chat says that says nothing.
+    texts = [(choice["message"]["content"] if "message" in choice else choice["text"]) or "" for choice in choices]
     expected = question.decoding.num_choices
     if len(texts) != expected:
         raise EvaluationError(f"{question}: {len(texts)} choices instead of {expected}")

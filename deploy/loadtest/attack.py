@@ -38,7 +38,7 @@ def attack_with_lorry(arguments, rates, lines, objectives):
     command += ["--rates", ",".join(map(str, rates)), "--duration-s", arguments.seconds, "--timeout-s", TIMEOUT_SECONDS]
     for name, ms in objectives.items():
         command += [f"--slo-{name}-ms", ms]
-    run = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    run = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE)
     if run.returncode != 0:
         raise SystemExit(run.returncode)
     reports = [json.loads(line) for line in run.stdout.splitlines()]

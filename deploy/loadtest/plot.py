@@ -46,7 +46,7 @@ def draw(reports, knee, path):
 def main():
     """reports.jsonl of attack.py, and the file to draw."""
     source, path = map(Path, sys.argv[1:])
-    *reports, knee = map(json.loads, source.read_text().splitlines())
+    *reports, knee = map(json.loads, source.read_bytes().splitlines())
     draw(reports, knee, path)
 
 

@@ -152,8 +152,8 @@ def load(url, rate, arguments, folder):
         file.writelines(json.dumps(line) + "\n" for line in targets.requests(kinds, models, count, arguments.max_tokens))
     command = [BINARY, "loadgen", "--url", url, "--mix", mix, "--log", log, "--rates", rate, "--duration-s", arguments.seconds]
     command += ["--timeout-s", attack.TIMEOUT_SECONDS]
-    run = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(run.stdout), [json.loads(line) for line in log.read_text().splitlines()]
+    run = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True)
+    return json.loads(run.stdout), [json.loads(line) for line in log.read_bytes().splitlines()]
 
 
 def soak(arguments):

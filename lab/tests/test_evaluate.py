@@ -1,5 +1,6 @@
 """The command from its arguments to its scores, against a server that answers as it is told."""
 
+import fcntl
 import json
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 from arms import ArmError, Decoding, read_arms, request_body
 from data_files import REPOSITORY
 from openai_server import Refused, answering
-from predictions import EvaluationError, read_predictions
+from predictions import EvaluationError, Question, _prediction, read_predictions
 from suites import SUITES, Row, Suite
 
 ROWS = [Row(str(i), f"give {i}", f"prompt {i}", f"x{i}") for i in range(4)]
@@ -72,6 +73,62 @@ def test_a_second_run_asks_only_what_is_missing(tmp_path):
     assert len(read_predictions(file)) == 4
 
 
+def test_a_run_has_one_writer(tmp_path):
+    with answering(right) as (url, asked):
+        with (tmp_path / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with pytest.raises(EvaluationError, match=f"another evaluation is writing to {tmp_path}"):
+                run(url, tmp_path, "--arm", "a=good")
+            assert asked == []
+        # Whatever ends the other one lets the next begin.
+        assert run(url, tmp_path, "--arm", "a=good")[0]["metrics"]["em@1"] == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "complaint"),
+    [
+        ("predictions.jsonl", b'{"suite": "small\n', "predictions.jsonl: line 2 is damaged"),
+        ("predictions.jsonl", b"\x00\x00\n", "predictions.jsonl: line 2 is damaged"),
+        ("predictions.jsonl", b'{"suite": "small", "verdict": 1}\n', "predictions.jsonl is of another version"),
+        ("executions.jsonl", b"\xff\n", "executions.jsonl: line 1 is damaged"),
+    ],
+)
+def test_a_damaged_line_is_named_with_its_file_and_nothing_is_lost(tmp_path, name, line, complaint):
+    file = tmp_path / name
+    with answering(right) as (url, _):
+        run(url, tmp_path, "--arm", "a=good")
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+        file.write_bytes(b"".join([*lines[:1], line, *lines[1:]]))
+        damaged = file.read_bytes()
+        with pytest.raises(EvaluationError, match=complaint):
+            run(url, tmp_path, "--arm", "a=good")
+        assert file.read_bytes() == damaged
+
+
+def test_scores_outlive_a_full_disk(tmp_path, monkeypatch):
+    def write_half(file, text, **_):
+        file.write_bytes(text[: len(text) // 2].encode())
+        raise OSError("no space left on the device")
+
+    with answering(right) as (url, _):
+        before = run(url, tmp_path, "--arm", "a=good")
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate.Path, "write_text", write_half)
+            with pytest.raises(OSError, match="no space left"):
+                run(url, tmp_path, "--arm", "b=good")
+        assert json.loads((tmp_path / "scores.json").read_text()) == before
+        assert [score["arm"] for score in run(url, tmp_path, "--arm", "b=good")] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("content", "text"), [(None, ""), ("", ""), ("x1", "x1")])
+def test_a_chat_that_says_nothing_has_an_empty_answer(tmp_path, content, text):
+    (arm,) = read_arms([], ["a=m,chat=true"])
+    question = Question(SUITES["small"], ROWS[0], arm, None, Decoding())
+    choices = [{"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}]
+    reply = {"model": "m", "choices": choices, "usage": {"prompt_tokens": 7, "completion_tokens": 0}}
+    assert _prediction(question, question.body(), reply, 1, 0.0, None, 1.0).texts == [text]
+
+
 def test_what_was_answered_before_a_failure_is_kept(tmp_path):
     def choices(body):
         if body["prompt"] == ROWS[2].prompt:
@@ -99,6 +156,29 @@ def test_a_file_of_ones_own_is_a_suite(tmp_path):
     assert asked[0]["prompt"].startswith("### Instruction:\ngive ")
     (score,) = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert (score["suite"], score["metrics"]["em@1"]) == ("mine", pytest.approx(100 / 3))
+
+
+@pytest.mark.parametrize("reference", ["x1", "x1\n", "    x1", "\tx1\n\n", "```python\nx1\n```"])
+@pytest.mark.parametrize("answer", ["x1", "x1\n", "```\nx1\n```"])
+def test_a_reference_of_ones_own_is_matched_by_what_says_the_same(tmp_path, reference, answer):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps({"instruction": "give", "code": reference}) + "\n")
+    with answering(lambda body: [answer]) as (url, _):
+        evaluate.main([str(file), "--url", url, "--out", str(tmp_path / "run"), "--arm", "a=good"])
+    (score,) = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert score["metrics"]["em@1"] == 100
+
+
+@pytest.mark.parametrize("others", [["other/mine.jsonl"], ["small.jsonl", "small"], ["other/mine.jsonl", "small"]])
+def test_suites_of_one_name_are_refused_and_none_is_left_out(tmp_path, others):
+    (tmp_path / "other").mkdir()
+    for name in ("mine.jsonl", "other/mine.jsonl", "small.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"instruction": f"give {name}", "code": "x"}) + "\n")
+    files = [other if other in SUITES else str(tmp_path / other) for other in ["mine.jsonl", *others]]
+    with answering(right) as (url, asked):
+        with pytest.raises(EvaluationError, match="several suites are named (mine|small): "):
+            evaluate.main([*files, "--url", url, "--out", str(tmp_path / "run"), "--arm", "a=good"])
+        assert asked == []
 
 
 def test_an_unknown_suite_is_refused_by_name(capsys):
@@ -239,6 +319,9 @@ def test_the_comparisons_that_come_with_the_lab_can_be_read():
         (["a"], "not NAME=MODEL"),
         (["a=m,icl=store"], "not icl=STORE@K"),
         (["a=m,seeds=3"], "`seeds` is `paper`"),
+        (["a=m,icl=one@1,icl=two@2"], "says `icl` twice"),
+        (["a=m,stop=x,stop=y"], "says `stop` twice"),
+        (["a=m,model=n"], "says `model` twice"),
         (["a=m,instruction=hello"], "`instruction` must hold"),
         (["a=m,chat=yes"], "`chat` and `infill` are true or false"),
         (["a=m,infill=true,chat=true"], "`infill` has no `chat`"),
