@@ -188,10 +188,12 @@ function showOutput(index) {
   const first = run.arms[reference(run)];
   const output = part(index, "output");
   const changes = part(index, "changes");
-  const isCompared = setup.showChanges && isOver(run) && arm !== first && arm.text !== "" && first.text !== "";
+  // What an arm wrote before it failed is not shown, and nothing is compared with it.
+  const hasFirst = first.text !== "" && first.status !== "failed";
+  const isCompared = setup.showChanges && isOver(run) && arm !== first && arm.text !== "" && hasFirst;
   if (!isCompared) {
     output.replaceChildren(arm.text);
-    changes.textContent = isOver(run) && arm === first && arm.text !== "" ? "what the others are compared with" : "";
+    changes.textContent = isOver(run) && arm === first && hasFirst ? "what the others are compared with" : "";
     return;
   }
   const pieces = diff(first.text, arm.text);

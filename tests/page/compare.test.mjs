@@ -174,6 +174,16 @@ pageTest("an arm that fails shows its error, and the others are unharmed", {}, a
   assert.match(await page.locator("#status").textContent(), /3 answers, 1 failed\. Which is best\?/);
 });
 
+pageTest("nothing is compared with what an arm wrote before it failed", { mock: { breaks: 0 } }, async ({ page }) => {
+  await ask(page);
+  await ended(page);
+  const statuses = await columns(page).evaluateAll((items) => items.map((item) => item.dataset.status));
+  assert.deepEqual(statuses, ["failed", "finished", "finished", "finished"]);
+  assert.equal(await page.locator("#columns :is(ins, del)").count(), 0);
+  assert.deepEqual(await parts(page, "changes"), ["", "", "", ""]);
+  assert.equal((await parts(page, "output"))[1], TEXTS.icl);
+});
+
 pageTest("Stop ends a run, keeps what was written, and asks for no vote", { mock: {} }, async ({ page, mock }) => {
   mock.options.hold = new Promise(() => {});
   await ask(page);

@@ -120,7 +120,8 @@ function arm(name, model, weight, acceptance, win_rate, ttft, tpot) {
 /**
  * Starts a server on a free port. `options`, which may change while it runs: `key` (asks for it), `experiments`,
  * `adapters`, `failFeedback`, `milliseconds` between tokens, `cutAfter` (events, then the connection breaks),
- * `refusal` (an error instead of a comparison), `hold` (a promise that streams wait for after their first token).
+ * `refusal` (an error instead of a comparison), `hold` (a promise that streams wait for after their first token), `breaks`
+ * (the index of an arm that fails after it).
  */
 export async function startMock(options = {}) {
   const requests = [];
@@ -254,6 +255,10 @@ async function streamArm(send, arm, index, body, options) {
   for (const [n, piece] of pieces.entries()) {
     await send({ ...about, event: "delta", text: piece });
     if (n === 0) await options.hold;
+    if (n === 0 && options.breaks === index) {
+      const error = { message: "the server is out of memory", type: "server_error", param: null, code: null };
+      return send({ ...about, event: "error", error });
+    }
   }
   const cached_tokens = icl ? 96 : 0;
   const prompt_tokens = 14 + (icl ? 118 : 0);
