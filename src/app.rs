@@ -92,7 +92,8 @@ impl App {
 
         let (database, on_roll_back) = (config.experiments.path(&home), roll_back_adapter(&adapters));
         let registered = adapters.clone();
-        let names = ModelNames::new(&id, move |name| registered.status(name).is_some());
+        let is_adapter = move |name: &str| registered.status(name).is_some();
+        let names = ModelNames::new(&id, &config.server.model_aliases, is_adapter);
         let experiments = Experiments::start(&config.experiments, database, names, metrics.clone(), on_roll_back)
             .map_err(AppError::Experiments)?;
 

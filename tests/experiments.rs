@@ -53,7 +53,7 @@ impl Lab {
         let experiments = Experiments::start(
             &config,
             database.to_path_buf(),
-            ModelNames::new(BASE, |_| false),
+            ModelNames::new(BASE, &BTreeMap::new(), |_| false),
             metrics.clone(),
             on_roll_back,
         )
@@ -224,6 +224,37 @@ async fn comparisons_and_judgements_of_the_same_prompt_are_pairs() {
     let wins = |index: usize| (report.arms[index].wins, report.arms[index].comparisons);
     assert_eq!((wins(0), wins(1), wins(2)), ((1, 7), (4, 7), (0, 0)));
     assert_eq!(report.arms[1].win_rate.rate, Some(4.0 / 7.0));
+}
+
+#[tokio::test]
+async fn a_comparison_of_what_no_arm_serves_says_nothing_of_the_arms() {
+    let folder = tempfile::tempdir().unwrap();
+    let lab = Lab::open(&database(&folder), ARMS);
+    for (id, model) in [("half", "coder:1b-conala@0.5"), ("shots", "coder:1b-conala+icl:s@1"), ("whole", "conala")] {
+        lab.experiments.record(compared(id, "zero-shot", BASE));
+        lab.experiments.record(compared(id, "other", model));
+        lab.vote(id, "ann", VoteKind::Winner, Some("other")).await.unwrap();
+    }
+    for (arm, wins) in [("base", 0), ("tuned", 1)] {
+        let arm = lab.arm(arm).await;
+        assert_eq!((arm.wins, arm.comparisons), (wins, 1), "{}", arm.name);
+    }
+}
+
+#[tokio::test]
+async fn a_vote_before_its_comparison_has_ended_counts_if_there_is_such_an_arm() {
+    let folder = tempfile::tempdir().unwrap();
+    let lab = Lab::open(&database(&folder), ARMS);
+    for (id, winner) in [("a", Some("zero-shot")), ("b", Some("tuned")), ("c", None)] {
+        lab.vote(id, "ann", VoteKind::Winner, winner).await.unwrap();
+        lab.experiments.record(compared(id, "zero-shot", BASE));
+        lab.experiments.record(compared(id, "with adapter", "conala"));
+    }
+    lab.settle().await;
+    for (arm, wins) in [("base", 1), ("tuned", 0)] {
+        let arm = lab.arm(arm).await;
+        assert_eq!((arm.wins, arm.comparisons), (wins, 2), "{}", arm.name);
+    }
 }
 
 #[tokio::test]

@@ -249,7 +249,7 @@ mod tests {
     fn open_with(folder: &Path, config: &str) -> Experiments {
         let config: ExperimentsConfig = toml::from_str(config).unwrap();
         config.validate("m", &BTreeMap::new()).unwrap();
-        let (names, metrics) = (ModelNames::new("m", |_| false), Arc::new(Metrics::new("m")));
+        let (names, metrics) = (ModelNames::new("m", &BTreeMap::new(), |_| false), Arc::new(Metrics::new("m")));
         Experiments::start(&config, folder.join("experiments.db"), names, metrics, Box::new(|_, _| {})).unwrap()
     }
 

@@ -255,9 +255,11 @@ fn judge(
     Ok(())
 }
 
-/// One user's vote on one comparison: the winner's name, and which arms of the experiment were there, under which name.
+/// One user's vote on one comparison: the winner's name, whether an arm of this name is known, and which arms of the
+/// experiment were there, under which name.
 struct Contest {
     winner: Option<String>,
+    has_winner: bool,
     present: BTreeMap<usize, String>,
 }
 
@@ -275,7 +277,9 @@ fn compare(store: &Store, models: &[String], pairs: &mut Pairs) -> Result<Vec<(u
     while let Some(row) = rows.next()? {
         let (winner, arm, model): (Option<String>, String, String) = (row.get(2)?, row.get(3)?, row.get(4)?);
         let contest = contests.entry((row.get(0)?, row.get(1)?));
-        let Contest { winner, present } = contest.or_insert(Contest { winner, present: BTreeMap::new() });
+        let begun = Contest { winner, has_winner: false, present: BTreeMap::new() };
+        let Contest { winner, has_winner, present } = contest.or_insert(begun);
+        *has_winner |= winner.as_ref() == Some(&arm);
         if let Some(index) = models.iter().position(|known| *known == model) {
             // A model that took part twice, and won, is there as the winner.
             if winner.as_ref() == Some(&arm) || !present.contains_key(&index) {
@@ -284,7 +288,9 @@ fn compare(store: &Store, models: &[String], pairs: &mut Pairs) -> Result<Vec<(u
         }
     }
     let mut counts = vec![(0, 0); models.len()];
-    for Contest { winner, present } in contests.into_values().filter(|contest| contest.present.len() > 1) {
+    // A vote may come before its comparison has ended, and name an arm that this turns out not to have.
+    let counts_for = |contest: &Contest| contest.present.len() > 1 && (contest.has_winner || contest.winner.is_none());
+    for Contest { winner, present, .. } in contests.into_values().filter(counts_for) {
         let won = |index: usize| winner.is_some() && present.get(&index) == winner.as_ref();
         for &a in present.keys() {
             counts[a].0 += u64::from(won(a));

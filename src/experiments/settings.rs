@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::model::ModelNames;
 use super::promotion::{FEWEST_PAIRS, MOST_PAIRS, PromotionRule};
 use crate::generation::model_name::ModelName;
 use crate::icl;
@@ -84,9 +85,10 @@ impl ExperimentsConfig {
         if self.max_mib == 0 {
             return Err("experiments.max_mib must be at least 1".to_owned());
         }
+        let names = ModelNames::new(base_id, model_aliases, |_| false);
         for (index, experiment) in self.run.iter().enumerate() {
             let at = format!("experiments.run[{index}]");
-            experiment.validate(&at)?;
+            experiment.validate(&at, &names)?;
             let alias = &experiment.alias;
             let is_base = ModelName::parse(Some(alias), base_id, |_| false) == ModelName::Base;
             if is_base || alias.contains('+') {
@@ -102,7 +104,7 @@ impl ExperimentsConfig {
                     self.max_mib
                 ));
             }
-            experiment.validate_promotion(&at, base_id, model_aliases)?;
+            experiment.validate_promotion(&at, &names, model_aliases)?;
             let before = &self.run[..index];
             if before.iter().any(|other| other.name == experiment.name || other.alias == experiment.alias) {
                 return Err(format!("{at}: its name or alias is taken by another experiment"));
@@ -133,7 +135,7 @@ impl ExperimentConfig {
     fn validate_promotion(
         &self,
         at: &str,
-        base_id: &str,
+        names: &ModelNames,
         model_aliases: &BTreeMap<String, String>,
     ) -> Result<(), String> {
         let Some(rule) = &self.promotion else { return Ok(()) };
@@ -141,8 +143,8 @@ impl ExperimentConfig {
         let (Some(arm), Some(bounds)) = (self.arms.iter().find(|arm| arm.canary), &self.bounds) else {
             return Err(format!("{at} needs an arm with `canary = true`, and `bounds`"));
         };
-        let is_base = ModelName::parse(Some(&arm.model), base_id, |_| false) == ModelName::Base;
-        if is_base || arm.model.contains('+') || arm.weight == 0.0 {
+        let adapter = names.adapter(&arm.model);
+        if adapter.is_none() || arm.model.contains('+') || arm.weight == 0.0 {
             return Err(format!("{at}: the canary {:?} must be an adapter alone, with a weight", arm.name));
         }
         if model_aliases.contains_key(&arm.model) {
@@ -155,17 +157,7 @@ impl ExperimentConfig {
         if self.arms.iter().filter(|arm| arm.weight > 0.0 && !arm.canary).count() != 1 {
             return Err(format!("{at_arms}: with `promotion`, one arm alone may have a weight beside the canary's"));
         }
-        let weights_of = |model: &str| {
-            let model = icl::Selection::split_model_name(model).map_or(model, |(model, _)| model);
-            let model = model_aliases.get(model).map_or(model, String::as_str);
-            match ModelName::parse(Some(model), base_id, |_| false) {
-                ModelName::Base => None,
-                ModelName::Adapter(adapter) => Some(adapter.to_owned()),
-            }
-        };
-        if let Some(incumbent) =
-            self.incumbent().filter(|incumbent| weights_of(&incumbent.model) == weights_of(&arm.model))
-        {
+        if let Some(incumbent) = self.incumbent().filter(|incumbent| names.adapter(&incumbent.model) == adapter) {
             return Err(format!(
                 "{at_arms}: {:?} serves the adapter of the canary {:?}, and would change with it: give it another name",
                 incumbent.name, arm.name
@@ -190,7 +182,7 @@ impl ExperimentConfig {
         Ok(())
     }
 
-    fn validate(&self, at: &str) -> Result<(), String> {
+    fn validate(&self, at: &str, names: &ModelNames) -> Result<(), String> {
         if !is_name(&self.name) || self.alias.is_empty() {
             return Err(format!("{at} needs an alias, and a name of {NAME_RULE}"));
         }
@@ -200,7 +192,10 @@ impl ExperimentConfig {
             }
             icl::Selection::split_model_name(&arm.model)
                 .map_err(|error| format!("{at}.arms[{index}].model: {error}"))?;
-            if self.arms[..index].iter().any(|other| other.name == arm.name || other.model == arm.model) {
+            // However it is spelt: what is recorded of an arm, and of comparisons with it, is found by its model.
+            let model = names.full_name(&arm.model);
+            let is_taken = |other: &ArmConfig| other.name == arm.name || names.full_name(&other.model) == model;
+            if self.arms[..index].iter().any(is_taken) {
                 return Err(format!("{at}.arms[{index}]: its name or model is taken by another arm"));
             }
             if !arm.weight.is_finite() || arm.weight < 0.0 {
@@ -286,7 +281,16 @@ mod tests {
             (run("one", "coder", ARMS, "bounds = {min_samples = 9, max_error_rate = 2}"), "max_error_rate"),
             (run("one", "c", ARMS, bounds) + &run("two", "c", ARMS, bounds), "run[1]"),
             (two("{name = 'a', model = 'n', weight = 1}"), "arms[1]"),
-            (two("{name = 'b', model = 'm', weight = 1}"), "arms[1]"),
+            (two("{name = 'b', model = 'm', weight = 1}"), "arms[1]: its name or model"),
+            (two("{name = 'b', model = 'base-m', weight = 1}"), "arms[1]: its name or model"),
+            (two("{name = 'b', model = 'BASE-m', shadow = true}"), "arms[1]: its name or model"),
+            (two("{name = 'b', model = 'x', weight = 1}, {name = 'c', model = 'base-x', weight = 1}"), "arms[2]"),
+            (
+                two(
+                    "{name = 'b', model = 'm+icl:s@1', weight = 1}, {name = 'c', model = 'base-m+icl:s@1', weight = 1}",
+                ),
+                "arms[2]",
+            ),
             (two("{name = 'b', model = 'n+icl:x', weight = 1}"), "arms[1].model"),
             (run("one", "c+icl:x@1", ARMS, bounds), "alias"),
             (run("one", "BASE", ARMS, bounds), "alias"),
@@ -296,6 +300,25 @@ mod tests {
         ] {
             let error = check(&config).unwrap_err();
             assert!(error.contains(word), "{config}: {error}");
+        }
+    }
+
+    #[test]
+    fn arms_are_told_apart_by_what_serves_them() {
+        let arms = |second: &str| {
+            format!("{{name = 'a', model = 'm', weight = 1}}, {{name = 'b', model = '{second}', weight = 1}}")
+        };
+        let aliases = BTreeMap::from([("best".to_owned(), "m".to_owned()), ("claude".to_owned(), "base".to_owned())]);
+        let check = |second: &str| -> Result<(), String> {
+            let config: ExperimentsConfig =
+                toml::from_str(&format!("{HEAD}{}", run("one", "coder", &arms(second), ""))).unwrap();
+            config.validate("base", &aliases)
+        };
+        for other in ["base", "claude", "x", "m+icl:s@1", "best+icl:s@2", "Base-M"] {
+            check(other).unwrap();
+        }
+        for same in ["best", "base-m", "Base-m"] {
+            assert!(check(same).unwrap_err().contains("run[0].arms[1]: its name or model is taken"), "{same}");
         }
     }
 
@@ -327,8 +350,8 @@ mod tests {
             (with_examples.as_str(), BOUNDS, RULE, "must be an adapter"),
             (third.as_str(), BOUNDS, RULE, "run[0].arms"),
             (ARMS, BOUNDS, "promotion = {min_pairs = 20, min_shown = 50}", "keep_prompts_mib"),
-            (of_same.as_str(), BOUNDS, RULE, "run[0].arms: \"a\" serves the adapter of the canary \"b\""),
-            (of_same_with_examples.as_str(), BOUNDS, RULE, "run[0].arms: \"a\" serves the adapter"),
+            (of_same.as_str(), BOUNDS, RULE, "run[0].arms[1]: its name or model is taken"),
+            (of_same_with_examples.as_str(), BOUNDS, RULE, "run[0].arms: \"a\" serves the adapter of the canary \"b\""),
             (ARMS, BOUNDS, &RULE.replace("= 20", "= 5"), "min_pairs must be from 6 to 500"),
             (ARMS, BOUNDS, &RULE.replace("= 20", "= 501"), "min_pairs must be from 6 to 500"),
             (ARMS, BOUNDS, &RULE.replace("= 50", "= 19"), "min_shown must be from bounds.min_samples, 20, to 1000"),
@@ -339,7 +362,7 @@ mod tests {
         }
 
         let of_alias = |alias: &str, model: &str| {
-            let run = run("one", "coder", ARMS, &format!("{BOUNDS}\n{RULE}")).replace("'base'", "'y'");
+            let run = run("one", "coder", ARMS, &format!("{BOUNDS}\n{RULE}")).replace("'base'", "'y+icl:s@1'");
             let config: ExperimentsConfig = toml::from_str(&format!("{HEAD}{run}")).unwrap();
             config.validate("base", &BTreeMap::from([(alias.to_owned(), model.to_owned())]))
         };

@@ -223,7 +223,8 @@ impl Server {
         let formats = PromptFormats::new(&config.prompt_formats).unwrap();
         let generation =
             Generation::new(base, Arc::default(), icl, formats, engine.clone(), metrics.clone(), config.clone());
-        let (path, names) = (config.experiments.path(dir.path()), ModelNames::new(BASE, |_| false));
+        let path = config.experiments.path(dir.path());
+        let names = ModelNames::new(BASE, &config.server.model_aliases, |_| false);
         let experiments =
             Experiments::start(&config.experiments, path, names, metrics.clone(), Box::new(|_, _| {})).unwrap();
         let experiments = Arc::new(experiments);

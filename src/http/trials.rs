@@ -72,9 +72,9 @@ pub fn choose_arm(
     Ok(Some(assignment))
 }
 
-/// Who the request says it is for, else whose key it has.
+/// Who the request says it is for, else whose key it has. An empty name is nobody's: clients send it that have no users.
 fn asker<'a>(caller: &'a Caller, user: Option<&'a str>) -> Option<&'a str> {
-    user.or(caller.identity.as_deref())
+    user.filter(|user| !user.is_empty()).or(caller.identity.as_deref())
 }
 
 fn set_model(request: &mut GenerationRequest, model: &str) -> Result<(), ApiError> {
@@ -134,7 +134,7 @@ impl Trial {
         record.generation = model.adapter.as_ref().map(|adapter| adapter.generation.clone());
         // An arm of an experiment is known by the name that its configuration gives.
         if record.experiment.is_none() {
-            record.model = full_name(&model.id, icl);
+            record.model = full_name(model, icl);
         }
     }
 
@@ -237,16 +237,21 @@ impl ShadowRun {
     }
 }
 
-/// As a model name asks for it; ways of choosing that no name asks for stand behind the number.
-fn full_name(model: &str, icl: Option<&icl::Chosen>) -> String {
-    let Some(icl) = icl else { return model.to_owned() };
+/// As a model name asks for it; strengths, and ways of choosing, that no name asks for stand behind what they are of.
+fn full_name(model: &ResolvedModel, icl: Option<&icl::Chosen>) -> String {
+    let mut name = model.id.clone();
+    if model.applied.iter().any(|adapter| adapter.scale != 1.0) {
+        let strengths: Vec<_> = model.applied.iter().map(|adapter| adapter.scale.to_string()).collect();
+        name = format!("{name}@{}", strengths.join("+"));
+    }
+    let Some(icl) = icl else { return name };
     let select = match icl.select {
         Select::Fixed => "",
         Select::Random => ",random",
         Select::Bm25 => ",bm25",
         Select::Hybrid => ",hybrid",
     };
-    format!("{model}+icl:{}@{}{select}", icl.store.name(), icl.ids.len())
+    format!("{name}+icl:{}@{}{select}", icl.store.name(), icl.ids.len())
 }
 
 /// The prompts, before anything is made of them.
@@ -265,7 +270,37 @@ mod tests {
     use std::num::NonZeroU32;
 
     use super::*;
+    use crate::adapter::canonical::Member;
     use crate::generation::Selection;
+    use crate::icl::{Example, Store};
+
+    #[test]
+    fn a_compared_arm_is_recorded_as_what_its_name_serves_or_as_something_else() {
+        let store = Store::new("s", vec![Example { instruction: "a".to_owned(), code: "b".to_owned() }]).unwrap();
+        let store = Arc::new(store);
+        let name = |id: &str, applied: &[(&str, f32)], select: Option<Select>| {
+            let member = |(name, scale): &(&str, f32)| Member {
+                name: (*name).to_owned(),
+                generation: String::new(),
+                scale: *scale,
+            };
+            let applied = applied.iter().map(member).collect();
+            let icl = select.map(|select| icl::Chosen { store: store.clone(), select, seed: None, ids: vec![0] });
+            full_name(&ResolvedModel { id: id.to_owned(), adapter: None, applied }, icl.as_ref())
+        };
+        for (id, applied, select, expected) in [
+            ("m", vec![], None, "m"),
+            ("m-x", vec![("x", 1.0)], None, "m-x"),
+            ("m-x", vec![("x", 0.5)], None, "m-x@0.5"),
+            ("m-x", vec![("x", -4.0)], None, "m-x@-4"),
+            ("m-x+y", vec![("x", 1.0), ("y", 1.0)], None, "m-x+y"),
+            ("m-x+y", vec![("x", 1.0), ("y", 0.25)], None, "m-x+y@1+0.25"),
+            ("m-x", vec![("x", 1.0)], Some(Select::Fixed), "m-x+icl:s@1"),
+            ("m-x", vec![("x", 2.0)], Some(Select::Bm25), "m-x@2+icl:s@1,bm25"),
+        ] {
+            assert_eq!(name(id, &applied, select), expected);
+        }
+    }
 
     #[test]
     fn a_shadow_takes_of_the_share_of_who_asks_and_of_nobody_elses() {

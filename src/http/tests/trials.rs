@@ -65,6 +65,22 @@ async fn an_alias_is_answered_by_an_arm_that_a_user_stays_with_and_what_came_of_
 }
 
 #[tokio::test]
+async fn users_without_a_name_are_not_one_user() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = start(folder.path(), "", "").await;
+    for nobody in [json!(""), Value::Null] {
+        let mut arms = [0, 0];
+        for _ in 0..40 {
+            let mut body = body("");
+            body["user"] = nobody.clone();
+            arms[usize::from(!server.complete(body).await["icl"].is_null())] += 1;
+        }
+        // All of forty in one arm: once in 10^12.
+        assert!(arms[0] > 0 && arms[1] > 0, "{nobody}: {arms:?}");
+    }
+}
+
+#[tokio::test]
 async fn an_alias_is_asked_for_and_recorded_in_every_interface() {
     let folder = tempfile::tempdir().unwrap();
     let server = start(folder.path(), "", "").await;
