@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier};
+use std::time::Duration;
 
 use axum::extract::State;
+use axum::http::StatusCode;
 use axum::routing::post;
 use axum::{Json, Router};
 use lorry::config::{Config, Overrides};
@@ -281,6 +283,57 @@ fn embeddings_find_what_words_do_not_and_a_store_is_embedded_once() {
     stores.put("s", examples(&["crimson"])).unwrap();
     select(&stores, &hybrid, "something red").unwrap();
     assert_eq!(num_texts.load(Ordering::SeqCst), 3 + 2 + 2);
+}
+
+/// An embedding endpoint that takes its time and then fails, until it is mended. It counts how often it is asked.
+fn failing_endpoint(runtime: &Runtime) -> (SocketAddr, Arc<AtomicUsize>, Arc<AtomicBool>) {
+    async fn embed(
+        State((num_calls, is_mended)): State<(Arc<AtomicUsize>, Arc<AtomicBool>)>,
+        Json(request): Json<Value>,
+    ) -> Result<Json<Value>, StatusCode> {
+        num_calls.fetch_add(1, Ordering::SeqCst);
+        if is_mended.load(Ordering::SeqCst) {
+            let texts = request["input"].as_array().unwrap().iter().enumerate();
+            let data = texts.map(|(index, _)| json!({"index": index, "embedding": [1.0]}));
+            return Ok(Json(json!({"data": data.collect::<Vec<_>>()})));
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        Err(StatusCode::SERVICE_UNAVAILABLE)
+    }
+    let (num_calls, is_mended) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+    let routes = Router::new().route("/v1/embeddings", post(embed)).with_state((num_calls.clone(), is_mended.clone()));
+    let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+    let address = listener.local_addr().unwrap();
+    runtime.spawn(async move { axum::serve(listener, routes).await });
+    (address, num_calls, is_mended)
+}
+
+#[test]
+fn who_waits_for_embeddings_that_fail_does_not_ask_for_them_again_and_who_comes_later_does() {
+    const REQUESTS: usize = 8;
+    let runtime = Runtime::new().unwrap();
+    let (address, num_calls, is_mended) = failing_endpoint(&runtime);
+    let (_dir, stores) =
+        with_store(examples(&["a", "b"]), &format!("embedding_url = \"http://{address}/v1/embeddings\""));
+    let hybrid = selection(1, Select::Hybrid);
+    let together = Barrier::new(REQUESTS);
+    std::thread::scope(|scope| {
+        let request = || {
+            together.wait();
+            select(&stores, &hybrid, "a").unwrap_err().to_string()
+        };
+        let requests: Vec<_> = (0..REQUESTS).map(|_| scope.spawn(request)).collect();
+        for request in requests {
+            assert_eq!(request.join().unwrap(), "the embedding endpoint failed: it answered with status 503");
+        }
+    });
+    // One, unless a thread of this test was held up for a second.
+    let of_all = num_calls.load(Ordering::SeqCst);
+    assert!((1..=REQUESTS / 2).contains(&of_all), "{of_all} calls");
+    select(&stores, &hybrid, "a").unwrap_err();
+    assert_eq!(num_calls.load(Ordering::SeqCst), of_all + 1);
+    is_mended.store(true, Ordering::SeqCst);
+    assert_eq!(select(&stores, &hybrid, "a").unwrap().ids, [0]);
 }
 
 #[test]

@@ -389,6 +389,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::icl::EmbeddingError;
 
     fn envelope(error: ApiError) -> serde_json::Value {
         serde_json::to_value(error.into_envelope()).unwrap()
@@ -433,7 +434,7 @@ mod tests {
 
     #[test]
     fn an_embedding_endpoint_that_fails_is_not_the_requests_fault() {
-        let error = ApiError::from(IclError::Embedding("it answered with status 500".to_owned()));
+        let error = ApiError::from(IclError::from(EmbeddingError("it answered with status 500".to_owned())));
         assert_eq!(error.status, StatusCode::BAD_GATEWAY);
     }
 

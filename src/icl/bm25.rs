@@ -63,7 +63,8 @@ pub(super) fn rank_by(scores: &[f64]) -> Vec<usize> {
     ranked
 }
 
-/// Lower-case words; identifiers fall apart at punctuation, at a change of case, and between letters and digits.
+/// Lower-case words; identifiers fall apart at punctuation, at a change of case, and between letters and digits, and what is
+/// written without spaces at each character.
 fn words(text: &str) -> Vec<String> {
     let mut words = Vec::new();
     let mut word = String::new();
@@ -85,7 +86,16 @@ fn words(text: &str) -> Vec<String> {
 /// Between `previous` and `c`, as in `readLine`, `HTTPServer`, `utf8`.
 fn begins_word(previous: char, c: char, next: Option<char>) -> bool {
     let after_lower_or_before_lower = previous.is_lowercase() || next.is_some_and(char::is_lowercase);
-    c.is_numeric() != previous.is_numeric() || (c.is_uppercase() && after_lower_or_before_lower)
+    c.is_numeric() != previous.is_numeric()
+        || (c.is_uppercase() && after_lower_or_before_lower)
+        || is_word(c)
+        || is_word(previous)
+}
+
+/// Of Han and Hiragana, which have no spaces between words: a sentence would be one word, that no other sentence has. Each
+/// character is one instead, as by Unicode's rules for words (UAX #29).
+fn is_word(c: char) -> bool {
+    matches!(c, '々' | 'ぁ'..='ゟ' | '㐀'..='䶿' | '一'..='鿿' | '\u{f900}'..='\u{faff}' | '\u{20000}'..='\u{3ffff}')
 }
 
 #[cfg(test)]
@@ -103,6 +113,17 @@ mod tests {
         assert_eq!(words("parseHTTPServer2 max_len(x)"), ["parse", "http", "server", "2", "max", "len", "x"]);
         assert_eq!(words("`DataFrame.iloc`, don't É"), ["data", "frame", "iloc", "don", "t", "é"]);
         assert!(words(" -- \n").is_empty());
+    }
+
+    #[test]
+    fn what_is_written_without_spaces_is_found_by_its_characters() {
+        assert_eq!(words("用pandas读取csv文件"), ["用", "pandas", "读", "取", "csv", "文", "件"]);
+        assert_eq!(words("リストを並べ替える"), ["リスト", "を", "並", "べ", "替", "え", "る"]);
+        assert_eq!(words("목록을 정렬"), ["목록을", "정렬"]);
+        let documents = ["读取文件的每一行", "反转字符串", "对列表排序", "リストを逆順にする"];
+        assert_eq!(rank(&documents, "按价格排序列表")[0], 2);
+        assert_eq!(rank(&documents, "把字符串反转过来")[0], 1);
+        assert_eq!(rank(&documents, "リストを並べ替える")[0], 3);
     }
 
     #[test]

@@ -26,7 +26,7 @@ impl TokenBudget<'_> {
         let k = selection.k;
         let count = |n: usize| (self.count)(&prompt_examples(n)).map_err(IclError::Count);
         // More examples make a longer prompt, so few counts find the most that fit.
-        let most = |limit: usize| {
+        let most = |limit: usize| -> Result<usize, IclError> {
             let (mut fitting, mut too_many) = (0, k);
             while fitting + 1 < too_many {
                 let middle = fitting.midpoint(too_many);

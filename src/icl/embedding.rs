@@ -7,7 +7,7 @@ use serde::Deserialize;
 use tracing::warn;
 
 use super::bm25::rank_by;
-use super::error::IclError;
+use super::error::EmbeddingError;
 use crate::config::IclConfig;
 
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -49,29 +49,29 @@ impl EmbeddingEndpoint {
     }
 
     /// One vector per text, in order, all of one length. Blocks.
-    pub(super) fn embed(&self, texts: &[&str]) -> Result<Vec<UnitVector>, IclError> {
+    pub(super) fn embed(&self, texts: &[&str]) -> Result<Vec<UnitVector>, EmbeddingError> {
         let mut vectors = Vec::with_capacity(texts.len());
         for batch in texts.chunks(BATCH_LEN) {
             vectors.extend(self.embed_batch(batch)?);
         }
         let len = vectors.first().map_or(0, Vec::len);
         if len == 0 || vectors.iter().any(|vector| vector.len() != len) {
-            return Err(IclError::Embedding("its vectors are empty or differ in length".to_owned()));
+            return Err(EmbeddingError("its vectors are empty or differ in length".to_owned()));
         }
         Ok(vectors)
     }
 
-    fn embed_batch(&self, texts: &[&str]) -> Result<Vec<UnitVector>, IclError> {
+    fn embed_batch(&self, texts: &[&str]) -> Result<Vec<UnitVector>, EmbeddingError> {
         let request = serde_json::json!({"model": self.model, "input": texts, "encoding_format": "float"});
         let response = self.agent.post(&self.url).send_json(request).map_err(|error| {
             warn!(url = self.url, %error, "the embedding endpoint failed");
-            IclError::Embedding(match error {
+            EmbeddingError(match error {
                 ureq::Error::Status(status, _) => format!("it answered with status {status}"),
                 ureq::Error::Transport(transport) => transport.kind().to_string(),
             })
         })?;
         let reply: Reply = serde_json::from_reader(response.into_reader().take(MAX_REPLY_BYTES))
-            .map_err(|error| IclError::Embedding(format!("its reply is no list of embeddings: {error}")))?;
+            .map_err(|error| EmbeddingError(format!("its reply is no list of embeddings: {error}")))?;
         let mut vectors = vec![None; texts.len()];
         for Embedding { index, embedding } in reply.data {
             if let Some(slot) = vectors.get_mut(index) {
@@ -79,7 +79,7 @@ impl EmbeddingEndpoint {
             }
         }
         let complete = vectors.into_iter().collect::<Option<Vec<_>>>();
-        complete.ok_or_else(|| IclError::Embedding("it left out some of the texts".to_owned()))
+        complete.ok_or_else(|| EmbeddingError("it left out some of the texts".to_owned()))
     }
 }
 
@@ -92,9 +92,9 @@ fn unit(mut vector: Vec<f64>) -> UnitVector {
 }
 
 /// Documents by cosine to `query`, the nearest first; equals by index. A query of another length is an error.
-pub(super) fn rank_by_cosine(documents: &[UnitVector], query: &[f64]) -> Result<Vec<usize>, IclError> {
+pub(super) fn rank_by_cosine(documents: &[UnitVector], query: &[f64]) -> Result<Vec<usize>, EmbeddingError> {
     if documents.iter().any(|document| document.len() != query.len()) {
-        return Err(IclError::Embedding("its vectors differ in length".to_owned()));
+        return Err(EmbeddingError("its vectors differ in length".to_owned()));
     }
     let cosine = |document: &UnitVector| document.iter().zip(query).map(|(a, b)| a * b).sum();
     Ok(rank_by(&documents.iter().map(cosine).collect::<Vec<f64>>()))

@@ -68,12 +68,16 @@ pub enum IclError {
     BudgetTooSmall { store: String, k: usize, budget: usize },
     #[error("`icl.select`: `hybrid` needs an embedding endpoint, which is not configured (icl.embedding_url)")]
     NoEmbeddings,
-    /// The endpoint is not the client's fault; its address is only in the log.
-    #[error("the embedding endpoint failed: {0}")]
-    Embedding(String),
+    #[error(transparent)]
+    Embedding(#[from] EmbeddingError),
     #[error("the prompt with its examples: {0}")]
     Count(#[source] CountError),
 }
+
+/// The endpoint is not the client's fault; its address is only in the log.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the embedding endpoint failed: {0}")]
+pub struct EmbeddingError(pub String);
 
 impl IclError {
     /// The field of the request at fault; `None` where it is not the request's fault.

@@ -15,7 +15,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use budget::{CountError, TokenBudget};
-pub use error::{IclError, OpenError, StoreError};
+pub use error::{EmbeddingError, IclError, OpenError, StoreError};
 pub use selection::{Chosen, DEFAULT_K, DEFAULT_SEED, MAX_K, Select, Selection};
 pub use store::{MAX_CODE_BYTES, MAX_EXAMPLES, MAX_INSTRUCTION_BYTES, Store};
 pub use stores::IclStores;

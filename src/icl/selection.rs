@@ -14,6 +14,9 @@ pub const DEFAULT_K: usize = 3;
 /// Of `random`, when the request gives no seed.
 pub const DEFAULT_SEED: u64 = 42;
 
+/// Of the `icl` of a request.
+const FIELDS: [&str; 5] = ["store", "k", "select", "seed", "budget"];
+
 /// How examples are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -58,11 +61,16 @@ impl Chosen {
 }
 
 impl Selection {
-    /// Reads the object `icl` of a request; `null` is an absent field, and fields nobody knows are ignored.
+    /// Reads the object `icl` of a request; `null` is an absent field.
     ///
     /// # Errors
-    /// A missing store, a field of the wrong type, an unknown `select`.
+    /// A missing store, a field of the wrong type or that nobody knows, an unknown `select`.
     pub fn parse(fields: &Map<String, Value>) -> Result<Self, IclError> {
+        // Unlike a request, it has no other server's fields: what is not read is a mistake, and would choose other examples.
+        if let Some(unknown) = fields.keys().find(|name| !FIELDS.contains(&name.as_str())) {
+            let reason = format!("has {}, and no `{unknown:.80}`", FIELDS.map(|name| format!("`{name}`")).join(", "));
+            return Err(IclError::Field { field: "icl", reason });
+        }
         let get = |name: &str| fields.get(name).filter(|value| !value.is_null());
         let wrong = |field, expected: &str, value: &Value| IclError::Field {
             field,
@@ -72,7 +80,9 @@ impl Selection {
             let whole = |value: &Value| value.as_u64().ok_or_else(|| wrong(field, "an integer from 0", value));
             get(name).map(whole).transpose()
         };
-        let size = |name, field| Ok(integer(name, field)?.map(|n| usize::try_from(n).unwrap_or(usize::MAX)));
+        let size = |name, field| -> Result<Option<usize>, IclError> {
+            Ok(integer(name, field)?.map(|n| usize::try_from(n).unwrap_or(usize::MAX)))
+        };
         let store = match get("store") {
             Some(Value::String(store)) => store.clone(),
             Some(other) => return Err(wrong("icl.store", "the name of an example store", other)),
@@ -128,7 +138,7 @@ mod tests {
         let expected = Selection { store: "s".into(), k: 16, select: Select::Random, seed: Some(777), budget: Some(9) };
         assert_eq!(selection, expected);
         let defaults = Selection { store: "s".into(), k: 3, select: Select::Fixed, seed: None, budget: None };
-        assert_eq!(parse(json!({"store": "s", "k": null, "note": 1})).unwrap(), defaults);
+        assert_eq!(parse(json!({"store": "s", "k": null, "seed": null})).unwrap(), defaults);
     }
 
     #[test]
@@ -141,6 +151,9 @@ mod tests {
             (json!({"store": "s", "select": "best"}), "icl.select", "`bm25`"),
             (json!({"store": "s", "seed": 0.5}), "icl.seed", "0.5"),
             (json!({"store": "s", "budget": []}), "icl.budget", "not []"),
+            (json!({"store": "s", "n": 5}), "icl", "no `n`"),
+            (json!({"store": "s", "method": "bm25"}), "icl", "no `method`"),
+            (json!({"store": "s", "K": null}), "icl", "`store`, `k`, `select`, `seed`, `budget`, and no `K`"),
         ];
         for (icl, field, reason) in cases {
             let error = parse(icl).unwrap_err();

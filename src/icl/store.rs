@@ -1,6 +1,7 @@
 //! One store: its examples, checked, with their version and the index to search them.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use sha2::{Digest, Sha256};
@@ -8,7 +9,7 @@ use sha2::{Digest, Sha256};
 use super::Example;
 use super::bm25::Bm25;
 use super::embedding::{EmbeddingEndpoint, UnitVector};
-use super::error::{IclError, OpenError, StoreError};
+use super::error::{EmbeddingError, OpenError, StoreError};
 use crate::hexadecimal::hexadecimal;
 
 pub const MAX_EXAMPLES: usize = 10_000;
@@ -17,6 +18,8 @@ pub const MAX_INSTRUCTION_BYTES: usize = 8 << 10;
 pub const MAX_CODE_BYTES: usize = 32 << 10;
 const MAX_NAME_LEN: usize = 64;
 
+type Embeddings = Result<Arc<[UnitVector]>, EmbeddingError>;
+
 /// A named set of examples. Never changes: a replaced store is another one with another version.
 #[derive(Debug)]
 pub struct Store {
@@ -24,8 +27,10 @@ pub struct Store {
     version: String,
     examples: Vec<Example>,
     pub(super) bm25: Bm25,
-    /// Of the examples' instructions, computed when first needed.
-    embeddings: Mutex<Option<Arc<[UnitVector]>>>,
+    /// Of the examples' instructions, computed when first needed, or why they could not be.
+    embeddings: Mutex<Option<Embeddings>>,
+    /// How often they could not be.
+    num_failures: AtomicUsize,
 }
 
 impl Store {
@@ -46,7 +51,8 @@ impl Store {
         }
         let version = hexadecimal(Sha256::new_with_prefix(&jsonl));
         let bm25 = Bm25::new(examples.iter().map(|example| example.instruction.as_str()));
-        Ok(Self { name: name.to_owned(), version, examples, bm25, embeddings: Mutex::new(None) })
+        let (name, embeddings, num_failures) = (name.to_owned(), Mutex::new(None), AtomicUsize::new(0));
+        Ok(Self { name, version, examples, bm25, embeddings, num_failures })
     }
 
     /// Reads JSONL, one example a line; keys other than `instruction` and `code` are ignored. `path` is for errors.
@@ -82,16 +88,23 @@ impl Store {
         to_jsonl(&self.examples)
     }
 
-    /// Unit vectors of all instructions. Whoever comes first asks the endpoint, the others wait for the same answer.
-    pub(super) fn embeddings(&self, endpoint: &EmbeddingEndpoint) -> Result<Arc<[UnitVector]>, IclError> {
+    /// Unit vectors of all instructions. Whoever comes first asks the endpoint, the others wait for the same answer, be it
+    /// that it failed: each of a hundred would have to wait for all the failures before its own.
+    pub(super) fn embeddings(&self, endpoint: &EmbeddingEndpoint) -> Embeddings {
+        let num_failures = self.num_failures.load(Ordering::SeqCst);
         let mut embeddings = self.embeddings.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = &*embeddings {
-            return Ok(known.clone());
+        match &*embeddings {
+            Some(Ok(known)) => return Ok(known.clone()),
+            Some(Err(error)) if self.num_failures.load(Ordering::SeqCst) != num_failures => return Err(error.clone()),
+            _ => {}
         }
         let instructions: Vec<&str> = self.examples.iter().map(|example| example.instruction.as_str()).collect();
-        let computed: Arc<[UnitVector]> = endpoint.embed(&instructions)?.into();
+        let computed: Embeddings = endpoint.embed(&instructions).map(Arc::from);
+        if computed.is_err() {
+            self.num_failures.fetch_add(1, Ordering::SeqCst);
+        }
         *embeddings = Some(computed.clone());
-        Ok(computed)
+        computed
     }
 }
 

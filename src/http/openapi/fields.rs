@@ -260,7 +260,7 @@ fn selection(document: &mut Document) -> Properties {
 }
 
 fn icl() -> Value {
-    object(
+    let mut icl = object(
         json!({
             "store": required_text(),
             "k": count(0, u32::try_from(MAX_K).unwrap_or(u32::MAX), "How many examples."),
@@ -270,7 +270,9 @@ fn icl() -> Value {
         }),
         &["store"],
         "In-context examples.",
-    )
+    );
+    icl["additionalProperties"] = json!(false);
+    icl
 }
 
 /// An adapter of a list, by `name` or by `id`.
