@@ -59,17 +59,18 @@ impl FromStr for Arm {
         }
         let mut select = None;
         for part in parts {
-            match part.split_once('=') {
+            let is_said_before = match part.split_once('=') {
                 Some(("icl", icl)) => {
                     let examples = icl.rsplit_once('@').and_then(|(store, k)| Some((store, k.parse::<u32>().ok()?)));
                     let (store, k) = examples.ok_or_else(|| format!("`{part}` must be icl=STORE@K"))?;
-                    fields.insert("icl".to_owned(), json!({"store": store, "k": k}));
+                    fields.insert("icl".to_owned(), json!({"store": store, "k": k})).is_some()
                 }
-                Some(("select", how)) => select = Some(how),
-                Some(("format", format)) => {
-                    fields.insert("prompt_format".to_owned(), format.into());
-                }
+                Some(("select", how)) => select.replace(how).is_some(),
+                Some(("format", format)) => fields.insert("prompt_format".to_owned(), format.into()).is_some(),
                 _ => return Err(format!("`{part}` is not icl=STORE@K, select=HOW or format=FORMAT")),
+            };
+            if is_said_before {
+                return Err(format!("`{part}` is said twice"));
             }
         }
         if let Some(how) = select {
@@ -199,6 +200,9 @@ mod tests {
         assert_eq!(arm("shots=m,select=bm25,icl=py@2@3,format=chat"), Ok(expected));
         for bad in ["base", "a=m,icl=py", "a=m,icl=py@x", "a=m,select=bm25", "a=m,k=3", "a=m,"] {
             assert!(arm(bad).is_err(), "{bad}");
+        }
+        for twice in ["icl=py@1,icl=sh@2", "icl=py@1,select=bm25,select=fixed", "format=chat,format=paper-v2"] {
+            assert!(arm(&format!("a=m,{twice}")).unwrap_err().contains("is said twice"), "{twice}");
         }
     }
 

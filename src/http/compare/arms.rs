@@ -99,6 +99,12 @@ impl ArmRequest {
         if name.is_empty() || name.chars().count() > MAX_NAME_LEN {
             return Err(ApiError::invalid(&at, format!("`{at}` must have 1 to {MAX_NAME_LEN} characters")));
         }
+        let is_given = |field: &&str| own.get(*field).is_some_and(|value| !value.is_null());
+        if let Some(field) = OF_COMPARISON.into_iter().find(is_given) {
+            let at = format!("arms[{index}].{field}");
+            let message = format!("`{at}` is for all arms at once: say `{field}` beside `arms`");
+            return Err(ApiError::invalid(&at, message));
+        }
         let (shared, fields) = overlay(shared, own);
         // An arm that asks for a drawn seed does not get that of the others.
         let has_own = SEED_NAMES.iter().any(|name| own.get(*name).is_some_and(|seed| !seed.is_null()));
@@ -229,6 +235,9 @@ mod tests {
             (json!({"prompt": "p", "arms": [{"name": ""}, {"name": "b"}]}), "arms[0].name"),
             (json!({"prompt": "p", "arms": [{"name": "a"}, {"name": 1}]}), "arms[1].name"),
             (json!({"prompt": "p", "arms": [{"name": "a"}, {"name": "a"}]}), "arms[1].name"),
+            (json!({"prompt": "p", "arms": [{"name": "a"}, {"name": "b", "on_error": "skip"}]}), "arms[1].on_error"),
+            (json!({"prompt": "p", "arms": [{"name": "a", "stream": true}, {"name": "b"}]}), "arms[0].stream"),
+            (json!({"prompt": "p", "arms": [{"name": "a"}, {"name": "b", "arms": []}]}), "arms[1].arms"),
             (json!({"prompt": "p", "arms": two, "on_error": "ignore"}), "on_error"),
             (json!({"prompt": "p", "arms": two, "stream": 1}), "stream"),
             (json!({"prompt": "p", "arms": two, "seed": "x"}), "seed"),
