@@ -220,6 +220,19 @@ async fn probes_are_answered_when_every_connection_is_taken_and_others_are_told(
     let refused = rest(&mut open(&server, (post_head(body.len()) + &body).as_bytes()).await).await;
     assert!(refused.starts_with("HTTP/1.1 503 ") && refused.contains("retry-after: 1"), "{refused}");
     assert_eq!(body_of(&refused)["error"]["code"], "overloaded");
+    // In the form of each interface, and with what every reply has.
+    let forms: [(&str, fn(&Value) -> bool); 3] = [
+        ("/v1/models", |error| error["error"]["type"] == "overloaded_error"),
+        ("/v1/messages", |error| error["type"] == "error" && error["error"]["type"] == "overloaded_error"),
+        ("/api//tags", |error| error["error"].is_string()),
+    ];
+    for (path, is_worded) in forms {
+        let asked = format!("GET {path} HTTP/1.1\r\nhost: x\r\norigin: x\r\nx-request-id: mine\r\n\r\n");
+        let refused = rest(&mut open(&server, asked.as_bytes()).await).await;
+        assert!(refused.starts_with("HTTP/1.1 503 ") && refused.contains("x-request-id: mine"), "{path}: {refused}");
+        assert!(refused.contains("access-control-allow-origin: *"), "{path}: {refused}");
+        assert!(is_worded(&body_of(&refused)), "{path}: {refused}");
+    }
     // A place that is given back is one for the next.
     drop(held);
     let served = async {

@@ -107,6 +107,16 @@ impl GenerationRequest {
         let GenerationOptions { num_choices, beams, .. } = &self.options;
         self.prompts.len() * beams.map_or(*num_choices, |beams| beams.num_beams)
     }
+
+    /// The field that asks for most of them.
+    fn multiplied_by(&self) -> &'static str {
+        let GenerationOptions { num_choices, beams, .. } = &self.options;
+        let (of_each, field) = match beams {
+            Some(beams) if beams.num_beams > *num_choices => (beams.num_beams, "best_of"),
+            _ => (*num_choices, "n"),
+        };
+        if self.prompts.len() > of_each { "prompt" } else { field }
+    }
 }
 
 /// What a request asked for beside its prompts, ranges already checked; `None` takes the default of the adapter, else
@@ -181,6 +191,11 @@ impl Generated {
     pub async fn begun(&mut self) -> Result<(), GenerationError> {
         let mut begun: FuturesUnordered<_> = self.sequences.iter_mut().map(TextStream::begun).collect();
         begun.next().await.unwrap_or(Ok(()))
+    }
+
+    /// The engine has taken none of it: that is no client who has left.
+    fn fail(&mut self) {
+        self.sequences.iter_mut().for_each(|sequence| sequence.fail(GenerationError::EngineStopped));
     }
 
     /// `limit` pays for the prompts, once each, and for the outputs as they come.
@@ -272,7 +287,7 @@ impl Generation {
     /// # Errors
     /// Any but [`GenerationError::Failed`]; then nothing was started.
     pub async fn start(&self, request: GenerationRequest, access: &Access) -> Result<Generated, GenerationError> {
-        let places = self.reserve(request.num_sequences(), "n")?;
+        let places = self.reserve(request.num_sequences(), request.multiplied_by())?;
         let prepared = self.prepare(request, access, places).await?;
         self.launch(prepared)
     }

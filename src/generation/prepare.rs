@@ -137,8 +137,8 @@ impl Generation {
     /// # Errors
     /// The engine has stopped.
     pub fn launch(&self, prepared: Prepared) -> Result<Generated, GenerationError> {
-        let (generated, requests) = self.sequences(prepared);
-        self.submit(requests)?;
+        let (mut generated, requests) = self.sequences(prepared);
+        self.submit(requests).inspect_err(|_| generated.fail())?;
         Ok(generated)
     }
 
@@ -147,8 +147,10 @@ impl Generation {
     /// # Errors
     /// The engine has stopped.
     pub fn launch_together(&self, prepared: Vec<Prepared>) -> Result<Vec<Generated>, GenerationError> {
-        let (generated, requests): (_, Vec<_>) = prepared.into_iter().map(|one| self.sequences(one)).unzip();
-        self.submit(requests.into_iter().flatten().collect())?;
+        let (mut generated, requests): (Vec<Generated>, Vec<_>) =
+            prepared.into_iter().map(|one| self.sequences(one)).unzip();
+        let submitted = self.submit(requests.into_iter().flatten().collect());
+        submitted.inspect_err(|_| generated.iter_mut().for_each(Generated::fail))?;
         Ok(generated)
     }
 

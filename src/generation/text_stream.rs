@@ -318,7 +318,7 @@ impl TextStream {
         self.end();
     }
 
-    fn fail(&mut self, error: GenerationError) {
+    pub(super) fn fail(&mut self, error: GenerationError) {
         self.recorder.finish("error");
         self.ready.push_back(Err(error));
         self.end();

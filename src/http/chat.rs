@@ -28,7 +28,7 @@ use crate::generation::{Completed, Generation, GenerationOptions, GenerationRequ
 use crate::tokenizer::Tokenizer;
 use crate::tools::{CallReader, ChatPart};
 
-pub const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
+pub const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
 pub const MAX_TOP_LOGPROBS: u32 = 20;
 
 pub async fn chat_completions(
@@ -78,6 +78,11 @@ fn check_message(index: usize, message: &Value) -> Result<(), ApiError> {
         return Err(ApiError::invalid(&format!("{at}.role"), message));
     }
     if role == "assistant" {
+        // Of before there were tools: templates know nothing of it, and would leave the call out.
+        if !message["function_call"].is_null() {
+            let at = format!("{at}.function_call");
+            return Err(ApiError::invalid(&at, format!("`{at}` is not served: send it as one of `tool_calls`")));
+        }
         check_calls(&at, &message["tool_calls"])?;
     }
     match &message["content"] {
@@ -288,7 +293,8 @@ mod tests {
 
     #[test]
     fn text_parts_every_role_and_a_silent_assistant_are_accepted() {
-        let body = r#"{"messages": [{"role": "developer", "content": "a"}, {"role": "assistant", "content": null},
+        let body = r#"{"messages": [{"role": "developer", "content": "a"},
+            {"role": "assistant", "content": null, "function_call": null},
             {"role": "user", "content": [{"type": "text", "text": "b"}]}]}"#;
         assert_eq!(messages(&fields(body)).unwrap().len(), 3);
     }
@@ -302,6 +308,11 @@ mod tests {
             (r#"{"messages": [1]}"#, "messages[0]"),
             (r#"{"messages": [{"content": "a"}]}"#, "messages[0].role"),
             (r#"{"messages": [{"role": "robot", "content": "a"}]}"#, "messages[0].role"),
+            (r#"{"messages": [{"role": "function", "name": "f", "content": "a"}]}"#, "messages[0].role"),
+            (
+                r#"{"messages": [{"role": "assistant", "content": null, "function_call": {"name": "f", "arguments": "{}"}}]}"#,
+                "messages[0].function_call",
+            ),
             (r#"{"messages": [{"role": "user"}]}"#, "messages[0].content"),
             (r#"{"messages": [{"role": "tool", "content": "a"}]}"#, "messages[0].tool_call_id"),
             (r#"{"messages": [{"role": "tool", "content": "a", "tool_call_id": "1"}]}"#, "messages[0].tool_call_id"),

@@ -2,7 +2,7 @@
 //! words anew for the interfaces of others.
 
 use axum::Json;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -10,6 +10,12 @@ use serde::Serialize;
 use crate::adapter::registry::{AcquireError, ChangeError};
 use crate::generation::GenerationError;
 use crate::icl::{IclError, StoreError};
+
+/// OpenAI's and Anthropic's clients send a request again by its status, unless this says otherwise.
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+/// What they would send again, and get the same: past a deadline, after as long a wait.
+const LASTING: [StatusCode; 4] =
+    [StatusCode::CONFLICT, StatusCode::NOT_IMPLEMENTED, StatusCode::GATEWAY_TIMEOUT, StatusCode::INSUFFICIENT_STORAGE];
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct ApiError {
@@ -373,6 +379,9 @@ impl IntoResponse for ApiError {
         if status == StatusCode::SERVICE_UNAVAILABLE {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
+        if LASTING.contains(&status) {
+            response.headers_mut().insert(SHOULD_RETRY, HeaderValue::from_static("false"));
+        }
         // What is left of the body would be taken for the next request.
         if status == StatusCode::REQUEST_TIMEOUT {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -443,5 +452,23 @@ mod tests {
         let response = ApiError::from(GenerationError::Overloaded).into_response();
         assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
         assert_eq!(response.headers()[header::RETRY_AFTER], "1");
+    }
+
+    #[test]
+    fn what_the_same_request_would_get_again_is_not_to_be_sent_again() {
+        for error in [
+            ApiError::not_served("no"),
+            ApiError::not_supported("no"),
+            ApiError::not_writable("no".to_owned()),
+            ApiError::promotion_under_way("no".to_owned()),
+            StoreError::NoFolder.into(),
+            GenerationError::DeadlineExceeded { max_seconds: 1 }.into(),
+        ] {
+            let response = error.into_response();
+            assert_eq!(response.headers()[SHOULD_RETRY], "false", "{}", response.status());
+        }
+        for error in [ApiError::unavailable("no"), ApiError::internal(), ApiError::body_too_slow(1)] {
+            assert!(!error.into_response().headers().contains_key(SHOULD_RETRY));
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! A request body read field by field, so that an error names the field at fault.
 //!
 //! `null` is an absent field. Fields that nobody reads are ignored, as clients of many servers send them, but those that
-//! would change a reply are refused by `unsupported.rs`.
+//! would change a reply are refused by `unsupported.rs`, and all of them where adapters are changed or trained.
 
 use std::ops::RangeInclusive;
 
@@ -97,6 +97,19 @@ impl Fields {
     pub fn without(&self, names: &[&str]) -> Map<String, Value> {
         let others = self.iter().filter(|(name, _)| !names.contains(&name.as_str()));
         others.map(|(name, value)| (name.clone(), value.clone())).collect()
+    }
+
+    /// For changes: with a field passed over that is misspelt, another would be made than the one that is asked for.
+    ///
+    /// # Errors
+    /// 400 for a field that is none of `known`.
+    pub fn refuse_others(&self, known: &[&str]) -> Result<(), ApiError> {
+        match self.iter().find(|(name, value)| !value.is_null() && !known.contains(&name.as_str())) {
+            None => Ok(()),
+            Some((name, _)) => {
+                Err(ApiError::invalid(name, format!("`{name}` is not known: known are {}", known.join(", "))))
+            }
+        }
     }
 
     pub fn get(&self, name: &str) -> Option<&Value> {

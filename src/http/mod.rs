@@ -141,12 +141,12 @@ impl Server {
     pub fn start(listener: TcpListener, config: &ServerConfig) -> Result<Self, TlsError> {
         let tls = listener::tls(config)?;
         let scheme = if tls.is_some() { "https" } else { "http" };
-        let loading = Router::new().fallback(loading);
-        let (router, routers) = watch::channel(behind_shared_layers(loading, config));
+        let (router, routers) = watch::channel(behind_shared_layers(Router::new().fallback(loading), config));
+        let full = behind_shared_layers(Router::new().fallback(full), config);
         let (stop, stopped) = oneshot::channel();
         // Who drops the server has stopped it too.
         let stopped = async move { stopped.await.unwrap_or_default() };
-        let served = tokio::spawn(listener::serve(listener, tls, routers, config.clone(), stopped));
+        let served = tokio::spawn(listener::serve(listener, tls, routers, full, config.clone(), stopped));
         Ok(Self { scheme, router, stop, served })
     }
 
@@ -307,6 +307,10 @@ async fn count_rejection(State(state): State<AppState>, request: Request, next: 
 /// In the words that clients of llama.cpp look for.
 async fn loading() -> ApiError {
     ApiError::unavailable("Loading model")
+}
+
+async fn full() -> ApiError {
+    ApiError::unavailable("every connection of the server is taken")
 }
 
 async fn unknown_route(OriginalUri(uri): OriginalUri) -> ApiError {

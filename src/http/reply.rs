@@ -4,9 +4,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Json;
 use axum::response::{IntoResponse, Response};
-use futures::StreamExt;
 use futures::future::try_join_all;
-use futures::stream::{BoxStream, SelectAll, select_all};
+use futures::stream::{BoxStream, SelectAll, select_all, unfold};
+use futures::{Stream, StreamExt};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tokio::time::timeout;
@@ -15,14 +15,14 @@ use super::AppState;
 use super::auth::Caller;
 use super::error::ApiError;
 use super::fields::Fields;
-use super::sampling::Delivery;
+use super::sampling::{Delivery, StreamUsage};
 use super::sse;
 use super::trials::{Trial, choose_arm};
 use super::types::{AdapterName, IclReply, Reply, ReplyHead, Usage};
 use crate::engine::request::FinishReason;
 use crate::generation::{
-    Completed, Generated, Generation, GenerationError, GenerationOptions, GenerationRequest, ResolvedModel, TextDelta,
-    TextEvent, TextStream,
+    Completed, Generated, Generation, GenerationError, GenerationOptions, GenerationRequest, ResolvedModel,
+    SequenceUsage, TextDelta, TextEvent, TextStream,
 };
 use crate::hexadecimal::hexadecimal;
 
@@ -56,9 +56,7 @@ pub async fn answer<S: ReplyShape>(state: &AppState, caller: &Caller, fields: &F
     let head = |object| reply_head(state, id, object, &generated);
     match delivery {
         Delivery::Plain => plain(shape, head(S::OBJECT), generated, trial).await,
-        Delivery::Stream { include_usage } => {
-            Ok(stream(state, shape, head(S::CHUNK_OBJECT), generated, trial, include_usage))
-        }
+        Delivery::Stream(usage) => Ok(stream(state, shape, head(S::CHUNK_OBJECT), generated, trial, usage)),
     }
 }
 
@@ -141,22 +139,38 @@ fn stream<S: ReplyShape>(
     head: ReplyHead,
     generated: Generated,
     trial: Trial,
-    include_usage: bool,
+    told_usage: StreamUsage,
 ) -> Response {
     let events = generated.sequences.into_iter().enumerate();
-    let events = select_all(events.map(|(index, sequence)| sequence.map(move |event| (index, event)).boxed()));
+    let events = select_all(events.map(|(index, sequence)| told(index, sequence).boxed()));
     let chunks = Chunks {
         shape,
         head,
         events,
         num_choices: generated.num_choices,
-        include_usage,
+        told_usage,
         usage: Usage::default(),
         trial,
         state: ChunkState::Choices,
         _model: generated.model,
     };
-    sse::respond(state, futures::stream::unfold(chunks, async |mut chunks| Some((chunks.next().await?, chunks))))
+    sse::respond(state, unfold(chunks, async |mut chunks| Some((chunks.next().await?, chunks))))
+}
+
+/// An event of one choice.
+struct Told {
+    index: usize,
+    event: Result<TextEvent, GenerationError>,
+    /// As far as this event.
+    usage: SequenceUsage,
+}
+
+fn told(index: usize, sequence: TextStream) -> impl Stream<Item = Told> {
+    unfold((index, sequence), async |(index, mut sequence)| {
+        let event = sequence.next().await?;
+        let usage = sequence.usage();
+        Some((Told { index, event, usage }, (index, sequence)))
+    })
 }
 
 fn reply_head(state: &AppState, id: String, object: &'static str, generated: &Generated) -> ReplyHead {
@@ -191,9 +205,9 @@ fn system_fingerprint(base_id: &str) -> String {
 struct Chunks<S> {
     shape: S,
     head: ReplyHead,
-    events: SelectAll<BoxStream<'static, (usize, Result<TextEvent, GenerationError>)>>,
+    events: SelectAll<BoxStream<'static, Told>>,
     num_choices: usize,
-    include_usage: bool,
+    told_usage: StreamUsage,
     usage: Usage,
     trial: Trial,
     state: ChunkState,
@@ -221,11 +235,14 @@ impl<S: ReplyShape> Chunks<S> {
     async fn next_choice(&mut self) -> Option<String> {
         loop {
             match self.events.next().await {
-                Some((index, Ok(event))) => match self.choice(index, event) {
-                    Some(choice) => return Some(self.chunk(vec![choice], None)),
+                Some(Told { index, event: Ok(event), usage }) => match self.choice(index, event) {
+                    Some(choice) => {
+                        let usage = (self.told_usage == StreamUsage::Every).then(|| Usage::of(usage));
+                        return Some(self.chunk(vec![choice], usage));
+                    }
                     None => continue,
                 },
-                Some((_, Err(error))) => {
+                Some(Told { event: Err(error), .. }) => {
                     self.events.clear();
                     self.trial.failed();
                     self.state = ChunkState::Closed;
@@ -233,7 +250,7 @@ impl<S: ReplyShape> Chunks<S> {
                 }
                 None => {
                     self.trial.completed();
-                    if !self.include_usage {
+                    if self.told_usage == StreamUsage::None {
                         return self.done();
                     }
                     self.state = ChunkState::Done;
@@ -259,7 +276,8 @@ impl<S: ReplyShape> Chunks<S> {
     }
 
     fn chunk(&self, choices: Vec<S::ChunkChoice>, usage: Option<Usage>) -> String {
-        sse::json(&Reply { head: &self.head, choices, usage: self.include_usage.then_some(usage) })
+        let usage = (self.told_usage != StreamUsage::None).then_some(usage);
+        sse::json(&Reply { head: &self.head, choices, usage })
     }
 
     fn done(&mut self) -> Option<String> {

@@ -99,8 +99,13 @@ fn milliseconds(count: i64) -> Option<Duration> {
 
 /// For interfaces in which an output goes on to its end where no length is given.
 pub fn default_to_no_limit(fields: &mut Map<String, Value>) {
-    if LENGTH_NAMES.iter().all(|name| fields.get(*name).is_none_or(Value::is_null)) {
-        fields.insert("n_predict".to_owned(), NO_LIMIT.into());
+    set_default(fields, &LENGTH_NAMES, "n_predict", NO_LIMIT.into());
+}
+
+/// Puts `default` into the field `name` where none of `names`, which all mean the same, says anything.
+pub fn set_default(fields: &mut Map<String, Value>, names: &[&str], name: &str, default: Value) {
+    if names.iter().all(|name| fields.get(*name).is_none_or(Value::is_null)) {
+        fields.insert(name.to_owned(), default);
     }
 }
 
@@ -214,11 +219,21 @@ fn parse_beams(fields: &Fields, num_choices: usize) -> Result<Option<BeamOptions
     Ok(Some(BeamOptions { num_beams, length_penalty, early_stopping }))
 }
 
-/// `stream` and, with it, `stream_options.include_usage`.
+/// `stream` and, with it, `stream_options`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Delivery {
     Plain,
-    Stream { include_usage: bool },
+    Stream(StreamUsage),
+}
+
+/// Which chunks of a stream have the usage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StreamUsage {
+    None,
+    /// `include_usage`: one of its own behind the choices.
+    Last,
+    /// `continuous_usage_stats`, as of vLLM: beside that, each of a choice what that has taken so far.
+    Every,
 }
 
 impl Delivery {
@@ -230,12 +245,20 @@ impl Delivery {
                 Some(_) => Err(ApiError::invalid("stream_options", "`stream_options` needs `stream`: true")),
             };
         }
-        let include_usage = match options.and_then(|options| options.get("include_usage")) {
-            None | Some(Value::Null) => false,
-            Some(Value::Bool(include_usage)) => *include_usage,
-            Some(other) => return Err(wrong_type("stream_options.include_usage", "true or false", other)),
+        let is_asked = |name: &str| match options.and_then(|options| options.get(name)) {
+            None | Some(Value::Null) => Ok(false),
+            Some(Value::Bool(is_asked)) => Ok(*is_asked),
+            Some(other) => Err(wrong_type(&format!("stream_options.{name}"), "true or false", other)),
         };
-        Ok(Self::Stream { include_usage })
+        match (is_asked("include_usage")?, is_asked("continuous_usage_stats")?) {
+            (false, false) => Ok(Self::Stream(StreamUsage::None)),
+            (true, false) => Ok(Self::Stream(StreamUsage::Last)),
+            (true, true) => Ok(Self::Stream(StreamUsage::Every)),
+            (false, true) => {
+                let at = "stream_options.continuous_usage_stats";
+                Err(ApiError::invalid(at, format!("`{at}` needs `include_usage`: true")))
+            }
+        }
     }
 }
 
@@ -402,8 +425,22 @@ mod tests {
     #[test]
     fn stream_options_need_a_stream() {
         assert!(Delivery::parse(&fields(r#"{"stream_options": {"include_usage": true}}"#)).is_err());
-        let streamed = Delivery::parse(&fields(r#"{"stream": true, "stream_options": {"include_usage": true}}"#));
-        assert_eq!(streamed, Ok(Delivery::Stream { include_usage: true }));
+        let streamed =
+            |options: &str| Delivery::parse(&fields(&format!(r#"{{"stream": true, "stream_options": {options}}}"#)));
+        for (options, usage) in [
+            ("null", StreamUsage::None),
+            (r#"{"include_usage": null, "continuous_usage_stats": false}"#, StreamUsage::None),
+            (r#"{"include_usage": true}"#, StreamUsage::Last),
+            (r#"{"include_usage": true, "continuous_usage_stats": true}"#, StreamUsage::Every),
+        ] {
+            assert_eq!(streamed(options), Ok(Delivery::Stream(usage)), "{options}");
+        }
+        for options in
+            [r#"{"continuous_usage_stats": true}"#, r#"{"include_usage": true, "continuous_usage_stats": 1}"#]
+        {
+            let error = streamed(options).unwrap_err();
+            assert_eq!(error.param(), Some("stream_options.continuous_usage_stats"), "{options}");
+        }
         let explicit_null = Delivery::parse(&fields(r#"{"stream": false, "stream_options": null}"#));
         assert_eq!(explicit_null, Ok(Delivery::Plain));
     }

@@ -15,6 +15,9 @@ use super::error::ApiError;
 
 /// The data of the last event; the connection's body ends right after it.
 pub const DONE: &str = "[DONE]";
+/// Of every stream: proxies that buffer would hold tokens back.
+pub const UNBUFFERED: (HeaderName, HeaderValue) =
+    (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
 /// Between comments, where nothing says otherwise: of clients that have gone without a word, only writing tells.
 const RARE_KEEP_ALIVE_SECONDS: u64 = 15;
 
@@ -32,8 +35,8 @@ fn respond_events(keep_alive_seconds: u64, events: impl Stream<Item = Event> + S
             events.keep_alive(keep_alive).into_response()
         }
     };
-    // Proxies that buffer would hold tokens back.
-    response.headers_mut().insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
+    let (name, value) = UNBUFFERED;
+    response.headers_mut().insert(name, value);
     response
 }
 

@@ -342,6 +342,26 @@ async fn a_stream_has_the_plain_text_then_the_reason_then_the_usage_then_done() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_stream_tells_the_usage_of_each_choice_so_far_where_that_is_asked_for() {
+    let server = Server::quick().await;
+    let options = json!({"include_usage": true, "continuous_usage_stats": true});
+    let body = json!({"prompt": "ab", "n": 2, "max_tokens": 3, "temperature": 0, "stream_options": options});
+    let mut events = server.stream(body).await;
+    assert_eq!(events.pop().as_deref(), Some("[DONE]"));
+    let chunks: Vec<Value> = events.iter().map(|event| serde_json::from_str(event).unwrap()).collect();
+    let (last, chunks) = chunks.split_last().unwrap();
+    let counts = |usage: &Value| {
+        ["prompt_tokens", "completion_tokens", "total_tokens"].map(|name| usage[name].as_u64().unwrap())
+    };
+    assert_eq!((&last["choices"], counts(&last["usage"])), (&json!([]), [2, 6, 8]));
+    for index in 0..2 {
+        let of_choice = chunks.iter().filter(|chunk| chunk["choices"][0]["index"] == index);
+        let told: Vec<_> = of_choice.map(|chunk| counts(&chunk["usage"])).collect();
+        assert_eq!(told, [[2, 1, 3], [2, 2, 4], [2, 3, 5], [2, 3, 5]], "each token, and the reason");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stop_string_over_several_tokens_never_shows() {
     let server = Server::quick().await;
     let body = json!({"prompt": "a", "temperature": 0, "stop": ["zzz", "fgh", "c!"]});
@@ -390,6 +410,16 @@ async fn every_refusal_has_the_right_status_and_names_the_field() {
             json!(null),
         ),
         (post.clone(), "/v1/completions", r#"{"prompt":"a","n":100}"#, 400, json!("n"), json!(null)),
+        (post.clone(), "/v1/completions", r#"{"prompt":["a","b"],"n":3}"#, 400, json!("n"), json!(null)),
+        (post.clone(), "/v1/completions", r#"{"prompt":["a","b","c","d","e"]}"#, 400, json!("prompt"), json!(null)),
+        (
+            post.clone(),
+            "/v1/completions",
+            r#"{"prompt":"a","use_beam_search":true,"best_of":9}"#,
+            400,
+            json!("best_of"),
+            json!(null),
+        ),
         (
             post.clone(),
             "/v1/completions",

@@ -16,7 +16,8 @@ pub struct Reply<'a, C> {
     #[serde(flatten)]
     pub head: &'a ReplyHead,
     pub choices: Vec<C>,
-    /// Absent in streams that did not ask for it; `null` in all chunks but the last of those that did.
+    /// Absent in streams that did not ask for it; `null` in all chunks but the last of those that did, unless they asked for it in
+    /// every chunk: there it is that of the chunk's choice so far.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Option<Usage>>,
 }
@@ -127,6 +128,13 @@ pub struct PromptTokensDetails {
 }
 
 impl Usage {
+    /// Of one choice alone.
+    pub fn of(sequence: SequenceUsage) -> Self {
+        let mut usage = Self::default();
+        usage.add(sequence, true);
+        usage
+    }
+
     /// Adds the sequence of one choice; a prompt counts once, with its first choice.
     pub fn add(&mut self, sequence: SequenceUsage, is_first_choice: bool) {
         if is_first_choice {

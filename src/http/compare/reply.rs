@@ -113,14 +113,12 @@ impl ArmHead {
 
 impl Finished {
     pub fn of(mut head: ArmHead, result: ArmResult) -> Self {
-        let mut usage = Usage::default();
         IclReply::saved(&mut head.icl, result.usage);
-        usage.add(result.usage, true);
         Self {
             head,
             text: result.text,
             finish_reason: Some(result.reason),
-            usage,
+            usage: Usage::of(result.usage),
             ttft_ms: result.timing.first_token.map(milliseconds),
             tpot_ms: result.timing.per_output_token.map(milliseconds),
             total_ms: milliseconds(result.timing.total),

@@ -35,7 +35,8 @@ const KNOWN: [&str; 9] = [
 /// # Errors
 /// 400, naming the field.
 pub fn read(fields: &Fields) -> Result<(NewJob, &str), ApiError> {
-    refuse_others(fields, &KNOWN)?;
+    // What is asked for and not trained with would be a job of something else.
+    fields.refuse_others(&KNOWN)?;
     let (method, of_method) = method(fields)?;
     let of_job = nested(fields, "hyperparameters")?;
     let of_job = of_job.map(|found| hyperparameters(&found).map_err(within("hyperparameters"))).transpose()?;
@@ -96,7 +97,7 @@ fn method(fields: &Fields) -> Result<(Method, Option<Hyperparameters>), ApiError
         let message = format!("`method.type` must be one of {}: nothing else is trained here", METHODS.join(", "));
         ApiError::invalid("method.type", message)
     })?;
-    refuse_others(&method, &["type", kind]).map_err(&in_method)?;
+    method.refuse_others(&["type", kind]).map_err(&in_method)?;
     let settings = nested(&method, kind).map_err(&in_method)?.unwrap_or_else(|| Fields::from(serde_json::Map::new()));
     let path = format!("method.{kind}");
     let in_settings = within(&path);
@@ -113,7 +114,7 @@ fn method(fields: &Fields) -> Result<(Method, Option<Hyperparameters>), ApiError
         _ => (Method::Supervised, None),
     };
     let known: Vec<&str> = own.into_iter().chain(["hyperparameters"]).collect();
-    refuse_others(&settings, &known).map_err(&in_settings)?;
+    settings.refuse_others(&known).map_err(&in_settings)?;
     let found = nested(&settings, "hyperparameters").map_err(&in_settings)?;
     let path = format!("{path}.hyperparameters");
     let found = found.map(|found| hyperparameters(&found).map_err(within(&path))).transpose()?;
@@ -121,7 +122,7 @@ fn method(fields: &Fields) -> Result<(Method, Option<Hyperparameters>), ApiError
 }
 
 fn hyperparameters(fields: &Fields) -> Result<Hyperparameters, ApiError> {
-    refuse_others(fields, &["n_epochs", "batch_size", "learning_rate_multiplier"])?;
+    fields.refuse_others(&["n_epochs", "batch_size", "learning_rate_multiplier"])?;
     let auto = Hyperparameters::default();
     let is_auto = |name: &str| fields.get(name).is_some_and(|value| value == "auto");
     let count = |name: &str, max, auto| match is_auto(name) {
@@ -145,16 +146,6 @@ fn hyperparameters(fields: &Fields) -> Result<Hyperparameters, ApiError> {
 
 fn nested(fields: &Fields, name: &str) -> Result<Option<Fields>, ApiError> {
     Ok(fields.object(name)?.cloned().map(Fields::from))
-}
-
-/// What is asked for and not trained with would be a job of something else.
-fn refuse_others(fields: &Fields, known: &[&str]) -> Result<(), ApiError> {
-    match fields.iter().find(|(name, value)| !value.is_null() && !known.contains(&name.as_str())) {
-        Some((name, _)) => {
-            Err(ApiError::invalid(name, format!("`{name}` is not known: known are {}", known.join(", "))))
-        }
-        None => Ok(()),
-    }
 }
 
 /// An error in the field at `path`, named from outside.

@@ -17,8 +17,8 @@ pub const TEXT: &str = "text/plain";
 
 const DESCRIPTION: &str = "One base model and its adapters, behind the interfaces of OpenAI, llama.cpp, Ollama, Anthropic, \
     Mistral and Tabby. What is below `/v1` is served without that prefix too, and what is llama.cpp's with it. Fields that \
-    are not listed are ignored, as none of them can change a reply; `null` is an absent field. The schema of \
-    `text/event-stream` is that of one event, the schema of `application/x-ndjson` that of an array of all lines.";
+    are not listed are ignored where a schema allows others, as none of them can change a reply; `null` is an absent field. \
+    The schema of `text/event-stream` is that of one event, the schema of `application/x-ndjson` that of an array of all lines.";
 
 /// What every request may be refused with: its content encoding is not known, the server fails, or takes nothing in.
 const ANY: [u16; 3] = [415, 500, 503];
@@ -252,6 +252,7 @@ impl Document {
             401 => Some("www-authenticate"),
             415 => Some("accept-encoding"),
             429 | 503 => Some("retry-after"),
+            409 | 501 | 504 | 507 => Some("x-should-retry"),
             _ => None,
         };
         if let Some(name) = own {
@@ -277,6 +278,7 @@ impl Document {
                 "headers": {
                     "x-request-id": header(true, "That of the request, or a new one.", words.clone()),
                     "retry-after": header(true, "Seconds to wait.", seconds),
+                    "x-should-retry": header(true, "The same would get the same again.", json!({"type": "string", "const": "false"})),
                     "www-authenticate": header(true, "How a key is sent.", json!({"const": "Bearer"})),
                     "accept-encoding": header(true, "What bodies may be encoded in.", json!({"const": "gzip"})),
                     "etag": header(false, "The generation, once it is known.", words),

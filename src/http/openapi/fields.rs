@@ -85,7 +85,10 @@ pub fn delivery() -> Properties {
     properties(json!({
         "stream": boolean("Sends the reply as events while it is written."),
         "stream_options": object(
-            json!({"include_usage": boolean("Sends the usage before the end.")}),
+            json!({
+                "include_usage": boolean("Sends the usage before the end."),
+                "continuous_usage_stats": boolean("With `include_usage`: sends that of a choice so far with each of its chunks."),
+            }),
             &[],
             "For streams alone.",
         ),
@@ -312,6 +315,7 @@ fn message() -> Value {
                 "role": {"const": "assistant"},
                 "content": {"anyOf": [{"type": "null"}, content[0], content[1]]},
                 "tool_calls": calls,
+                "function_call": {"type": "null", "description": "Not served: send it as one of `tool_calls`."},
                 "prefix": {"description": "True in the last message: the answer goes on from it, and repeats it."},
                 "partial": {"description": "As `prefix`, without being repeated."},
             }),

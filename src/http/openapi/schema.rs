@@ -47,6 +47,12 @@ pub fn item(properties: Value, required: &[&str]) -> Value {
     json!({"type": "object", "properties": properties, "required": required})
 }
 
+/// `object` without other fields.
+pub fn closed(mut object: Value) -> Value {
+    object["additionalProperties"] = false.into();
+    object
+}
+
 pub fn required_text() -> Value {
     json!({"type": "string"})
 }

@@ -12,6 +12,8 @@ pub struct Operation {
     pub path: String,
     /// Of the body, where that is an object.
     pub properties: Map<String, Value>,
+    /// Whether the body may have no other fields.
+    pub is_closed: bool,
     pub examples: Vec<Value>,
     /// By status.
     responses: Map<String, Value>,
@@ -37,6 +39,7 @@ pub async fn documented(server: &Server) -> Vec<Operation> {
                 method: method.to_uppercase().parse().unwrap(),
                 path: path.clone(),
                 properties: properties(&content["schema"]),
+                is_closed: content["schema"]["additionalProperties"] == false,
                 examples: examples.map(|example| example["value"].clone()).collect(),
                 responses: operation["responses"].as_object().unwrap().clone(),
             });
@@ -114,5 +117,9 @@ pub async fn sent(request: RequestBuilder) -> Sent {
 
 /// A path whose parameters are given.
 pub fn concrete(path: &str) -> String {
-    Regex::new(r"\{[^}]*\}").unwrap().replace_all(path, "x").into_owned()
+    with_parameters(path, "x")
+}
+
+pub fn with_parameters(path: &str, value: &str) -> String {
+    Regex::new(r"\{[^}]*\}").unwrap().replace_all(path, value).into_owned()
 }

@@ -58,6 +58,23 @@ async fn a_failed_engine_tells_streams_that_have_begun_refuses_those_that_have_n
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_finds_the_engine_gone_has_failed_and_was_not_cancelled() {
+    let server = Server::quick().await;
+    server.engine.stop();
+    server.until(|server| !server.engine.is_alive()).await;
+    let ended =
+        |reason: &str| server.metrics.of_adapter("base").requests().ended_total.with_label_values(&[reason]).get();
+    let arms = json!([{"name": "a"}, {"name": "b"}]);
+    for (path, body) in
+        [("/v1/completions", json!({"prompt": "a", "n": 2})), ("/v1/compare", json!({"prompt": "a", "arms": arms}))]
+    {
+        let refused = server.request(Method::POST, path).body(body.to_string()).send().await.unwrap();
+        assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE, "{path}");
+    }
+    assert_eq!((ended("error"), ended("cancelled")), (4, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn told_twice_to_stop_the_server_cuts_off_its_streams_with_an_error() {
     let server = Server::slow().await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
