@@ -48,8 +48,8 @@ async fn answer(
     wording: Wording,
 ) -> Result<Response, ApiError> {
     let is_streamed = fields.boolean("stream")?.unwrap_or(true);
-    let user = fields.string("user")?;
     let (read, parse) = translated(&asked);
+    let user = read.fields.string("user").map_err(|error| read.sent_as.word(error))?;
     let parse = || parse(&read.fields);
     if let Asked::Residency { is_unload, .. } = &asked {
         parse().map_err(|error| read.sent_as.word(error))?;

@@ -8,7 +8,7 @@ mod request;
 
 pub use models::Models;
 pub use reply::Reply;
-pub use request::{OWN_FIELDS, SAMPLING};
+pub use request::OWN_FIELDS;
 
 use axum::extract::OriginalUri;
 use axum::middleware::from_fn_with_state;

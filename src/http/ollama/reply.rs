@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::body::Body;
-use axum::http::header;
+use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use chrono::{SecondsFormat, Utc};
 use schemars::JsonSchema;
@@ -15,6 +15,7 @@ use serde_json::{Map, Value};
 use crate::http::dialect::ollama_error;
 use crate::http::error::ApiError;
 use crate::http::run::{Ending, Run, RunEvent};
+use crate::http::sse::UNBUFFERED;
 use crate::http::types::reason_name;
 
 const NDJSON: &str = "application/x-ndjson";
@@ -155,7 +156,8 @@ pub fn stream(run: Run, wording: Wording) -> Response {
             }
         }
     });
-    ([(header::CONTENT_TYPE, NDJSON)], Body::from_stream(lines)).into_response()
+    let content_type = (header::CONTENT_TYPE, HeaderValue::from_static(NDJSON));
+    ([content_type, UNBUFFERED], Body::from_stream(lines)).into_response()
 }
 
 /// `None` for what is told later: a call is sent whole.

@@ -24,20 +24,6 @@ pub const OWN_FIELDS: [&str; 12] = [
     "context",
     "format",
 ];
-/// The `options` that decide how tokens are drawn. Those left say how memory is laid out (`num_ctx`, `num_gpu`, …): here
-/// the server's configuration does, and a prompt that does not fit is refused, never cut.
-pub const SAMPLING: [&str; 10] = [
-    "num_predict",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "seed",
-    "stop",
-    "repeat_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-];
 
 /// What a request to `/api/generate` or `/api/chat` wants.
 pub enum Asked {
@@ -118,19 +104,7 @@ fn converted(fields: &Fields, model: &str) -> Result<(Map<String, Value>, SentAs
     refuse_unsupported(fields, Route::Ollama)?;
     let mut converted = fields.without(&OWN_FIELDS);
     let mut sent_as = SentAs::default();
-    if let Some(options) = fields.object("options")? {
-        let of_options = |name: &str| format!("options.{name}");
-        refuse_unsupported(&options.clone().into(), Route::Chat).map_err(|error| {
-            match error.param().map(of_options) {
-                Some(place) => error.renamed(&place),
-                None => error,
-            }
-        })?;
-        let is_sampling = |(name, value): &(&String, &Value)| SAMPLING.contains(&name.as_str()) && !value.is_null();
-        for (name, value) in options.iter().filter(is_sampling) {
-            sent_as.set(&mut converted, name, &of_options(name), value.clone())?;
-        }
-    }
+    read_options(fields, &mut converted, &mut sent_as)?;
     default_to_no_limit(&mut converted);
     converted.insert("model".to_owned(), model.into());
     if let Some(format) = response_format(fields)? {
@@ -138,6 +112,21 @@ fn converted(fields: &Fields, model: &str) -> Result<(Map<String, Value>, SentAs
         sent_as.add("response_format.json_schema.schema", "format");
     }
     Ok((converted, sent_as))
+}
+
+/// An option is read as the field of its name. What lays out memory (`num_ctx`, `num_gpu`, …) is no field: here the server's
+/// configuration does that, and a prompt that does not fit is refused, never cut. `keep_alive` is memory's, too.
+fn read_options(fields: &Fields, converted: &mut Map<String, Value>, sent_as: &mut SentAs) -> Result<(), ApiError> {
+    let Some(options) = fields.object("options")? else { return Ok(()) };
+    for (name, value) in options.iter().filter(|(name, value)| !value.is_null() && *name != "keep_alive") {
+        let place = format!("options.{name}");
+        if OWN_FIELDS.contains(&name.as_str()) {
+            let message = format!("`{place}` is no option: send `{name}` beside `options`");
+            return Err(ApiError::invalid(&place, message));
+        }
+        sent_as.set(converted, name, &place, value.clone())?;
+    }
+    refuse_unsupported(&options.clone().into(), Route::Ollama).map_err(|error| sent_as.word(error))
 }
 
 /// `format`: `"json"` or a schema.
@@ -191,6 +180,10 @@ fn name_calls(messages: &mut [Value]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::generation::GenerationRequest;
+    use crate::http::chat::ChatShape;
+    use crate::http::completions::CompletionShape;
+    use crate::http::reply::ReplyShape;
 
     fn fields(value: Value) -> Fields {
         Fields::parse(value.to_string().as_bytes()).unwrap()
@@ -202,6 +195,15 @@ mod tests {
             Asked::Completion(read) => (false, read.fields.without(&[]).into()),
             Asked::Chat(read) => (true, read.fields.without(&[]).into()),
         })
+    }
+
+    /// What is asked for in the end.
+    fn parsed(value: Value) -> Result<GenerationRequest, ApiError> {
+        match read_generate(&fields(value), "m", true)? {
+            Asked::Residency { .. } => panic!("no text is asked for"),
+            Asked::Completion(read) => CompletionShape::parse(&read.fields).map_err(|error| read.sent_as.word(error)),
+            Asked::Chat(read) => ChatShape::parse(&read.fields).map_err(|error| read.sent_as.word(error)),
+        }
     }
 
     #[test]
@@ -224,12 +226,28 @@ mod tests {
     #[test]
     fn options_are_put_beside_the_model_and_those_of_memory_are_the_servers() {
         let options =
-            json!({"num_predict": 3, "stop": ["x"], "repeat_penalty": null, "num_ctx": 8192, "model": "other"});
+            json!({"num_predict": 3, "stop": ["x"], "repeat_penalty": null, "num_ctx": 8192, "keep_alive": "5m"});
         let (_, read) = generate(json!({"prompt": "a", "raw": true, "options": options, "adapter": "b"})).unwrap();
-        assert_eq!(read, json!({"model": "m", "prompt": "a", "num_predict": 3, "stop": ["x"], "adapter": "b"}));
+        let expected =
+            json!({"model": "m", "prompt": "a", "num_predict": 3, "stop": ["x"], "num_ctx": 8192, "adapter": "b"});
+        assert_eq!(read, expected);
         for length in ["num_predict", "max_tokens"] {
             let (_, read) = generate(json!({"prompt": "a", "raw": true, length: 5})).unwrap();
             assert_eq!(read, json!({"model": "m", "prompt": "a", length: 5}));
+        }
+    }
+
+    #[test]
+    fn what_is_read_beside_the_options_is_read_in_them() {
+        for raw in [false, true] {
+            let options = json!({"ignore_eos": true, "max_tokens": 5, "logit_bias": {"7": 1}, "stop_token_ids": [9],
+                "repetition_penalty": 1.5, "adapter": "b", "num_thread": 2});
+            let GenerationRequest { options, selection, .. } =
+                parsed(json!({"prompt": "a", "raw": raw, "options": options})).unwrap();
+            assert!(options.ignore_eos && options.max_tokens == Some(5));
+            assert_eq!((options.logit_bias, options.stop_token_ids), (vec![(7, 1.0)], vec![9]));
+            assert_eq!(options.repetition_penalty, Some(1.5));
+            assert!(selection.adapters.is_some_and(|field| field.name == "adapter"));
         }
     }
 
@@ -294,10 +312,14 @@ mod tests {
             (json!({"prompt": "a", "raw": true, "system": "s"}), "system"),
             (json!({"prompt": "a", "options": {"mirostat": 2}}), "options.mirostat"),
             (json!({"prompt": "a", "options": {"repeat_last_n": 64, "repeat_penalty": 1.1}}), "options.repeat_last_n"),
+            (json!({"prompt": "a", "raw": true, "options": {"ignore_eos": 1}}), "options.ignore_eos"),
+            (json!({"prompt": "a", "options": {"prediction": {"type": "content"}}}), "options.prediction"),
+            (json!({"prompt": "a", "options": {"model": "b"}}), "options.model"),
+            (json!({"prompt": "a", "options": {"context": [1]}}), "options.context"),
             (json!({"prompt": 1}), "prompt"),
             (json!({"prompt": "a", "keep_alive": {}}), "keep_alive"),
         ] {
-            assert_eq!(generate(body).unwrap_err().param(), Some(name));
+            assert_eq!(parsed(body).unwrap_err().param(), Some(name));
         }
         let chat = json!({"messages": [{"role": "user", "content": "a", "images": ["x"]}]});
         assert_eq!(read_chat(&fields(chat), "m").err().unwrap().param(), Some("messages[0].images"));

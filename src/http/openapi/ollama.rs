@@ -7,10 +7,23 @@ use super::fields::{chat, completion_or_chat, unserved_of_route};
 use super::openai::OF_GENERATION;
 use super::schema::{Properties, array, boolean, item, object, one_of, properties, required_text, text};
 use crate::http::dialect::Dialect;
-use crate::http::ollama::{Models, OWN_FIELDS, Reply, SAMPLING, Version};
+use crate::http::ollama::{Models, OWN_FIELDS, Reply, Version};
 use crate::http::unsupported::Route;
 
 const TAG: &str = "Ollama";
+/// The options that draw tokens in Ollama, too.
+const OPTIONS: [&str; 10] = [
+    "num_predict",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+    "stop",
+    "repeat_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+];
 
 pub fn describe(document: &mut Document) {
     let models = document.of::<Models>();
@@ -110,13 +123,17 @@ fn describe_generation(document: &mut Document) {
 /// `fields` of OpenAI's that Ollama lacks are read too, beside its own.
 fn of_ollama(document: &mut Document, fields: fn(&mut Document) -> Properties) -> Properties {
     let mut fields = fields(document);
-    let sampling: Properties = SAMPLING.into_iter().map(|name| (name.to_owned(), fields[name].clone())).collect();
+    let options: Properties = OPTIONS.into_iter().map(|name| (name.to_owned(), fields[name].clone())).collect();
     fields.retain(|name, _| !OWN_FIELDS.contains(&name.as_str()));
     fields.extend(unserved_of_route(Route::Ollama));
     fields.extend(properties(json!({
         "model": text("What `/api/tags` lists; `:latest` may stand behind it."),
         "name": text("The same, as older clients send it."),
-        "options": object(Value::Object(sampling), &[], "How tokens are drawn. What lays out memory is the server's own."),
+        "options": object(
+            Value::Object(options),
+            &[],
+            "How tokens are drawn, by these or by any field that is read beside it. What lays out memory is the server's own.",
+        ),
         "stream": boolean("Whether the reply comes in lines while it is written; true by default."),
         "keep_alive": {"type": ["string", "number", "null"], "description": "Where nothing is asked: 0 unloads, in name."},
         "format": {"description": "`json`, or a JSON schema.", "anyOf": [one_of(&["", "json"], ""), {"type": "object"}]},

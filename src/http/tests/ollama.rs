@@ -23,6 +23,7 @@ async fn whole_and_streamed_generations_say_the_same() {
     body.as_object_mut().unwrap().remove("stream");
     let response = server.request(Method::POST, "/api/generate").body(body.to_string()).send().await.unwrap();
     assert_eq!(response.headers()["content-type"], "application/x-ndjson");
+    assert_eq!(response.headers()["x-accel-buffering"], "no");
     let lines = response.text().await.unwrap();
     let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let (last, parts) = lines.split_last().unwrap();
@@ -129,6 +130,10 @@ async fn an_error_names_what_the_client_sent() {
     for (path, body, place) in [
         ("/api/generate", json!({"prompt": "a", "options": {"temperature": 9}}), "`options.temperature`"),
         ("/api/generate", json!({"prompt": "a", "options": {"mirostat": 2}}), "`options.mirostat`"),
+        ("/api/generate", json!({"prompt": "a", "options": {"ignore_eos": "x"}}), "`options.ignore_eos`"),
+        ("/api/generate", json!({"prompt": "a", "raw": true, "options": {"user": 1}}), "`options.user`"),
+        ("/api/chat", json!({"messages": [], "options": {"n": 2.5}}), "`options.n`"),
+        ("/api/chat", json!({"options": {"messages": []}}), "`options.messages`"),
         ("/api/generate", json!({"prompt": "a", "raw": true, "format": {"type": 1}}), "`format`"),
         ("/api/chat", json!({"messages": [{"role": "tool", "content": "x"}]}), "`messages[0].tool_call_id`"),
     ] {
