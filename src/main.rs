@@ -168,12 +168,12 @@ fn run(command: Command) -> Result<(), Box<dyn Error>> {
     let command = match command {
         Command::Serve { config, overrides } => {
             let config = Config::load(config.as_deref(), &overrides)?;
-            log::start(config.log.format);
+            log::start(config.log.format)?;
             return serve(config);
         }
         command => command,
     };
-    log::start(LogFormat::Text);
+    log::start(LogFormat::Text)?;
     match command {
         Command::Serve { .. } => Ok(()),
         Command::Pull { model } => {
