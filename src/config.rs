@@ -21,6 +21,7 @@ use serde::{Deserialize, Deserializer};
 use crate::adapter::registry::RegistryOptions;
 use crate::experiments::{ExperimentsConfig, SPARE_PLACES};
 use crate::fine_tuning::FineTuningConfig;
+use crate::icl;
 use crate::model::checkpoint::Quantization;
 
 pub use secret::Secret;
@@ -331,6 +332,7 @@ impl Config {
             return Err("server.max_body_bytes_in_flight must be at least server.max_body_bytes".to_owned());
         }
         self.server.validate_keys()?;
+        self.validate_model_aliases()?;
         self.experiments.validate(&self.model.id, &self.server.model_aliases)?;
         let num_places = self.engine.max_queued;
         if num_places <= SPARE_PLACES && self.experiments.run.iter().any(|run| run.promotion.is_some()) {
@@ -349,6 +351,25 @@ impl Config {
         for (key, url) in [("icl.embedding_url", &self.icl.embedding_url), ("traces.url", &self.traces.url)] {
             if !(url.is_empty() || url.starts_with("http://") || url.starts_with("https://")) {
                 return Err(format!("{key} must begin with http:// or https://"));
+            }
+        }
+        Ok(())
+    }
+
+    /// What an alias stands for is looked for among the base and its adapters, and nowhere else.
+    fn validate_model_aliases(&self) -> Result<(), String> {
+        let aliases = &self.server.model_aliases;
+        let is_experiment = |name: &str| self.experiments.run.iter().any(|experiment| experiment.alias == name);
+        for (alias, model) in aliases {
+            let at = format!("server.model_aliases.{alias:?}");
+            if is_experiment(alias) {
+                return Err(format!("{at} is the alias of an experiment, too, which would answer for it: rename one"));
+            }
+            let has_examples = !matches!(icl::Selection::split_model_name(model), Ok((_, None)));
+            if aliases.contains_key(model) || is_experiment(model) || has_examples {
+                return Err(format!(
+                    "{at} must be the base or an adapter, not {model:?}: no other alias, no experiment, and no examples"
+                ));
             }
         }
         Ok(())

@@ -213,6 +213,25 @@ fn experiments_come_from_a_file_and_are_checked_with_it() {
 }
 
 #[test]
+fn a_model_alias_stands_for_the_base_or_an_adapter_and_for_nothing_else() {
+    let check = |aliases: &str| {
+        let run = "[[experiments.run]]\nname = 'e'\nalias = 'coder'\narms = [{ name = 'a', model = 'm', weight = 1 }]";
+        load(Some(&format!("[server.model_aliases]\n{aliases}\n{run}")), &[], &Overrides::default())
+    };
+    for (aliases, key) in [
+        ("a = 'b'\nb = 'conala'", "server.model_aliases.\"a\""),
+        ("a = 'coder'", "server.model_aliases.\"a\""),
+        ("a = 'conala+icl:python@3'", "server.model_aliases.\"a\""),
+        ("coder = 'conala'", "server.model_aliases.\"coder\""),
+    ] {
+        let error = check(aliases).unwrap_err();
+        assert!(error.contains(key), "{aliases}: {error}");
+    }
+    let config = check("a = 'conala'\n'claude-3.5' = 'qwen2.5-coder:0.5b'").unwrap();
+    assert_eq!(config.server.model_aliases.len(), 2);
+}
+
+#[test]
 fn a_promotion_needs_more_places_than_its_check_leaves_free() {
     let check = |max_queued: usize, promotion: &str| {
         let arms = "{name = 'a', model = 'y', weight = 1}, {name = 'b', model = 'x', weight = 1, canary = true}";
