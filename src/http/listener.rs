@@ -11,7 +11,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::response::IntoResponse;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
@@ -26,7 +25,6 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::AbortHandle;
 use tokio_rustls::TlsAcceptor;
 
-use super::error::ApiError;
 use super::{PROBES, tidy};
 use crate::config::ServerConfig;
 use client::{ClientStream, Clock, Patience};
@@ -55,11 +53,12 @@ const BUFFER_BYTES: usize = 64 << 10;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Serves until `shutdown` resolves, and returns when every connection has ended. A request goes to the router that
-/// there is when it comes. With `tls`, connections are encrypted.
+/// there is when it comes, but to `full` where all connections are taken and it is no probe. With `tls`, connections are encrypted.
 pub async fn serve(
     listener: TcpListener,
     tls: Option<TlsAcceptor>,
     router: watch::Receiver<Router>,
+    full: Router,
     config: ServerConfig,
     shutdown: impl Future<Output = ()>,
 ) -> io::Result<()> {
@@ -93,8 +92,9 @@ pub async fn serve(
         let _ = stream.set_nodelay(true);
         let place = places.clone().try_acquire_owned().ok();
         let is_admitted = place.is_some();
-        let (router, watcher, stopping) = (router.clone(), connections.watcher(), stopping.clone());
-        let connection = Connection { router, place, patience, watcher };
+        let (router, full) = (router.clone(), full.clone());
+        let (watcher, stopping) = (connections.watcher(), stopping.clone());
+        let connection = Connection { router, full, place, patience, watcher };
         let task = match tls.clone() {
             None => tokio::spawn(connection.run(stream)),
             Some(tls) => tokio::spawn(connection.run_encrypted(stream, tls, stopping)),
@@ -154,6 +154,7 @@ fn allow_open_files(_: usize) {}
 
 struct Connection {
     router: watch::Receiver<Router>,
+    full: Router,
     /// `None` where all are taken.
     place: Option<OwnedSemaphorePermit>,
     patience: Patience,
@@ -190,19 +191,14 @@ impl Connection {
     }
 
     async fn serve(self, stream: impl AsyncRead + AsyncWrite + Unpin + 'static, clock: Clock) {
-        let Self { router, place, watcher, .. } = self;
+        let Self { router, full, place, watcher, .. } = self;
         let is_admitted = place.is_some();
         let service = service_fn(move |request: hyper::Request<Incoming>| {
             let answering = clock.answer();
             let is_served = is_admitted || PROBES.contains(&tidy(request.uri().path()).as_str());
-            let reply = is_served.then(|| TowerToHyperService::new(router.borrow().clone()).call(request));
-            async move {
-                let reply = match reply {
-                    Some(reply) => reply.await?,
-                    None => ApiError::unavailable("every connection of the server is taken").into_response(),
-                };
-                Ok::<_, Infallible>(answering.with(reply))
-            }
+            let router = if is_served { router.borrow().clone() } else { full.clone() };
+            let reply = TowerToHyperService::new(router).call(request);
+            async move { Ok::<_, Infallible>(answering.with(reply.await?)) }
         });
         let stream = TokioIo::new(stream);
         let mut http = http1::Builder::new();
