@@ -8,6 +8,7 @@ use crate::http::error::ApiError;
 use crate::http::fields::{Fields, wrong_type};
 use crate::http::gap::{ItemFields, context_files, set_context, text};
 use crate::http::reply::ReplyShape;
+use crate::http::sampling::{LENGTH_NAMES, STOP_NAMES, set_default};
 use crate::http::sent_as::SentAs;
 
 /// As in Tabby.
@@ -49,11 +50,9 @@ pub fn read(fields: &Fields) -> Result<(GenerationRequest, SentAs), ApiError> {
     let mut sent_as = SentAs::default();
     sent_as.set(&mut completion, "prompt", "segments.prefix", prefix.into())?;
     sent_as.set(&mut completion, "suffix", "segments.suffix", suffix.into())?;
-    for (name, default) in
-        [("max_tokens", MAX_TOKENS.into()), ("temperature", TEMPERATURE.into()), ("stop", STOP.into())]
-    {
-        completion.entry(name).or_insert(default);
-    }
+    set_default(&mut completion, &LENGTH_NAMES, "max_tokens", MAX_TOKENS.into());
+    set_default(&mut completion, &["temperature"], "temperature", TEMPERATURE.into());
+    set_default(&mut completion, &STOP_NAMES, "stop", STOP.into());
     let mut request = CompletionShape::parse(&completion.into()).map_err(|error| sent_as.word(error))?;
     let indent = indent_of_last_line(prefix);
     request.options.min_indent = request.options.min_indent.max(indent);
@@ -117,6 +116,25 @@ mod tests {
         let options = parse(body).unwrap().options;
         assert_eq!((options.max_tokens, options.temperature, options.seed), (Some(8), Some(0.7), Some(3)));
         assert_eq!((options.stop, options.min_indent), (vec![";".to_owned()], 0));
+    }
+
+    #[test]
+    fn what_says_nothing_leaves_what_tabby_would_do_and_other_names_say_as_much() {
+        let nothing = json!({"segments": {"prefix": "a"}, "temperature": null, "max_tokens": null, "stop": null});
+        let options = parse(nothing).unwrap().options;
+        assert_eq!((options.max_tokens, options.temperature), (Some(MAX_TOKENS), Some(0.1)));
+        assert_eq!(options.stop, [STOP]);
+        for name in LENGTH_NAMES {
+            assert_eq!(
+                parse(json!({"segments": {"prefix": "a"}, name: 8})).unwrap().options.max_tokens,
+                Some(8),
+                "{name}"
+            );
+        }
+        for stops in [json!([";"]), json!([])] {
+            let options = parse(json!({"segments": {"prefix": "a"}, "stop_sequences": stops})).unwrap().options;
+            assert_eq!(json!(options.stop), stops);
+        }
     }
 
     #[test]
