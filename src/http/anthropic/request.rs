@@ -68,13 +68,11 @@ pub fn read_messages(fields: &Fields) -> Result<Translated, ApiError> {
     if let Some(choice) = fields.object("tool_choice")? {
         sent_as.add("tool_choice.function", "tool_choice");
         converted.insert("tool_choice".to_owned(), read_tool_choice(choice)?);
-        if choice.get("disable_parallel_tool_use") == Some(&Value::Bool(true)) {
-            sent_as.set(
-                &mut converted,
-                "parallel_tool_calls",
-                "tool_choice.disable_parallel_tool_use",
-                false.into(),
-            )?;
+        let at = "tool_choice.disable_parallel_tool_use";
+        match choice.get("disable_parallel_tool_use") {
+            None | Some(Value::Null | Value::Bool(false)) => {}
+            Some(Value::Bool(true)) => sent_as.set(&mut converted, "parallel_tool_calls", at, false.into())?,
+            Some(other) => return Err(wrong_type(at, "true or false", other)),
         }
     }
     if let Some((at, format)) = read_output_format(fields)? {
@@ -418,6 +416,10 @@ mod tests {
             (json!({"messages": user, "tools": [{"type": "bash_20250124", "name": "bash"}]}), "tools[0].type"),
             (json!({"messages": user, "tools": [{"name": "f"}]}), "tools[0].input_schema"),
             (json!({"messages": user, "tool_choice": {"type": "all"}}), "tool_choice.type"),
+            (
+                json!({"messages": user, "tool_choice": {"type": "auto", "disable_parallel_tool_use": "true"}}),
+                "tool_choice.disable_parallel_tool_use",
+            ),
         ] {
             assert_eq!(read(body.clone()).unwrap_err().param(), Some(place), "{body}");
         }
