@@ -103,6 +103,33 @@ async fn a_replaced_adapter_rolls_back_to_the_generation_before_or_the_one_named
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_adapter_rolls_back_only_from_the_generation_that_is_expected() {
+    let server = Server::start(ADMIN).await;
+    let first = server.generation("a").await;
+    server.put("a", json!({"path": server.stage(7)})).await;
+    let second = server.generation("a").await;
+    let roll_back = async |header: Option<(&str, String)>, body: Value| {
+        let request = server.request(Method::POST, "/v1/adapters/a/rollback").bearer_auth("admin");
+        let request = header.into_iter().fold(request, |request, (name, value)| request.header(name, value));
+        server.send(request.body(body.to_string())).await.0.as_u16()
+    };
+    let quoted = |generation: &Value| format!("\"{}\"", generation.as_str().unwrap());
+    for (header, body) in [
+        (None, json!({"if_generation": first})),
+        (None, json!({"if_generation": "", "generation": first})),
+        (Some(("if-match", quoted(&first))), json!({})),
+        (Some(("if-none-match", "*".to_owned())), json!({})),
+    ] {
+        assert_eq!(roll_back(header, body.clone()).await, 412, "{body}");
+        assert_eq!(server.generation("a").await, second);
+    }
+    assert_eq!(roll_back(None, json!({"if_generation": second})).await, 200);
+    assert_eq!(server.generation("a").await, first);
+    assert_eq!(roll_back(Some(("if-match", quoted(&first))), json!({"generation": second})).await, 200);
+    assert_eq!(server.generation("a").await, second);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_removed_adapter_is_unknown_and_removing_it_again_is_no_error() {
     let server = Server::start(ADMIN).await;
     for _ in 0..2 {
@@ -128,7 +155,7 @@ async fn what_cannot_be_served_or_lies_elsewhere_is_not_installed() {
     let escape = format!("../../{}", outside.path().file_name().unwrap().to_string_lossy());
     for path in [outside.path().to_string_lossy().into_owned(), escape, "a/../b".to_owned(), "nowhere".to_owned()] {
         let (status, error) = server.put("a", json!({"path": path})).await;
-        assert!((400..=422).contains(&status), "{path}: {error}");
+        assert_eq!((status, &error["error"]["param"]), (400, &json!("path")), "{path}: {error}");
     }
     for name in ["..%2Fx", ".hidden", "a%20b", "%2e%2e%2fx"] {
         assert_eq!(server.put(name, json!({"path": "a"})).await.0, 400, "{name}");

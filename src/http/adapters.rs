@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use schemars::JsonSchema;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::AppState;
 use super::auth::{Admin, Caller};
@@ -16,7 +16,7 @@ use super::error::ApiError;
 use super::fields::{Fields, PathName};
 use crate::adapter::canonical::Method;
 use crate::adapter::manifest::AdapterManifest;
-use crate::adapter::registry::{AdapterRegistry, AdapterStatus, Phase, SelfTest, Source, Tier};
+use crate::adapter::registry::{AdapterRegistry, AdapterStatus, ChangeError, Phase, SelfTest, Source, Tier};
 
 /// One adapter at this moment; what is not known before it has been read is `null`.
 #[derive(Debug, JsonSchema, Serialize)]
@@ -154,10 +154,11 @@ pub async fn put(
     headers: HeaderMap,
     fields: Fields,
 ) -> Result<Response, ApiError> {
+    fields.refuse_others(&["source", "path", "if_generation"])?;
     let registry = state.generation.adapters();
-    let source = match (fields.string("source")?, fields.string("path")?) {
-        (Some(source), None) => hub_source("source", source)?,
-        (None, Some(path)) => folder_source("path", path)?,
+    let (param, source) = match (fields.string("source")?, fields.string("path")?) {
+        (Some(source), None) => ("source", hub_source("source", source)?),
+        (None, Some(path)) => ("path", folder_source("path", path)?),
         (Some(_), Some(_)) => return Err(ApiError::invalid("path", "give `source` or `path`, not both")),
         (None, None) => {
             let message = "`source` (`hf:owner/repo`) or `path` (a folder under that of the adapters) is required";
@@ -166,7 +167,8 @@ pub async fn put(
     };
     let is_new = registry.status(&name).is_none();
     let expected = expected_generation(registry, &name, &headers, Some(&fields))?;
-    let status = registry.install(&name, source, expected.as_deref()).await?;
+    let installed = registry.install(&name, source, expected.as_deref()).await;
+    let status = installed.map_err(|error| of_source(error, param))?;
     Ok(view(&state, if is_new { StatusCode::CREATED } else { StatusCode::OK }, status))
 }
 
@@ -201,11 +203,25 @@ pub async fn roll_back(
     State(state): State<AppState>,
     _: Admin,
     PathName(name): PathName,
+    headers: HeaderMap,
     fields: Option<Fields>,
 ) -> Result<Response, ApiError> {
-    let to = fields.as_ref().map(|fields| fields.string("generation")).transpose()?.flatten();
-    let status = state.generation.adapters().roll_back(&name, to, None).await?;
+    let fields = fields.unwrap_or_else(|| Map::new().into());
+    fields.refuse_others(&["generation", "if_generation"])?;
+    let registry = state.generation.adapters();
+    let to = fields.string("generation")?;
+    let expected = expected_generation(registry, &name, &headers, Some(&fields))?;
+    let rolled_back = registry.roll_back(&name, to, expected.as_deref()).await;
+    let status = rolled_back.map_err(|error| of_source(error, "generation"))?;
     Ok(view(&state, StatusCode::OK, status))
+}
+
+/// `param` is where the request says what is to be installed.
+fn of_source(error: ChangeError, param: &str) -> ApiError {
+    match error {
+        ChangeError::Source(message) => ApiError::invalid(param, message),
+        other => other.into(),
+    }
 }
 
 /// A folder under that of the adapters; whether it is one is for the registry to say.

@@ -2,7 +2,7 @@
 
 use axum::extract::State;
 use axum::{Extension, Json};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::AppState;
 use super::auth::{Admin, Caller};
@@ -29,7 +29,9 @@ pub async fn begin(
     PathName(name): PathName,
     fields: Option<Fields>,
 ) -> Result<Json<Promotion>, ApiError> {
-    let adapter = fields.as_ref().map(|fields| fields.string("adapter")).transpose()?.flatten();
+    let fields = fields.unwrap_or_else(|| Map::new().into());
+    fields.refuse_others(&["adapter"])?;
+    let adapter = fields.string("adapter")?;
     let AppState { generation, experiments, fine_tuning, .. } = &state;
     Ok(Json(promotion::begin(generation, experiments, fine_tuning.clone(), &name, adapter).await?))
 }

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::document::{Access, Document, EVENTS, JSON, Operation, TEXT};
-use super::schema::{boolean, count, item, not_null, one_of, properties, required_text, text};
+use super::schema::{boolean, closed, count, item, not_null, one_of, properties, required_text, text};
 use crate::experiments::{Promotion, Report, StoredVote};
 use crate::http::adapter_events::{EventView, MissedView};
 use crate::http::adapters::AdapterView;
@@ -49,19 +49,20 @@ fn describe_adapters(document: &mut Document) {
             .header("if-match", "The generation that is replaced, or `*`.")
             .header("if-none-match", "`*`: there must be none.")
     };
+    let if_generation = || text("The generation that is replaced; empty for none.");
     let put = Operation::new("put", path, ADAPTERS, "Installs an adapter, or replaces it")
         .access(Access::Admin)
         .takes_schema(
-            json!({"type": "object",
+            closed(json!({"type": "object",
             "properties": {
                 "source": text("`hf:owner/repo`, with or without `@revision`."),
                 "path": text("A folder under that of the adapters."),
-                "if_generation": text("The generation that is replaced; empty for none."),
+                "if_generation": if_generation(),
             },
             "anyOf": [
                 {"required": ["source"], "properties": {"source": required_text(), "path": {"type": "null"}}},
                 {"required": ["path"], "properties": {"path": required_text(), "source": {"type": "null"}}},
-            ]}),
+            ]})),
             &[json!({"path": "no-such-folder"}), json!({"source": "hf:owner/repo"})],
             true,
         );
@@ -89,14 +90,21 @@ fn describe_adapters(document: &mut Document) {
         .answers_with_header(200, "etag")
         .refuses(&[400, 404, 422]),
     );
+    let roll_back = Operation::post("/v1/adapters/{name}/rollback", ADAPTERS, "Goes back to an earlier generation")
+        .access(Access::Admin)
+        .takes_schema(
+            closed(item(
+                json!({
+                    "generation": text("The one before, if nothing is said."),
+                    "if_generation": if_generation(),
+                }),
+                &[],
+            )),
+            &[json!({"generation": null})],
+            false,
+        );
     document.add(
-        Operation::post("/v1/adapters/{name}/rollback", ADAPTERS, "Goes back to an earlier generation")
-            .access(Access::Admin)
-            .takes_schema(
-                item(json!({"generation": text("The one before, if nothing is said.")}), &[]),
-                &[json!({"generation": null})],
-                false,
-            )
+        conditional(roll_back)
             .answers(200, "As it is now.", &view)
             .answers_with_header(200, "etag")
             .refuses(&[404, 409, 412, 422, 507]),
@@ -254,7 +262,7 @@ fn describe_experiments(document: &mut Document) {
         Operation::post(path, EXPERIMENTS, "Checks an adapter on held-out feedback, and promotes it if it does better")
             .access(Access::Admin)
             .takes_schema(
-                item(json!({"adapter": text("What the canary's arm serves, if nothing is said.")}), &[]),
+                closed(item(json!({"adapter": text("What the canary's arm serves, if nothing is said.")}), &[])),
                 &[json!({"adapter": null}), json!({"adapter": "no-such-adapter"})],
                 false,
             )
