@@ -1,12 +1,13 @@
 //! What the running experiments show, and the canary's second chance.
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::{Extension, Json};
 use serde_json::{Value, json};
 
 use super::AppState;
 use super::auth::{Admin, Caller};
 use super::error::ApiError;
+use super::fields::PathName;
 use crate::experiments::{Report, ResetError, Unavailable};
 
 /// What the caller may see of each.
@@ -22,7 +23,7 @@ pub async fn list(
 pub async fn get(
     State(state): State<AppState>,
     Extension(caller): Extension<Caller>,
-    Path(name): Path<String>,
+    PathName(name): PathName,
 ) -> Result<Json<Report>, ApiError> {
     match state.experiments.report(&name).await? {
         Some(report) => Ok(Json(state.experiments.visible(report, |adapter| caller.access.allows(adapter)))),
@@ -35,10 +36,10 @@ pub async fn reset(
     State(state): State<AppState>,
     _: Admin,
     caller: Extension<Caller>,
-    Path(name): Path<String>,
+    PathName(name): PathName,
 ) -> Result<Json<Report>, ApiError> {
     state.experiments.reset(&name).await?;
-    get(State(state), caller, Path(name)).await
+    get(State(state), caller, PathName(name)).await
 }
 
 impl From<ResetError> for ApiError {

@@ -4,13 +4,13 @@
 //! has ended, and one that belongs to no experiment may be judged too.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use serde_json::{Value, json};
 
 use super::AppState;
 use super::error::ApiError;
-use super::fields::Fields;
+use super::fields::{Fields, PathName};
 use crate::experiments::{Vote, VoteError, VoteKind};
 
 /// Bytes of an id, a user or an arm.
@@ -23,7 +23,7 @@ pub async fn vote(State(state): State<AppState>, fields: Fields) -> Result<Json<
     Ok(Json(json!({"id": id, "recorded": true})))
 }
 
-pub async fn votes(State(state): State<AppState>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+pub async fn votes(State(state): State<AppState>, PathName(id): PathName) -> Result<Json<Value>, ApiError> {
     let votes = state.experiments.votes(&id).await?;
     Ok(Json(json!({"id": id, "votes": votes})))
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -12,7 +12,7 @@ use tokio::task::spawn_blocking;
 use super::AppState;
 use super::auth::Admin;
 use super::error::ApiError;
-use super::fields::{Fields, wrong_type};
+use super::fields::{Fields, PathName, wrong_type};
 use crate::icl::{Example, Store, StoreError};
 
 #[derive(Debug, JsonSchema, Serialize)]
@@ -46,7 +46,7 @@ pub async fn list(State(state): State<AppState>) -> Json<StoreList> {
     Json(StoreList { object: "list", data: state.generation.icl().list().iter().map(card).collect() })
 }
 
-pub async fn get(State(state): State<AppState>, Path(name): Path<String>) -> Result<Json<WholeStore>, ApiError> {
+pub async fn get(State(state): State<AppState>, PathName(name): PathName) -> Result<Json<WholeStore>, ApiError> {
     let store = state.generation.icl().get(&name)?;
     let numbered = |(id, example): (usize, &Example)| NumberedExample { id, example: example.clone() };
     let examples = store.examples().iter().enumerate().map(numbered).collect();
@@ -57,7 +57,7 @@ pub async fn get(State(state): State<AppState>, Path(name): Path<String>) -> Res
 pub async fn put(
     State(state): State<AppState>,
     _: Admin,
-    Path(name): Path<String>,
+    PathName(name): PathName,
     fields: Fields,
 ) -> Result<Json<StoreCard>, ApiError> {
     let examples = fields.array("examples")?.ok_or_else(|| ApiError::invalid("examples", "`examples` is required"))?;
@@ -70,7 +70,7 @@ pub async fn put(
 pub async fn delete(
     State(state): State<AppState>,
     _: Admin,
-    Path(name): Path<String>,
+    PathName(name): PathName,
 ) -> Result<Json<Value>, ApiError> {
     let deleted = name.clone();
     blocking(move || state.generation.icl().delete(&name)).await?;

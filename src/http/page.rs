@@ -3,7 +3,6 @@
 use std::sync::LazyLock;
 
 use axum::Router;
-use axum::extract::Path;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -11,6 +10,7 @@ use sha2::{Digest, Sha256};
 
 use super::AppState;
 use super::error::ApiError;
+use super::fields::PathName;
 use crate::hexadecimal::hexadecimal;
 
 /// Nothing comes from another host, and nothing that is written into the page is run.
@@ -88,7 +88,7 @@ async fn index(headers: HeaderMap) -> Result<Response, ApiError> {
     Ok(page)
 }
 
-async fn asset(Path(name): Path<String>, headers: HeaderMap) -> Result<Response, ApiError> {
+async fn asset(PathName(name): PathName, headers: HeaderMap) -> Result<Response, ApiError> {
     serve(&name, &headers)
 }
 
