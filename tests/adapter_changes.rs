@@ -3,10 +3,13 @@
 mod adapter_server;
 mod tiny;
 
+use std::fs;
+use std::os::unix::fs::symlink;
+
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use adapter_server::{ADMIN, Server, ids, write_adapter};
+use adapter_server::{ADMIN, Server, ids, names, write_adapter};
 
 impl Server {
     /// Files to install, in a folder under the root that is no adapter itself.
@@ -140,6 +143,10 @@ async fn a_removed_adapter_is_unknown_and_removing_it_again_is_no_error() {
     }
     let (status, _) = server.admin(Method::DELETE, "/v1/adapters/broken", json!({})).await;
     assert_eq!(status, StatusCode::NO_CONTENT, "what is refused can be taken out");
+    write_adapter(&server.root().join("new"), 5);
+    let (status, _) = server.admin(Method::DELETE, "/v1/adapters/new", json!({})).await;
+    assert_eq!(status, StatusCode::NO_CONTENT);
+    assert!(!server.root().join("new").exists(), "noticed before or not");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -162,6 +169,43 @@ async fn what_cannot_be_served_or_lies_elsewhere_is_not_installed() {
     }
     assert_eq!(server.generation("a").await, first);
     assert_eq!(ids(&server.get("/v1/models").await), ["tiny", "tiny-a", "tiny-b"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_adapter_in_a_folder_of_a_folder_is_listed_with_what_to_do_and_can_be_installed() {
+    let server = Server::start(ADMIN).await;
+    write_adapter(&server.root().join("output/checkpoint-500"), 7);
+    let output = server.until("/v1/adapters", |list| names(&list["data"]).contains(&"output")).await["data"][3].clone();
+    let error = output["error"].as_str().unwrap();
+    assert!(output["phase"] == "failed" && error.contains("checkpoint-500") && error.contains("move"), "{output}");
+    let (status, error) = server.refusal(json!({"model": "output"})).await;
+    assert!(status == 404 && error["message"].as_str().unwrap().contains("checkpoint-500"), "{error}");
+    assert_eq!(ids(&server.get("/v1/models").await), ["tiny", "tiny-a", "tiny-b"]);
+    let (status, _) = server.admin(Method::DELETE, "/v1/adapters/output", json!({})).await;
+    assert_eq!(status, StatusCode::CONFLICT, "it is no adapter's folder");
+    assert_eq!(server.put("c", json!({"path": "output/checkpoint-500"})).await.0, 201);
+    assert_eq!(server.complete(json!({"model": "c"})).await["adapter"]["name"], "c");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_cannot_be_read_for_a_moment_are_no_refusal() {
+    let server = Server::start(ADMIN).await;
+    // What such a link is the system can tell nobody.
+    fs::create_dir(server.root().join(".c")).unwrap();
+    symlink("adapter_config.json", server.root().join(".c/adapter_config.json")).unwrap();
+    fs::rename(server.root().join(".c"), server.root().join("c")).unwrap();
+    server.until("/v1/adapters", |list| names(&list["data"]).contains(&"c")).await;
+    for path in ["/v1/completions", "/v1/adapters/c/load"] {
+        let request = server.request(Method::POST, path).body(json!({"model": "c", "prompt": "x"}).to_string());
+        let (status, error) = server.send(request).await;
+        assert_eq!((status, &error["error"]["code"]), (StatusCode::SERVICE_UNAVAILABLE, &json!("storage_unavailable")));
+        assert!(error["error"]["message"].as_str().unwrap().contains("adapter_config.json"), "{error}");
+    }
+    write_adapter(&server.root().join(".new"), 7);
+    for file in ["adapter_model.safetensors", "adapter_config.json"] {
+        fs::rename(server.root().join(".new").join(file), server.root().join("c").join(file)).unwrap();
+    }
+    server.until("/v1/adapters/c", |c| c["phase"] == "ready" && c["error"].is_null()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

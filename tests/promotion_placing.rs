@@ -80,3 +80,22 @@ async fn a_candidate_waits_for_memory() {
     let no_memory = AcquireError::OutOfMemory("tuned".to_owned());
     assert_eq!(registry.acquire("tuned").await.map(|tuned| tuned.generation.clone()), Ok(generation), "{no_memory}");
 }
+
+#[tokio::test]
+async fn a_candidate_waits_for_memory_while_what_it_replaces_is_served() {
+    let fixture = fixture().with_room_for(2);
+    let registry = fixture.registry();
+    let (a, b) = (generation(&registry, "a").unwrap(), generation(&registry, "b").unwrap());
+    assert_eq!(place(&registry, "a", &a, "tuned", || true).await, Ok(None));
+    let held = RefCell::new(vec![registry.acquire("tuned").await.unwrap(), registry.acquire("b").await.unwrap()]);
+    let num_asked = Cell::new(0);
+    let is_wanted = || {
+        num_asked.set(num_asked.get() + 1);
+        if num_asked.get() == 2 {
+            held.borrow_mut().clear();
+        }
+        true
+    };
+    assert_eq!(place(&registry, "b", &b, "tuned", is_wanted).await, Ok(Some(a)));
+    assert_eq!(registry.acquire("tuned").await.unwrap().generation, b);
+}

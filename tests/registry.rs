@@ -3,6 +3,7 @@
 mod folder;
 
 use std::fs;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -91,6 +92,62 @@ async fn what_is_broken_is_refused_once_until_its_files_change() {
     fs::write(fixture.path("a/adapter_config.json"), config).unwrap();
     eventually("a is healed", || status(&registry, "a").phase == Phase::Ready);
     assert_ne!(registry.acquire("a").await.unwrap().generation, held.generation);
+}
+
+/// In place of a file, a link to itself: what is there the system can tell nobody, not even who may read everything.
+fn put_unreadable(path: &Path) {
+    let link = path.with_extension("new");
+    std::os::unix::fs::symlink(path.file_name().unwrap(), &link).unwrap();
+    fs::rename(&link, path).unwrap();
+}
+
+#[tokio::test]
+async fn what_cannot_be_looked_at_for_a_moment_is_served_as_it_was() {
+    let fixture = Fixture::new(&["a"]);
+    let registry = fixture.registry();
+    let first = registry.acquire("a").await.unwrap().generation.clone();
+    for file in ["adapter_model.safetensors", "adapter_config.json"] {
+        let away = fixture.path(".away");
+        fs::hard_link(fixture.path("a").join(file), &away).unwrap();
+        put_unreadable(&fixture.path("a").join(file));
+        // The folder has been scanned, and more than once.
+        for name in ["b", "c", "d"] {
+            fixture.write(name, 1.0);
+            eventually("the folder is scanned", || registry.status(name).is_some());
+            fs::remove_dir_all(fixture.path(name)).unwrap();
+            eventually("the folder is scanned", || registry.status(name).is_none());
+            assert_eq!(registry.acquire("a").await.unwrap().generation, first);
+        }
+        let error = registry.remove("a", None).await.unwrap_err();
+        assert!(matches!(&error, ChangeError::Folder(cause) if cause.contains(file)), "{error}");
+        let error = registry.install("x", Source::Folder("a".into()), None).await.unwrap_err();
+        assert!(matches!(&error, ChangeError::Folder(cause) if cause.contains(file)), "{error}");
+        fs::rename(&away, fixture.path("a").join(file)).unwrap();
+    }
+    fs::write(fixture.path(".new"), weights(2.0)).unwrap();
+    fs::rename(fixture.path(".new"), fixture.path("a/adapter_model.safetensors")).unwrap();
+    eventually("a is replaced", || generation(&registry, "a").is_some_and(|now| now != first));
+    assert_eq!((status(&registry, "a").error, fixture.metrics.adapter_refusals_total.get()), (None, 0));
+}
+
+#[tokio::test]
+async fn what_could_not_be_looked_at_is_named_and_served_once_it_can_be() {
+    let fixture = Fixture::new(&["a"]);
+    let away = fixture.path(".away");
+    fs::rename(fixture.path("a/adapter_config.json"), &away).unwrap();
+    put_unreadable(&fixture.path("a/adapter_config.json"));
+    // Nobody's adapter, as a disk has it.
+    fs::create_dir(fixture.path("lost+found")).unwrap();
+    put_unreadable(&fixture.path("lost+found/adapter_config.json"));
+    let registry = fixture.registry();
+    let a = status(&registry, "a");
+    assert!(a.phase == Phase::Registered && a.error.is_some_and(|e| e.contains("adapter_config.json")));
+    assert_eq!(registry.list().len(), 1);
+    let error = registry.acquire("a").await.unwrap_err();
+    assert!(matches!(error, AcquireError::Unreadable { .. }), "{error}");
+    fs::rename(&away, fixture.path("a/adapter_config.json")).unwrap();
+    eventually("a is served", || status(&registry, "a").phase == Phase::Ready);
+    assert_eq!(status(&registry, "a").error, None);
 }
 
 #[tokio::test]

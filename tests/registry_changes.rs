@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use fixtures::{copy_adapter, fixtures};
 use folder::{Fixture, Shapes, eventually, generation, install, status, write};
-use lorry::adapter::registry::{AcquireError, AdapterRegistry, ChangeError, Phase};
+use lorry::adapter::registry::{AcquireError, AdapterRegistry, AdapterStatus, ChangeError, Phase};
 use lorry::metrics::Metrics;
 
 #[tokio::test]
@@ -112,6 +112,160 @@ async fn earlier_generations_can_be_installed_again() {
     assert_eq!(registry.acquire("a").await.unwrap_err(), AcquireError::Unknown("a".to_owned()));
     assert_eq!(registry.roll_back("a", None, None).await.unwrap().generation.as_ref(), Some(second));
     assert_eq!(registry.roll_back("b", None, None).await.unwrap_err(), ChangeError::Unknown("b".to_owned()));
+}
+
+/// What lies in a folder under the root, whatever it is called beyond its beginning.
+fn read_under(fixture: &Fixture, folder: &str, begins: &str, file: &str) -> Option<String> {
+    let found = fs::read_dir(fixture.path(folder)).ok()?.flatten();
+    let mut found = found.filter(|entry| entry.file_name().to_string_lossy().starts_with(begins));
+    fs::read_to_string(found.next()?.path().join(file)).ok()
+}
+
+fn is_staging_empty(fixture: &Fixture) -> bool {
+    fs::read_dir(fixture.path(".lorry/staging")).is_ok_and(|mut left| left.next().is_none())
+}
+
+#[tokio::test]
+async fn what_cannot_be_kept_is_neither_replaced_nor_removed_and_is_served_on() {
+    let fixture = Fixture::new(&["a"]);
+    let registry = fixture.registry();
+    let first = generation(&registry, "a").unwrap();
+    write(&fixture.path(".staging/2"), 2.0, "");
+    let kept = fixture.path(".lorry/generations");
+    fs::remove_dir_all(&kept).unwrap();
+    fs::write(&kept, "in the way").unwrap();
+    for _ in 0..2 {
+        let errors = [
+            install(&registry, "a", ".staging/2", None).await.unwrap_err(),
+            registry.remove("a", None).await.unwrap_err(),
+        ];
+        for error in errors {
+            assert!(matches!(&error, ChangeError::Folder(cause) if cause.contains("cannot be kept")), "{error}");
+        }
+        assert_eq!(registry.acquire("a").await.unwrap().generation, first);
+        assert!(fixture.path("a/adapter_model.safetensors").exists() && is_staging_empty(&fixture));
+    }
+    // It was not given up for good.
+    fs::remove_file(&kept).unwrap();
+    let second = install(&registry, "a", ".staging/2", None).await.unwrap();
+    assert_eq!(status(&registry, "a").previous_generations, [first.clone()]);
+    registry.remove("a", None).await.unwrap();
+    for generation in [&first, &second] {
+        assert_eq!(
+            registry.roll_back("a", Some(generation), None).await.unwrap().generation.as_ref(),
+            Some(generation)
+        );
+    }
+}
+
+#[tokio::test]
+async fn all_that_a_folder_held_is_kept_when_it_is_replaced_or_removed() {
+    let fixture = Fixture::new(&["a"]);
+    fs::write(fixture.path("a/README.md"), "first").unwrap();
+    fs::create_dir(fixture.path("a/checkpoint-1")).unwrap();
+    fs::write(fixture.path("a/checkpoint-1/optimizer.pt"), "state").unwrap();
+    let registry = fixture.registry();
+    let first = generation(&registry, "a").unwrap();
+    write(&fixture.path(".staging/2"), 2.0, "");
+    let second = install(&registry, "a", ".staging/2", None).await.unwrap();
+    let kept = |generation: &str, file: &str| {
+        fs::read_to_string(fixture.path(".lorry/generations/a").join(generation).join("folder").join(file)).ok()
+    };
+    assert_eq!(kept(&first, "README.md").as_deref(), Some("first"));
+    assert_eq!(kept(&first, "checkpoint-1/optimizer.pt").as_deref(), Some("state"));
+
+    fs::write(fixture.path("a/README.md"), "second").unwrap();
+    registry.remove("a", None).await.unwrap();
+    assert_eq!(kept(&second, "README.md").as_deref(), Some("second"));
+    assert!(!fixture.path("a").exists() && is_staging_empty(&fixture));
+    // Rolling back puts the generation there, and leaves what else was kept where it is.
+    for generation in [&first, &second, &first] {
+        registry.roll_back("a", Some(generation), None).await.unwrap();
+        assert_eq!(registry.acquire("a").await.unwrap().generation, *generation);
+    }
+    assert_eq!(kept(&first, "checkpoint-1/optimizer.pt").as_deref(), Some("state"));
+    assert_eq!(kept(&second, "README.md").as_deref(), Some("second"));
+}
+
+#[tokio::test]
+async fn what_is_no_generation_is_put_aside_whole_when_it_is_replaced_or_removed() {
+    let fixture = Fixture::new(&[]);
+    for name in ["pickle", "gguf", "cut"] {
+        fs::create_dir(fixture.path(name)).unwrap();
+    }
+    fs::write(fixture.path("pickle/adapter_model.bin"), "the only copy").unwrap();
+    fs::write(fixture.path("gguf/sql.gguf"), "the only copy").unwrap();
+    write(&fixture.path("cut"), 1.0, "");
+    fs::write(fixture.path("cut/adapter_model.safetensors"), "the only copy").unwrap();
+    let registry = fixture.registry();
+    assert!(registry.list().iter().all(|status| status.phase == Phase::Failed && status.error.is_some()));
+    write(&fixture.path(".staging/1"), 1.0, "");
+
+    fs::create_dir_all(fixture.path(".lorry")).unwrap();
+    fs::write(fixture.path(".lorry/removed"), "in the way").unwrap();
+    for name in ["pickle", "gguf", "cut"] {
+        let error = install(&registry, name, ".staging/1", None).await.unwrap_err();
+        assert!(matches!(&error, ChangeError::Folder(cause) if cause.contains("cannot be kept")), "{error}");
+        assert!(matches!(registry.remove(name, None).await, Err(ChangeError::Folder(_))));
+    }
+    assert_eq!(fs::read_to_string(fixture.path("pickle/adapter_model.bin")).unwrap(), "the only copy");
+    assert!(is_staging_empty(&fixture) && registry.list().len() == 3);
+
+    fs::remove_file(fixture.path(".lorry/removed")).unwrap();
+    install(&registry, "pickle", ".staging/1", None).await.unwrap();
+    assert_eq!(registry.acquire("pickle").await.unwrap().name, "pickle");
+    registry.remove("gguf", None).await.unwrap();
+    registry.remove("cut", None).await.unwrap();
+    for (name, file) in [("pickle-", "adapter_model.bin"), ("gguf-", "sql.gguf"), ("cut-", "adapter_model.safetensors")]
+    {
+        let found = read_under(&fixture, ".lorry/removed", name, file);
+        assert_eq!(found.as_deref(), Some("the only copy"), "{name}");
+    }
+    assert!(is_staging_empty(&fixture));
+}
+
+#[tokio::test]
+async fn a_link_is_removed_and_what_it_leads_to_stays() {
+    let fixture = Fixture::new(&[]);
+    write(&fixture.path(".releases/1"), 1.0, "");
+    std::os::unix::fs::symlink(".releases/1", fixture.path("a")).unwrap();
+    let registry = fixture.registry();
+    let first = generation(&registry, "a").unwrap();
+    write(&fixture.path(".staging/2"), 2.0, "");
+    install(&registry, "a", ".staging/2", None).await.unwrap();
+    assert!(fixture.path(".releases/1/adapter_config.json").exists() && is_staging_empty(&fixture));
+    assert_eq!(registry.roll_back("a", None, None).await.unwrap().generation, Some(first));
+}
+
+#[tokio::test]
+async fn adapters_deeper_in_a_folder_are_named_and_left_alone() {
+    let fixture = Fixture::new(&[]);
+    write(&fixture.path("sql/checkpoint-500"), 1.0, "");
+    write(&fixture.path("style/checkpoint-1/default"), 2.0, "");
+    write(&fixture.path("both"), 1.0, "");
+    write(&fixture.path("both/checkpoint-500"), 2.0, "");
+    let registry = fixture.registry();
+    assert_eq!(status(&registry, "both").phase, Phase::Ready);
+    for (name, inside) in [("sql", "checkpoint-500"), ("style", "checkpoint-1/default")] {
+        let AdapterStatus { phase, error, .. } = status(&registry, name);
+        let error = error.unwrap();
+        assert!(phase == Phase::Failed && error.contains(inside) && error.contains("move"), "{error}");
+        assert!(matches!(registry.acquire(name).await, Err(AcquireError::Refused { .. })));
+        assert_eq!(registry.remove(name, None).await, Err(ChangeError::NoAdapter(name.to_owned())));
+        assert!(matches!(install(&registry, name, "both", None).await, Err(ChangeError::NoAdapter(_))));
+        assert!(fixture.path(name).join(inside).join("adapter_config.json").exists());
+    }
+    install(&registry, "sql-500", "sql/checkpoint-500", None).await.unwrap();
+    assert_eq!(registry.acquire("sql-500").await.unwrap().name, "sql-500");
+    // It is told once, and no more when it is not so.
+    let num_refusals = fixture.metrics.adapter_refusals_total.get();
+    fs::rename(fixture.path("style/checkpoint-1"), fixture.path("style/checkpoint-2")).unwrap();
+    eventually("the new place", || status(&registry, "style").error.is_some_and(|e| e.contains("checkpoint-2")));
+    assert_eq!(fixture.metrics.adapter_refusals_total.get(), num_refusals + 1);
+    fs::rename(fixture.path("sql/checkpoint-500"), fixture.path("moved")).unwrap();
+    eventually("it is served where it was moved to", || {
+        registry.status("moved").is_some_and(|status| status.phase == Phase::Ready) && registry.status("sql").is_none()
+    });
 }
 
 #[tokio::test]

@@ -47,6 +47,11 @@ pub enum AdapterError {
 }
 
 impl AdapterError {
+    /// Whether it says something of the moment and nothing of the files: the same ones may be read the next time.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Unreadable { .. } | Self::Folder(_) | Self::Unsettled)
+    }
+
     pub fn field(field: &str, reason: impl ToString) -> Self {
         Self::Field { field: excerpt(field, MAX_NAME_CHARS), reason: excerpt_of(reason) }
     }
@@ -86,7 +91,19 @@ fn excerpt(text: &str, max_chars: usize) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
+
+    #[test]
+    fn only_what_the_system_says_at_the_moment_may_pass() {
+        for source in [5, 12, 13, 24, 116].map(io::Error::from_raw_os_error) {
+            assert!(AdapterError::Unreadable { file: WEIGHTS_FILE, source }.may_pass());
+        }
+        assert!(AdapterError::Folder(io::ErrorKind::Other.into()).may_pass() && AdapterError::Unsettled.may_pass());
+        assert!(!AdapterError::NoTensors.may_pass() && !AdapterError::FolderOutside.may_pass());
+        assert!(!AdapterError::Missing { file: WEIGHTS_FILE, hint: String::new() }.may_pass());
+    }
 
     #[test]
     fn no_refusal_is_as_long_as_the_file_that_it_quotes() {

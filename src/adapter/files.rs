@@ -3,7 +3,8 @@
 //! Everything is read through one handle of the folder, so that a rename in between cannot mix two adapters, and a link
 //! that leads out of the folder is refused. Pickles are never opened: opening one can run code.
 
-use std::io::{self, ErrorKind, Read};
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind, Read, Write};
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, SystemTime};
@@ -16,6 +17,7 @@ use tracing::info;
 
 use super::error::AdapterError;
 use super::manifest::AdapterManifest;
+use super::root;
 use super::weights_header::{self, PREFIX_BYTES};
 use super::{manifest, peft_config};
 use crate::hexadecimal::hexadecimal;
@@ -40,8 +42,14 @@ const MAX_WEIGHTS_BYTES: u64 = 4 << 30;
 
 /// Two writes within this time may leave the same modification time.
 const TIMESTAMP_GRAIN: Duration = Duration::from_millis(20);
-/// Readings of files that change meanwhile, before giving up until they change again.
+/// Readings of files that change meanwhile, before giving up for now.
 const MAX_READINGS: usize = 4;
+/// How far below a folder it is looked for adapters in it: `checkpoint-500/sql`, and one more …
+const MAX_NESTING: usize = 3;
+/// … and at how many entries.
+const MAX_NESTED_ENTRIES: usize = 1000;
+/// So many of what was found are named.
+const MAX_NAMED: usize = 3;
 
 /// What an adapter is made of: the bytes of its files.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,22 +78,33 @@ impl AdapterFiles {
         Ok(Self { config, manifest, weights })
     }
 
-    /// Reads files that others may be writing: again when they changed meanwhile. Returns what they were read as.
-    pub fn read_settled(folder: &Dir, max_weights_bytes: u64) -> (Fingerprint, Result<Self, AdapterError>) {
-        let mut before = Fingerprint::of(folder);
+    /// Reads files that others may be writing: again when they changed meanwhile. Returns what they were read as, where that
+    /// can be said.
+    pub fn read_settled(folder: &Dir, max_weights_bytes: u64) -> (Option<Fingerprint>, Result<Self, AdapterError>) {
+        match Self::settled(folder, max_weights_bytes) {
+            Ok((fingerprint, files)) => (Some(fingerprint), files),
+            Err(e) => (None, Err(e)),
+        }
+    }
+
+    fn settled(
+        folder: &Dir,
+        max_weights_bytes: u64,
+    ) -> Result<(Fingerprint, Result<Self, AdapterError>), AdapterError> {
+        let mut before = Fingerprint::of(folder)?;
         for _ in 0..MAX_READINGS {
             if before.is_fresh() {
                 thread::sleep(TIMESTAMP_GRAIN);
-                before = Fingerprint::of(folder);
+                before = Fingerprint::of(folder)?;
             }
             let files = Self::read_from(folder, max_weights_bytes);
-            let after = Fingerprint::of(folder);
+            let after = Fingerprint::of(folder)?;
             if before == after {
-                return (before, files);
+                return Ok((before, files));
             }
             before = after;
         }
-        (before, Err(AdapterError::Unsettled))
+        Ok((before, Err(AdapterError::Unsettled)))
     }
 
     /// SHA-256 over all files, hexadecimal.
@@ -108,10 +127,17 @@ impl AdapterFiles {
         Err(AdapterError::Manifest { key: "sha256", reason })
     }
 
+    /// Writes the files into an empty folder. They are on the disk then: whoever renames the folder into place may rely on it.
     pub fn write(&self, folder: &Dir) -> io::Result<()> {
-        folder.write(peft_config::FILE, &self.config)?;
-        folder.write(WEIGHTS_FILE, &self.weights)?;
-        self.manifest.as_ref().map_or(Ok(()), |manifest| folder.write(manifest::FILE, manifest))
+        let manifest = self.manifest.as_ref().map(|manifest| (manifest::FILE, manifest));
+        for (name, bytes) in
+            [(peft_config::FILE, &self.config), (WEIGHTS_FILE, &self.weights)].into_iter().chain(manifest)
+        {
+            let mut file = folder.create(name)?;
+            file.write_all(bytes)?;
+            file.sync_all()?;
+        }
+        root::sync(folder)
     }
 }
 
@@ -136,7 +162,7 @@ impl Glance {
             open_file(folder, WEIGHTS_FILE, max_weights_bytes)?.ok_or_else(|| missing_weights(folder))?;
         let mut read = |limit: usize| {
             let mut bytes = Vec::with_capacity(limit);
-            let read = weights.by_ref().take(limit as u64).read_to_end(&mut bytes);
+            let read = Read::by_ref(&mut weights).take(limit as u64).read_to_end(&mut bytes);
             read.map(|_| bytes).map_err(|source| AdapterError::Unreadable { file: WEIGHTS_FILE, source })
         };
         let header_len = weights_header::length(&read(PREFIX_BYTES)?, len)?;
@@ -145,31 +171,70 @@ impl Glance {
     }
 }
 
+/// What a folder is to the registry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// An adapter, or what is left of one, or one in a form that is not read.
+    Adapter,
+    /// No adapter itself: its own folders hold some.
+    Nested,
+    Other,
+}
+
 /// By which a change of the files is noticed without reading them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fingerprint([Option<Stamp>; FILES.len()]);
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Stamp {
+    // Another one after the disk was mounted again, or the files were copied to another.
+    #[serde(skip)]
     device: u64,
+    #[serde(skip)]
     inode: u64,
     len: u64,
     modified: SystemTime,
 }
 
 impl Fingerprint {
-    pub fn of(folder: &Dir) -> Self {
-        Self(FILES.map(|file| folder.metadata(file).ok().map(|metadata| Stamp::of(&metadata))))
+    /// # Errors
+    /// When it cannot be said what is there, which is not the same as nothing.
+    pub fn of(folder: &Dir) -> Result<Self, AdapterError> {
+        let [config, weights, manifest] = FILES.map(|file| match folder.metadata(file) {
+            Ok(metadata) => Ok(Some(Stamp::of(&metadata))),
+            // A link that leads nowhere, or outside, is none of the files.
+            Err(e) if e.kind() == ErrorKind::NotFound || leads_outside(&e) => Ok(None),
+            Err(source) => Err(AdapterError::Unreadable { file, source }),
+        });
+        Ok(Self([config?, weights?, manifest?]))
     }
 
-    /// Whether the folder holds an adapter or what is left of one.
-    pub fn is_adapter(&self, folder: &Dir) -> bool {
+    /// As it is kept in a file, where disks and numbers of files may be others when it is read again.
+    pub fn is_recorded_as(&self, record: &Self) -> bool {
+        let kept = |stamp: &Stamp| (stamp.len, stamp.modified);
+        self.0.each_ref().map(|stamp| stamp.as_ref().map(kept))
+            == record.0.each_ref().map(|stamp| stamp.as_ref().map(kept))
+    }
+
+    pub fn has_files(&self) -> bool {
+        self.0.iter().any(Option::is_some)
+    }
+
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn content(&self, folder: &Dir) -> Result<Content, AdapterError> {
         let [config, weights, _] = &self.0;
         // A link that leads nowhere has no stamp.
-        config.is_some()
+        let is_linked = || FILES[..2].iter().any(|file| folder.symlink_metadata(file).is_ok());
+        let is_adapter = config.is_some()
             || weights.is_some()
-            || FILES[..2].iter().any(|file| folder.symlink_metadata(file).is_ok())
-            || foreign_file(folder).is_some()
+            || is_linked()
+            || foreign_file(folder).map_err(AdapterError::Folder)?.is_some();
+        Ok(match is_adapter {
+            true => Content::Adapter,
+            false if nested_adapters(folder).is_empty() => Content::Other,
+            false => Content::Nested,
+        })
     }
 
     /// Whether a file was written so recently that a further write might not show.
@@ -233,13 +298,15 @@ pub fn leads_outside(error: &io::Error) -> bool {
 }
 
 fn missing_config(folder: &Dir) -> AdapterError {
-    let hint = "an adapter is a folder as PEFT's save_pretrained writes it".to_string();
-    AdapterError::Missing { file: peft_config::FILE, hint: foreign_file(folder).unwrap_or(hint) }
+    let hint = || "an adapter is a folder as PEFT's save_pretrained writes it".to_string();
+    let foreign = || foreign_file(folder).ok().flatten();
+    AdapterError::Missing { file: peft_config::FILE, hint: foreign().or_else(|| nested(folder)).unwrap_or_else(hint) }
 }
 
 fn missing_weights(folder: &Dir) -> AdapterError {
-    let hint = "the adapter's weights are read from there only".to_string();
-    AdapterError::Missing { file: WEIGHTS_FILE, hint: foreign_file(folder).unwrap_or(hint) }
+    let hint = || "the adapter's weights are read from there only".to_string();
+    let foreign = foreign_file(folder).ok().flatten();
+    AdapterError::Missing { file: WEIGHTS_FILE, hint: foreign.unwrap_or_else(hint) }
 }
 
 /// Says which files of an adapter have no part in it, where there are any.
@@ -248,6 +315,48 @@ pub fn report_left_out(name: &str, folder: &Dir) {
     if !left_out.is_empty() {
         info!("adapter {name}: {} not read: tokenizer and chat template are those of the base", left_out.join(", "));
     }
+    if let Some(nested) = nested(folder) {
+        info!("adapter {name}: {nested}");
+    }
+}
+
+/// Says which folders in this one hold adapters, and what to do with them; `None` if none does.
+fn nested(folder: &Dir) -> Option<String> {
+    let found = nested_adapters(folder);
+    let named = found.iter().take(MAX_NAMED).map(String::as_str).collect::<Vec<_>>().join(", ");
+    let more = match found.len().saturating_sub(MAX_NAMED) {
+        0 => String::new(),
+        num_more => format!(" and {num_more} more"),
+    };
+    let advice = "what lies deeper than one folder below that of the adapters is not served: move the one that is wanted, or a \
+                  link to it, up there, or install it by its path";
+    (!found.is_empty()).then(|| format!("{named}{more} in it hold adapters, but {advice}"))
+}
+
+/// The folders in this one that hold an adapter, nearest first: PEFT saves several adapters so, and trainers checkpoints.
+fn nested_adapters(folder: &Dir) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut num_entries = 0;
+    let mut to_look_into = VecDeque::from([(".".to_owned(), 0)]);
+    while let Some((path, depth)) = to_look_into.pop_front() {
+        // What cannot be read holds nothing that could be served.
+        let Ok(entries) = folder.read_dir(&path) else { continue };
+        let entries: Vec<_> = entries.flatten().take(MAX_NESTED_ENTRIES - num_entries).collect();
+        num_entries += entries.len();
+        let folders = entries.iter().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        let mut names: Vec<_> = folders.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        names.retain(|name| !name.starts_with('.'));
+        names.sort_unstable();
+        for name in names {
+            let inside = if depth == 0 { name } else { format!("{path}/{name}") };
+            if folder.symlink_metadata(format!("{inside}/{}", peft_config::FILE)).is_ok() {
+                found.push(inside);
+            } else if depth + 1 < MAX_NESTING {
+                to_look_into.push_back((inside, depth + 1));
+            }
+        }
+    }
+    found
 }
 
 fn left_out(folder: &Dir) -> Vec<&'static str> {
@@ -255,11 +364,11 @@ fn left_out(folder: &Dir) -> Vec<&'static str> {
 }
 
 /// Weights in a form that is not read, and what to do with them; `None` if the folder holds none.
-fn foreign_file(folder: &Dir) -> Option<String> {
-    let entries = folder.entries().ok()?.filter_map(Result::ok);
-    let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+fn foreign_file(folder: &Dir) -> io::Result<Option<String>> {
+    let entries = folder.entries()?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+    let mut names: Vec<String> = entries.collect::<io::Result<_>>()?;
     names.sort_unstable();
-    names.into_iter().find_map(|name| {
+    Ok(names.into_iter().find_map(|name| {
         if name.ends_with(".gguf") {
             return Some(format!(
                 "{name} is an adapter of llama.cpp and Ollama: turn it into one by `lorry adapters import`"
@@ -270,7 +379,7 @@ fn foreign_file(folder: &Dir) -> Option<String> {
         }
         let is_pickle = name.starts_with("adapter_model.") && name != WEIGHTS_FILE;
         is_pickle.then(|| format!("{name} is a pickle, which can run code when opened: convert it to safetensors"))
-    })
+    }))
 }
 
 /// SHA-256 over the files, each preceded by its length so that bytes cannot move from one into the next.
@@ -329,7 +438,7 @@ mod tests {
     #[test]
     fn every_write_changes_the_fingerprint() {
         let (_dir, folder) = folder();
-        let mut seen = vec![Fingerprint::of(&folder)];
+        let mut seen = vec![Some(Fingerprint::of(&folder).unwrap())];
         for file in FILES {
             folder.write(file, b"1").unwrap();
             seen.push(AdapterFiles::read_settled(&folder, 10).0);
@@ -340,6 +449,66 @@ mod tests {
         for (i, one) in seen.iter().enumerate() {
             assert!(seen[..i].iter().all(|other| other != one), "{i}");
         }
+    }
+
+    #[test]
+    fn a_folder_is_what_it_or_its_own_folders_hold() {
+        let content = |folder: &Dir| Fingerprint::of(folder).unwrap().content(folder).unwrap();
+        for (paths, expected) in [
+            (&["README.md", "sub/notes.txt", ".hidden/adapter_config.json"][..], Content::Other),
+            (&["a/b/c/d/adapter_config.json"][..], Content::Other),
+            (&["checkpoint-500/adapter_config.json"][..], Content::Nested),
+            (&["checkpoint-500/sql/adapter_config.json"][..], Content::Nested),
+            (&["adapter_model.safetensors"][..], Content::Adapter),
+            (&["adapter.gguf", "checkpoint-500/adapter_config.json"][..], Content::Adapter),
+        ] {
+            let (_dir, folder) = folder();
+            for path in paths {
+                folder.create_dir_all(Path::new(path).parent().unwrap()).unwrap();
+                folder.write(path, b"{}").unwrap();
+            }
+            assert_eq!(content(&folder), expected, "{paths:?}");
+        }
+    }
+
+    #[test]
+    fn adapters_in_the_folders_of_a_folder_are_named_with_what_to_do() {
+        let (_dir, folder) = folder();
+        for inside in ["z/sql", "checkpoint-2", "checkpoint-1", "deep/er/still", "x/style"] {
+            folder.create_dir_all(inside).unwrap();
+            folder.write(format!("{inside}/adapter_config.json"), b"{}").unwrap();
+        }
+        let refusal = AdapterFiles::read_settled(&folder, 10).1.unwrap_err().to_string();
+        let named =
+            "adapter_config.json is missing: checkpoint-1, checkpoint-2, x/style and 2 more in it hold adapters";
+        assert!(refusal.starts_with(named) && refusal.contains("move"), "{refusal}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn what_cannot_be_looked_at_is_not_taken_for_missing() {
+        let (dir, folder) = folder();
+        assert!(!Fingerprint::of(&folder).unwrap().has_files());
+        for file in FILES {
+            // The system's own error, also for who may read everything: a link that leads to itself.
+            std::os::unix::fs::symlink(file, dir.path().join(file)).unwrap();
+            let error = Fingerprint::of(&folder).unwrap_err();
+            assert!(error.may_pass() && error.to_string().contains(file), "{error}");
+            let (fingerprint, files) = AdapterFiles::read_settled(&folder, 10);
+            assert!(fingerprint.is_none() && files.unwrap_err().may_pass());
+            folder.remove_file(file).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_record_holds_on_another_disk_and_not_for_other_files() {
+        let (_dir, folder) = folder();
+        folder.write(WEIGHTS_FILE, b"1").unwrap();
+        let fingerprint = Fingerprint::of(&folder).unwrap();
+        let record: Fingerprint = serde_json::from_slice(&serde_json::to_vec(&fingerprint).unwrap()).unwrap();
+        assert!(fingerprint != record && fingerprint.is_recorded_as(&record));
+        folder.write(WEIGHTS_FILE, b"12").unwrap();
+        assert!(!Fingerprint::of(&folder).unwrap().is_recorded_as(&record));
     }
 
     #[test]

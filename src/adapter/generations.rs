@@ -1,7 +1,8 @@
 //! The files of earlier generations, kept as hard links so that an adapter can be rolled back.
 //!
 //! `.lorry/generations/<name>/<generation>/` holds the files, and a record of their fingerprint: files that were
-//! rewritten in place changed with their links, and are no longer that generation.
+//! rewritten in place changed with their links, and are no longer that generation. What else the folder of the adapter held
+//! when it was taken away or replaced is there too, in `folder/`.
 
 use std::cmp::Reverse;
 use std::io;
@@ -10,29 +11,32 @@ use std::time::{Duration, SystemTime};
 use cap_std::fs::{Dir, OpenOptions};
 
 use super::files::{FILES, Fingerprint};
-use super::root::Root;
+use super::root::{self, Root, Staging};
 
 const FOLDER: &str = ".lorry/generations";
 const RECORD: &str = "fingerprint.json";
+const WHOLE: &str = "folder";
 /// What file systems tell apart that keep no more than microseconds.
 const TICK: Duration = Duration::from_millis(1);
 
 /// Keeps the files in `folder` as `generation` of `name`, and `num_kept` others. Several servers may do so at once in one
 /// folder of adapters: a generation appears whole.
 pub fn keep(root: &Root, name: &str, generation: &str, folder: &Dir, num_kept: usize) -> io::Result<()> {
-    let path = format!("{FOLDER}/{name}/{generation}");
-    if root.dir.exists(&path) && !is_intact(&root.dir.open_dir(&path)?) {
-        root.dir.remove_dir_all(&path)?;
-    }
-    if !root.dir.exists(&path) {
+    let path = path(name, generation);
+    if !is_kept(root, &path)? {
         root.dir.create_dir_all(format!("{FOLDER}/{name}"))?;
         let staging = root.staging()?;
         let kept = staging.dir()?;
         for file in FILES {
             link(folder, file, &kept)?;
         }
-        kept.write(RECORD, serde_json::to_vec(&Fingerprint::of(&kept))?)?;
-        staging.replace(&path)?;
+        let record = serde_json::to_vec(&Fingerprint::of(&kept).map_err(io::Error::other)?)?;
+        kept.write(RECORD, record)?;
+        let put = staging.replace(&path);
+        // Another server may have been quicker.
+        if put.is_err() && !is_kept(root, &path)? {
+            return put;
+        }
     }
     // Its time says when the generation was last in use: after all others, also where a clock has been set back.
     let latest = kept(root, name).into_iter().find(|(_, other, _)| other != generation);
@@ -40,9 +44,37 @@ pub fn keep(root: &Root, name: &str, generation: &str, folder: &Dir, num_kept: u
     let record = root.dir.open_with(format!("{path}/{RECORD}"), OpenOptions::new().write(true))?;
     record.into_std().set_modified(last_used)?;
     for (old, _) in list(root, name).iter().filter(|(old, _)| old != generation).skip(num_kept) {
-        root.dir.remove_dir_all(format!("{FOLDER}/{name}/{old}"))?;
+        if let Err(e) = root.dir.remove_dir_all(self::path(name, old)) {
+            tracing::warn!("adapter {name}: the files of its generation {old:.8} are kept longer than asked for: {e}");
+        }
     }
     Ok(())
+}
+
+/// What [`keep`] has kept is on the disk when this returns: it may be the only copy soon.
+pub fn sync(root: &Root, name: &str, generation: &str) -> io::Result<()> {
+    let path = path(name, generation);
+    let kept = root.dir.open_dir(&path)?;
+    for file in FILES.into_iter().chain([RECORD]) {
+        match kept.open(file) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            file => file?.sync_all()?,
+        }
+    }
+    root::sync(&kept)?;
+    root.sync_name(&path)
+}
+
+/// Puts what was taken out of the folder of adapters, where [`keep`] has kept its files, beside them.
+pub fn keep_whole(root: &Root, name: &str, generation: &str, taken: &Staging<'_>) -> io::Result<()> {
+    let path = format!("{}/{WHOLE}", path(name, generation));
+    taken.swap(&path)?;
+    root.settle_name(&path);
+    Ok(())
+}
+
+fn path(name: &str, generation: &str) -> String {
+    format!("{FOLDER}/{name}/{generation}")
 }
 
 /// A link where that is possible, else a copy. Nothing is there yet under that name: a copy over a link to the same file would
@@ -66,9 +98,10 @@ fn kept(root: &Root, name: &str) -> Vec<(SystemTime, String, Fingerprint)> {
     let mut kept: Vec<_> = entries
         .flatten()
         .filter_map(|entry| {
-            let folder = entry.open_dir().ok().filter(is_intact)?;
+            let folder = entry.open_dir().ok()?;
+            let fingerprint = intact(&folder).ok()??;
             let last_used = folder.metadata(RECORD).and_then(|record| record.modified()).ok()?.into_std();
-            Some((last_used, entry.file_name().into_string().ok()?, Fingerprint::of(&folder)))
+            Some((last_used, entry.file_name().into_string().ok()?, fingerprint))
         })
         .collect();
     kept.sort_unstable_by_key(|(last_used, ..)| Reverse(*last_used));
@@ -77,12 +110,26 @@ fn kept(root: &Root, name: &str) -> Vec<(SystemTime, String, Fingerprint)> {
 
 /// The folder of a kept generation; its content is for the caller to verify.
 pub fn open(root: &Root, name: &str, generation: &str) -> io::Result<Dir> {
-    root.dir.open_dir(format!("{FOLDER}/{name}/{generation}"))
+    root.dir.open_dir(path(name, generation))
 }
 
-fn is_intact(kept: &Dir) -> bool {
-    let record = kept.read(RECORD).ok().and_then(|record| serde_json::from_slice(&record).ok());
-    record == Some(Fingerprint::of(kept))
+/// What cannot be looked at is not given up for lost.
+fn is_kept(root: &Root, path: &str) -> io::Result<bool> {
+    match root.dir.open_dir(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        kept => Ok(intact(&kept?)?.is_some()),
+    }
+}
+
+/// What the files are now, if they are what was kept.
+fn intact(kept: &Dir) -> io::Result<Option<Fingerprint>> {
+    let record = match kept.read(RECORD) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        record => record?,
+    };
+    let fingerprint = Fingerprint::of(kept).map_err(io::Error::other)?;
+    let is_intact = serde_json::from_slice(&record).is_ok_and(|record| fingerprint.is_recorded_as(&record));
+    Ok(is_intact.then_some(fingerprint))
 }
 
 #[cfg(test)]
@@ -161,5 +208,57 @@ mod tests {
         assert!(names(&root, "a").is_empty());
         keep(&root, "a", "1", &write(&root, "1"), 2).unwrap();
         assert_eq!(names(&root, "a"), ["1"]);
+    }
+
+    #[test]
+    fn what_was_kept_is_found_again_where_disks_have_other_numbers() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::open(dir.path()).unwrap();
+        keep(&root, "a", "1", &write(&root, "1"), 2).unwrap();
+        let path = format!("{FOLDER}/a/1");
+        // As it was written before.
+        let mut record: serde_json::Value =
+            serde_json::from_slice(&root.dir.read(format!("{path}/{RECORD}")).unwrap()).unwrap();
+        record[0]["device"] = 9.into();
+        root.dir.write(format!("{path}/{RECORD}"), record.to_string()).unwrap();
+        assert_eq!(names(&root, "a"), ["1"]);
+    }
+
+    #[test]
+    fn the_whole_folder_is_kept_beside_its_files_and_goes_with_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::open(dir.path()).unwrap();
+        let readme = format!("{FOLDER}/a/1/{WHOLE}/README.md");
+        for text in ["first", "second"] {
+            let folder = write(&root, "1");
+            folder.write("README.md", text).unwrap();
+            keep(&root, "a", "1", &folder, 1).unwrap();
+            sync(&root, "a", "1").unwrap();
+            let taken = root.staging().unwrap();
+            taken.take("a").unwrap();
+            keep_whole(&root, "a", "1", &taken).unwrap();
+            drop(taken);
+            assert_eq!(
+                (root.dir.read_to_string(&readme).unwrap(), names(&root, "a")),
+                (text.to_owned(), vec!["1".to_owned()])
+            );
+        }
+        for generation in ["2", "3"] {
+            keep(&root, "a", generation, &write(&root, generation), 1).unwrap();
+        }
+        assert!(!root.dir.exists(readme) && names(&root, "a") == ["3", "2"]);
+    }
+
+    #[test]
+    fn what_cannot_be_kept_is_an_error_and_takes_nothing_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::open(dir.path()).unwrap();
+        let folder = write(&root, "1");
+        keep(&root, "a", "1", &folder, 2).unwrap();
+        root.dir.rename(format!("{FOLDER}/a"), &root.dir, "kept").unwrap();
+        root.dir.write(format!("{FOLDER}/a"), "").unwrap();
+        keep(&root, "a", "2", &write(&root, "2"), 2).unwrap_err();
+        assert_eq!(root.dir.read_to_string(format!("a/{}", FILES[0])).unwrap(), "2");
+        assert!(root.dir.exists("kept/1"));
     }
 }

@@ -69,7 +69,15 @@ pub fn install(file: &Path, name: &str, root: &Path, base: &GgufWeights) -> Resu
         }
         let staging = root.staging()?;
         files.write(&staging.dir()?)?;
-        staging.replace(name).map(|()| true)
+        match staging.add(name) {
+            // Somebody has put one there meanwhile.
+            Err(_) if root.dir.symlink_metadata(name).is_ok() => Ok(false),
+            added => {
+                added?;
+                root.settle_name(name);
+                Ok(true)
+            }
+        }
     };
     match write() {
         Ok(true) => Ok(Report(adapter)),

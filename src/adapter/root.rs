@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use cap_std::ambient_authority;
-use cap_std::fs::Dir;
+use cap_std::fs::{Dir, Metadata};
 
 use super::error::AdapterError;
 use super::files::leads_outside;
@@ -12,6 +12,8 @@ use super::files::leads_outside;
 const MAX_NAME_LEN: usize = 64;
 /// Hidden, so never an adapter.
 const STAGING: &str = ".lorry/staging";
+/// For what was in the way and is none that could be kept to roll back to.
+const REMOVED: &str = ".lorry/removed";
 /// Where the paths of adapters are, that of their events is; and metrics call what no single adapter serves so.
 const RESERVED_NAMES: [&str; 3] = ["events", "base", "composition"];
 
@@ -47,7 +49,12 @@ impl Root {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
             let kind = entry.file_type()?;
-            let is_folder = kind.is_dir() || kind.is_symlink() && self.path.join(&name).is_dir();
+            // A link that cannot be followed may still be one to a folder.
+            let leads_to_folder = || match self.path.join(&name).metadata() {
+                Ok(metadata) => metadata.is_dir(),
+                Err(e) => e.kind() != io::ErrorKind::NotFound,
+            };
+            let is_folder = kind.is_dir() || kind.is_symlink() && leads_to_folder();
             if is_folder && !name.starts_with('.') {
                 names.push(name);
             }
@@ -73,6 +80,22 @@ impl Root {
         self.dir.open_dir(inside).map_err(AdapterError::Folder)
     }
 
+    /// What was done to the name `target`, here and in what is staged, is on the disk when this returns.
+    pub fn sync_name(&self, target: &str) -> io::Result<()> {
+        let above = Path::new(target).ancestors().skip(1).filter(|path| !path.as_os_str().is_empty());
+        for path in above.chain([Path::new(STAGING)]) {
+            sync(&self.dir.open_dir(path)?)?;
+        }
+        sync(&self.dir)
+    }
+
+    /// As [`sync_name`](Self::sync_name), of what has been done: that it might not outlive a power cut is no reason to deny it.
+    pub fn settle_name(&self, target: &str) {
+        if let Err(e) = self.sync_name(target) {
+            tracing::warn!("what was done to {target} in the folder of adapters may be undone by a power cut: {e}");
+        }
+    }
+
     /// A new empty folder for what is not finished.
     pub fn staging(&self) -> io::Result<Staging<'_>> {
         self.dir.create_dir_all(STAGING)?;
@@ -80,8 +103,33 @@ impl Root {
         // Servers that share the folder may have the same process id, each in its own container.
         let name = format!("{:016x}", rand::random::<u64>());
         all.create_dir(&name)?;
-        Ok(Staging { root: self, all, name })
+        Ok(Staging { root: self, all, name, is_left: false })
     }
+}
+
+/// What is in the folder, and its names, is on the disk when this returns.
+pub fn sync(folder: &Dir) -> io::Result<()> {
+    #[cfg(any(target_os = "linux", target_os = "macos"))]
+    {
+        use rustix::fs::{Mode, OFlags};
+        // The handle itself may be one that can only be walked through.
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let readable = rustix::fs::openat(folder, ".", flags, Mode::empty())?;
+        match rustix::fs::fsync(readable).map_err(io::Error::from) {
+            Err(e) if !is_unsupported(&e) => Err(e),
+            _ => Ok(()),
+        }
+    }
+    #[cfg(not(any(target_os = "linux", target_os = "macos")))]
+    {
+        let _ = folder;
+        Ok(())
+    }
+}
+
+/// Whether it says that a file system cannot do what it was asked for.
+fn is_unsupported(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::Unsupported | io::ErrorKind::InvalidInput)
 }
 
 /// A folder that vanishes with what is in it, unless it was put into place.
@@ -90,6 +138,7 @@ pub struct Staging<'a> {
     root: &'a Root,
     all: Dir,
     name: String,
+    is_left: bool,
 }
 
 impl Staging<'_> {
@@ -101,26 +150,42 @@ impl Staging<'_> {
         self.root.path.join(STAGING).join(&self.name)
     }
 
+    /// Puts the folder where nothing is.
+    ///
+    /// # Errors
+    /// When something is there, too.
+    pub fn add(&self, target: &str) -> io::Result<()> {
+        self.all.rename(&self.name, &self.root.dir, target)
+    }
+
     /// Puts the folder in place of `target`, which nobody sees missing; what was there vanishes.
     pub fn replace(self, target: &str) -> io::Result<()> {
+        self.swap(target)
+    }
+
+    /// Puts the folder in place of `target`, which nobody sees missing; what was there is in here then.
+    pub fn swap(&self, target: &str) -> io::Result<()> {
         debug_assert!(Path::new(target).components().all(|part| matches!(part, Component::Normal(_))));
-        if self.root.dir.symlink_metadata(target).is_err() {
-            return self.all.rename(&self.name, &self.root.dir, target);
-        }
-        match self.exchange(target) {
-            Ok(()) => Ok(()),
-            // A file system that cannot exchange two folders.
-            Err(e) if matches!(e.kind(), io::ErrorKind::Unsupported | io::ErrorKind::InvalidInput) => {
-                let old = self.root.staging()?;
-                old.all.remove_dir(&old.name)?;
-                self.root.dir.rename(target, &old.all, &old.name)?;
-                let replaced = self.all.rename(&self.name, &self.root.dir, target);
-                if replaced.is_err() {
-                    old.all.rename(&old.name, &self.root.dir, target)?;
-                }
-                replaced
-            }
+        match self.root.dir.symlink_metadata(target) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => self.add(target),
             Err(e) => Err(e),
+            Ok(_) => match self.exchange(target) {
+                Err(e) if is_unsupported(&e) => self.exchange_by_renames(target),
+                exchanged => exchanged,
+            },
+        }
+    }
+
+    /// At every moment what was there has a name.
+    fn exchange_by_renames(&self, target: &str) -> io::Result<()> {
+        let aside = format!("{}-aside", self.name);
+        self.root.dir.rename(target, &self.all, &aside)?;
+        match self.all.rename(&self.name, &self.root.dir, target) {
+            Ok(()) => self.all.rename(&aside, &self.all, &self.name),
+            Err(e) => {
+                self.all.rename(&aside, &self.root.dir, target)?;
+                Err(e)
+            }
         }
     }
 
@@ -135,16 +200,38 @@ impl Staging<'_> {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Takes `target` out of the root, and deletes it.
-    pub fn take(self, target: &str) -> io::Result<()> {
+    /// Takes `target` out of the root, in here.
+    pub fn take(&self, target: &str) -> io::Result<()> {
         self.all.remove_dir(&self.name)?;
         self.root.dir.rename(target, &self.all, &self.name)
+    }
+
+    /// What is in here, if anything is.
+    pub fn metadata(&self) -> io::Result<Metadata> {
+        self.all.symlink_metadata(&self.name)
+    }
+
+    /// Puts what was taken out under the name `name` where it stays until somebody deletes it. Says where that is.
+    pub fn put_aside(&self, name: &str) -> io::Result<String> {
+        self.root.dir.create_dir_all(REMOVED)?;
+        let path = format!("{REMOVED}/{name}-{}", self.name);
+        self.add(&path)?;
+        self.root.settle_name(&path);
+        Ok(path)
+    }
+
+    /// Leaves here what cannot be put anywhere else. Says where that is.
+    pub fn leave(mut self) -> String {
+        self.is_left = true;
+        format!("{STAGING}/{}", self.name)
     }
 }
 
 impl Drop for Staging<'_> {
     fn drop(&mut self) {
-        remove(&self.all, &self.name);
+        if !self.is_left {
+            remove(&self.all, &self.name);
+        }
     }
 }
 
@@ -176,19 +263,66 @@ mod tests {
         }
     }
 
+    fn staged<'a>(root: &'a Root, text: &str) -> Staging<'a> {
+        let staging = root.staging().unwrap();
+        staging.dir().unwrap().write("file", text).unwrap();
+        staging
+    }
+
     #[test]
     fn a_staged_folder_replaces_whole_and_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let root = Root::open(dir.path()).unwrap();
         for text in ["first", "second"] {
-            let staging = root.staging().unwrap();
-            staging.dir().unwrap().write("file", text).unwrap();
-            staging.replace("a").unwrap();
+            staged(&root, text).replace("a").unwrap();
             assert_eq!(root.dir.read_to_string("a/file").unwrap(), text);
         }
         root.staging().unwrap().take("a").unwrap();
         assert!(root.folder_names().unwrap().is_empty());
         assert_eq!(root.dir.read_dir(STAGING).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_was_in_place_is_at_hand_until_the_staging_is_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::open(dir.path()).unwrap();
+        let swaps: [fn(&Staging<'_>, &str) -> io::Result<()>; 2] =
+            [|staging, target| staging.swap(target), |staging, target| staging.exchange_by_renames(target)];
+        for swap in swaps {
+            staged(&root, "old").swap("a").unwrap();
+            let staging = staged(&root, "new");
+            swap(&staging, "a").unwrap();
+            assert_eq!(staging.dir().unwrap().read_to_string("file").unwrap(), "old");
+            // And back.
+            swap(&staging, "a").unwrap();
+            assert_eq!(root.dir.read_to_string("a/file").unwrap(), "old");
+            staging.take("a").unwrap_err();
+            assert_eq!(root.dir.read_to_string("a/file").unwrap(), "old", "what is staged is in its way");
+        }
+        assert_eq!(root.dir.read_dir(STAGING).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_put_aside_or_left_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::open(dir.path()).unwrap();
+        for text in ["1", "2"] {
+            let aside = staged(&root, text).put_aside("a").unwrap();
+            assert_eq!(root.dir.read_to_string(format!("{aside}/file")).unwrap(), text);
+        }
+        assert_eq!(root.dir.read_dir(REMOVED).unwrap().count(), 2);
+        let left = staged(&root, "3").leave();
+        assert_eq!(root.dir.read_to_string(format!("{left}/file")).unwrap(), "3");
+        assert!(root.folder_names().unwrap().is_empty());
+    }
+
+    #[test]
+    fn nothing_is_added_over_what_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::open(dir.path()).unwrap();
+        staged(&root, "first").add("a").unwrap();
+        staged(&root, "second").add("a").unwrap_err();
+        assert_eq!(root.dir.read_to_string("a/file").unwrap(), "first");
     }
 
     #[cfg(unix)]

@@ -1,13 +1,13 @@
 //! Jobs on disk: a folder for each, with its record, its events, and what its trainer reads and writes.
 
 use std::collections::BTreeMap;
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use super::job::{Event, Job};
 use super::recipe;
-use crate::atomic_file::write_atomically;
+use crate::atomic_file::{sync_folder, write_atomically};
 
 pub const ID_PREFIX: &str = "ftjob-";
 const RECORD: &str = "job.json";
@@ -90,6 +90,11 @@ impl Store {
             fs::remove_dir_all(&kept)?;
         }
         fs::rename(self.adapter(id), &kept)?;
+        for entry in fs::read_dir(&kept)? {
+            File::open(entry?.path())?.sync_all()?;
+        }
+        sync_folder(&kept)?;
+        sync_folder(&self.folder(id))?;
         Ok(kept)
     }
 

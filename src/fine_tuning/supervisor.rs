@@ -4,6 +4,7 @@
 //! disk.
 
 use std::collections::BTreeMap;
+use std::error::Error;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::PathBuf;
@@ -23,7 +24,7 @@ use super::store::{ID_PREFIX, Store};
 use super::trainer::{Trainer, kill};
 use super::{CancelError, CreateError};
 use crate::adapter::files::AdapterFiles;
-use crate::adapter::registry::{AdapterRegistry, ChangeError, Source};
+use crate::adapter::registry::{AdapterRegistry, Source};
 use crate::atomic_file::write_atomically;
 
 const NAME_PREFIX: &str = "ft-";
@@ -269,6 +270,7 @@ impl Shared {
         }
         let files = match AdapterFiles::read(&self.store.adapter(&job.id)) {
             Ok(files) => files,
+            Err(cause) if cause.may_pass() => return Outcome::Failed(self.keep_adapter(job, &cause)),
             Err(cause) => return Outcome::Failed(format!("what the trainer left cannot be served: {cause}")),
         };
         match block_on(self.adapters.install(&job.adapter, Source::Files(files), None)) {
@@ -280,7 +282,7 @@ impl Shared {
     }
 
     /// Training has taken its time, and the cause may be mended. Returns what is said of it.
-    fn keep_adapter(&self, job: &Job, cause: &ChangeError) -> String {
+    fn keep_adapter(&self, job: &Job, cause: &dyn Error) -> String {
         let cause = format!("what the trainer left cannot be served: {cause}");
         match self.store.keep_adapter(&job.id) {
             Ok(kept) => format!("{cause}; it is kept in {}: install it from there, or delete it", kept.display()),

@@ -20,6 +20,9 @@ pub enum GenerationError {
     /// No memory became free for an adapter: worth trying again.
     #[error("{0}")]
     OutOfMemory(String),
+    /// The files of an adapter cannot be read at the moment: worth trying again.
+    #[error("{0}")]
+    UnreadableAdapter(String),
     /// The prompt leaves no room for even one token.
     #[error(
         "the prompt has {num_prompt_tokens} tokens and the context ends at {context_length}: shorten `{param}`, or ask \

@@ -175,7 +175,7 @@ impl Generation {
     ) -> Result<AdapterStatus, GenerationError> {
         let status = access.allows(name).then(|| self.adapters.status(name)).flatten();
         let status = status.ok_or_else(|| GenerationError::unknown_model(param, model))?;
-        match &status.error {
+        match status.refusal() {
             Some(cause) => Err(refused(param, model, cause)),
             None => Ok(status),
         }
@@ -215,5 +215,6 @@ fn acquire_error(error: AcquireError, wanted: &[Wanted], field: &str) -> Generat
         AcquireError::Refused { name, cause } => refused(param(&name), &name, &cause),
         AcquireError::Composition(message) => GenerationError::InvalidSelection { param: field.to_owned(), message },
         AcquireError::OutOfMemory(_) => GenerationError::OutOfMemory(error.to_string()),
+        AcquireError::Unreadable { .. } => GenerationError::UnreadableAdapter(error.to_string()),
     }
 }

@@ -180,11 +180,14 @@ pub async fn delete(
     headers: HeaderMap,
 ) -> Result<StatusCode, ApiError> {
     let registry = state.generation.adapters();
-    if registry.status(&name).is_some() {
-        let expected = expected_generation(registry, &name, &headers, None)?;
-        registry.remove(&name, expected.as_deref()).await?;
+    let expected = expected_generation(registry, &name, &headers, None)?;
+    // The folder is asked: it may hold one that was not noticed yet.
+    match registry.remove(&name, expected.as_deref()).await {
+        Ok(()) | Err(ChangeError::Unknown(_) | ChangeError::InvalidName(_) | ChangeError::NoFolder) => {
+            Ok(StatusCode::NO_CONTENT)
+        }
+        Err(error) => Err(error.into()),
     }
-    Ok(StatusCode::NO_CONTENT)
 }
 
 /// What a first request would do, before it comes; so whoever may ask for the adapter may do it.

@@ -212,7 +212,7 @@ impl ApiError {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded_error", Some("overloaded"), message.into())
     }
 
-    /// 503 that says what is wrong with the experiments' database.
+    /// 503 that says what is wrong with files: the experiments' database, or those of an adapter.
     pub fn storage_unavailable(message: impl Into<String>) -> Self {
         let (status, code) = (StatusCode::SERVICE_UNAVAILABLE, "storage_unavailable");
         Self::new(status, "server_error", Some(code), message.into())
@@ -283,6 +283,7 @@ impl From<GenerationError> for ApiError {
             GenerationError::Overloaded | GenerationError::ShuttingDown | GenerationError::OutOfMemory(_) => {
                 Self::unavailable(message)
             }
+            GenerationError::UnreadableAdapter(_) => Self::storage_unavailable(message),
             // Not 503: a proxy that sends it elsewhere at once would have the client wait as long again.
             GenerationError::DeadlineExceeded { .. } => {
                 Self::new(StatusCode::GATEWAY_TIMEOUT, "server_error", Some("deadline_exceeded"), message)
@@ -339,6 +340,7 @@ impl From<AcquireError> for ApiError {
             AcquireError::Refused { .. } => Self::refused(message),
             AcquireError::Composition(_) => Self::malformed(message),
             AcquireError::OutOfMemory(_) => Self::unavailable(message),
+            AcquireError::Unreadable { .. } => Self::storage_unavailable(message),
         }
     }
 }

@@ -194,6 +194,7 @@ impl Trial {
             | GenerationError::InvalidSelection { .. }
             | GenerationError::Icl(_)
             | GenerationError::OutOfMemory(_)
+            | GenerationError::UnreadableAdapter(_)
             | GenerationError::DeadlineExceeded { .. }
             | GenerationError::EngineStopped
             | GenerationError::Failed(_) => self.failed(),

@@ -156,6 +156,7 @@ fn patience(error: &GenerationError) -> Option<Duration> {
         GenerationError::ShuttingDown
         | GenerationError::EngineStopped
         | GenerationError::OutOfMemory(_)
+        | GenerationError::UnreadableAdapter(_)
         | GenerationError::DeadlineExceeded { .. } => Some(RETRY),
         GenerationError::UnknownModel { .. }
         | GenerationError::InvalidParameter { .. }
@@ -179,6 +180,7 @@ mod tests {
             (GenerationError::ShuttingDown, true),
             (GenerationError::EngineStopped, true),
             (GenerationError::OutOfMemory("no memory".to_owned()), true),
+            (GenerationError::UnreadableAdapter("no more files can be opened".to_owned()), true),
             (GenerationError::DeadlineExceeded { max_seconds: 1 }, true),
             (unknown, false),
             (GenerationError::Failed("the model has no such layer".to_owned()), false),

@@ -42,8 +42,8 @@ pub async fn place(
     if name != candidate {
         let status = adapters.install(name, Source::Folder(candidate.into()), None).await;
         let status = status.map_err(|cause| PlaceError::Install { name: name.to_owned(), cause })?;
-        // Unknown as long as there is no memory for it.
-        installed = status.generation.unwrap_or(installed);
+        // Unknown as long as there is no memory for it; what was there before may be served until there is.
+        installed = status.generation.filter(|_| !status.is_stale).unwrap_or(installed);
     }
     match load(adapters, generation, name, is_wanted).await {
         Ok(()) => Ok(before.and_then(|before| before.generation).filter(|before| before != generation)),
@@ -56,7 +56,7 @@ pub async fn place(
     }
 }
 
-/// Waits for memory: that there is none says nothing of the candidate.
+/// Waits for memory, and for files that cannot be read at the moment: neither says anything of the candidate.
 async fn load(
     adapters: &AdapterRegistry,
     generation: &str,
@@ -69,10 +69,10 @@ async fn load(
             return Err(PlaceError::Withdrawn);
         }
         match loaded {
+            Ok(AdapterStatus { is_stale: true, .. } | AdapterStatus { generation: None, .. })
+            | Err(AcquireError::OutOfMemory(_) | AcquireError::Unreadable { .. }) => sleep(RETRY).await,
             Ok(AdapterStatus { generation: Some(loaded), .. }) if loaded == generation => return Ok(()),
-            Ok(AdapterStatus { generation: Some(_), .. }) => return Err(PlaceError::Replaced),
-            // Until there is, what was there before is served.
-            Ok(AdapterStatus { generation: None, .. }) | Err(AcquireError::OutOfMemory(_)) => sleep(RETRY).await,
+            Ok(_) => return Err(PlaceError::Replaced),
             Err(error) => return Err(error.into()),
         }
     }

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::adapter::error::AdapterError;
+
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
     #[error("the adapter folder {root} cannot be read: {source}")]
@@ -19,6 +21,9 @@ pub enum AcquireError {
     /// The files are there and cannot be served.
     #[error("the adapter {name:?} was refused: {cause}")]
     Refused { name: String, cause: String },
+    /// What its files are cannot be said at the moment: worth trying again.
+    #[error("the adapter {name:?} cannot be read at the moment, try again shortly: {cause}")]
+    Unreadable { name: String, cause: String },
     /// The adapters named together cannot be combined.
     #[error("{0}")]
     Composition(String),
@@ -51,4 +56,24 @@ pub enum ChangeError {
     /// The folder of adapters cannot be changed.
     #[error("the folder of adapters cannot be changed: {0}")]
     Folder(String),
+}
+
+/// Why files are not served.
+#[derive(Debug, Clone)]
+pub struct Refusal {
+    pub cause: String,
+    /// The same files may be read the next time.
+    pub may_pass: bool,
+}
+
+impl From<AdapterError> for Refusal {
+    fn from(error: AdapterError) -> Self {
+        Self { cause: error.to_string(), may_pass: error.may_pass() }
+    }
+}
+
+impl From<String> for Refusal {
+    fn from(cause: String) -> Self {
+        Self { cause, may_pass: false }
+    }
 }

@@ -4,6 +4,7 @@
 //! takes up what was found and loaded, `worker` does it, `changes` is what clients may do to the folder.
 
 mod changes;
+mod entry;
 mod error;
 mod events;
 mod outcome;
@@ -192,8 +193,8 @@ impl AdapterRegistry {
     pub async fn compose(&self, members: &[(String, f32)]) -> Result<Option<Arc<Adapter>>, AcquireError> {
         for (name, _) in members.iter().filter(|(_, scale)| *scale == 0.0) {
             let status = self.status(name).ok_or_else(|| AcquireError::Unknown(name.clone()))?;
-            if let Some(cause) = status.error {
-                return Err(AcquireError::Refused { name: name.clone(), cause });
+            if let Some(cause) = status.refusal() {
+                return Err(AcquireError::Refused { name: name.clone(), cause: cause.to_owned() });
             }
         }
         let members: Vec<_> = members.iter().filter(|(_, scale)| *scale != 0.0).collect();

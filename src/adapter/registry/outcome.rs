@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::error::AcquireError;
+use super::entry::Entry;
+use super::error::{AcquireError, Refusal};
 use super::events::AdapterChange;
-use super::state::{CompositionKey, Entry, Load, State, Target, resident_bytes};
+use super::state::{CompositionKey, Load, State, Target, resident_bytes};
 use super::status::Tier;
 use crate::adapter::canonical::Adapter;
 use crate::adapter::files::{Fingerprint, Glance};
@@ -13,13 +14,16 @@ use crate::adapter::residency::{ItemId, Reservation, Urgency};
 
 /// A folder that is replaced by two renames is missing in between.
 const REMOVAL_GRACE: Duration = Duration::from_millis(50);
+/// Files that were not touched for so long are not being written any more. Until then, what they replace is served where they
+/// cannot be.
+const REST: Duration = Duration::from_secs(2);
 
 /// A folder with an adapter, not seen before or changed since.
 #[derive(Debug)]
 pub struct Noticed {
     pub name: String,
     pub fingerprint: Option<Fingerprint>,
-    pub glance: Result<Glance, String>,
+    pub glance: Result<Glance, Refusal>,
     /// Where the files are known from before.
     pub generation: Option<String>,
     pub previous_generations: Vec<String>,
@@ -30,7 +34,7 @@ pub struct Noticed {
 pub struct Loaded {
     pub fingerprint: Option<Fingerprint>,
     pub generation: Option<String>,
-    pub adapter: Result<Adapter, String>,
+    pub adapter: Result<Adapter, Refusal>,
     /// Since the files were opened.
     pub took: Duration,
 }
@@ -45,16 +49,18 @@ impl State {
             self.num_ids += 1;
             self.events.tell(&name, generation.as_deref(), AdapterChange::Registered);
         }
-        self.identify(&name, generation);
         let Some(entry) = self.entries.get_mut(&name) else { return };
-        entry.fingerprint = fingerprint;
-        (entry.method, entry.coverage) = (None, None);
-        entry.previous_generations = previous_generations;
         entry.is_missing = false;
+        entry.previous_generations = previous_generations;
         match glance {
-            Err(cause) => self.refuse(&name, cause),
+            Err(refusal) => {
+                self.fail(&name, fingerprint, generation, refusal, now);
+            }
             Ok(glance) => {
-                entry.failure = None;
+                entry.notice(fingerprint, now);
+                (entry.method, entry.coverage, entry.failure) = (None, None, None);
+                self.identify(&name, generation);
+                let Some(entry) = self.entries.get_mut(&name) else { return };
                 entry.resident_bytes = glance.resident_bytes;
                 entry.manifest = Arc::new(glance.manifest);
                 let is_resident = entry.item.is_some_and(|item| self.resident.contains_key(&item));
@@ -90,7 +96,10 @@ impl State {
     /// A scan has ended; the next one is due within `time`. For signs from during it what people wait for comes first: a scan
     /// may take longer than signs may wait, and be followed by the next one for as long as files are copied in.
     pub fn rescan_within(&mut self, time: Duration, now: Duration) {
-        self.rescan_at = self.rescan_at.min(now + time);
+        let retries = self.entries.values().filter_map(|entry| Some(entry.hindrance.as_ref()?.retry_at));
+        // What was due is being tried.
+        let retries = retries.filter(|retry_at| *retry_at > now);
+        self.rescan_at = retries.fold(self.rescan_at.min(now + time), Duration::min);
         self.changed = self.changed.map(|_| (now, now));
     }
 
@@ -140,16 +149,57 @@ impl State {
             self.residency.remove(load.item);
             return load.end(&Err(AcquireError::Unknown(name.to_owned())));
         };
-        entry.fingerprint = loaded.fingerprint;
-        self.identify(name, loaded.generation);
         match loaded.adapter {
-            Ok(adapter) => self.settle(name, load, adapter, loaded.took, now),
-            Err(cause) => {
+            Ok(adapter) => {
+                entry.notice(loaded.fingerprint, now);
+                self.identify(name, loaded.generation);
+                self.settle(name, load, adapter, loaded.took, now);
+            }
+            Err(refusal) => {
                 self.residency.remove(load.item);
-                self.refuse(name, cause.clone());
-                load.end(&Err(AcquireError::Refused { name: name.to_owned(), cause }));
+                let error = self.fail(name, loaded.fingerprint, loaded.generation, refusal, now);
+                load.end(&Err(error));
             }
         }
+    }
+
+    /// Files were found that cannot be served, or not be read. What may pass is tried again, and until then what is served is
+    /// served on; so it is beside files that may still be being written.
+    fn fail(
+        &mut self,
+        name: &str,
+        fingerprint: Option<Fingerprint>,
+        generation: Option<String>,
+        Refusal { cause, may_pass }: Refusal,
+        now: Duration,
+    ) -> AcquireError {
+        let is_served = self.entries.get(name).is_some_and(|entry| self.current(entry).is_some());
+        let Some(entry) = self.entries.get_mut(name) else { return AcquireError::Unknown(name.to_owned()) };
+        // What cannot be looked at may be what is known.
+        if fingerprint.is_some() || !may_pass {
+            entry.notice(fingerprint, now);
+        }
+        let rested_at = entry.noticed_at + REST;
+        let is_rested = !is_served || rested_at <= now;
+        if !may_pass && is_rested {
+            (entry.method, entry.coverage) = (None, None);
+            self.identify(name, generation);
+            self.refuse(name, cause.clone());
+            return AcquireError::Refused { name: name.to_owned(), cause };
+        }
+        if entry.hinder(&cause, (!may_pass).then_some(rested_at), now) {
+            let meanwhile = if is_served { "; what was served before is served on" } else { "" };
+            tracing::warn!("adapter {name} is tried again: {cause}{meanwhile}");
+        }
+        if let Some(hindrance) = &entry.hindrance {
+            self.rescan_at = self.rescan_at.min(hindrance.retry_at);
+        }
+        let error = AcquireError::Unreadable { name: name.to_owned(), cause };
+        if let Some(load) = self.take_load(&Target::Adapter(name.to_owned())) {
+            self.residency.remove(load.item);
+            load.end(&Err(error.clone()));
+        }
+        error
     }
 
     fn settle(&mut self, name: &str, load: Load, adapter: Adapter, took: Duration, now: Duration) {
@@ -159,7 +209,7 @@ impl State {
         entry.method = Some(adapter.method);
         entry.coverage = Some(adapter.coverage.clone());
         entry.manifest = Arc::new(adapter.manifest.clone());
-        entry.failure = None;
+        (entry.failure, entry.hindrance) = (None, None);
         let (pinned, old) = (adapter.manifest.pin, entry.item);
         let adapter = Arc::new(adapter);
         if let Some(same) =
@@ -257,7 +307,7 @@ impl State {
         self.retire_current(name);
         let Some(entry) = self.entries.get_mut(name) else { return };
         self.events.tell(name, entry.generation.as_deref(), AdapterChange::refused(&cause));
-        entry.failure = Some(cause.clone());
+        (entry.failure, entry.hindrance) = (Some(cause.clone()), None);
         if let Some(load) = self.take_load(&Target::Adapter(name.to_owned())) {
             self.residency.remove(load.item);
             load.end(&Err(AcquireError::Refused { name: name.to_owned(), cause }));

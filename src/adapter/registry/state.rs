@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
+use super::entry::{Entry, Hindrance};
 use super::error::AcquireError;
 use super::events::{AdapterChange, Events};
 use super::status::{AdapterStatus, AdapterUsage, Phase, SelfTest, Tier, Usage};
 use super::worker::Worker;
-use crate::adapter::canonical::{Adapter, Coverage, Method};
+use crate::adapter::canonical::{Adapter, Coverage};
 use crate::adapter::files::Fingerprint;
-use crate::adapter::manifest::AdapterManifest;
 use crate::adapter::residency::{ItemId, Reservation, Residency, Urgency};
 use crate::metrics::{COMPOSITION, Metrics};
 
@@ -27,34 +27,6 @@ const LEASE_POLL: Duration = Duration::from_millis(10);
 pub type Lease = Result<Arc<Adapter>, AcquireError>;
 /// Work that changes the folder, done by the thread that reads it.
 pub type Change = Box<dyn FnOnce(&mut Worker) + Send>;
-
-/// One adapter that the folder holds.
-#[derive(Debug, Default)]
-pub(super) struct Entry {
-    pub id: usize,
-    /// Of the files as last noticed; `None` if they cannot even be looked at.
-    pub fingerprint: Option<Fingerprint>,
-    /// Of these files; `None` until they have been read.
-    pub generation: Option<String>,
-    /// The last one that was known.
-    pub last_generation: Option<String>,
-    pub manifest: Arc<AdapterManifest>,
-    pub method: Option<Method>,
-    pub coverage: Option<Coverage>,
-    /// Estimated until it has been loaded once.
-    pub resident_bytes: u64,
-    pub previous_generations: Vec<String>,
-    /// What was last loaded; in `State::resident` unless it was evicted.
-    pub item: Option<ItemId>,
-    /// What is resident was loaded from files that have changed since.
-    pub is_stale: bool,
-    /// Why files of this fingerprint are not served. Not tried again until they change.
-    pub failure: Option<String>,
-    /// The generation that was handed out to be measured, and what came of it.
-    pub tested_generation: Option<String>,
-    pub self_test: Option<SelfTest>,
-    pub is_missing: bool,
-}
 
 /// Name, generation and the bits of the scale of each member.
 pub type CompositionKey = Vec<(String, String, u32)>;
@@ -221,9 +193,23 @@ impl State {
         self.entries.keys()
     }
 
-    /// Whether files of this fingerprint are what is known of `name`.
-    pub fn is_known(&self, name: &str, fingerprint: Option<&Fingerprint>) -> bool {
-        self.entries.get(name).is_some_and(|entry| entry.fingerprint.as_ref() == fingerprint)
+    /// Whether files of this fingerprint are what is known of `name`, and are not due to be tried again.
+    pub fn is_known(&self, name: &str, fingerprint: Option<&Fingerprint>, now: Duration) -> bool {
+        self.entries.get(name).is_some_and(|entry| {
+            let is_due = entry.hindrance.as_ref().is_some_and(|hindrance| hindrance.retry_at <= now);
+            entry.fingerprint.as_ref() == fingerprint && !is_due
+        })
+    }
+
+    /// Whether anything is known of the files of `name`.
+    pub fn has_seen(&self, name: &str) -> bool {
+        self.entries.get(name).is_some_and(|entry| entry.fingerprint.is_some())
+    }
+
+    /// Why files are not served that are there under `name`.
+    pub fn error(&self, name: &str) -> Option<&str> {
+        let entry = self.entries.get(name)?;
+        entry.failure.as_deref().or(entry.hindrance.as_ref().map(|hindrance| hindrance.cause.as_str()))
     }
 
     /// The generation of the files with this fingerprint, if they have been read.
@@ -265,11 +251,12 @@ impl State {
             },
             tier: self.tier(entry),
             generation: generation.cloned(),
+            is_stale: entry.is_stale && current.is_some(),
             previous_generations: entry.previous_generations.clone(),
             method: current.map(|adapter| adapter.method).or(entry.method),
             coverage: self.coverage(entry).cloned(),
             in_flight,
-            error: entry.failure.clone(),
+            error: self.error(name).map(str::to_owned),
             manifest: entry.manifest.clone(),
             self_test,
             is_inert: self_test.is_some_and(|test| test.is_inert()),
@@ -319,6 +306,9 @@ impl State {
         if let (Some(item), Some(adapter)) = (entry.item, self.current(entry).cloned()) {
             self.residency.touch(item, now);
             return Acquired::Now(Ok(adapter));
+        }
+        if let Some(Hindrance { cause, .. }) = entry.hindrance.as_ref().filter(|hindrance| now < hindrance.retry_at) {
+            return Acquired::Now(Err(AcquireError::Unreadable { name: name.to_owned(), cause: cause.clone() }));
         }
         Acquired::Later(self.wait_for(Target::Adapter(name.to_owned()), urgency, now))
     }

@@ -24,7 +24,7 @@ pub enum Source {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
-    /// Its files are known; loaded at the first request.
+    /// Its folder is known; loaded at the first request.
     Registered,
     Loading,
     Ready,
@@ -72,6 +72,8 @@ pub struct AdapterStatus {
     pub tier: Tier,
     /// Content hash; `None` until the files have been read once.
     pub generation: Option<String>,
+    /// That is still served, and its files are others by now.
+    pub is_stale: bool,
     /// Earlier generations that it can be rolled back to, the latest first.
     pub previous_generations: Vec<String>,
     /// `None`, as the coverage, until the files have been loaded once.
@@ -79,12 +81,20 @@ pub struct AdapterStatus {
     pub coverage: Option<Coverage>,
     /// Sequences that hold it now, in any generation, alone or in a composition.
     pub in_flight: usize,
+    /// Why it is refused; or, in another phase than `Failed`, why its files could not be read and are tried again.
     pub error: Option<String>,
     pub manifest: Arc<AdapterManifest>,
     /// `None` until this generation has been measured.
     pub self_test: Option<SelfTest>,
     /// Measured, and found to change nothing.
     pub is_inert: bool,
+}
+
+impl AdapterStatus {
+    /// Why it cannot be asked for; `None` if it can.
+    pub fn refusal(&self) -> Option<&str> {
+        self.error.as_deref().filter(|_| self.phase == Phase::Failed)
+    }
 }
 
 /// What all adapters together take at this moment; all but `registered` is 0 again when nothing is loaded and held.

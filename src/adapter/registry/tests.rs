@@ -3,11 +3,12 @@
 use tokio::sync::oneshot::Receiver;
 use tokio::sync::oneshot::error::TryRecvError;
 
+use super::error::Refusal;
 use super::outcome::{Loaded, Noticed};
 use super::state::{Target, Task};
 use super::*;
 use crate::adapter::canonical::Coverage;
-use crate::adapter::files::Glance;
+use crate::adapter::files::{Fingerprint, Glance};
 use crate::adapter::manifest::AdapterManifest;
 
 const MAX_WAIT: Duration = Duration::from_secs(30);
@@ -24,10 +25,28 @@ fn state(num_adapters: u64) -> State {
 }
 
 fn register(state: &mut State, name: &str, now: Duration) {
-    let glance = Ok(Glance { manifest: AdapterManifest::default(), resident_bytes: BYTES });
+    find(state, name, None, Ok(()), now);
+}
+
+fn find(state: &mut State, name: &str, fingerprint: Option<Fingerprint>, glance: Result<(), Refusal>, now: Duration) {
+    let glance = glance.map(|()| Glance { manifest: AdapterManifest::default(), resident_bytes: BYTES });
     let (name, previous_generations) = (name.to_owned(), Vec::new());
-    let noticed = Noticed { name, fingerprint: None, glance, generation: None, previous_generations };
+    let noticed = Noticed { name, fingerprint, glance, generation: None, previous_generations };
     state.record(noticed, Urgency::Fill, now);
+}
+
+/// Of one file of this length.
+fn fingerprint(len: u64) -> Option<Fingerprint> {
+    let stamp = serde_json::json!({"len": len, "modified": {"secs_since_epoch": 0, "nanos_since_epoch": 0}});
+    serde_json::from_value(serde_json::json!([stamp, null, null])).unwrap()
+}
+
+fn passing() -> Refusal {
+    Refusal { cause: "no more files can be opened".to_owned(), may_pass: true }
+}
+
+fn lasting() -> Refusal {
+    Refusal::from("the file is cut off".to_owned())
 }
 
 /// Does all that can be loaded.
@@ -37,8 +56,9 @@ fn load(state: &mut State, generation: &str, now: Duration) {
         let coverage = Coverage { resident_bytes: BYTES as usize, ..Coverage::default() };
         let generation = format!("{name}{generation}");
         let adapter = Adapter { name: name.clone(), generation: generation.clone(), coverage, ..Adapter::default() };
-        let loaded =
-            Loaded { fingerprint: None, generation: Some(generation), adapter: Ok(adapter), took: Duration::ZERO };
+        // Of the files that were noticed.
+        let fingerprint = state.entries[&name].fingerprint.clone();
+        let loaded = Loaded { fingerprint, generation: Some(generation), adapter: Ok(adapter), took: Duration::ZERO };
         state.finish_adapter(&name, loaded, now);
     }
 }
@@ -102,6 +122,7 @@ fn a_replaced_adapter_is_served_while_the_new_files_wait_for_memory() {
     register(&mut state, "a", at(1));
     for now in [1, 30] {
         load(&mut state, "2", at(now));
+        assert!(state.status("a").unwrap().is_stale);
         assert_eq!(held(&mut state, "a", at(now)).generation, "a1");
     }
     // But not for ever.
@@ -138,4 +159,94 @@ fn a_composition_that_never_fits_beside_its_members_is_refused_with_both_numbers
         matches!(&refusal, AcquireError::Composition(cause) if cause.contains("40 bytes") && cause.contains("35")),
         "{refusal}"
     );
+}
+
+#[test]
+fn files_that_cannot_be_read_are_tried_again_and_what_was_there_is_served_meanwhile() {
+    let mut state = state(2);
+    find(&mut state, "a", fingerprint(1), Ok(()), at(0));
+    load(&mut state, "1", at(0));
+    for (now, retry_at) in [(10, 11), (11, 13), (13, 17), (17, 25), (25, 41), (41, 73), (73, 133), (133, 193)] {
+        find(&mut state, "a", fingerprint(2), Err(passing()), at(now));
+        state.rescan_within(at(3600), at(now));
+        let status = state.status("a").unwrap();
+        assert_eq!((status.phase, status.error), (Phase::Ready, Some(passing().cause)));
+        assert_eq!(held(&mut state, "a", at(now)).generation, "a1");
+        let a_moment = Duration::from_millis(1);
+        assert!(matches!(state.next_task(at(retry_at) - a_moment), Task::Wait(_)), "{now}");
+        assert!(state.is_known("a", fingerprint(2).as_ref(), at(retry_at) - a_moment));
+        assert!(matches!(state.next_task(at(retry_at)), Task::Scan), "{now}");
+        assert!(!state.is_known("a", fingerprint(2).as_ref(), at(retry_at)));
+    }
+    find(&mut state, "a", fingerprint(2), Ok(()), at(193));
+    state.rescan_within(at(3600), at(193));
+    load(&mut state, "2", at(193));
+    assert_eq!(held(&mut state, "a", at(193)).generation, "a2");
+    assert_eq!((state.status("a").unwrap().error, state.metrics.adapter_refusals_total.get()), (None, 0));
+}
+
+#[test]
+fn the_next_request_tries_again_what_could_not_be_read() {
+    let mut state = state(1);
+    find(&mut state, "a", fingerprint(1), Ok(()), at(0));
+    for (now, retry_at) in [(0, 1), (1, 3)] {
+        let mut lease = waits(state.acquire("a", Urgency::Request, at(now)));
+        assert!(matches!(state.next_task(at(now)), Task::Load(_)));
+        let adapter = Err(passing());
+        let loaded = Loaded { fingerprint: fingerprint(1), generation: None, adapter, took: Duration::ZERO };
+        state.finish_adapter("a", loaded, at(now));
+        let unreadable = AcquireError::Unreadable { name: "a".to_owned(), cause: passing().cause };
+        assert_eq!(lease.try_recv().unwrap().unwrap_err(), unreadable);
+        let Acquired::Now(Err(error)) = state.acquire("a", Urgency::Request, at(now)) else { panic!("too early") };
+        assert_eq!((error, state.status("a").unwrap().phase), (unreadable, Phase::Registered));
+        state.rescan_within(at(3600), at(now));
+        assert!(matches!(state.next_task(at(retry_at)), Task::Scan));
+    }
+    let mut lease = waits(state.acquire("a", Urgency::Request, at(3)));
+    load(&mut state, "1", at(3));
+    assert_eq!(lease.try_recv().unwrap().unwrap().generation, "a1");
+    assert_eq!(state.status("a").unwrap().error, None);
+    assert_eq!(state.usage().resident_bytes, BYTES);
+}
+
+#[test]
+fn a_folder_that_cannot_be_opened_any_more_is_what_it_was() {
+    let mut state = state(1);
+    find(&mut state, "a", fingerprint(1), Ok(()), at(0));
+    let mut lease = waits(state.acquire("a", Urgency::Request, at(0)));
+    assert!(matches!(state.next_task(at(0)), Task::Load(_)));
+    let loaded = Loaded { fingerprint: None, generation: None, adapter: Err(passing()), took: Duration::ZERO };
+    state.finish_adapter("a", loaded, at(0));
+    assert!(matches!(lease.try_recv(), Ok(Err(AcquireError::Unreadable { .. }))));
+    assert!(state.has_seen("a") && state.is_known("a", fingerprint(1).as_ref(), at(0)));
+    // One that never could be is there, and named.
+    find(&mut state, "b", None, Err(passing()), at(0));
+    assert!(!state.has_seen("b"));
+    assert_eq!(state.status("b").unwrap().error, Some(passing().cause));
+}
+
+#[test]
+fn what_is_served_is_refused_when_the_files_that_replace_it_are_not_being_written_any_more() {
+    let mut state = state(1);
+    find(&mut state, "a", fingerprint(1), Ok(()), at(0));
+    load(&mut state, "1", at(0));
+    // Twice they are seen half written.
+    for (now, len) in [(10, 2), (11, 3)] {
+        find(&mut state, "a", fingerprint(len), Err(lasting()), at(now));
+        let status = state.status("a").unwrap();
+        assert_eq!((status.phase, status.error), (Phase::Ready, Some(lasting().cause)));
+    }
+    assert_eq!(held(&mut state, "a", at(12)).generation, "a1");
+    assert!(matches!(state.next_task(at(12)), Task::Scan));
+    state.rescan_within(at(3600), at(12));
+    assert!(matches!(state.next_task(at(12)), Task::Wait(_)) && matches!(state.next_task(at(13)), Task::Scan));
+    find(&mut state, "a", fingerprint(3), Err(lasting()), at(13));
+    assert_eq!(state.status("a").unwrap().phase, Phase::Failed);
+    assert!(matches!(state.acquire("a", Urgency::Request, at(13)), Acquired::Now(Err(AcquireError::Refused { .. }))));
+    // Nothing is tried again before the files change, and nothing waits where nothing is served.
+    state.rescan_within(at(3600), at(13));
+    assert!(state.is_known("a", fingerprint(3).as_ref(), at(3000)));
+    assert!(matches!(state.next_task(at(3000)), Task::Wait(_)));
+    find(&mut state, "b", fingerprint(1), Err(lasting()), at(13));
+    assert_eq!(state.status("b").unwrap().phase, Phase::Failed);
 }

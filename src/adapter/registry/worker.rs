@@ -8,37 +8,62 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cap_std::fs::Dir;
 
+use super::error::Refusal;
 use super::outcome::{Loaded, Noticed};
 use super::state::{Members, Target, Task};
 use super::{RegistryOptions, Shared};
 use crate::adapter::canonical::Adapter;
 use crate::adapter::compose::compose;
 use crate::adapter::error::AdapterError;
-use crate::adapter::files::{AdapterFiles, Fingerprint, Glance, report_left_out};
+use crate::adapter::files::{AdapterFiles, Content, Fingerprint, Glance, WEIGHTS_FILE, report_left_out};
 use crate::adapter::residency::Urgency;
 use crate::adapter::root::{NAME_RULE, Root, is_valid_name};
-use crate::adapter::{generations, loader};
+use crate::adapter::{generations, loader, peft_config};
 use crate::background::lower_priority;
 use crate::model::BaseWeights;
+
+/// Until the folder is looked at again where something in it could not be.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 pub struct Worker {
     pub(super) shared: Arc<Shared>,
     pub(super) path: PathBuf,
     pub(super) base: Arc<dyn BaseWeights>,
     pub(super) options: RegistryOptions,
-    /// Off from the first failure on: a folder that cannot be written.
-    keeps_generations: bool,
+    /// What was told and still holds: that the root cannot be read, is an adapter itself, has folders that cannot be looked
+    /// at, cannot be written.
     is_root_lost: bool,
+    is_root_an_adapter: bool,
+    is_unseen_told: bool,
+    is_not_writable: bool,
+    /// In the scan under way, a known folder that cannot be looked at, and why.
+    unseen: Option<(String, AdapterError)>,
+}
+
+/// What a look at a folder shows.
+enum Look {
+    Known,
+    NoAdapter,
+    Found(Dir, Fingerprint),
 }
 
 impl Worker {
     pub fn new(shared: Arc<Shared>, path: PathBuf, base: Arc<dyn BaseWeights>, options: RegistryOptions) -> Self {
-        let keeps_generations = options.keep_generations > 0;
-        Self { shared, path, base, options, keeps_generations, is_root_lost: false }
+        Self {
+            shared,
+            path,
+            base,
+            options,
+            is_root_lost: false,
+            is_root_an_adapter: false,
+            is_unseen_told: false,
+            is_not_writable: false,
+            unseen: None,
+        }
     }
 
     /// Runs until the registry is dropped. Tells `opened` when all that fits at the beginning is loaded.
@@ -81,48 +106,93 @@ impl Worker {
     }
 
     fn scan(&mut self, urgency: Urgency) {
+        let mut within = self.options.rescan;
         match Root::open(&self.path).and_then(|root| Ok((root.folder_names()?, root))) {
             Ok((mut names, root)) => {
                 self.is_root_lost = false;
+                self.look_at_root(&root);
                 names.retain(|name| self.look_at(&root, name, urgency));
                 self.shared.lock().remove_missing(&names, self.shared.now());
+                let unseen = self.unseen.take();
+                if let Some((name, e)) = &unseen {
+                    within = within.min(LOOK_AGAIN);
+                    if !self.is_unseen_told {
+                        tracing::warn!(
+                            "the folder of the adapter {name}, or more, cannot be looked at: {e}; serving what is known"
+                        );
+                    }
+                }
+                self.is_unseen_told = unseen.is_some();
             }
-            Err(e) if !self.is_root_lost => {
+            Err(e) => {
+                within = within.min(LOOK_AGAIN);
+                if !self.is_root_lost {
+                    let path = self.path.display();
+                    tracing::error!("the adapter folder {path} cannot be read: {e}; serving what is known");
+                }
                 self.is_root_lost = true;
-                tracing::error!(
-                    "the adapter folder {} cannot be read: {e}; serving what is known",
-                    self.path.display()
-                );
             }
-            Err(_) => {}
         }
-        self.shared.lock().rescan_within(self.options.rescan, self.shared.now());
+        self.shared.lock().rescan_within(within, self.shared.now());
+    }
+
+    fn look_at_root(&mut self, root: &Root) {
+        let is_an_adapter =
+            [peft_config::FILE, WEIGHTS_FILE].iter().any(|file| root.dir.symlink_metadata(file).is_ok());
+        if is_an_adapter && !self.is_root_an_adapter {
+            tracing::error!(
+                "{} holds the files of an adapter, which is not served: adapters.dir is the folder above, with one folder for \
+                 each adapter",
+                self.path.display()
+            );
+        }
+        self.is_root_an_adapter = is_an_adapter;
     }
 
     /// Whether the folder holds an adapter; takes it up if it is new or changed.
-    fn look_at(&self, root: &Root, name: &str, urgency: Urgency) -> bool {
-        let (fingerprint, glance) = match root.folder(Path::new(name)) {
-            Ok(folder) => {
-                let fingerprint = Fingerprint::of(&folder);
-                if self.shared.lock().is_known(name, Some(&fingerprint)) {
-                    return true;
-                }
-                if !fingerprint.is_adapter(&folder) {
-                    return false;
-                }
-                let glance = if is_valid_name(name) {
-                    Glance::at(&folder, self.options.max_adapter_bytes).map_err(|e| e.to_string())
-                } else {
-                    Err(format!("the folder's name {NAME_RULE}: rename it"))
-                };
-                (Some(fingerprint), glance)
-            }
+    fn look_at(&mut self, root: &Root, name: &str, urgency: Urgency) -> bool {
+        let (fingerprint, glance) = match self.look(root, name) {
+            Ok(Look::Known) => return true,
+            Ok(Look::NoAdapter) => return false,
+            Ok(Look::Found(folder, fingerprint)) => (Some(fingerprint), self.glance(name, &folder)),
             Err(AdapterError::Folder(e)) if e.kind() == io::ErrorKind::NotFound => return false,
-            Err(_) if self.shared.lock().is_known(name, None) => return true,
-            Err(e) => (None, Err(e.to_string())),
+            Err(e) if e.may_pass() && self.shared.lock().has_seen(name) => {
+                self.unseen.get_or_insert((name.to_owned(), e));
+                return true;
+            }
+            // Others' folders, as `lost+found`, are nobody's adapters.
+            Err(e) if e.may_pass() && !is_valid_name(name) => return false,
+            Err(e) => (None, Err(Refusal::from(e))),
         };
-        self.shared.lock().record(noticed(root, name, fingerprint, glance), urgency, self.shared.now());
+        let now = self.shared.now();
+        let state = self.shared.lock();
+        // Of a folder without files of its own, or that cannot be opened, the cause alone says whether it has changed.
+        let is_told = glance.as_ref().is_err_and(|refusal| state.error(name) == Some(refusal.cause.as_str()));
+        if !is_told || !state.is_known(name, fingerprint.as_ref(), now) {
+            drop(state);
+            let noticed = noticed(root, name, fingerprint, glance);
+            self.shared.lock().record(noticed, urgency, now);
+        }
         true
+    }
+
+    fn look(&self, root: &Root, name: &str) -> Result<Look, AdapterError> {
+        let folder = root.folder(Path::new(name))?;
+        let fingerprint = Fingerprint::of(&folder)?;
+        if fingerprint.has_files() && self.shared.lock().is_known(name, Some(&fingerprint), self.shared.now()) {
+            return Ok(Look::Known);
+        }
+        Ok(match fingerprint.content(&folder)? {
+            Content::Other => Look::NoAdapter,
+            Content::Adapter | Content::Nested => Look::Found(folder, fingerprint),
+        })
+    }
+
+    fn glance(&self, name: &str, folder: &Dir) -> Result<Glance, Refusal> {
+        if !is_valid_name(name) {
+            return Err(Refusal::from(format!("the folder's name {NAME_RULE}: rename it")));
+        }
+        Glance::at(folder, self.options.max_adapter_bytes).map_err(Refusal::from)
     }
 
     fn load(&mut self, name: &str) {
@@ -133,25 +203,25 @@ impl Worker {
         let (root, folder) = match folder {
             Ok(opened) => opened,
             Err(e) => {
-                let adapter = Err(e.to_string());
+                let adapter = Err(Refusal::from(e));
                 let loaded = Loaded { fingerprint: None, generation: None, adapter, took: started.elapsed() };
                 return self.shared.lock().finish_adapter(name, loaded, self.shared.now());
             }
         };
         report_left_out(name, &folder);
         let (fingerprint, files) = AdapterFiles::read_settled(&folder, self.options.max_adapter_bytes);
-        let known = self.shared.lock().known_generation(name, &fingerprint);
+        let known = fingerprint.as_ref().and_then(|read| self.shared.lock().known_generation(name, read));
         let (generation, adapter) = self.loaded(name, files);
-        let loaded = Loaded { fingerprint: Some(fingerprint.clone()), generation, adapter, took: started.elapsed() };
+        let loaded = Loaded { fingerprint: fingerprint.clone(), generation, adapter, took: started.elapsed() };
         let generation = loaded.generation.clone().filter(|_| loaded.adapter.is_ok());
         self.shared.metrics.vllm.adapter_load.observe(started.elapsed().as_secs_f64());
         self.shared.lock().finish_adapter(name, loaded, self.shared.now());
         self.shared.loaded.notify_one();
         if let Some(generation) = generation
             && known.as_ref() != Some(&generation)
-            && Fingerprint::of(&folder) == fingerprint
+            && Fingerprint::of(&folder).ok() == fingerprint
         {
-            self.keep(&root, name, &generation, &folder);
+            self.keep_loaded(&root, name, &generation, &folder);
         }
     }
 
@@ -160,12 +230,12 @@ impl Worker {
         &self,
         name: &str,
         files: Result<AdapterFiles, AdapterError>,
-    ) -> (Option<String>, Result<Adapter, String>) {
+    ) -> (Option<String>, Result<Adapter, Refusal>) {
         match files {
-            Err(e) => (None, Err(e.to_string())),
+            Err(e) => (None, Err(Refusal::from(e))),
             Ok(files) => match self.assemble(name, &files) {
                 Ok(adapter) => (Some(adapter.generation.clone()), Ok(adapter)),
-                Err(cause) => (Some(files.generation()), Err(cause)),
+                Err(cause) => (Some(files.generation()), Err(Refusal::from(cause))),
             },
         }
     }
@@ -180,21 +250,28 @@ impl Worker {
     }
 
     /// Keeps the files of a generation for a later roll-back, and what is known of the earlier ones up to date.
-    pub(super) fn keep(&mut self, root: &Root, name: &str, generation: &str, folder: &Dir) {
-        if !self.keeps_generations {
-            return;
+    pub(super) fn keep(&self, root: &Root, name: &str, generation: &str, folder: &Dir) -> io::Result<()> {
+        if self.options.keep_generations == 0 {
+            return Ok(());
         }
-        match generations::keep(root, name, generation, folder, self.options.keep_generations) {
-            Ok(()) => {
-                let kept = generations::list(root, name).into_iter().map(|(kept, _)| kept);
-                let previous = kept.filter(|kept| kept != generation).collect();
-                self.shared.lock().set_previous_generations(name, previous);
-            }
-            Err(e) => {
-                self.keeps_generations = false;
-                tracing::warn!("the adapter folder cannot be written ({e}): no earlier generations are kept");
-            }
+        generations::keep(root, name, generation, folder, self.options.keep_generations)?;
+        let kept = generations::list(root, name).into_iter().map(|(kept, _)| kept);
+        let previous = kept.filter(|kept| kept != generation).collect();
+        self.shared.lock().set_previous_generations(name, previous);
+        Ok(())
+    }
+
+    /// As [`keep`](Self::keep), of what is there to stay: it is served whether or not that can be done.
+    pub(super) fn keep_loaded(&mut self, root: &Root, name: &str, generation: &str, folder: &Dir) {
+        let kept = self.keep(root, name, generation, folder);
+        if let Err(e) = &kept
+            && !self.is_not_writable
+        {
+            tracing::warn!(
+                "the adapter folder cannot be written ({e}): {name} and others are not kept to roll back to"
+            );
         }
+        self.is_not_writable = kept.is_err();
     }
 }
 
@@ -203,7 +280,7 @@ pub(super) fn noticed(
     root: &Root,
     name: &str,
     fingerprint: Option<Fingerprint>,
-    glance: Result<Glance, String>,
+    glance: Result<Glance, Refusal>,
 ) -> Noticed {
     let kept = if is_valid_name(name) { generations::list(root, name) } else { Vec::new() };
     let (same, previous): (Vec<_>, Vec<_>) = kept.into_iter().partition(|(_, kept)| Some(kept) == fingerprint.as_ref());
