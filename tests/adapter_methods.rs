@@ -46,7 +46,8 @@ fn every_method_reports_its_name_and_what_it_changes() {
         (Kind::RsLoraBias, Method::RsLora, "rslora", 4, 9, 0),
         (Kind::LoraSavedHead, Method::Lora, "lora", 3, 2, 0),
         (Kind::Dora, Method::Dora, "dora", 6, 4, 0),
-        (Kind::AdaLora, Method::AdaLora, "adalora", 4, 4, 0),
+        // Of the four sites that are named, training has left nothing of one.
+        (Kind::AdaLora, Method::AdaLora, "adalora", 3, 4, 0),
         (Kind::Vera, Method::Vera, "vera", 6, 12, 0),
         (Kind::Miss, Method::Miss, "miss", 4, 6, 0),
         (Kind::Ia3, Method::Ia3, "ia3", 6, 0, 0),
@@ -279,7 +280,14 @@ fn what_does_not_fit_is_refused_with_its_cause() {
         (Kind::AdaLora, "32-bit", with("base_model.model.model.layers.0.self_attn.v_proj.lora_E", &[4, 1], 3e38)),
         (Kind::AdaLora, "lm_head", set("target_modules", json!(["q_proj", "v_proj", "lm_head"]))),
         (Kind::AdaLora, "init_r", set("peft_type", json!("LORA")).also(set("rank_pattern", json!(null)))),
-        (Kind::LoraEverywhere, "peft_type", set("peft_type", json!("ADALORA"))),
+        (Kind::RsLoraBias, "peft_type", set("peft_type", json!("ADALORA"))),
+        (
+            Kind::RsLoraBias,
+            "peft_type",
+            set("peft_type", json!("ADALORA"))
+                .also(set("lora_bias", json!(false)))
+                .also(set("use_rslora", json!(false))),
+        ),
         (Kind::LoraEverywhere, "peft_type", set("peft_type", json!("VERA"))),
         (Kind::LoraEverywhere, "peft_type", set("peft_type", json!("MISS"))),
         (Kind::Miss, "up_proj is missing", without("1.mlp.up_proj.miss_block")),

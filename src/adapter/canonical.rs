@@ -93,7 +93,7 @@ impl Adapter {
 pub struct Coverage {
     /// Sites the adapter changes, the embedding and the head among them.
     pub num_sites: usize,
-    /// Sites its configuration names; equal to `num_sites`, or the adapter is refused.
+    /// Sites its configuration names, but those of which AdaLoRA left nothing; equal to `num_sites`, or the adapter is refused.
     pub num_expected_sites: usize,
     pub max_rank: usize,
     /// Positions that stand before every sequence.
