@@ -190,20 +190,19 @@ async fn all_that_a_folder_held_is_kept_when_it_is_replaced_or_removed() {
 #[tokio::test]
 async fn what_is_no_generation_is_put_aside_whole_when_it_is_replaced_or_removed() {
     let fixture = Fixture::new(&[]);
-    for name in ["pickle", "gguf", "cut"] {
+    for name in ["pickle", "gguf", "half"] {
         fs::create_dir(fixture.path(name)).unwrap();
     }
     fs::write(fixture.path("pickle/adapter_model.bin"), "the only copy").unwrap();
     fs::write(fixture.path("gguf/sql.gguf"), "the only copy").unwrap();
-    write(&fixture.path("cut"), 1.0, "");
-    fs::write(fixture.path("cut/adapter_model.safetensors"), "the only copy").unwrap();
+    fs::write(fixture.path("half/adapter_model.safetensors"), "the only copy").unwrap();
     let registry = fixture.registry();
     assert!(registry.list().iter().all(|status| status.phase == Phase::Failed && status.error.is_some()));
     write(&fixture.path(".staging/1"), 1.0, "");
 
     fs::create_dir_all(fixture.path(".lorry")).unwrap();
     fs::write(fixture.path(".lorry/removed"), "in the way").unwrap();
-    for name in ["pickle", "gguf", "cut"] {
+    for name in ["pickle", "gguf", "half"] {
         let error = install(&registry, name, ".staging/1", None).await.unwrap_err();
         assert!(matches!(&error, ChangeError::Folder(cause) if cause.contains("cannot be kept")), "{error}");
         assert!(matches!(registry.remove(name, None).await, Err(ChangeError::Folder(_))));
@@ -215,8 +214,9 @@ async fn what_is_no_generation_is_put_aside_whole_when_it_is_replaced_or_removed
     install(&registry, "pickle", ".staging/1", None).await.unwrap();
     assert_eq!(registry.acquire("pickle").await.unwrap().name, "pickle");
     registry.remove("gguf", None).await.unwrap();
-    registry.remove("cut", None).await.unwrap();
-    for (name, file) in [("pickle-", "adapter_model.bin"), ("gguf-", "sql.gguf"), ("cut-", "adapter_model.safetensors")]
+    registry.remove("half", None).await.unwrap();
+    for (name, file) in
+        [("pickle-", "adapter_model.bin"), ("gguf-", "sql.gguf"), ("half-", "adapter_model.safetensors")]
     {
         let found = read_under(&fixture, ".lorry/removed", name, file);
         assert_eq!(found.as_deref(), Some("the only copy"), "{name}");
