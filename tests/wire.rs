@@ -221,7 +221,8 @@ async fn probes_are_answered_when_every_connection_is_taken_and_others_are_told(
     assert!(refused.starts_with("HTTP/1.1 503 ") && refused.contains("retry-after: 1"), "{refused}");
     assert_eq!(body_of(&refused)["error"]["code"], "overloaded");
     // In the form of each interface, and with what every reply has.
-    let forms: [(&str, fn(&Value) -> bool); 3] = [
+    type IsWorded = fn(&Value) -> bool;
+    let forms: [(&str, IsWorded); 3] = [
         ("/v1/models", |error| error["error"]["type"] == "overloaded_error"),
         ("/v1/messages", |error| error["type"] == "error" && error["error"]["type"] == "overloaded_error"),
         ("/api//tags", |error| error["error"].is_string()),

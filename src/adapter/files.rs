@@ -171,16 +171,6 @@ impl Glance {
     }
 }
 
-/// What a folder is to the registry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Content {
-    /// An adapter, or what is left of one, or one in a form that is not read.
-    Adapter,
-    /// No adapter itself: its own folders hold some.
-    Nested,
-    Other,
-}
-
 /// By which a change of the files is noticed without reading them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fingerprint([Option<Stamp>; FILES.len()]);
@@ -220,21 +210,18 @@ impl Fingerprint {
         self.0.iter().any(Option::is_some)
     }
 
+    /// Whether the folder holds an adapter, or what is left of one, or one in a form that is not read.
+    ///
     /// # Errors
     /// When the folder cannot be read.
-    pub fn content(&self, folder: &Dir) -> Result<Content, AdapterError> {
+    pub fn is_adapter(&self, folder: &Dir) -> Result<bool, AdapterError> {
         let [config, weights, _] = &self.0;
         // A link that leads nowhere has no stamp.
         let is_linked = || FILES[..2].iter().any(|file| folder.symlink_metadata(file).is_ok());
-        let is_adapter = config.is_some()
+        Ok(config.is_some()
             || weights.is_some()
             || is_linked()
-            || foreign_file(folder).map_err(AdapterError::Folder)?.is_some();
-        Ok(match is_adapter {
-            true => Content::Adapter,
-            false if nested_adapters(folder).is_empty() => Content::Other,
-            false => Content::Nested,
-        })
+            || foreign_file(folder).map_err(AdapterError::Folder)?.is_some())
     }
 
     /// Whether a file was written so recently that a further write might not show.
@@ -321,7 +308,7 @@ pub fn report_left_out(name: &str, folder: &Dir) {
 }
 
 /// Says which folders in this one hold adapters, and what to do with them; `None` if none does.
-fn nested(folder: &Dir) -> Option<String> {
+pub fn nested(folder: &Dir) -> Option<String> {
     let found = nested_adapters(folder);
     let named = found.iter().take(MAX_NAMED).map(String::as_str).collect::<Vec<_>>().join(", ");
     let more = match found.len().saturating_sub(MAX_NAMED) {
@@ -452,22 +439,23 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_is_what_it_or_its_own_folders_hold() {
-        let content = |folder: &Dir| Fingerprint::of(folder).unwrap().content(folder).unwrap();
-        for (paths, expected) in [
-            (&["README.md", "sub/notes.txt", ".hidden/adapter_config.json"][..], Content::Other),
-            (&["a/b/c/d/adapter_config.json"][..], Content::Other),
-            (&["checkpoint-500/adapter_config.json"][..], Content::Nested),
-            (&["checkpoint-500/sql/adapter_config.json"][..], Content::Nested),
-            (&["adapter_model.safetensors"][..], Content::Adapter),
-            (&["adapter.gguf", "checkpoint-500/adapter_config.json"][..], Content::Adapter),
+    fn a_folder_is_an_adapter_by_its_own_files_and_may_hold_others() {
+        for (paths, is_adapter, is_nested) in [
+            (&["README.md", "sub/notes.txt", ".hidden/adapter_config.json"][..], false, false),
+            (&["a/b/c/d/adapter_config.json"][..], false, false),
+            (&["checkpoint-500/adapter_config.json"][..], false, true),
+            (&["checkpoint-500/sql/adapter_config.json"][..], false, true),
+            (&["adapter_model.safetensors"][..], true, false),
+            (&["adapter.gguf", "checkpoint-500/adapter_config.json"][..], true, true),
         ] {
             let (_dir, folder) = folder();
             for path in paths {
                 folder.create_dir_all(Path::new(path).parent().unwrap()).unwrap();
                 folder.write(path, b"{}").unwrap();
             }
-            assert_eq!(content(&folder), expected, "{paths:?}");
+            let fingerprint = Fingerprint::of(&folder).unwrap();
+            assert_eq!(fingerprint.is_adapter(&folder).unwrap(), is_adapter, "{paths:?}");
+            assert_eq!(nested(&folder).is_some(), is_nested, "{paths:?}");
         }
     }
 

@@ -49,7 +49,7 @@ fn pair(
     // Of the layer as the file has it, which may hold several modules.
     let rows = spec.file_rows(module);
     let num_columns = config.num_columns.unwrap_or(rows.num_rows);
-    if rows.num_rows % num_columns != 0 {
+    if !rows.num_rows.is_multiple_of(num_columns) {
         let reason = format!("{num_columns} does not divide the {} outputs of the base's layer", rows.num_rows);
         return Err(AdapterError::field("mini_r", reason));
     }

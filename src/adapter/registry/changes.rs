@@ -11,7 +11,7 @@ use super::outcome::Loaded;
 use super::worker::{Worker, noticed};
 use crate::adapter::canonical::Adapter;
 use crate::adapter::error::AdapterError;
-use crate::adapter::files::{AdapterFiles, Content, FILES, Fingerprint, Glance, report_left_out};
+use crate::adapter::files::{AdapterFiles, FILES, Fingerprint, Glance, report_left_out};
 use crate::adapter::generations;
 use crate::adapter::residency::Urgency;
 use crate::adapter::root::{Root, Staging};
@@ -197,7 +197,7 @@ impl Worker {
             Err(e) => return Err(ChangeError::Folder(e.to_string())),
         };
         let fingerprint = Fingerprint::of(&folder).map_err(unreadable)?;
-        if fingerprint.content(&folder).map_err(unreadable)? != Content::Adapter {
+        if !fingerprint.is_adapter(&folder).map_err(unreadable)? {
             return Err(ChangeError::NoAdapter(name.to_owned()));
         }
         let is_link = root.dir.symlink_metadata(name).map_err(folder_error)?.is_symlink();

@@ -3,6 +3,7 @@
 //! It runs at lowered priority, so that what is loaded waits for the engine and not the engine for it.
 
 use std::any::Any;
+use std::collections::HashMap;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ use super::{RegistryOptions, Shared};
 use crate::adapter::canonical::Adapter;
 use crate::adapter::compose::compose;
 use crate::adapter::error::AdapterError;
-use crate::adapter::files::{AdapterFiles, Content, Fingerprint, Glance, WEIGHTS_FILE, report_left_out};
+use crate::adapter::files::{self, AdapterFiles, Fingerprint, Glance, WEIGHTS_FILE, report_left_out};
 use crate::adapter::residency::Urgency;
 use crate::adapter::root::{NAME_RULE, Root, is_valid_name};
 use crate::adapter::{generations, loader, peft_config};
@@ -42,12 +43,16 @@ pub struct Worker {
     is_not_writable: bool,
     /// In the scan under way, a known folder that cannot be looked at, and why.
     unseen: Option<(String, AdapterError)>,
+    /// By folder, what was told of adapters that lie deeper in it.
+    told_nested: HashMap<String, String>,
 }
 
 /// What a look at a folder shows.
 enum Look {
     Known,
     NoAdapter,
+    /// No adapter; its own folders hold some, in words.
+    Nested(String),
     Found(Dir, Fingerprint),
 }
 
@@ -63,6 +68,7 @@ impl Worker {
             is_unseen_told: false,
             is_not_writable: false,
             unseen: None,
+            told_nested: HashMap::new(),
         }
     }
 
@@ -154,6 +160,12 @@ impl Worker {
         let (fingerprint, glance) = match self.look(root, name) {
             Ok(Look::Known) => return true,
             Ok(Look::NoAdapter) => return false,
+            Ok(Look::Nested(held)) => {
+                if self.told_nested.insert(name.to_owned(), held.clone()).as_ref() != Some(&held) {
+                    tracing::warn!("{name} is no adapter: {held}");
+                }
+                return false;
+            }
             Ok(Look::Found(folder, fingerprint)) => (Some(fingerprint), self.glance(name, &folder)),
             Err(AdapterError::Folder(e)) if e.kind() == io::ErrorKind::NotFound => return false,
             Err(e) if e.may_pass() && self.shared.lock().has_seen(name) => {
@@ -182,10 +194,10 @@ impl Worker {
         if fingerprint.has_files() && self.shared.lock().is_known(name, Some(&fingerprint), self.shared.now()) {
             return Ok(Look::Known);
         }
-        Ok(match fingerprint.content(&folder)? {
-            Content::Other => Look::NoAdapter,
-            Content::Adapter | Content::Nested => Look::Found(folder, fingerprint),
-        })
+        if fingerprint.is_adapter(&folder)? {
+            return Ok(Look::Found(folder, fingerprint));
+        }
+        Ok(files::nested(&folder).map_or(Look::NoAdapter, Look::Nested))
     }
 
     fn glance(&self, name: &str, folder: &Dir) -> Result<Glance, Refusal> {
