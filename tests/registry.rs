@@ -112,9 +112,13 @@ async fn what_cannot_be_looked_at_for_a_moment_is_served_as_it_was() {
         put_unreadable(&fixture.path("a").join(file));
         // The folder has been scanned, and more than once.
         for name in ["b", "c", "d"] {
-            fixture.write(name, 1.0);
+            // Whole at once, and away at once: half of it would be refused.
+            let hidden = fixture.path(&format!(".{name}"));
+            fixture.write(&format!(".{name}"), 1.0);
+            fs::rename(&hidden, fixture.path(name)).unwrap();
             eventually("the folder is scanned", || registry.status(name).is_some());
-            fs::remove_dir_all(fixture.path(name)).unwrap();
+            fs::rename(fixture.path(name), &hidden).unwrap();
+            fs::remove_dir_all(&hidden).unwrap();
             eventually("the folder is scanned", || registry.status(name).is_none());
             assert_eq!(registry.acquire("a").await.unwrap().generation, first);
         }
