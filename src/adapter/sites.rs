@@ -65,9 +65,9 @@ pub fn experts_path(layer: usize) -> String {
     format!("model.layers.{layer}.mlp.experts")
 }
 
-/// What `target_parameters` can name: every linear layer's weight, and the fused weights of experts; paths, and the sites that
-/// each is of.
-fn parameters(spec: &ModelSpec) -> impl Iterator<Item = (String, Vec<Site>)> {
+/// What `target_parameters` can name: every linear layer's weight, and the fused weights of experts; their [`paths_in_training`],
+/// and the sites that each is of.
+fn parameters(spec: &ModelSpec) -> impl Iterator<Item = ([String; 3], Vec<Site>)> {
     let is_fused = |module: &Module| matches!(module, Module::Expert(..));
     let of_layer = move |layer| {
         let weights = spec.modules().filter(move |module| !is_fused(module));
@@ -84,7 +84,7 @@ fn parameters(spec: &ModelSpec) -> impl Iterator<Item = (String, Vec<Site>)> {
         });
         weights.chain(fused)
     };
-    (0..spec.num_layers).flat_map(of_layer)
+    (0..spec.num_layers).flat_map(of_layer).map(|(path, sites)| (paths_in_training(&path), sites))
 }
 
 /// Modules given by name or by one pattern.
@@ -100,7 +100,10 @@ impl PathMatch {
     fn matches(&self, path: &str) -> Result<bool, AdapterError> {
         match self {
             Self::Pattern(pattern) => pattern.matches_any(&paths_in_training(path)),
-            Self::Names(names) => Ok(names.iter().any(|name| is_named(path, name))),
+            Self::Names(names) => {
+                let paths = paths_in_training(path);
+                Ok(names.iter().any(|name| is_named(&paths, name)))
+            }
         }
     }
 
@@ -120,10 +123,10 @@ pub fn paths_in_training(path: &str) -> [String; 3] {
     [path.to_string(), within, format!("{TEXT_MODEL}.{path}")]
 }
 
-/// Whether what a module or parameter was called in training is this name, or ends in it behind a dot.
-fn is_named(path: &str, name: &str) -> bool {
+/// Whether one of the [`paths_in_training`] of a module or parameter is this name, or ends in it behind a dot.
+fn is_named(paths: &[String], name: &str) -> bool {
     let is_ending = |path: &String| path.strip_suffix(name).is_some_and(|stem| stem.is_empty() || stem.ends_with('.'));
-    paths_in_training(path).iter().any(is_ending)
+    paths.iter().any(is_ending)
 }
 
 /// `target_modules`, `target_parameters`, `exclude_modules`, `layers_to_transform` and `layers_pattern` of a configuration.
@@ -161,9 +164,10 @@ impl ChosenLayers {
     }
 
     fn contain(&self, path: &str) -> Result<bool, AdapterError> {
+        let paths = paths_in_training(path);
         for pattern in &self.patterns {
-            for path in paths_in_training(path) {
-                if let Some(captures) = pattern.captures(&path)? {
+            for path in &paths {
+                if let Some(captures) = pattern.captures(path)? {
                     let number = captures.name("idx").and_then(|number| number.as_str().parse().ok());
                     return Ok(number.is_some_and(|number| self.numbers.contains(&number)));
                 }
@@ -195,10 +199,10 @@ impl SiteSelector {
                 targets.sites.insert((layer, module));
             }
         }
-        let parameters: Vec<(String, Vec<Site>)> =
+        let parameters: Vec<([String; 3], Vec<Site>)> =
             if self.parameters.is_empty() { Vec::new() } else { parameters(spec).collect() };
         for name in &self.parameters {
-            let mut named = parameters.iter().filter(|(path, _)| is_named(path, name)).peekable();
+            let mut named = parameters.iter().filter(|(paths, _)| is_named(paths, name)).peekable();
             if named.peek().is_none() {
                 let reason = format!("{name:?} is no parameter of the base's linear layers or experts");
                 return Err(AdapterError::field("target_parameters", reason));
@@ -218,8 +222,12 @@ impl SiteSelector {
     /// The path that rank and alpha of a site are looked up by: that of its weight where `target_parameters` names it.
     pub fn named_path(&self, spec: &ModelSpec, (layer, module): Site) -> String {
         let path = spec.module_path(layer, module);
+        if self.parameters.is_empty() {
+            return path;
+        }
         let weight = format!("{path}.weight");
-        if self.parameters.iter().any(|name| is_named(&weight, name)) { weight } else { path }
+        let paths = paths_in_training(&weight);
+        if self.parameters.iter().any(|name| is_named(&paths, name)) { weight } else { path }
     }
 
     fn selects(&self, path: &str) -> Result<bool, AdapterError> {

@@ -136,6 +136,11 @@ pub struct FileRows {
 }
 
 impl FileRows {
+    /// The module's first among the rows of its matrix.
+    pub fn first_row_of_matrix(&self) -> usize {
+        self.first_row % self.num_rows
+    }
+
     /// The shape of the tensor, whose rows have this width.
     pub fn shape(&self, width: usize) -> Vec<usize> {
         self.num_matrices.into_iter().chain([self.num_rows, width]).collect()

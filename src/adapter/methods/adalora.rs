@@ -4,8 +4,6 @@
 
 use std::sync::Arc;
 
-use kernels::low_rank::LowRank;
-
 use super::lora::{HalfPair, incomplete};
 use super::{all_sites, refuse_ends};
 use crate::adapter::canonical::{Adapter, AdapterWeights, Method, SiteDelta};
@@ -44,11 +42,7 @@ pub fn load(config: &AdaLoraConfig, mut tensors: Tensors<'_>, spec: &ModelSpec) 
             continue;
         }
         let pair = HalfPair::of(&a, &b, config.scale(rank)?)?;
-        let scales: Vec<f32> = e.f32_values()?.into_iter().map(|value| pair.scale * value).collect();
-        if !scales.iter().all(|scale| scale.is_finite()) {
-            return Err(AdapterError::tensor(e.key, "times its scale is beyond the range of 32-bit floats"));
-        }
-        let low_rank = Some(LowRank::pack_scaled(&scales, in_features, out_features, &pair.a, &pair.b));
+        let low_rank = Some(pair.pack(&e, (in_features, out_features))?);
         weights.set_site(layer, module.index(), SiteDelta { low_rank, ..SiteDelta::default() });
     }
     if found.sites.is_empty() {

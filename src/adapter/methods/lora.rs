@@ -212,6 +212,22 @@ impl HalfPair {
         if are_finite(&a) && are_finite(&b) { Self::of_scaled(scaled_f16(a), scaled_f16(b), 1.0) } else { None }
     }
 
+    /// For a layer of `(in, out)` features, with a factor for each rank beside the scale.
+    ///
+    /// # Errors
+    /// When a factor is not finite, or is not when it is multiplied by the scale.
+    pub fn pack(
+        &self,
+        of_ranks: &NamedTensor<'_>,
+        (in_features, out_features): (usize, usize),
+    ) -> Result<LowRank, AdapterError> {
+        let scales: Vec<f32> = of_ranks.f32_values()?.into_iter().map(|factor| self.scale * factor).collect();
+        if !scales.iter().all(|scale| scale.is_finite()) {
+            return Err(AdapterError::tensor(of_ranks.key, "times its scale is beyond the range of 32-bit floats"));
+        }
+        Ok(LowRank::pack_scaled(&scales, in_features, out_features, &self.a, &self.b))
+    }
+
     /// `None` when the product of scales and weights is beyond the range of 32-bit floats.
     fn of_scaled((a, scale_of_a): (Vec<f16>, f32), (b, scale_of_b): (Vec<f16>, f32), scale: f32) -> Option<Self> {
         // Of both at once: one alone may be beyond the range.

@@ -55,7 +55,7 @@ fn pair(
     }
     block.check_rank(0, num_columns, rank)?;
     let (block, scale) = block.scaled_f16_values()?;
-    let first_row = if rows.num_matrices.is_some() { 0 } else { rows.first_row };
+    let first_row = rows.first_row_of_matrix();
     let a: Vec<f16> = (0..rank)
         .flat_map(|r| (0..in_features).map(move |input| if input % rank == r { f16::ONE } else { f16::ZERO }))
         .collect();

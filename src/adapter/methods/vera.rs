@@ -83,19 +83,15 @@ impl Shared {
         let (in_features, out_features) = spec.module_shape(module);
         of_ranks.check_shape(&[rank])?;
         of_outputs.check_shape(&[out_features])?;
-        // Of a layer that holds several modules; an expert is a layer of its own.
-        let rows = spec.file_rows(module);
-        let first_row = if rows.num_matrices.is_some() { 0 } else { rows.first_row };
+        // Of a layer that holds several modules.
+        let first_row = spec.file_rows(module).first_row_of_matrix();
         let a = self.a.chunks_exact(self.num_inputs).flat_map(|row| &row[..in_features]).copied().collect();
         let of_b = self.b[first_row * rank..].chunks_exact(rank).zip(of_outputs.f32_values()?);
         let b = of_b.flat_map(|(row, factor)| row.iter().map(move |value| factor * value)).collect();
-        let beyond =
-            |key| AdapterError::tensor(key, "times the matrix of all layers is beyond the range of 32-bit floats");
-        let pair = HalfPair::of_values(a, b).ok_or_else(|| beyond(of_outputs.key))?;
-        let scales: Vec<f32> = of_ranks.f32_values()?.into_iter().map(|value| pair.scale * value).collect();
-        if !scales.iter().all(|scale| scale.is_finite()) {
-            return Err(beyond(of_ranks.key));
-        }
-        Ok(LowRank::pack_scaled(&scales, in_features, out_features, &pair.a, &pair.b))
+        let pair = HalfPair::of_values(a, b).ok_or_else(|| {
+            let reason = "times the matrix of all layers is beyond the range of 32-bit floats";
+            AdapterError::tensor(of_outputs.key, reason)
+        })?;
+        pair.pack(of_ranks, (in_features, out_features))
     }
 }

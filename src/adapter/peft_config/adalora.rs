@@ -44,9 +44,7 @@ impl AdaLoraConfig {
     pub(super) fn read(mut fields: Fields) -> Result<Self, AdapterError> {
         fields.refuse_biases()?;
         let mut config = Self {
-            initial_rank: fields
-                .take_as("init_r")?
-                .map_or(Ok(DEFAULT_RANK), |rank| lora::checked_rank("init_r", rank))?,
+            initial_rank: fields.take_rank("init_r", DEFAULT_RANK)?,
             alpha: fields.take_as("lora_alpha")?.unwrap_or(lora::DEFAULT_ALPHA),
             selector: fields.take_selector(Vec::new())?,
             ranks: BTreeMap::new(),

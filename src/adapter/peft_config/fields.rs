@@ -53,6 +53,17 @@ impl OneOrMany<String> {
     }
 }
 
+const MAX_RANK: usize = 1024;
+
+/// # Errors
+/// When it is none, or above what is served; names `field`.
+pub(super) fn checked_rank(field: &str, rank: i64) -> Result<usize, AdapterError> {
+    match usize::try_from(rank) {
+        Ok(rank @ 1..=MAX_RANK) => Ok(rank),
+        _ => Err(AdapterError::field(field, format!("{rank} is not a rank between 1 and {MAX_RANK}"))),
+    }
+}
+
 /// The fields not yet interpreted. Of a key that stands there twice, the last value counts at the first place, as in Python.
 pub(super) struct Fields(BTreeMap<String, Value>);
 
@@ -97,6 +108,11 @@ impl Fields {
 
     pub fn take_as<T: DeserializeOwned>(&mut self, name: &str) -> Result<Option<T>, AdapterError> {
         serde_json::from_value(self.take(name)).map_err(|e| AdapterError::field(name, e))
+    }
+
+    /// A rank, or `default` where there is none.
+    pub fn take_rank(&mut self, name: &str, default: usize) -> Result<usize, AdapterError> {
+        self.take_as(name)?.map_or(Ok(default), |rank| checked_rank(name, rank))
     }
 
     /// A text that must be there and be one of `supported`.

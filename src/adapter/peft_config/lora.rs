@@ -3,12 +3,11 @@
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use super::fields::{Fields, INSTEAD};
+use super::fields::{Fields, INSTEAD, checked_rank};
 use crate::adapter::error::AdapterError;
 use crate::adapter::path_pattern::PathPattern;
 use crate::adapter::sites::{HEAD_PATH, SiteSelector, paths_in_training};
 
-const MAX_RANK: usize = 1024;
 /// Entries of one `*_pattern`: several per site of any base, and few enough to compile.
 const MAX_PATTERN_ENTRIES: usize = 2048;
 /// Those of them that are more than a path, which may take a hundred times as much memory. Trainers write few.
@@ -75,7 +74,7 @@ impl LoraConfig {
         let parameters: Vec<String> = fields.take_as("target_parameters")?.unwrap_or_default();
         let targets_parameters = !parameters.is_empty();
         let mut config = Self {
-            rank: fields.take_as("r")?.map_or(Ok(DEFAULT_RANK), |r| checked_rank("r", r))?,
+            rank: fields.take_rank("r", DEFAULT_RANK)?,
             alpha: fields.take_as("lora_alpha")?.unwrap_or(DEFAULT_ALPHA),
             rank_pattern: take_patterns(&mut fields, "rank_pattern", checked_rank)?,
             alpha_pattern: take_patterns(&mut fields, "alpha_pattern", |_, alpha| Ok(alpha))?,
@@ -141,13 +140,6 @@ fn first_match<T: Copy>(patterns: &[(PathPattern, T)], path: &str) -> Result<Opt
         }
     }
     Ok(None)
-}
-
-pub(super) fn checked_rank(field: &str, rank: i64) -> Result<usize, AdapterError> {
-    match usize::try_from(rank) {
-        Ok(rank @ 1..=MAX_RANK) => Ok(rank),
-        _ => Err(AdapterError::field(field, format!("{rank} is not a rank between 1 and {MAX_RANK}"))),
-    }
 }
 
 /// The entries of a `*_pattern` in the order of the file: of several that match, PEFT takes the first.

@@ -1,7 +1,6 @@
 //! The configuration of MiSS.
 
 use super::fields::{Fields, INSTEAD};
-use super::lora;
 use crate::adapter::error::AdapterError;
 use crate::adapter::sites::SiteSelector;
 
@@ -24,8 +23,7 @@ impl MissConfig {
     pub(super) fn read(mut fields: Fields) -> Result<Self, AdapterError> {
         fields.refuse_biases()?;
         let variant = fields.take("init_weights");
-        let mini_rank =
-            fields.take_as("mini_r")?.map_or(Ok(DEFAULT_MINI_RANK), |rank| lora::checked_rank("mini_r", rank))?;
+        let mini_rank = fields.take_rank("mini_r", DEFAULT_MINI_RANK)?;
         let num_columns = match variant.as_str() {
             None => None,
             Some("mini") => Some(mini_rank),
@@ -35,7 +33,7 @@ impl MissConfig {
             }
         };
         let mut config = Self {
-            rank: fields.take_as("r")?.map_or(Ok(DEFAULT_RANK), |rank| lora::checked_rank("r", rank))?,
+            rank: fields.take_rank("r", DEFAULT_RANK)?,
             num_columns,
             selector: fields.take_selector(Vec::new())?,
         };

@@ -3,7 +3,6 @@
 use serde_json::Value;
 
 use super::fields::Fields;
-use super::lora;
 use crate::adapter::error::AdapterError;
 use crate::adapter::sites::SiteSelector;
 
@@ -31,10 +30,8 @@ impl VeraConfig {
             );
             return Err(AdapterError::field("save_projection", reason));
         }
-        let mut config = Self {
-            rank: fields.take_as("r")?.map_or(Ok(DEFAULT_RANK), |rank| lora::checked_rank("r", rank))?,
-            selector: fields.take_selector(Vec::new())?,
-        };
+        let mut config =
+            Self { rank: fields.take_rank("r", DEFAULT_RANK)?, selector: fields.take_selector(Vec::new())? };
         fields.take_layers(&mut config.selector)?;
         fields.refuse_rest(WITHOUT_EFFECT)?;
         Ok(config)
