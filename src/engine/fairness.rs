@@ -10,13 +10,8 @@ use std::sync::Arc;
 
 use crate::adapter::canonical::Adapter;
 
-/// Tokens above its share that one may be ahead of the least served before others go first: a few steps' worth, so that
-/// streams do not stutter.
+/// Tokens above its share that one may be ahead of the least served before the prompts of others go first: a few steps' worth.
 const MAX_LEAD: f64 = 16.0;
-
-/// Tokens below its share up to which one that comes back, or had all that it wanted, is still owed them: it may have been away no
-/// longer than clients take between two requests.
-const MAX_CREDIT: f64 = 256.0;
 
 /// Most accounts that are kept for the sake of those who are away.
 const MAX_REMEMBERED: usize = 1024;
@@ -82,6 +77,16 @@ impl Flow {
     }
 }
 
+/// What one is still owed that comes back, or had all that it wanted.
+#[derive(Debug, Clone, Copy)]
+pub enum Credit {
+    /// So many tokens: it may have been away no longer than clients take between two requests.
+    Tokens(f64),
+    /// What the one of least weight here has by one token, so that it can be told whose turn is next. Were more owed in streams, those
+    /// of others would stand still for it.
+    OneTurn,
+}
+
 /// What those of one name have had, and hold.
 #[derive(Debug)]
 struct Served {
@@ -100,62 +105,81 @@ impl Served {
     }
 
     /// Where it begins again while the least served of the others has had `floor`.
-    fn begin(&self, floor: f64) -> f64 {
-        self.served.max(floor - MAX_CREDIT / self.weight)
-    }
-
-    /// Whether it would begin otherwise if it were forgotten: it has been away for a short while, or has had more than
-    /// others.
-    fn matters(&self, floor: Option<f64>) -> bool {
-        floor.is_some_and(|floor| self.begin(floor) == self.served)
+    fn begin(&self, floor: f64, credit: Credit, least_weight: f64) -> f64 {
+        let credit = match credit {
+            Credit::Tokens(num_tokens) => num_tokens / self.weight,
+            Credit::OneTurn => 1.0 / least_weight,
+        };
+        self.served.max(floor - credit)
     }
 }
 
+/// Those of one level that have sequences, beside one of them.
+#[derive(Debug, Clone, Copy)]
+struct Peers {
+    /// What the least served has had.
+    floor: f64,
+    least_weight: f64,
+}
+
 #[derive(Debug)]
-struct Level<Name>(HashMap<Name, Served>);
+struct Level<Name> {
+    all: HashMap<Name, Served>,
+    credit: Credit,
+}
 
 impl<Name: Hash + Eq + Clone> Level<Name> {
-    /// Of those with sequences and `is_peer`, what the least served has had.
-    fn floor(&self, is_peer: impl Fn(&Name) -> bool) -> Option<f64> {
-        let active = self.0.iter().filter(|(name, served)| served.num_sequences > 0 && is_peer(name));
-        active.map(|(_, served)| served.served).reduce(f64::min)
+    fn new(credit: Credit) -> Self {
+        Self { all: HashMap::new(), credit }
+    }
+
+    fn peers(&self, is_peer: impl Fn(&Name) -> bool) -> Option<Peers> {
+        let active = self.all.iter().filter(|(name, served)| served.num_sequences > 0 && is_peer(name));
+        let active = active.map(|(_, served)| Peers { floor: served.served, least_weight: served.weight });
+        active.reduce(|a, b| Peers { floor: a.floor.min(b.floor), least_weight: a.least_weight.min(b.least_weight) })
     }
 
     fn enter(&mut self, name: &Name, weight: f64, is_peer: impl Fn(&Name) -> bool) {
-        let floor = self.floor(is_peer);
-        let served = self.0.entry(name.clone()).or_insert(Served {
+        let peers = self.peers(is_peer);
+        let served = self.all.entry(name.clone()).or_insert(Served {
             weight,
-            served: floor.unwrap_or(0.0),
+            served: peers.map_or(0.0, |peers| peers.floor),
             promised: 0.0,
             num_sequences: 0,
             num_running: 0,
         });
-        if let Some(floor) = floor.filter(|_| served.num_sequences == 0) {
-            served.served = served.begin(floor);
+        if let Some(Peers { floor, least_weight }) = peers.filter(|_| served.num_sequences == 0) {
+            served.served = served.begin(floor, self.credit, least_weight.min(weight));
         }
         served.num_sequences += 1;
     }
 
     /// Of those with sequences, whoever has no claim to more than `claim` of its peers' is owed no more.
     fn settle(&mut self, wants: impl Fn(&Name) -> bool, claim: impl Fn(&Name) -> Option<Claim>) {
-        for (name, served) in self.0.iter_mut().filter(|(_, served)| served.num_sequences > 0) {
+        for (name, served) in self.all.iter_mut().filter(|(_, served)| served.num_sequences > 0) {
             if !wants(name)
                 && let Some(claim) = claim(name)
             {
-                served.served = served.begin(claim.floor());
+                served.served = served.begin(claim.floor(), self.credit, claim.least_weight);
             }
         }
     }
 
     /// Forgets who is away and does not matter, and all who are away if they are many.
     fn forget(&mut self, is_peer: impl Fn(&Name) -> bool) {
-        let (floor, are_many) = (self.floor(&is_peer), self.0.len() > MAX_REMEMBERED);
-        let is_left = |served: &Served| served.num_sequences > 0 || !are_many && served.matters(floor);
-        self.0.retain(|name, served| is_left(served) || !is_peer(name));
+        let (peers, are_many, credit) = (self.peers(&is_peer), self.all.len() > MAX_REMEMBERED, self.credit);
+        // Whether it would begin otherwise if it were forgotten: it has been away for a short while, or has had more than others.
+        let matters = |served: &Served| {
+            peers.is_some_and(|Peers { floor, least_weight }| {
+                served.begin(floor, credit, least_weight.min(served.weight)) == served.served
+            })
+        };
+        let is_left = |served: &Served| served.num_sequences > 0 || !are_many && matters(served);
+        self.all.retain(|name, served| is_left(served) || !is_peer(name));
     }
 
     fn update(&mut self, name: &Name, change: impl FnOnce(&mut Served)) {
-        if let Some(served) = self.0.get_mut(name) {
+        if let Some(served) = self.all.get_mut(name) {
             change(served);
         }
     }
@@ -167,16 +191,21 @@ struct Claim {
     /// The least served of those that wanted more than they got.
     least_wanting: Option<f64>,
     most: f64,
+    least_weight: f64,
 }
 
 impl Claim {
-    fn of(served: f64, wants: bool) -> Self {
-        Self { least_wanting: wants.then_some(served), most: served }
+    fn of(served: &Served, wants: bool) -> Self {
+        Self { least_wanting: wants.then_some(served.served), most: served.served, least_weight: served.weight }
     }
 
     fn with(self, other: Self) -> Self {
         let both = self.least_wanting.zip(other.least_wanting).map(|(own, other)| own.min(other));
-        Self { least_wanting: both.or(self.least_wanting).or(other.least_wanting), most: self.most.max(other.most) }
+        Self {
+            least_wanting: both.or(self.least_wanting).or(other.least_wanting),
+            most: self.most.max(other.most),
+            least_weight: self.least_weight.min(other.least_weight),
+        }
     }
 
     /// Up to which nobody owes anything to those that want no more: where all have what they want, nobody owes anybody.
@@ -228,6 +257,17 @@ impl Excess {
     }
 }
 
+/// One of the rows that compete for a step.
+#[derive(Debug, Clone, Copy)]
+pub struct Turn {
+    /// Among those that do.
+    pub index: usize,
+    /// As it is when the rows of its flow before it are computed.
+    standing: Standing,
+    /// Whether it leaves its flow and its key no better served than any other will be that has all of its rows.
+    pub is_within_share: bool,
+}
+
 /// What the least served have had, at one time.
 #[derive(Debug)]
 pub struct Floors {
@@ -242,13 +282,11 @@ pub struct Fairness {
     flows: Level<Flow>,
 }
 
-impl Default for Fairness {
-    fn default() -> Self {
-        Self { keys: Level(HashMap::new()), flows: Level(HashMap::new()) }
-    }
-}
-
 impl Fairness {
+    pub fn new(credit: Credit) -> Self {
+        Self { keys: Level::new(credit), flows: Level::new(credit) }
+    }
+
     /// A sequence of `flow` has come.
     pub fn enter(&mut self, flow: &Flow) {
         let Account { key, weight, priority } = &flow.account;
@@ -262,7 +300,7 @@ impl Fairness {
         self.update(flow, |served| served.num_sequences -= 1);
         self.flows.forget(|peer| peer.account.key == *key);
         self.keys.forget(|_| true);
-        self.flows.0.retain(|peer, _| self.keys.0.contains_key(&peer.account.key));
+        self.flows.all.retain(|peer, _| self.keys.all.contains_key(&peer.account.key));
     }
 
     /// A sequence with so many tokens to compute begins to run.
@@ -293,18 +331,18 @@ impl Fairness {
     /// want: who wants no more has no claim to what others are served beside it.
     pub fn settle<'a>(&mut self, wanting: impl Iterator<Item = &'a Flow>) {
         // One alone is owed nothing, and its steps need not look.
-        if self.flows.0.len() < 2 {
+        if self.flows.all.len() < 2 {
             return;
         }
         let wanting: HashSet<&Flow> = wanting.collect();
         let wanting_keys: HashSet<&Arc<str>> = wanting.iter().map(|flow| &flow.account.key).collect();
-        let active = self.keys.0.iter().filter(|(_, served)| served.num_sequences > 0);
-        let of_keys = active.map(|(key, served)| Claim::of(served.served, wanting_keys.contains(key)));
+        let active = self.keys.all.iter().filter(|(_, served)| served.num_sequences > 0);
+        let of_keys = active.map(|(key, served)| Claim::of(served, wanting_keys.contains(key)));
         let of_keys = of_keys.reduce(Claim::with);
         self.keys.settle(|key| wanting_keys.contains(key), |_| of_keys);
         let mut of_flows: HashMap<Arc<str>, Claim> = HashMap::new();
-        for (flow, served) in self.flows.0.iter().filter(|(_, served)| served.num_sequences > 0) {
-            let claim = Claim::of(served.served, wanting.contains(flow));
+        for (flow, served) in self.flows.all.iter().filter(|(_, served)| served.num_sequences > 0) {
+            let claim = Claim::of(served, wanting.contains(flow));
             of_flows.entry(Arc::clone(&flow.account.key)).and_modify(|all| *all = all.with(claim)).or_insert(claim);
         }
         self.flows.settle(|flow| wanting.contains(flow), |flow| of_flows.get(&flow.account.key).copied());
@@ -320,10 +358,40 @@ impl Fairness {
         self.of(flow, Served::expected)
     }
 
-    /// What the least served with sequences here have had.
-    pub fn floors(&self) -> Floors {
-        let active = self.flows.0.iter().filter(|(_, served)| served.num_sequences > 0);
-        self.floors_of(active.map(|(flow, _)| flow))
+    /// Of rows of these flows, which have sequences here, who is next. Those of one flow have their turns as they are given.
+    pub fn turns(&self, flows: &[&Flow]) -> Vec<Turn> {
+        let weight = |served: Option<&Served>| served.map_or(1.0, |served| served.weight);
+        // Served what they have been, and a row more for each that is in front.
+        let mut of_flows: HashMap<&Flow, f64> = HashMap::new();
+        let turns = flows.iter().enumerate().map(|(index, &flow)| {
+            let Standing { of_key, of_flow } = self.standing(flow);
+            let end = of_flows.entry(flow).or_insert(of_flow);
+            let of_flow = *end;
+            *end += 1.0 / weight(self.flows.all.get(flow));
+            Turn { index, standing: Standing { of_key, of_flow }, is_within_share: true }
+        });
+        let mut turns: Vec<Turn> = turns.collect();
+        turns.sort_by(|a, b| a.standing.of_flow.total_cmp(&b.standing.of_flow));
+        let mut of_keys: HashMap<&Arc<str>, f64> = HashMap::new();
+        for turn in &mut turns {
+            let key = &flows[turn.index].account.key;
+            let end = of_keys.entry(key).or_insert(turn.standing.of_key);
+            turn.standing.of_key = *end;
+            *end += 1.0 / weight(self.keys.all.get(key));
+        }
+        let first_key_to_end = of_keys.values().copied().fold(f64::INFINITY, f64::min);
+        let mut first_flows_to_end: HashMap<&Arc<str>, f64> = HashMap::new();
+        for (flow, &end) in &of_flows {
+            let first = first_flows_to_end.entry(&flow.account.key).or_insert(end);
+            *first = first.min(end);
+        }
+        for Turn { index, standing, is_within_share } in &mut turns {
+            let first_flow_to_end = first_flows_to_end.get(&flows[*index].account.key);
+            *is_within_share = standing.of_key < first_key_to_end
+                && first_flow_to_end.is_none_or(|first_to_end| standing.of_flow < *first_to_end);
+        }
+        turns.sort_by_key(|turn| turn.standing);
+        turns
     }
 
     /// What the least served of these, which have sequences here, have had.
@@ -344,8 +412,8 @@ impl Fairness {
         let is_ahead = |served: Option<&Served>, floor: Option<f64>| {
             served.zip(floor).is_some_and(|(served, floor)| (served.served - floor) * served.weight >= MAX_LEAD)
         };
-        is_ahead(self.keys.0.get(key), floors.of_keys)
-            || is_ahead(self.flows.0.get(flow), floors.of_flows.get(key).copied())
+        is_ahead(self.keys.all.get(key), floors.of_keys)
+            || is_ahead(self.flows.all.get(flow), floors.of_flows.get(key).copied())
     }
 
     /// By how much more than `flow` with one sequence more `other` runs than its share; `None` where it does not.
@@ -356,16 +424,16 @@ impl Fairness {
             (excess > 0.0 && other.num_running > 1).then_some(excess)
         };
         let of_peer = match other.account.key == flow.account.key {
-            true => excess(self.flows.0.get(other), self.flows.0.get(flow)),
-            false => excess(self.keys.0.get(&other.account.key), self.keys.0.get(&flow.account.key)),
+            true => excess(self.flows.all.get(other), self.flows.all.get(flow)),
+            false => excess(self.keys.all.get(&other.account.key), self.keys.all.get(&flow.account.key)),
         }?;
-        let within_key = self.flows.0.get(other).filter(|served| served.num_running > 1);
+        let within_key = self.flows.all.get(other).filter(|served| served.num_running > 1);
         Some(Excess { of_peer, within_key: within_key.map_or(0.0, |served| served.num_running as f64 / served.weight) })
     }
 
     fn of(&self, flow: &Flow, read: impl Fn(&Served) -> f64) -> Standing {
         let read = |served: Option<&Served>| served.map_or(0.0, &read);
-        Standing { of_key: read(self.keys.0.get(&flow.account.key)), of_flow: read(self.flows.0.get(flow)) }
+        Standing { of_key: read(self.keys.all.get(&flow.account.key)), of_flow: read(self.flows.all.get(flow)) }
     }
 
     fn update(&mut self, flow: &Flow, change: impl Fn(&mut Served)) {
@@ -377,6 +445,8 @@ impl Fairness {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const MAX_CREDIT: f64 = 100.0;
 
     fn flow(key: &str, generation: u32) -> Flow {
         let account = Account { key: Arc::from(key), ..Account::default() };
@@ -393,22 +463,22 @@ mod tests {
 
     #[test]
     fn who_had_more_is_remembered_while_there_are_others_and_no_longer() {
-        let mut fairness = Fairness::default();
+        let mut fairness = Fairness::new(Credit::Tokens(MAX_CREDIT));
         let (here, greedy) = (flow("a", 0), flow("b", 0));
         fairness.enter(&here);
         serve(&mut fairness, &greedy, 1000);
         fairness.enter(&greedy);
-        let floors = fairness.floors();
+        let floors = fairness.floors_of([&here, &greedy].into_iter());
         assert!(fairness.is_ahead(&greedy, &floors) && !fairness.is_ahead(&here, &floors));
         assert!(fairness.standing(&here) < fairness.standing(&greedy));
         fairness.leave(&greedy);
         fairness.leave(&here);
-        assert!(fairness.keys.0.is_empty() && fairness.flows.0.is_empty());
+        assert!(fairness.keys.all.is_empty() && fairness.flows.all.is_empty());
     }
 
     #[test]
     fn who_was_away_for_long_begins_with_little_owed() {
-        let mut fairness = Fairness::default();
+        let mut fairness = Fairness::new(Credit::Tokens(MAX_CREDIT));
         let (here, away) = (flow("a", 0), flow("b", 0));
         fairness.enter(&here);
         serve(&mut fairness, &away, 10);
@@ -421,9 +491,9 @@ mod tests {
 
     #[test]
     fn any_number_of_adapters_takes_bounded_memory() {
-        let mut fairness = Fairness::default();
+        let mut fairness = Fairness::new(Credit::Tokens(MAX_CREDIT));
         fairness.enter(&flow("a", 0));
         (1..5000).for_each(|generation| serve(&mut fairness, &flow("a", generation), 10));
-        assert!(fairness.flows.0.len() <= MAX_REMEMBERED + 1, "{}", fairness.flows.0.len());
+        assert!(fairness.flows.all.len() <= MAX_REMEMBERED + 1, "{}", fairness.flows.all.len());
     }
 }

@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use kernels::attention::BlockId;
 
-use super::fairness::Fairness;
+use super::fairness::{Credit, Fairness};
 use super::kv_blocks::BlockPool;
 use super::past_replies::PastReplies;
 use super::prefix_cache::ChainHash;
@@ -25,6 +25,8 @@ const MAX_SPECULATED_ROWS: usize = 16;
 const MAX_COPIED_ROWS: usize = 64;
 /// Least rows of a step for prefilling, so that it goes on beside any number of streams.
 const MIN_CHUNK_ROWS: usize = 16;
+/// Tokens that one is owed that comes back, or had all that it wanted.
+const MAX_CREDIT: f64 = 256.0;
 
 #[derive(Debug)]
 pub struct Scheduler {
@@ -36,7 +38,7 @@ pub struct Scheduler {
     /// By all that is computed, of sequences in any state.
     fairness: Fairness,
     /// By the rows of the running sequences whose prompts are computed: what a prompt has taken does not hold the streams of its
-    /// flow up.
+    /// flow up. Guesses are not counted: they have rows that nobody else would have had.
     streams: Fairness,
     step_rows: StepRows,
     /// Oldest first.
@@ -46,6 +48,7 @@ pub struct Scheduler {
     /// Those that the plan in the making starts, whose first block may still have to be copied: none of them is preempted.
     starting: Vec<Sequence>,
     num_preempted: usize,
+    num_steps: u64,
     plan: Plan,
     /// Rows per running sequence, and the running sequences in the order in which they get and have them; kept to reuse their memory.
     shares: Vec<usize>,
@@ -107,13 +110,14 @@ impl Scheduler {
             max_draft_tokens: 0,
             pool: BlockPool::new(num_blocks),
             past_replies: PastReplies::default(),
-            fairness: Fairness::default(),
-            streams: Fairness::default(),
+            fairness: Fairness::new(Credit::Tokens(MAX_CREDIT)),
+            streams: Fairness::new(Credit::OneTurn),
             step_rows: StepRows::default(),
             waiting: VecDeque::new(),
             running: Vec::new(),
             starting: Vec::new(),
             num_preempted: 0,
+            num_steps: 0,
             plan: Plan::default(),
             shares: Vec::new(),
             turns: Vec::new(),
@@ -251,10 +255,12 @@ impl Scheduler {
 
     /// The planned rows are computed. Those of guesses count only once [`Scheduler::accept`] says so.
     pub fn commit(&mut self) {
+        self.num_steps += 1;
         for planned in &self.plan.sequences {
             let sequence = &mut self.running[planned.index];
             let num_rows = planned.rows.len() - sequence.draft().len();
             sequence.advance(num_rows, &mut self.pool);
+            sequence.set_last_step(self.num_steps);
             let num_promised = sequence.take_promised(num_rows);
             self.fairness.serve(sequence.flow(), num_rows, num_promised);
             if num_promised == 0 {
@@ -275,7 +281,6 @@ impl Scheduler {
         if let Some(index) = self.running_index(id) {
             self.running[index].accept(&mut self.pool);
             self.fairness.serve(self.running[index].flow(), 1, 0);
-            self.streams.serve(self.running[index].flow(), 1, 0);
         }
     }
 
@@ -326,35 +331,48 @@ impl Scheduler {
         self.waiting.insert(place, sequence);
     }
 
-    /// One row for each decoding sequence; of the rest, each prefilling sequence in turn gets up to half as long as others
-    /// wait behind it, so that a short prompt gets past a long one. What is left goes to the first. In a step with rows
-    /// enough, those get none before whom others should be served that have none either: who has its row, and who cannot
-    /// start, would not have what is held back. Where all of those pause as streams, prefilling goes on with the least.
     fn share_rows(&mut self) {
-        let Self { running, shares, turns, fairness, streams, .. } = self;
+        let num_decoding = self.share_among_streams();
+        self.share_among_prompts(num_decoding);
+    }
+
+    /// A row for each sequence that decodes; where those are many, only for as many as are nearly free, and beyond them for
+    /// whoever is within its share. Of one flow, whoever has waited longest comes first. How many rows that makes.
+    fn share_among_streams(&mut self) -> usize {
+        let Self { running, shares, turns, streams, .. } = self;
         let uncontested = self.step_rows.uncontested();
         shares.clear();
-        shares.resize(running.len(), 0);
-        let is_decoding = |index: &usize| running[*index].num_uncomputed_tokens() == 1;
-        turns.clear();
-        turns.extend((0..running.len()).filter(is_decoding));
-        turns.sort_by_cached_key(|&index| (streams.standing(running[index].flow()), index));
-        let floors = (turns.len() > uncontested).then(|| streams.floors());
-        let is_ahead =
-            |index: usize| floors.as_ref().is_some_and(|floors| streams.is_ahead(running[index].flow(), floors));
-        let mut num_decoding = 0;
-        for &index in &*turns {
-            if num_decoding < uncontested || !is_ahead(index) {
-                shares[index] = 1;
-                num_decoding += 1;
-            }
+        shares.extend(running.iter().map(|sequence| usize::from(sequence.num_uncomputed_tokens() == 1)));
+        let num_decoding = shares.iter().sum();
+        if num_decoding <= uncontested {
+            return num_decoding;
         }
+        // The last token of a prompt, which is no stream's yet, has its row.
+        turns.clear();
+        turns.extend((0..running.len()).filter(|&index| shares[index] == 1 && running[index].is_streaming()));
+        turns.sort_by_key(|&index| running[index].last_step());
+        let flows: Vec<_> = turns.iter().map(|&index| running[index].flow()).collect();
+        let mut num_rows = num_decoding - flows.len();
+        for turn in streams.turns(&flows) {
+            let has_row = num_rows < uncontested || turn.is_within_share;
+            shares[turns[turn.index]] = usize::from(has_row);
+            num_rows += usize::from(has_row);
+        }
+        num_rows
+    }
+
+    /// Of the rows beside those of streams, each prefilling sequence in turn gets up to half as long as others wait behind it, so
+    /// that a short prompt gets past a long one. What is left goes to the first. In a step with rows enough, those get none
+    /// before whom others should be served that have none either: who has its row, and who cannot start, would not have
+    /// what is held back. Where all of those pause as streams, prefilling goes on with the least.
+    fn share_among_prompts(&mut self, num_decoding: usize) {
+        let Self { running, shares, turns, fairness, .. } = self;
         let without = (0..running.len()).filter(|index| shares[*index] == 0).map(|index| running[index].flow());
-        let floors = (num_decoding >= uncontested).then(|| fairness.floors_of(without));
+        let floors = (num_decoding >= self.step_rows.uncontested()).then(|| fairness.floors_of(without));
         let is_waited_for =
             |index: &usize| !floors.as_ref().is_some_and(|floors| fairness.is_ahead(running[*index].flow(), floors));
         turns.clear();
-        turns.extend((0..running.len()).filter(|index| !is_decoding(index)));
+        turns.extend((0..running.len()).filter(|index| running[*index].num_uncomputed_tokens() > 1));
         turns.sort_by_cached_key(|&index| (fairness.standing(running[index].flow()), index));
         let first = turns.first().copied();
         turns.retain(is_waited_for);

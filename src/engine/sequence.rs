@@ -61,6 +61,8 @@ pub struct Sequence {
     prediction: Option<Prediction>,
     leader: Option<Leader>,
     num_restored_tokens: usize,
+    /// When it had its last row; later ones are greater.
+    last_step: u64,
 }
 
 impl Sequence {
@@ -99,6 +101,7 @@ impl Sequence {
             prediction: None,
             leader: None,
             num_restored_tokens: 0,
+            last_step: 0,
         }
     }
 
@@ -328,6 +331,14 @@ impl Sequence {
     pub(super) fn push_copy(&mut self, block: BlockId, num_positions: usize) {
         self.block_table.push(block);
         self.num_computed_tokens += num_positions;
+    }
+
+    pub(super) fn last_step(&self) -> u64 {
+        self.last_step
+    }
+
+    pub(super) fn set_last_step(&mut self, step: u64) {
+        self.last_step = step;
     }
 
     /// The next `num_rows` tokens have gone through the model: their full blocks become known to the prefix cache.

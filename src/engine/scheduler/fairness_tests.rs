@@ -205,6 +205,61 @@ fn what_a_prompt_takes_holds_no_stream_of_its_flow_up() {
     }
 }
 
+/// Of each sequence that runs, the most steps in a row without a row for it, out of so many.
+fn longest_pauses(scheduler: &mut Scheduler, num_steps: usize) -> HashMap<SequenceId, usize> {
+    let (mut pauses, mut longest): (HashMap<SequenceId, usize>, HashMap<SequenceId, usize>) = Default::default();
+    for _ in 0..num_steps {
+        scheduler.schedule();
+        let planned: HashSet<_> = scheduler.plan().sequences.iter().map(|planned| planned.id).collect();
+        for id in scheduler.running.iter().map(Sequence::id) {
+            let pause = pauses.entry(id).or_default();
+            *pause = if planned.contains(&id) { 0 } else { *pause + 1 };
+            let most = longest.entry(id).or_default();
+            *most = (*most).max(*pause);
+        }
+        finish_step(scheduler);
+    }
+    longest
+}
+
+#[test]
+fn a_stream_of_less_weight_pauses_for_as_many_steps_as_its_weight_says() {
+    let mut scheduler = Scheduler::new(256, 32, 4096);
+    let mut next_id = 0;
+    let kinds = [Priority::Chat, Priority::Batch].into_iter().chain([Priority::Completion; 9]);
+    for (priority, adapter) in kinds.zip(ADAPTERS.into_iter().chain(["j", "k"])) {
+        Clients::new(account("", 1, priority), Some(adapter), 1, 10_000).send(&mut scheduler, &mut next_id);
+    }
+    (0..20).for_each(|_| drop(step(&mut scheduler)));
+    let pauses = longest_pauses(&mut scheduler, 400);
+    let pauses: Vec<_> = (0..11).map(|id| pauses[&SequenceId(id)]).collect();
+    assert_eq!(pauses, [3, 15, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+}
+
+#[test]
+fn the_streams_of_one_flow_take_turns() {
+    let mut scheduler = scheduler_with_streams(32, &[5, 1, 1, 1, 1, 1, 1, 1, 1]);
+    let pauses = longest_pauses(&mut scheduler, 200);
+    assert_eq!((0..13).map(|id| pauses[&SequenceId(id)]).collect::<Vec<_>>(), [4, 4, 4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0]);
+}
+
+#[test]
+fn what_a_stream_had_before_others_came_does_not_make_it_pause() {
+    let mut scheduler = scheduler_with_streams(32, &[1, 1, 1]);
+    // Those have been away for a while, and come back together.
+    (0..1000).for_each(|_| drop(step(&mut scheduler)));
+    let mut next_id = LONG_ID;
+    for adapter in &ADAPTERS[3..] {
+        Clients::new(Account::default(), Some(*adapter), 1, 1).send(&mut scheduler, &mut next_id);
+    }
+    (0..300).for_each(|_| drop(step(&mut scheduler)));
+    for adapter in ADAPTERS[3..].iter().chain(&["j", "k", "l"]) {
+        Clients::new(Account::default(), Some(*adapter), 1, 1000).send(&mut scheduler, &mut next_id);
+    }
+    let pauses = longest_pauses(&mut scheduler, 200);
+    assert!((0..3).all(|id| pauses[&SequenceId(id)] <= 4), "{pauses:?}");
+}
+
 /// Rows of the sequences from `first_id` on in each step until they have all ended, or so many steps.
 fn rows_by_step(scheduler: &mut Scheduler, first_id: u64, num_steps: usize) -> Vec<usize> {
     let mut rows = Vec::new();
