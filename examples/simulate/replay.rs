@@ -81,10 +81,7 @@ async fn send(
                 outcome.num_cached_tokens =
                     usage["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or(0) as usize;
             } else if event["choices"][0]["text"].is_string() {
-                if outcome.end == 0.0 {
-                    outcome.first_token = now;
-                }
-                outcome.end = now;
+                outcome.see_token(now);
             }
         }
     }

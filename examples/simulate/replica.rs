@@ -41,8 +41,22 @@ pub struct Outcome {
     /// Seconds since the beginning.
     pub first_token: f64,
     pub end: f64,
+    /// Seconds without a token after the first.
+    pub longest_gap: f64,
     pub num_tokens: usize,
     pub num_cached_tokens: usize,
+}
+
+impl Outcome {
+    /// A token is seen, or several that come together.
+    pub fn see_token(&mut self, now: f64) {
+        if self.end == 0.0 {
+            self.first_token = now;
+        } else {
+            self.longest_gap = self.longest_gap.max(now - self.end);
+        }
+        self.end = now;
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -300,11 +314,8 @@ impl Replica {
         machine.end_step(|id, is_last| {
             let Some(Running { request, item, .. }) = running.get(&id) else { return };
             let outcome = &mut world.outcomes[*request];
-            if outcome.num_tokens == 0 {
-                outcome.first_token = now;
-            }
+            outcome.see_token(now);
             outcome.num_tokens += 1;
-            outcome.end = now;
             if is_last {
                 if let Some(count) = item.and_then(|item| held.get_mut(&item)) {
                     *count -= 1;

@@ -53,6 +53,8 @@ pub struct Group {
     pub tok_s: f64,
     pub ttft: Percentiles,
     pub tpot: Percentiles,
+    /// Of each, the longest time between two tokens.
+    pub gap: Percentiles,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -133,8 +135,8 @@ impl Group {
     fn new(name: String, members: &[(&Arrival, &Outcome)], seconds: f64) -> Self {
         let served: Vec<_> = members.iter().filter(|(_, outcome)| outcome.refused.is_none()).collect();
         let ttft = served.iter().map(|(arrival, outcome)| outcome.first_token - arrival.at).collect();
-        let long = served.iter().filter(|(_, outcome)| outcome.num_tokens > 1);
-        let tpot = long.map(|(_, outcome)| (outcome.end - outcome.first_token) / (outcome.num_tokens - 1) as f64);
+        let long = || served.iter().map(|(_, outcome)| outcome).filter(|outcome| outcome.num_tokens > 1);
+        let tpot = long().map(|outcome| (outcome.end - outcome.first_token) / (outcome.num_tokens - 1) as f64);
         let num_tokens: usize =
             served.iter().map(|(arrival, outcome)| arrival.prompt_tokens + outcome.num_tokens).sum();
         Self {
@@ -144,6 +146,7 @@ impl Group {
             tok_s: num_tokens as f64 / seconds,
             ttft: Percentiles::of(ttft),
             tpot: Percentiles::of(tpot.collect()),
+            gap: Percentiles::of(long().map(|outcome| outcome.longest_gap).collect()),
         }
     }
 }
@@ -173,14 +176,14 @@ impl Display for Report {
             writeln!(f, "{cold} waited for their adapter: {loads} loads, {evictions} made room")?;
         }
         writeln!(f)?;
-        let (ttft, tpot) = ("TTFT p50, p90, p99, s", "TPOT p50, p90, p99, ms");
-        writeln!(f, "{:<32} {:>9} {:>8} {:>9}  {ttft:>24}  {tpot:>24}", "", "requests", "refused", "tok/s")?;
-        for Group { name, requests, refused, tok_s, ttft, tpot } in &self.groups {
+        let (ttft, tpot, gap) = ("TTFT p50, p90, p99, s", "TPOT p50, p90, p99, ms", "longest gap, ms");
+        writeln!(f, "{:<32} {:>9} {:>8} {:>9}  {ttft:>24}  {tpot:>24}  {gap:>24}", "", "requests", "refused", "tok/s")?;
+        for Group { name, requests, refused, tok_s, ttft, tpot, gap } in &self.groups {
             let times = |Percentiles { p50, p90, p99 }: &Percentiles, unit: f64, digits: usize| {
                 format!("{:>8.digits$}{:>8.digits$}{:>8.digits$}", p50 * unit, p90 * unit, p99 * unit)
             };
-            let (ttft, tpot) = (times(ttft, 1.0, 2), times(tpot, 1e3, 0));
-            writeln!(f, "{name:<32} {requests:>9} {refused:>8} {tok_s:>9.0}  {ttft}  {tpot}")?;
+            let (ttft, tpot, gap) = (times(ttft, 1.0, 2), times(tpot, 1e3, 0), times(gap, 1e3, 0));
+            writeln!(f, "{name:<32} {requests:>9} {refused:>8} {tok_s:>9.0}  {ttft}  {tpot}  {gap}")?;
         }
         Ok(())
     }
