@@ -10,6 +10,7 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import aiohttp
@@ -66,7 +67,10 @@ def body(num_words: int, seed: int, max_tokens: int, own: dict) -> dict:
     }
 
 
-async def complete(session: aiohttp.ClientSession, url: str, body: dict, key: str = "") -> Reply:
+async def complete(
+    session: aiohttp.ClientSession, url: str, body: dict, key: str = "", see: Callable[[], None] = lambda: None
+) -> Reply:
+    """`see` is called for each text that comes, which is a token but for one that is a part of a character."""
     start = time.perf_counter()
     arrivals, num_tokens = [], 0
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -84,6 +88,7 @@ async def complete(session: aiohttp.ClientSession, url: str, body: dict, key: st
                 num_tokens = usage["completion_tokens"]
             if any(choice.get("text") for choice in chunk["choices"]):
                 arrivals.append(time.perf_counter())
+                see()
     if not arrivals or num_tokens != body["max_tokens"]:
         raise RuntimeError(f"{url} sent {num_tokens} of {body['max_tokens']} tokens; it has to honour ignore_eos and usage")
     return Reply(arrivals[0] - start, num_tokens, [b - a for a, b in zip(arrivals, arrivals[1:])])
