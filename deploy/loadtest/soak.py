@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """A soak: lorry under a steady load while adapters are registered, replaced and removed over its API.
 
-Starts a server of its own with the shipped adapters, and puts 80 % of --knee on it with `lorry loadgen` (attack.py finds
-the knee, with the same --kinds and --max-tokens). What must hold:
+Starts a server of its own with the shipped adapters, warms it up with as many requests at once as it takes, so that what a step
+of so many rows needs is there before the memory is judged, and puts 80 % of --knee on it with `lorry loadgen` (attack.py finds the
+knee, with the same --kinds and --max-tokens). What must hold:
 
 - no request fails or is dropped, and neither does a change of an adapter or a request for one that has just come;
 - after the first window, the server's resident memory stays within 2 % of what it was at the end of that window;
@@ -24,6 +25,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +45,8 @@ SECONDS_BETWEEN_CHANGES = 1.0
 SECONDS_BETWEEN_SAMPLES = 1.0
 # Small, so that it is full, and its memory touched, within the first window.
 KV_CACHE_MIB = 128
+# More than run at once at 80 % of the knee; the warm-up has as many.
+MAX_SEQUENCES = 32
 ADMIN_KEY = "soak"
 
 
@@ -142,10 +146,16 @@ def judge_latency(lines, window, faults):
     return {"e2e_p99_ratio": ratio, "windows": by_window}
 
 
-def load(url, rate, arguments, folder):
+def warm_up(url, kinds, models, max_tokens):
+    mix = targets.requests(kinds, models, 2 * MAX_SEQUENCES, max_tokens)
+    with ThreadPoolExecutor(MAX_SEQUENCES) as pool:
+        statuses = set(pool.map(lambda request: call(url, "POST", request["path"], request["body"]), mix))
+    if statuses != {200}:
+        raise SystemExit(f"the warm-up was answered with {statuses}")
+
+
+def load(url, rate, kinds, models, arguments, folder):
     """What `lorry loadgen` reports, and its log."""
-    kinds = targets.read_kinds(arguments.parser, arguments.kinds)
-    models = [arguments.base, *STEADY, SWAPPED]
     count = attack.count_of(rate, arguments.seconds)
     mix, log = folder / "targets.jsonl", folder / "requests.jsonl"
     with mix.open("w") as file:
@@ -159,7 +169,13 @@ def load(url, rate, arguments, folder):
 def soak(arguments):
     faults, samples, outcome, is_over = [], [], Churn(), threading.Event()
     rate = SHARE_OF_KNEE * arguments.knee
-    environment = {"LORRY__SERVER__ADMIN_KEY": ADMIN_KEY, "LORRY__ENGINE__KV_CACHE_MIB": str(KV_CACHE_MIB)}
+    kinds = targets.read_kinds(arguments.parser, arguments.kinds)
+    models = [arguments.base, *STEADY, SWAPPED]
+    environment = {
+        "LORRY__SERVER__ADMIN_KEY": ADMIN_KEY,
+        "LORRY__ENGINE__KV_CACHE_MIB": str(KV_CACHE_MIB),
+        "LORRY__ENGINE__MAX_SEQUENCES": str(MAX_SEQUENCES),
+    }
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         root = folder / "adapters"
@@ -167,6 +183,7 @@ def soak(arguments):
         with serving("--model", arguments.base, "--adapters", root, environment=environment) as server:
             if (status := install(server.url, SWAPPED, VARIANTS[0])) != 201:
                 raise SystemExit(f"{SWAPPED} cannot be installed: {status}")
+            warm_up(server.url, kinds, models, arguments.max_tokens)
             threads = [
                 threading.Thread(target=churn, args=(server.url, is_over, outcome)),
                 threading.Thread(target=watch_memory, args=(server.process.pid, is_over, samples)),
@@ -174,7 +191,7 @@ def soak(arguments):
             for thread in threads:
                 thread.start()
             try:
-                report, lines = load(server.url, rate, arguments, folder)
+                report, lines = load(server.url, rate, kinds, models, arguments, folder)
             finally:
                 is_over.set()
                 for thread in threads:
