@@ -2,7 +2,7 @@
 //!
 //! `.lorry/generations/<name>/<generation>/` holds the files, and a record of their fingerprint: files that were
 //! rewritten in place changed with their links, and are no longer that generation. What else the folder of the adapter held
-//! when it was taken away or replaced is there too, in `folder/`.
+//! when it was taken away or replaced is there too, in `folder/`. What is no longer a generation goes when the next is kept.
 
 use std::cmp::Reverse;
 use std::io;
@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use cap_std::fs::{Dir, OpenOptions};
 
-use super::files::{FILES, Fingerprint};
+use super::files::{AdapterFiles, FILES, Fingerprint};
 use super::root::{self, Root, Staging};
 
 const FOLDER: &str = ".lorry/generations";
@@ -30,8 +30,7 @@ pub fn keep(root: &Root, name: &str, generation: &str, folder: &Dir, num_kept: u
         for file in FILES {
             link(folder, file, &kept)?;
         }
-        let record = serde_json::to_vec(&Fingerprint::of(&kept).map_err(io::Error::other)?)?;
-        kept.write(RECORD, record)?;
+        record(&kept)?;
         let put = staging.replace(&path);
         // Another server may have been quicker.
         if put.is_err() && !is_kept(root, &path)? {
@@ -41,14 +40,58 @@ pub fn keep(root: &Root, name: &str, generation: &str, folder: &Dir, num_kept: u
     // Its time says when the generation was last in use: after all others, also where a clock has been set back.
     let latest = kept(root, name).into_iter().find(|(_, other, _)| other != generation);
     let last_used = latest.map_or(SystemTime::UNIX_EPOCH, |(latest, ..)| latest + TICK).max(SystemTime::now());
-    let record = root.dir.open_with(format!("{path}/{RECORD}"), OpenOptions::new().write(true))?;
-    record.into_std().set_modified(last_used)?;
-    for (old, _) in list(root, name).iter().filter(|(old, _)| old != generation).skip(num_kept) {
-        if let Err(e) = root.dir.remove_dir_all(self::path(name, old)) {
-            tracing::warn!("adapter {name}: the files of its generation {old:.8} are kept longer than asked for: {e}");
+    mark_used(&root.dir.open_dir(&path)?, last_used)?;
+    prune(root, name, generation, num_kept);
+    Ok(())
+}
+
+/// Deletes what is no longer whole, and the generations that were last in use before `num_kept` others than `current`.
+fn prune(root: &Root, name: &str, current: &str, num_kept: usize) {
+    let Ok(entries) = root.dir.read_dir(format!("{FOLDER}/{name}")) else { return };
+    let folders = entries.flatten().filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.open_dir().ok()?)));
+    let lost = folders.filter(|(other, folder)| other != current && is_lost(folder, other)).map(|(other, _)| other);
+    // First, as some of these may be found whole.
+    let lost: Vec<String> = lost.collect();
+    let others = list(root, name).into_iter().map(|(other, _)| other).filter(|other| other != current);
+    for old in lost.into_iter().chain(others.skip(num_kept)) {
+        match root.dir.remove_dir_all(path(name, &old)) {
+            // Another server may have been quicker.
+            Err(e) if e.kind() != io::ErrorKind::NotFound => tracing::warn!(
+                "adapter {name}: the files of its generation {old:.8} are kept longer than asked for: {e}"
+            ),
+            _ => {}
         }
     }
-    Ok(())
+}
+
+/// Whether files were removed or changed since they were kept. Where only their times did, as in a copy of the whole folder,
+/// they are recorded anew.
+fn is_lost(kept: &Dir, generation: &str) -> bool {
+    if !intact(kept).is_ok_and(|intact| intact.is_none()) {
+        return false;
+    }
+    match AdapterFiles::read_settled(kept, u64::MAX).1 {
+        Ok(files) if files.generation() == generation => {
+            let last_used = kept.metadata(RECORD).and_then(|record| record.modified());
+            let last_used = last_used.map_or(SystemTime::UNIX_EPOCH, cap_std::time::SystemTime::into_std);
+            if let Err(e) = record(kept).and_then(|()| mark_used(kept, last_used)) {
+                tracing::warn!("the generation {generation:.8} is whole, and cannot be recorded as that: {e}");
+            }
+            false
+        }
+        Ok(_) => true,
+        Err(e) => !e.may_pass(),
+    }
+}
+
+/// Notes what the files are now.
+fn record(kept: &Dir) -> io::Result<()> {
+    let fingerprint = serde_json::to_vec(&Fingerprint::of(kept).map_err(io::Error::other)?)?;
+    kept.write(RECORD, fingerprint)
+}
+
+fn mark_used(kept: &Dir, last_used: SystemTime) -> io::Result<()> {
+    kept.open_with(RECORD, OpenOptions::new().write(true))?.into_std().set_modified(last_used)
 }
 
 /// What [`keep`] has kept is on the disk when this returns: it may be the only copy soon.
@@ -208,6 +251,59 @@ mod tests {
         assert!(names(&root, "a").is_empty());
         keep(&root, "a", "1", &write(&root, "1"), 2).unwrap();
         assert_eq!(names(&root, "a"), ["1"]);
+    }
+
+    /// Keeps an adapter's files with these weights, and returns what it is kept as.
+    fn keep_adapter(root: &Root, weights: &str, num_kept: usize) -> String {
+        let files = AdapterFiles { config: b"{}".into(), manifest: None, weights: weights.into() };
+        let staging = root.staging().unwrap();
+        files.write(&staging.dir().unwrap()).unwrap();
+        staging.replace("a").unwrap();
+        keep(root, "a", &files.generation(), &root.dir.open_dir("a").unwrap(), num_kept).unwrap();
+        files.generation()
+    }
+
+    #[test]
+    fn what_is_no_longer_whole_is_deleted_when_the_next_is_kept_and_displaces_nothing() {
+        let spoil: [fn(&Dir); 5] = [
+            |kept| kept.remove_file(FILES[0]).unwrap(),
+            |kept| kept.remove_file(FILES[1]).unwrap(),
+            |kept| kept.write(FILES[1], "changed").unwrap(),
+            |kept| kept.write(FILES[2], "pin = true").unwrap(),
+            // As by a server that was killed while it deleted them.
+            |kept| [RECORD, FILES[0]].iter().for_each(|file| kept.remove_file(file).unwrap()),
+        ];
+        for (index, spoil) in spoil.into_iter().enumerate() {
+            let dir = tempfile::tempdir().unwrap();
+            let root = Root::open(dir.path()).unwrap();
+            let [first, second] = ["1", "2"].map(|weights| keep_adapter(&root, weights, 2));
+            spoil(&open(&root, "a", &second).unwrap());
+            let third = keep_adapter(&root, "3", 2);
+            assert_eq!(names(&root, "a"), [third, first], "{index}");
+            assert_eq!(root.dir.read_dir(format!("{FOLDER}/a")).unwrap().count(), 2, "{index}");
+        }
+    }
+
+    #[test]
+    fn a_copy_with_other_times_is_recorded_anew_and_what_cannot_be_read_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::open(dir.path()).unwrap();
+        let [first, second] = ["1", "2"].map(|weights| keep_adapter(&root, weights, 3));
+        let without_record = keep_adapter(&root, "3", 3);
+        root.dir.remove_file(format!("{FOLDER}/a/{without_record}/{RECORD}")).unwrap();
+        for file in FILES[..2].iter().map(|file| format!("{FOLDER}/a/{first}/{file}")) {
+            let file = root.dir.open_with(file, OpenOptions::new().write(true)).unwrap();
+            file.into_std().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        }
+        let unreadable = format!("{FOLDER}/a/{second}/{}", FILES[1]);
+        root.dir.remove_file(&unreadable).unwrap();
+        // A link to itself.
+        root.dir.symlink(FILES[1], &unreadable).unwrap();
+        assert!(names(&root, "a").is_empty());
+        let last = keep_adapter(&root, "4", 3);
+        assert_eq!(names(&root, "a"), [last, first.clone(), without_record]);
+        assert_eq!(open(&root, "a", &first).unwrap().read_to_string(FILES[1]).unwrap(), "1");
+        assert!(open(&root, "a", &second).is_ok());
     }
 
     #[test]
