@@ -154,6 +154,36 @@ async fn what_could_not_be_looked_at_is_named_and_served_once_it_can_be() {
     assert_eq!(status(&registry, "a").error, None);
 }
 
+// Elsewhere every name is text.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_folder_whose_name_is_no_text_is_refused_by_name_until_it_is_renamed() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    let fixture = Fixture::new(&["a"]);
+    let path = |name: &[u8]| fixture.dir.path().join(OsStr::from_bytes(name));
+    for name in [&b"caf\xe9"[..], b"\xff", b"\xfe"] {
+        write(&path(name), 1.0, "");
+    }
+    // Whether by itself or by a link; but not what is hidden, or holds no adapter.
+    std::os::unix::fs::symlink("a", path(b"link\xff")).unwrap();
+    write(&path(b".\xff"), 1.0, "");
+    fs::create_dir(path(b"empty\xff")).unwrap();
+    let registry = fixture.registry();
+    let names: Vec<_> = registry.list().into_iter().map(|status| status.name).collect();
+    assert_eq!(names, [r"\xfe", r"\xff", "a", r"caf\xe9", r"link\xff"]);
+    for name in names.iter().filter(|name| *name != "a") {
+        let status = status(&registry, name);
+        let error = status.error.unwrap();
+        assert!(status.phase == Phase::Failed && error.contains("the folder's name must be"), "{name}: {error}");
+    }
+    assert_eq!(fixture.metrics.adapter_refusals_total.get(), 4);
+    fs::rename(path(b"caf\xe9"), path(b"cafe")).unwrap();
+    eventually("it is served by its new name", || registry.status("cafe").is_some_and(|cafe| cafe.phase == Phase::Ready));
+    eventually("the old name is gone", || registry.status(r"caf\xe9").is_none());
+    assert_eq!(fixture.metrics.adapter_refusals_total.get(), 4, "and the others are refused once");
+}
+
 #[tokio::test]
 async fn many_requests_for_a_cold_adapter_are_one_load() {
     let fixture = Fixture::new(&["a", "b"]).with_room_for(1);

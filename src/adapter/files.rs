@@ -4,8 +4,9 @@
 //! that leads out of the folder is refused. Pickles are never opened: opening one can run code.
 
 use std::collections::VecDeque;
+use std::ffi::OsString;
 use std::io::{self, ErrorKind, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
@@ -324,20 +325,20 @@ pub fn nested(folder: &Dir) -> Option<String> {
 fn nested_adapters(folder: &Dir) -> Vec<String> {
     let mut found = Vec::new();
     let mut num_entries = 0;
-    let mut to_look_into = VecDeque::from([(".".to_owned(), 0)]);
+    let mut to_look_into = VecDeque::from([(PathBuf::from("."), 0)]);
     while let Some((path, depth)) = to_look_into.pop_front() {
         // What cannot be read holds nothing that could be served.
         let Ok(entries) = folder.read_dir(&path) else { continue };
         let entries: Vec<_> = entries.flatten().take(MAX_NESTED_ENTRIES - num_entries).collect();
         num_entries += entries.len();
         let folders = entries.iter().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-        let mut names: Vec<_> = folders.filter_map(|entry| entry.file_name().into_string().ok()).collect();
-        names.retain(|name| !name.starts_with('.'));
+        let mut names: Vec<OsString> = folders.map(|entry| entry.file_name()).collect();
+        names.retain(|name| !root::is_hidden(name));
         names.sort_unstable();
         for name in names {
-            let inside = if depth == 0 { name } else { format!("{path}/{name}") };
-            if folder.symlink_metadata(format!("{inside}/{}", peft_config::FILE)).is_ok() {
-                found.push(inside);
+            let inside = if depth == 0 { PathBuf::from(name) } else { path.join(name) };
+            if folder.symlink_metadata(inside.join(peft_config::FILE)).is_ok() {
+                found.push(root::as_text(inside.as_os_str()));
             } else if depth + 1 < MAX_NESTING {
                 to_look_into.push_back((inside, depth + 1));
             }
@@ -470,6 +471,20 @@ mod tests {
         let named =
             "adapter_config.json is missing: checkpoint-1, checkpoint-2, x/style and 2 more in it hold adapters";
         assert!(refusal.starts_with(named) && refusal.contains("move"), "{refusal}");
+    }
+
+    // Elsewhere every name is text.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn adapters_in_folders_whose_names_are_no_text_are_named_too() {
+        use std::os::unix::ffi::OsStrExt;
+        let (_dir, folder) = folder();
+        for inside in [&b"caf\xe9"[..], b"z\xff/sql"] {
+            let inside = Path::new(std::ffi::OsStr::from_bytes(inside));
+            folder.create_dir_all(inside).unwrap();
+            folder.write(inside.join(peft_config::FILE), b"{}").unwrap();
+        }
+        assert!(nested(&folder).unwrap().starts_with(r"caf\xe9, z\xff/sql in it"), "{:?}", nested(&folder));
     }
 
     #[cfg(unix)]

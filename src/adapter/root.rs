@@ -1,5 +1,6 @@
 //! The folder of adapters as it is now. Nothing outside it is ever opened, whatever its links say.
 
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
@@ -28,6 +29,15 @@ pub fn is_valid_name(name: &str) -> bool {
 pub const NAME_RULE: &str = "must be 1 to 64 letters, digits, dots, dashes and underscores, beginning with a letter or digit, and none of \
                              `events`, `base` and `composition`";
 
+/// A name as text: its bytes are escaped where it is none, and it is no valid one then.
+pub fn as_text(name: &OsStr) -> String {
+    name.to_str().map_or_else(|| name.as_encoded_bytes().escape_ascii().to_string(), str::to_owned)
+}
+
+pub fn is_hidden(name: &OsStr) -> bool {
+    name.as_encoded_bytes().starts_with(b".")
+}
+
 /// The folder opened. Opened anew for each piece of work: the path may be a link that is pointed elsewhere.
 #[derive(Debug)]
 pub struct Root {
@@ -43,11 +53,11 @@ impl Root {
     }
 
     /// Names of the sub-folders that are not hidden, links to folders among them, sorted.
-    pub fn folder_names(&self) -> io::Result<Vec<String>> {
+    pub fn folder_names(&self) -> io::Result<Vec<OsString>> {
         let mut names = Vec::new();
         for entry in self.dir.entries()? {
             let entry = entry?;
-            let name = entry.file_name().to_string_lossy().into_owned();
+            let name = entry.file_name();
             let kind = entry.file_type()?;
             // A link that cannot be followed may still be one to a folder.
             let leads_to_folder = || match self.path.join(&name).metadata() {
@@ -55,7 +65,7 @@ impl Root {
                 Err(e) => e.kind() != io::ErrorKind::NotFound,
             };
             let is_folder = kind.is_dir() || kind.is_symlink() && leads_to_folder();
-            if is_folder && !name.starts_with('.') {
+            if is_folder && !is_hidden(&name) {
                 names.push(name);
             }
         }

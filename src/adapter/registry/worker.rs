@@ -4,6 +4,7 @@
 
 use std::any::Any;
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -22,7 +23,7 @@ use crate::adapter::compose::compose;
 use crate::adapter::error::AdapterError;
 use crate::adapter::files::{self, AdapterFiles, Fingerprint, Glance, WEIGHTS_FILE, report_left_out};
 use crate::adapter::residency::Urgency;
-use crate::adapter::root::{NAME_RULE, Root, is_valid_name};
+use crate::adapter::root::{NAME_RULE, Root, as_text, is_valid_name};
 use crate::adapter::{generations, loader, peft_config};
 use crate::background::lower_priority;
 use crate::model::BaseWeights;
@@ -114,10 +115,12 @@ impl Worker {
     fn scan(&mut self, urgency: Urgency) {
         let mut within = self.options.rescan;
         match Root::open(&self.path).and_then(|root| Ok((root.folder_names()?, root))) {
-            Ok((mut names, root)) => {
+            Ok((folders, root)) => {
                 self.is_root_lost = false;
                 self.look_at_root(&root);
-                names.retain(|name| self.look_at(&root, name, urgency));
+                let adapters = folders.iter().filter(|folder| self.look_at(&root, folder, urgency));
+                let mut names: Vec<String> = adapters.map(|folder| as_text(folder)).collect();
+                names.sort_unstable();
                 self.shared.lock().remove_missing(&names, self.shared.now());
                 let unseen = self.unseen.take();
                 if let Some((name, e)) = &unseen {
@@ -156,8 +159,9 @@ impl Worker {
     }
 
     /// Whether the folder holds an adapter; takes it up if it is new or changed.
-    fn look_at(&mut self, root: &Root, name: &str, urgency: Urgency) -> bool {
-        let (fingerprint, glance) = match self.look(root, name) {
+    fn look_at(&mut self, root: &Root, folder: &OsStr, urgency: Urgency) -> bool {
+        let name = &*as_text(folder);
+        let (fingerprint, glance) = match self.look(root, folder, name) {
             Ok(Look::Known) => return true,
             Ok(Look::NoAdapter) => return false,
             Ok(Look::Nested(held)) => {
@@ -188,8 +192,8 @@ impl Worker {
         true
     }
 
-    fn look(&self, root: &Root, name: &str) -> Result<Look, AdapterError> {
-        let folder = root.folder(Path::new(name))?;
+    fn look(&self, root: &Root, folder: &OsStr, name: &str) -> Result<Look, AdapterError> {
+        let folder = root.folder(Path::new(folder))?;
         let fingerprint = Fingerprint::of(&folder)?;
         if fingerprint.has_files() && self.shared.lock().is_known(name, Some(&fingerprint), self.shared.now()) {
             return Ok(Look::Known);
