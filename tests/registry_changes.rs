@@ -225,6 +225,21 @@ async fn what_is_no_generation_is_put_aside_whole_when_it_is_replaced_or_removed
 }
 
 #[tokio::test]
+async fn what_a_killed_server_left_half_done_is_cleared_away_at_the_next_start() {
+    let fixture = Fixture::new(&["a"]);
+    write(&fixture.path(".lorry/staging/0123456789abcdef.new"), 2.0, "");
+    write(&fixture.path(".lorry/staging/a-0123456789abcdef"), 3.0, "");
+    fs::write(fixture.path(".lorry/staging/a-0123456789abcdef/README.md"), "the only copy").unwrap();
+    let registry = fixture.registry();
+    assert!(is_staging_empty(&fixture));
+    assert_eq!(read_under(&fixture, ".lorry/removed", "a-", "README.md").as_deref(), Some("the only copy"));
+    assert_eq!(registry.list().len(), 1);
+    write(&fixture.path(".staging/2"), 2.0, "");
+    install(&registry, "a", ".staging/2", None).await.unwrap();
+    assert!(is_staging_empty(&fixture));
+}
+
+#[tokio::test]
 async fn a_link_is_removed_and_what_it_leads_to_stays() {
     let fixture = Fixture::new(&[]);
     write(&fixture.path(".releases/1"), 1.0, "");

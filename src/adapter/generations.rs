@@ -109,7 +109,7 @@ pub fn sync(root: &Root, name: &str, generation: &str) -> io::Result<()> {
 }
 
 /// Puts what was taken out of the folder of adapters, where [`keep`] has kept its files, beside them.
-pub fn keep_whole(root: &Root, name: &str, generation: &str, taken: &Staging<'_>) -> io::Result<()> {
+pub fn keep_whole(root: &Root, name: &str, generation: &str, taken: &mut Staging<'_>) -> io::Result<()> {
     let path = format!("{}/{WHOLE}", path(name, generation));
     taken.swap(&path)?;
     root.settle_name(&path);
@@ -330,9 +330,9 @@ mod tests {
             folder.write("README.md", text).unwrap();
             keep(&root, "a", "1", &folder, 1).unwrap();
             sync(&root, "a", "1").unwrap();
-            let taken = root.staging().unwrap();
+            let mut taken = root.staging().unwrap();
             taken.take("a").unwrap();
-            keep_whole(&root, "a", "1", &taken).unwrap();
+            keep_whole(&root, "a", "1", &mut taken).unwrap();
             drop(taken);
             assert_eq!(
                 (root.dir.read_to_string(&readme).unwrap(), names(&root, "a")),

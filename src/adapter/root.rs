@@ -1,11 +1,12 @@
 //! The folder of adapters as it is now. Nothing outside it is ever opened, whatever its links say.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use cap_std::ambient_authority;
-use cap_std::fs::{Dir, Metadata};
+use cap_std::fs::{Dir, Metadata, OpenOptions};
 
 use super::error::AdapterError;
 use super::files::leads_outside;
@@ -13,6 +14,10 @@ use super::files::leads_outside;
 const MAX_NAME_LEN: usize = 64;
 /// Hidden, so never an adapter.
 const STAGING: &str = ".lorry/staging";
+/// How the name of what is not finished ends there. All else was taken out of its place.
+const NEW: &str = ".new";
+/// Shared by all who have something staged, and held alone by who clears away what was left.
+const STAGING_LOCK: &str = ".lorry/staging.lock";
 /// For what was in the way and is none that could be kept to roll back to.
 const REMOVED: &str = ".lorry/removed";
 /// Where the paths of adapters are, that of their events is; and metrics call what no single adapter serves so.
@@ -110,10 +115,55 @@ impl Root {
     pub fn staging(&self) -> io::Result<Staging<'_>> {
         self.dir.create_dir_all(STAGING)?;
         let all = self.dir.open_dir(STAGING)?;
+        let lock = self.staging_lock()?;
+        // Where a file system has no locks, nobody gets this one alone.
+        let _ = lock.lock_shared();
         // Servers that share the folder may have the same process id, each in its own container.
-        let name = format!("{:016x}", rand::random::<u64>());
+        let id = format!("{:016x}", rand::random::<u64>());
+        let name = format!("{id}{NEW}");
         all.create_dir(&name)?;
-        Ok(Staging { root: self, all, name, is_left: false })
+        Ok(Staging { root: self, all, id, name, is_left: false, _lock: lock })
+    }
+
+    /// Clears away what servers have left that were killed: what was not finished is deleted, and what had been taken out of
+    /// its place is put aside. Nothing, while any server has something staged.
+    pub fn clear_staging(&self) -> io::Result<()> {
+        let all = match self.dir.open_dir(STAGING) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            all => all?,
+        };
+        let left: Vec<OsString> = all.entries()?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<_>>()?;
+        if left.is_empty() {
+            return Ok(());
+        }
+        let lock = self.staging_lock()?;
+        if lock.try_lock().is_err() {
+            return Ok(());
+        }
+        for name in left {
+            if name.as_encoded_bytes().ends_with(NEW.as_bytes()) {
+                remove(&all, Path::new(&name));
+                continue;
+            }
+            self.dir.create_dir_all(REMOVED)?;
+            let aside = Path::new(REMOVED).join(&name);
+            match all.rename(&name, &self.dir, &aside) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                renamed => {
+                    renamed?;
+                    let aside = as_text(aside.as_os_str());
+                    self.settle_name(&aside);
+                    tracing::warn!("what a server took out of the folder of adapters before it was killed is in {aside} now");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn staging_lock(&self) -> io::Result<File> {
+        let mut options = OpenOptions::new();
+        options.write(true).create(true);
+        Ok(self.dir.open_with(STAGING_LOCK, &options)?.into_std())
     }
 }
 
@@ -147,8 +197,10 @@ fn is_unsupported(error: &io::Error) -> bool {
 pub struct Staging<'a> {
     root: &'a Root,
     all: Dir,
+    id: String,
     name: String,
     is_left: bool,
+    _lock: File,
 }
 
 impl Staging<'_> {
@@ -169,21 +221,32 @@ impl Staging<'_> {
     }
 
     /// Puts the folder in place of `target`, which nobody sees missing; what was there vanishes.
-    pub fn replace(self, target: &str) -> io::Result<()> {
+    pub fn replace(mut self, target: &str) -> io::Result<()> {
         self.swap(target)
     }
 
     /// Puts the folder in place of `target`, which nobody sees missing; what was there is in here then.
-    pub fn swap(&self, target: &str) -> io::Result<()> {
+    pub fn swap(&mut self, target: &str) -> io::Result<()> {
         debug_assert!(Path::new(target).components().all(|part| matches!(part, Component::Normal(_))));
         match self.root.dir.symlink_metadata(target) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => self.add(target),
             Err(e) => Err(e),
-            Ok(_) => match self.exchange(target) {
-                Err(e) if is_unsupported(&e) => self.exchange_by_renames(target),
-                exchanged => exchanged,
-            },
+            Ok(_) => {
+                let taken = self.name_of_taken(target);
+                self.all.rename(&self.name, &self.all, &taken)?;
+                self.name = taken;
+                match self.exchange(target) {
+                    Err(e) if is_unsupported(&e) => self.exchange_by_renames(target),
+                    exchanged => exchanged,
+                }
+            }
         }
+    }
+
+    /// By which it is known from what is not finished, and found again.
+    fn name_of_taken(&self, target: &str) -> String {
+        let name = target.rsplit('/').next().unwrap_or(target);
+        format!("{name}-{}", self.id)
     }
 
     /// At every moment what was there has a name.
@@ -211,8 +274,9 @@ impl Staging<'_> {
     }
 
     /// Takes `target` out of the root, in here.
-    pub fn take(&self, target: &str) -> io::Result<()> {
+    pub fn take(&mut self, target: &str) -> io::Result<()> {
         self.all.remove_dir(&self.name)?;
+        self.name = self.name_of_taken(target);
         self.root.dir.rename(target, &self.all, &self.name)
     }
 
@@ -224,7 +288,7 @@ impl Staging<'_> {
     /// Puts what was taken out under the name `name` where it stays until somebody deletes it. Says where that is.
     pub fn put_aside(&self, name: &str) -> io::Result<String> {
         self.root.dir.create_dir_all(REMOVED)?;
-        let path = format!("{REMOVED}/{name}-{}", self.name);
+        let path = format!("{REMOVED}/{name}-{}", self.id);
         self.add(&path)?;
         self.root.settle_name(&path);
         Ok(path)
@@ -240,13 +304,13 @@ impl Staging<'_> {
 impl Drop for Staging<'_> {
     fn drop(&mut self) {
         if !self.is_left {
-            remove(&self.all, &self.name);
+            remove(&self.all, Path::new(&self.name));
         }
     }
 }
 
 /// What cannot be deleted stays hidden; nothing reads it again.
-fn remove(parent: &Dir, name: &str) {
+fn remove(parent: &Dir, name: &Path) {
     let removed = match parent.symlink_metadata(name) {
         Ok(metadata) if metadata.is_symlink() => parent.remove_file(name),
         Ok(_) => parent.remove_dir_all(name),
@@ -296,15 +360,15 @@ mod tests {
     fn what_was_in_place_is_at_hand_until_the_staging_is_dropped() {
         let dir = tempfile::tempdir().unwrap();
         let root = Root::open(dir.path()).unwrap();
-        let swaps: [fn(&Staging<'_>, &str) -> io::Result<()>; 2] =
+        let swaps: [fn(&mut Staging<'_>, &str) -> io::Result<()>; 2] =
             [|staging, target| staging.swap(target), |staging, target| staging.exchange_by_renames(target)];
         for swap in swaps {
             staged(&root, "old").swap("a").unwrap();
-            let staging = staged(&root, "new");
-            swap(&staging, "a").unwrap();
+            let mut staging = staged(&root, "new");
+            swap(&mut staging, "a").unwrap();
             assert_eq!(staging.dir().unwrap().read_to_string("file").unwrap(), "old");
             // And back.
-            swap(&staging, "a").unwrap();
+            swap(&mut staging, "a").unwrap();
             assert_eq!(root.dir.read_to_string("a/file").unwrap(), "old");
             staging.take("a").unwrap_err();
             assert_eq!(root.dir.read_to_string("a/file").unwrap(), "old", "what is staged is in its way");
@@ -324,6 +388,46 @@ mod tests {
         let left = staged(&root, "3").leave();
         assert_eq!(root.dir.read_to_string(format!("{left}/file")).unwrap(), "3");
         assert!(root.folder_names().unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_a_killed_server_left_is_deleted_or_put_aside_once_nobody_has_anything_staged() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::open(dir.path()).unwrap();
+        root.clear_staging().unwrap();
+        staged(&root, "half").leave();
+        root.dir.create_dir("sub").unwrap();
+        ["a", "sub/b"].iter().for_each(|target| staged(&root, "old").swap(target).unwrap());
+        let mut swapped = staged(&root, "new");
+        swapped.swap("a").unwrap();
+        swapped.leave();
+        let mut taken = root.staging().unwrap();
+        taken.take("sub/b").unwrap();
+        taken.leave();
+        // Between two renames.
+        root.dir.create_dir_all(format!("{STAGING}/c-0-aside")).unwrap();
+        root.dir.write(format!("{STAGING}/c-0-aside/file"), "old").unwrap();
+        let num_left = || root.dir.read_dir(STAGING).unwrap().count();
+
+        // As by another server.
+        let other = Root::open(dir.path()).unwrap();
+        let staging = staged(&other, "under way");
+        root.clear_staging().unwrap();
+        assert_eq!((num_left(), root.dir.exists(REMOVED)), (5, false));
+        assert_eq!(staging.dir().unwrap().read_to_string("file").unwrap(), "under way");
+        drop(staging);
+        root.clear_staging().unwrap();
+        assert_eq!(num_left(), 0);
+        let aside = root.dir.read_dir(REMOVED).unwrap().map(|entry| {
+            let entry = entry.unwrap();
+            let name = entry.file_name().into_string().unwrap();
+            (name[..2].to_owned(), entry.open_dir().unwrap().read_to_string("file").unwrap())
+        });
+        let mut aside: Vec<_> = aside.collect();
+        aside.sort_unstable();
+        assert_eq!(aside, ["a-", "b-", "c-"].map(|name| (name.to_owned(), "old".to_owned())));
+        assert_eq!(root.dir.read_to_string("a/file").unwrap(), "new");
+        staged(&root, "again").replace("a").unwrap();
     }
 
     #[test]

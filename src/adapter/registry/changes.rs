@@ -70,7 +70,7 @@ impl Worker {
         let adapter = self.assemble(name, files).map_err(ChangeError::Refused)?;
         let took = started.elapsed();
         self.check_size(adapter.coverage.resident_bytes as u64)?;
-        let staging = root.staging().map_err(folder_error)?;
+        let mut staging = root.staging().map_err(folder_error)?;
         staging.dir().and_then(|folder| files.write(&folder)).map_err(folder_error)?;
         self.keep_present(&root, name, present.as_ref())?;
         staging.swap(name).map_err(folder_error)?;
@@ -84,7 +84,7 @@ impl Worker {
         let Some(present) = self.present(&root, name)? else { return Err(ChangeError::Unknown(name.to_owned())) };
         check_expected(Some(&present), expected)?;
         self.keep_present(&root, name, Some(&present))?;
-        let taken = root.staging().map_err(folder_error)?;
+        let mut taken = root.staging().map_err(folder_error)?;
         taken.take(name).map_err(folder_error)?;
         self.put_away(&root, name, Some(&present), taken)?;
         self.shared.lock().forget(name);
@@ -113,7 +113,7 @@ impl Worker {
         root: &Root,
         name: &str,
         present: Option<&Present>,
-        taken: Staging<'_>,
+        mut taken: Staging<'_>,
     ) -> Result<(), ChangeError> {
         let put = match present {
             Some(present) if present.is_link => Ok(()),
@@ -122,7 +122,7 @@ impl Worker {
                     .dir()
                     .is_ok_and(|taken| Fingerprint::of(&taken).ok().as_ref() == Some(&present.fingerprint)) =>
             {
-                self.put_where_it_stays(root, name, present, &taken).map_err(not_kept)
+                self.put_where_it_stays(root, name, present, &mut taken).map_err(not_kept)
             }
             None if taken.metadata().is_err_and(|e| e.kind() == io::ErrorKind::NotFound) => Ok(()),
             _ => Err(changed_meanwhile(present)),
@@ -137,7 +137,13 @@ impl Worker {
         put
     }
 
-    fn put_where_it_stays(&self, root: &Root, name: &str, present: &Present, taken: &Staging<'_>) -> io::Result<()> {
+    fn put_where_it_stays(
+        &self,
+        root: &Root,
+        name: &str,
+        present: &Present,
+        taken: &mut Staging<'_>,
+    ) -> io::Result<()> {
         match &present.generation {
             Some(_) if self.options.keep_generations == 0 || present.is_kept_whole() => Ok(()),
             Some(generation) => generations::keep_whole(root, name, generation, taken),

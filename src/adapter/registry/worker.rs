@@ -76,6 +76,11 @@ impl Worker {
     /// Runs until the registry is dropped. Tells `opened` when all that fits at the beginning is loaded.
     pub fn run(mut self, opened: Sender<()>) {
         lower_priority("adapters are loaded");
+        if let Ok(root) = Root::open(&self.path)
+            && let Err(e) = root.clear_staging()
+        {
+            tracing::warn!("what a server that was killed has left in the folder of adapters stays there: {e}");
+        }
         self.scan(Urgency::Fill);
         let mut opened = Some(opened);
         loop {
