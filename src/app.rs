@@ -144,7 +144,7 @@ fn roll_back_adapter(adapters: &Arc<AdapterRegistry>) -> OnRollBack {
     Box::new(move |name, from| {
         let (adapters, name, from) = (adapters.clone(), name.to_owned(), from.map(str::to_owned));
         let roll_back = move || match futures::executor::block_on(adapters.roll_back(&name, None, from.as_deref())) {
-            Ok(status) => info!("adapter {name}: back to generation {}", status.generation.unwrap_or_default()),
+            Ok(status) => info!("adapter {name}: back to generation {}", status.files_generation.unwrap_or_default()),
             // Somebody was quicker, or this server before it was killed.
             Err(ChangeError::Conflict { expected, found }) => {
                 info!("adapter {name} stays as it is, at generation {found}: {expected} is not there any more");

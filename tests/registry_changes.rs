@@ -6,6 +6,7 @@ mod folder;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use fixtures::{copy_adapter, fixtures};
 use folder::{Fixture, Shapes, eventually, generation, install, status, write};
@@ -222,6 +223,33 @@ async fn what_is_no_generation_is_put_aside_whole_when_it_is_replaced_or_removed
         assert_eq!(found.as_deref(), Some("the only copy"), "{name}");
     }
     assert!(is_staging_empty(&fixture));
+}
+
+#[tokio::test]
+async fn a_change_is_answered_with_the_generation_of_its_files_also_without_memory_for_them() {
+    let mut fixture = Fixture::new(&["a"]).with_room_for(1);
+    fixture.options.max_wait = Duration::from_secs(600);
+    let registry = fixture.registry();
+    let held = registry.acquire("a").await.unwrap();
+    let first = held.generation.clone();
+    ["2", "3"].iter().zip([2.0, 3.0]).for_each(|(to, value)| write(&fixture.path(&format!(".staging/{to}")), value, ""));
+    let mut installed = first.clone();
+    for source in [".staging/2", ".staging/3"] {
+        let next = install(&registry, "a", source, Some(&installed)).await.unwrap();
+        let a = status(&registry, "a");
+        assert_eq!((a.files_generation.as_ref(), a.generation.as_ref(), a.is_stale), (Some(&next), Some(&first), true));
+        assert_ne!(next, installed);
+        installed = next;
+    }
+    // A name that is new, and the way back.
+    let new = install(&registry, "b", ".staging/2", Some("")).await.unwrap();
+    assert_eq!((generation(&registry, "b").as_ref(), status(&registry, "b").is_stale), (Some(&new), false));
+    let back = registry.roll_back("a", None, Some(&installed)).await.unwrap();
+    assert_eq!(back.files_generation.as_ref(), Some(&new), "the same files");
+    assert_eq!(registry.acquire("a").await.unwrap().generation, first);
+    drop(held);
+    eventually("it is loaded when there is memory", || generation(&registry, "a") == back.files_generation);
+    assert_eq!(install(&registry, "a", ".staging/2", Some(&new)).await, Ok(new));
 }
 
 #[tokio::test]

@@ -263,7 +263,7 @@ fn visible(state: &AppState, caller: &Caller, name: &str) -> Result<AdapterStatu
 }
 
 fn view(state: &AppState, status_code: StatusCode, status: AdapterStatus) -> Response {
-    let etag = status.generation.as_ref().map(|generation| [(header::ETAG, format!("\"{generation}\""))]);
+    let etag = status.files_generation.as_ref().map(|generation| [(header::ETAG, format!("\"{generation}\""))]);
     (status_code, etag, Json(AdapterView::new(state, status))).into_response()
 }
 
@@ -281,7 +281,7 @@ fn expected_generation(
     match (must_match, must_be_new, in_body) {
         (None, None, None) => Ok(None),
         (Some("*"), None, None) => match registry.status(name) {
-            Some(status) => Ok(status.generation),
+            Some(status) => Ok(status.files_generation),
             None => Err(ApiError::conflict("`If-Match: *` needs an adapter that is there, and there is none")),
         },
         (Some(tag), None, None) => match tag.strip_prefix('"').and_then(|tag| tag.strip_suffix('"')).unwrap_or(tag) {

@@ -42,8 +42,8 @@ pub async fn place(
     if name != candidate {
         let status = adapters.install(name, Source::Folder(candidate.into()), None).await;
         let status = status.map_err(|cause| PlaceError::Install { name: name.to_owned(), cause })?;
-        // Unknown as long as there is no memory for it; what was there before may be served until there is.
-        installed = status.generation.filter(|_| !status.is_stale).unwrap_or(installed);
+        // Perhaps another one, which was put under the candidate's name meanwhile.
+        installed = status.files_generation.unwrap_or(installed);
     }
     match load(adapters, generation, name, is_wanted).await {
         Ok(()) => Ok(before.and_then(|before| before.generation).filter(|before| before != generation)),

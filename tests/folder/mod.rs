@@ -137,5 +137,5 @@ pub async fn install(
     expected: Option<&str>,
 ) -> Result<String, ChangeError> {
     let status = registry.install(name, Source::Folder(folder.into()), expected).await?;
-    Ok(status.generation.expect("it was read"))
+    Ok(status.files_generation.expect("it was read"))
 }

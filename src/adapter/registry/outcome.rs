@@ -134,12 +134,14 @@ impl State {
 
 /// Of loading.
 impl State {
-    /// An adapter that was loaded before it was put in the folder, if there is room for it.
+    /// An adapter that was loaded before it was put in the folder. Where there is no room for it, it is known at least.
     pub fn adopt(&mut self, name: &str, loaded: Loaded, bytes: u64, now: Duration) {
         let target = Target::Adapter(name.to_owned());
         let item = self.load_of(target, Urgency::Prefetch, now).item;
         if let Reservation::Granted { .. } = self.reserve(item, bytes, Urgency::Prefetch, now) {
             self.finish_adapter(name, loaded, now);
+        } else {
+            self.identify(name, loaded.generation);
         }
     }
 

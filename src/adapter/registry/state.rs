@@ -251,6 +251,7 @@ impl State {
             },
             tier: self.tier(entry),
             generation: generation.cloned(),
+            files_generation: entry.generation.clone(),
             is_stale: entry.is_stale && current.is_some(),
             previous_generations: entry.previous_generations.clone(),
             method: current.map(|adapter| adapter.method).or(entry.method),

@@ -70,9 +70,11 @@ pub struct AdapterStatus {
     pub name: String,
     pub phase: Phase,
     pub tier: Tier,
-    /// Content hash; `None` until the files have been read once.
+    /// Content hash of what is served; `None` until the files have been read once.
     pub generation: Option<String>,
-    /// That is still served, and its files are others by now.
+    /// Of the files that are there now, which a change has to expect; `None` until they have been read.
+    pub files_generation: Option<String>,
+    /// `generation` is still served, and its files are others by now.
     pub is_stale: bool,
     /// Earlier generations that it can be rolled back to, the latest first.
     pub previous_generations: Vec<String>,

@@ -281,7 +281,7 @@ impl Document {
                     "x-should-retry": header(true, "The same would get the same again.", json!({"type": "string", "const": "false"})),
                     "www-authenticate": header(true, "How a key is sent.", json!({"const": "Bearer"})),
                     "accept-encoding": header(true, "What bodies may be encoded in.", json!({"const": "gzip"})),
-                    "etag": header(false, "The generation, once it is known.", words),
+                    "etag": header(false, "The generation of its files, once it is known.", words),
                 },
                 "securitySchemes": {
                     "bearer": {"type": "http", "scheme": "bearer"},
