@@ -150,7 +150,10 @@ fn read_message(index: usize, message: &Value) -> Result<Value, ApiError> {
         let at = format!("{at}.images");
         return Err(ApiError::invalid(&at, format!("`{at}` is not served: only text is read")));
     }
-    message.entry("content").or_insert_with(|| "".into());
+    // As Ollama reads it, whoever says it.
+    if message.get("content").is_none_or(Value::is_null) {
+        message.insert("content".to_owned(), "".into());
+    }
     Ok(Value::Object(message))
 }
 
@@ -180,7 +183,7 @@ fn name_calls(messages: &mut [Value]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::generation::GenerationRequest;
+    use crate::generation::{GenerationRequest, Prompt};
     use crate::http::chat::ChatShape;
     use crate::http::completions::CompletionShape;
     use crate::http::reply::ReplyShape;
@@ -262,6 +265,33 @@ mod tests {
         let calls: Vec<_> = (0..3).map(|index| &messages[0]["tool_calls"][index]["id"]).collect();
         let results: Vec<_> = (1..5).map(|index| &messages[index]["tool_call_id"]).collect();
         assert_eq!(results, [calls[1], calls[0], calls[2], &Value::Null]);
+    }
+
+    #[test]
+    fn a_message_without_content_is_empty_whoever_says_it() {
+        let call = json!({"function": {"name": "f", "arguments": {}}});
+        let said_nothing = [
+            json!({"role": "system"}),
+            json!({"role": "user"}),
+            json!({"role": "assistant", "tool_calls": [call]}),
+            json!({"role": "tool", "tool_name": "f"}),
+            json!({"role": "assistant"}),
+        ];
+        for content in [None, Some(Value::Null), Some(json!(""))] {
+            let mut messages = said_nothing.to_vec();
+            for message in &mut messages {
+                message.as_object_mut().unwrap().extend(content.clone().map(|content| ("content".to_owned(), content)));
+            }
+            let Asked::Chat(read) = read_chat(&fields(json!({"messages": messages})), "m").ok().unwrap() else {
+                panic!("a chat")
+            };
+            let read = ChatShape::parse(&read.fields).unwrap();
+            let [Prompt::Chat(messages)] = &read.prompts[..] else { panic!("one chat") };
+            assert!(messages.iter().all(|message| message["content"] == ""), "{messages:?}");
+        }
+        let number = json!({"messages": [{"role": "user", "content": 1}]});
+        let Asked::Chat(read) = read_chat(&fields(number), "m").ok().unwrap() else { panic!("a chat") };
+        assert_eq!(ChatShape::parse(&read.fields).unwrap_err().param(), Some("messages[0].content"));
     }
 
     #[test]
