@@ -106,6 +106,36 @@ async fn a_request_is_a_span_below_its_callers_with_its_phases_below_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn spans_have_the_names_of_routes_whatever_is_in_their_paths() {
+    let (url, spans) = collector().await;
+    let server = Running::start(&format!("[traces]\nurl = '{url}'"), &[("OTEL_BSP_SCHEDULE_DELAY", "50")]);
+    for (method, path, name) in [
+        ("GET", "/v1/adapters/a", "GET /v1/adapters/{name}"),
+        ("GET", "/adapters/b/", "GET /adapters/{name}"),
+        ("POST", "/v1/adapters/a/load", "POST /v1/adapters/{name}/load"),
+        ("GET", "/v1/models/tiny/a", "GET /v1/models/{*id}"),
+        ("GET", "/assets/none.js", "GET /assets/{name}"),
+        ("HEAD", "/api/blobs/sha256:0", "HEAD /api/blobs/{digest}"),
+        // What no route is for, and what a route is not for.
+        ("GET", "/wp-login/1", "GET"),
+        ("PATCH", "/v1/adapters/a", "PATCH /v1/adapters/{name}"),
+        ("BREW", "/v1/adapters/a", "HTTP /v1/adapters/{name}"),
+        ("BREW", "/coffee", "HTTP"),
+    ] {
+        let request = server.client.request(method.parse().unwrap(), format!("{}{path}", server.url));
+        request.send().await.unwrap();
+        let span = spans.recv_timeout(LONG).unwrap();
+        let attribute = |name: &str| text(&span.attributes, name);
+        assert_eq!(span.name, name, "{method} {path}");
+        assert_eq!(attribute("http.route").as_deref(), name.split_once(' ').map(|(_, route)| route));
+        assert_eq!(attribute("url.path").as_deref(), Some(path.trim_end_matches('/')));
+        let known = if method == "BREW" { "_OTHER" } else { method };
+        assert_eq!(attribute("http.request.method").as_deref(), Some(known));
+        assert_eq!(attribute("http.request.method_original").as_deref(), (method == "BREW").then_some(method));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_caller_that_is_not_sampled_and_a_server_without_a_collector_send_nothing() {
     let (url, spans) = collector().await;
     let server = Running::start(&format!("[traces]\nurl = '{url}'"), &[("OTEL_BSP_SCHEDULE_DELAY", "50")]);

@@ -229,6 +229,7 @@ fn routes(state: &AppState) -> Router {
         .method_not_allowed_fallback(method_not_allowed)
         .layer(RequestDecompressionLayer::new())
         .layer(from_fn(encoding::check))
+        .layer(from_fn(request_log::note_route))
         .with_state(state.clone())
 }
 

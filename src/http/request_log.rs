@@ -4,8 +4,9 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use axum::Extension;
 use axum::body::Body;
-use axum::extract::Request;
+use axum::extract::{MatchedPath, Request};
 use axum::http::{Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
@@ -32,6 +33,8 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Facts {
     key: Option<Arc<str>>,
+    /// As it is declared: with the names of what stands in the path. `None` where there is none.
+    route: Option<MatchedPath>,
     /// Names and generations of what answers; several in a comparison.
     models: Vec<(String, Option<String>)>,
     /// Empty unless they are to be in the log.
@@ -86,6 +89,17 @@ pub async fn write_line(mut request: Request, next: Next) -> Response {
     response.map(|body| Body::new(HeldBody::new(body, line)))
 }
 
+/// Behind the routes: before, none is known.
+pub async fn note_route(
+    Extension(log): Extension<RequestLog>,
+    route: Option<MatchedPath>,
+    request: Request,
+    next: Next,
+) -> Response {
+    log.facts().route = route;
+    next.run(request).await
+}
+
 /// Written when it is dropped.
 struct Line {
     /// The caller's span.
@@ -132,8 +146,9 @@ impl Drop for Line {
         let (model, generation) = (all(|(model, _)| Some(model)), all(|(_, generation)| generation.as_deref()));
         let ended = EndedRequest {
             parent: &self.parent,
-            method: self.method.as_str(),
+            method: &self.method,
             path: &self.path,
+            route: facts.route.as_ref().map(MatchedPath::as_str),
             begun: self.begun,
             status: self.status.map(|status| status.as_u16()),
             has_failed: level == Level::ERROR,

@@ -3,7 +3,7 @@
 
 use std::time::{Instant, SystemTime};
 
-use axum::http::HeaderMap;
+use axum::http::{HeaderMap, Method};
 use opentelemetry::propagation::TextMapPropagator;
 use opentelemetry::trace::{Span, SpanBuilder, SpanKind, Status, TraceContextExt, TraceId, Tracer};
 use opentelemetry::{Context, KeyValue, StringValue, Value, global};
@@ -11,6 +11,19 @@ use opentelemetry_http::HeaderExtractor;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 
 use crate::generation::SequenceReport;
+
+/// Those that a span is named by. Clients may send any other, and names of spans must be few.
+const KNOWN_METHODS: [Method; 9] = [
+    Method::GET,
+    Method::HEAD,
+    Method::POST,
+    Method::PUT,
+    Method::PATCH,
+    Method::DELETE,
+    Method::OPTIONS,
+    Method::CONNECT,
+    Method::TRACE,
+];
 
 /// What the caller says of its own span.
 pub fn parent(headers: &HeaderMap) -> Context {
@@ -21,8 +34,10 @@ pub fn parent(headers: &HeaderMap) -> Context {
 #[derive(Debug)]
 pub struct EndedRequest<'a> {
     pub parent: &'a Context,
-    pub method: &'a str,
+    pub method: &'a Method,
     pub path: &'a str,
+    /// That the path is one of.
+    pub route: Option<&'a str>,
     pub begun: Instant,
     /// `None` where the client has left before there was one.
     pub status: Option<u16>,
@@ -38,7 +53,12 @@ impl EndedRequest<'_> {
     pub fn record(self) -> Option<String> {
         let clock = Clock::now();
         let tracer = global::tracer("lorry");
-        let builder = SpanBuilder::from_name(format!("{} {}", self.method, self.path))
+        let (method, other_method) = match self.method {
+            known if KNOWN_METHODS.contains(known) => (known.as_str(), None),
+            other => ("HTTP", Some(other)),
+        };
+        let name = self.route.map_or_else(|| method.to_owned(), |route| format!("{method} {route}"));
+        let builder = SpanBuilder::from_name(name)
             .with_kind(SpanKind::Server)
             .with_start_time(clock.time(self.begun));
         let mut request = tracer.build_with_context(builder, self.parent);
@@ -48,10 +68,12 @@ impl EndedRequest<'_> {
             return trace_id;
         }
         request.set_attributes([
-            KeyValue::new("http.request.method", self.method.to_owned()),
+            KeyValue::new("http.request.method", if other_method.is_some() { "_OTHER" } else { method }.to_owned()),
             KeyValue::new("url.path", self.path.to_owned()),
             KeyValue::new("lorry.request_id", self.request_id.to_owned()),
         ]);
+        request.set_attributes(other_method.map(|method| KeyValue::new("http.request.method_original", method.to_string())));
+        request.set_attributes(self.route.map(|route| KeyValue::new("http.route", route.to_owned())));
         request.set_attributes(self.status.map(|status| KeyValue::new("http.response.status_code", i64::from(status))));
         request.set_attributes(self.model());
         if self.has_failed {
