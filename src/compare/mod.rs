@@ -11,7 +11,8 @@ use futures::stream::{BoxStream, SelectAll, select_all};
 
 use crate::engine::request::FinishReason;
 use crate::generation::{
-    Generated, Generation, GenerationError, Prepared, RequestReport, ResolvedModel, SequenceUsage, TextEvent, Timing,
+    Generated, Generation, GenerationError, Prepared, ReplyFailure, RequestReport, ResolvedModel, SequenceUsage,
+    TextEvent, Timing,
 };
 use crate::icl::Chosen;
 use crate::rate_limit::RateLimit;
@@ -67,18 +68,24 @@ pub struct ArmResult {
 
 impl Comparison {
     /// Starts every arm that could be prepared, `None` for the others. Each has one prompt, one choice and
-    /// log-probabilities. `charged_to` pays for their tokens, and what came of each is said in `report`.
+    /// log-probabilities. With `fails_whole`, one that fails ends the others. `charged_to` pays for their tokens, and what came
+    /// of each is said in `report`.
     ///
     /// # Errors
     /// The engine has stopped.
     pub fn start(
         generation: &Generation,
         arms: Vec<Option<Prepared>>,
+        fails_whole: bool,
         charged_to: Option<&Arc<RateLimit>>,
         report: &Arc<RequestReport>,
     ) -> Result<Self, GenerationError> {
         let is_there: Vec<bool> = arms.iter().map(Option::is_some).collect();
         let mut generated = generation.launch_together(arms.into_iter().flatten().collect())?;
+        if fails_whole {
+            let reply = ReplyFailure::default();
+            generated.iter_mut().for_each(|arm| arm.part_of(&reply));
+        }
         if let Some(limit) = charged_to {
             generated.iter_mut().for_each(|arm| arm.charge_to(limit));
         }

@@ -28,7 +28,7 @@ pub use beam_search::BeamOptions;
 pub use error::GenerationError;
 pub use prepare::{Places, Prepared, random_seed};
 pub use prompt::Prompt;
-pub use recorder::Timing;
+pub use recorder::{ReplyFailure, Timing};
 pub use report::{RequestReport, SequenceReport};
 pub use resolve::ResolvedModel;
 pub use selection::{Access, AdapterEntry, AdapterField, AdapterRef, Selection};
@@ -191,6 +191,11 @@ impl Generated {
     pub async fn begun(&mut self) -> Result<(), GenerationError> {
         let mut begun: FuturesUnordered<_> = self.sequences.iter_mut().map(TextStream::begun).collect();
         begun.next().await.unwrap_or(Ok(()))
+    }
+
+    /// Where it fails, all of `reply` does, and the other way round.
+    pub fn part_of(&mut self, reply: &ReplyFailure) {
+        self.sequences.iter_mut().for_each(|sequence| sequence.part_of(reply));
     }
 
     /// The engine has taken none of it: that is no client who has left.

@@ -10,7 +10,7 @@ use super::beam_search::{BeamOptions, BeamSearch};
 use super::beams::BeamRun;
 use super::deadline::Deadline;
 use super::encoder::{EncodedPrompt, Encoder};
-use super::recorder::Recorder;
+use super::recorder::{Recorder, ReplyFailure};
 use super::text_stream::{Echo, TextStream, TextStreamOptions};
 use super::{Access, Generated, Generation, GenerationError, GenerationOptions, GenerationRequest, ResolvedModel};
 use crate::engine::prediction::Prediction;
@@ -270,7 +270,9 @@ impl Generation {
         let num_choices = options.num_choices;
         let (prompts, mut icl): (_, Vec<_>) = prompts.into_iter().map(|prompt| (prompt.tokens, prompt.icl)).unzip();
         let icl = icl.iter_mut().find_map(Option::take);
-        (Generated { model, icl, seed, prompts, sequences, num_choices }, requests)
+        let mut generated = Generated { model, icl, seed, prompts, sequences, num_choices };
+        generated.part_of(&ReplyFailure::default());
+        (generated, requests)
     }
 
     fn sampling(

@@ -1,6 +1,7 @@
 //! The clock of one sequence: what it reports to the metrics, also when nobody waits for its end.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::report::{RequestReport, SequenceReport};
@@ -17,7 +18,12 @@ pub struct Timing {
     pub total: Duration,
 }
 
-/// Counts the sequence when dropped; one that nothing has finished by then was cancelled by its client.
+/// Whether a reply has failed. What else of it was under way then was cancelled by no client.
+#[derive(Debug, Clone, Default)]
+pub struct ReplyFailure(Arc<AtomicBool>);
+
+/// Counts the sequence when dropped; one that nothing has finished by then was cancelled by its client, unless its reply has
+/// failed.
 ///
 /// Each time is observed for the server and for the adapter, whose series go when it goes.
 #[derive(Debug)]
@@ -32,7 +38,8 @@ pub struct Recorder {
     num_prompt_tokens: usize,
     num_cached_tokens: usize,
     num_output_tokens: u32,
-    finish_reason: &'static str,
+    finish_reason: Option<&'static str>,
+    reply: ReplyFailure,
     report: Option<Arc<RequestReport>>,
     is_first_choice: bool,
 }
@@ -53,10 +60,16 @@ impl Recorder {
             num_prompt_tokens: 0,
             num_cached_tokens: 0,
             num_output_tokens: 0,
-            finish_reason: "cancelled",
+            finish_reason: None,
+            reply: ReplyFailure::default(),
             report: None,
             is_first_choice: true,
         }
+    }
+
+    /// It is part of a reply with others.
+    pub fn part_of(&mut self, reply: &ReplyFailure) {
+        self.reply = reply.clone();
     }
 
     /// What came of the sequence is said in `report`, too; its prompt only of the first of several choices.
@@ -99,7 +112,15 @@ impl Recorder {
 
     /// `finish_reason` is one of `stop`, `length`, `error`.
     pub fn finish(&mut self, finish_reason: &'static str) {
-        self.finish_reason = finish_reason;
+        self.finish_reason = Some(finish_reason);
+        if finish_reason == "error" {
+            self.reply.0.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn finish_reason(&self) -> &'static str {
+        let has_failed = self.reply.0.load(Ordering::Relaxed);
+        self.finish_reason.unwrap_or(if has_failed { "error" } else { "cancelled" })
     }
 
     pub fn timing(&self) -> Timing {
@@ -121,7 +142,7 @@ impl Recorder {
     fn as_report(&self) -> SequenceReport {
         let of_prompt = |num_tokens: usize| if self.is_first_choice { num_tokens } else { 0 };
         SequenceReport {
-            finish_reason: self.finish_reason,
+            finish_reason: self.finish_reason(),
             phase: self.phase(),
             num_prompt_tokens: of_prompt(self.num_prompt_tokens),
             num_cached_tokens: of_prompt(self.num_cached_tokens),
@@ -142,15 +163,15 @@ impl Recorder {
 
 impl Drop for Recorder {
     fn drop(&mut self) {
-        let (metrics, requests) = (&self.metrics, self.adapter.requests());
+        let (metrics, requests, finish_reason) = (&self.metrics, self.adapter.requests(), self.finish_reason());
         if self.started.is_some() {
             requests.running.dec()
         } else {
             requests.waiting.dec()
         }
-        metrics.vllm.request_ended(self.finish_reason).inc();
-        requests.ended_total.with_label_values(&[self.finish_reason]).inc();
-        if self.finish_reason == "cancelled" {
+        metrics.vllm.request_ended(finish_reason).inc();
+        requests.ended_total.with_label_values(&[finish_reason]).inc();
+        if finish_reason == "cancelled" {
             metrics.cancelled_total.with_label_values(&[self.phase()]).inc();
         }
         metrics.vllm.e2e_request_latency.observe(self.accepted.elapsed().as_secs_f64());
@@ -187,6 +208,20 @@ mod tests {
         let metrics = Arc::new(Metrics::new("base"));
         drop(Recorder::new(metrics.clone(), "base", Instant::now()));
         assert_eq!((ended(&metrics, "cancelled"), ended(&metrics, "stop")), (1, 0));
+    }
+
+    #[test]
+    fn what_ends_with_a_reply_that_has_failed_was_cancelled_by_nobody() {
+        for (first, expected) in [(Some("error"), [2, 0, 0]), (Some("stop"), [0, 1, 1]), (None, [0, 2, 0])] {
+            let metrics = Arc::new(Metrics::new("base"));
+            let reply = ReplyFailure::default();
+            let mut choices = [(); 2].map(|()| Recorder::new(metrics.clone(), "base", Instant::now()));
+            choices.iter_mut().for_each(|choice| choice.part_of(&reply));
+            first.into_iter().for_each(|reason| choices[0].finish(reason));
+            drop(choices);
+            assert_eq!(["error", "cancelled", "stop"].map(|reason| ended(&metrics, reason)), expected);
+            assert_eq!(metrics.cancelled_total.with_label_values(&["queue"]).get(), expected[1]);
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, watch};
 use self::indented_block::IndentedBlock;
 use super::GenerationError;
 use super::deadline::{Alarm, Deadline};
-use super::recorder::{Recorder, Timing};
+use super::recorder::{Recorder, ReplyFailure, Timing};
 use super::report::RequestReport;
 use crate::engine::prediction::Prediction;
 use crate::engine::request::{Event, FinishReason, TokenLogprob};
@@ -169,6 +169,11 @@ impl TextStream {
     #[must_use]
     pub(super) fn with_deadline(self, deadline: Option<Deadline>) -> Self {
         Self { alarm: deadline.map(Alarm::new), ..self }
+    }
+
+    /// Its failure is that of `reply`, and the other way round.
+    pub(super) fn part_of(&mut self, reply: &ReplyFailure) {
+        self.recorder.part_of(reply);
     }
 
     /// From now on, `limit` pays for each token of the output.

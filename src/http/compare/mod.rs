@@ -50,7 +50,8 @@ pub async fn compare(
         Err(error) => (None, Some(error)),
     });
     let (ready, refused): (Vec<_>, Vec<_>) = split.unzip();
-    let comparison = Comparison::start(&state.generation, ready, caller.token_limit(), caller.log.report())?;
+    let (fails_whole, limit) = (on_error == OnError::Fail, caller.token_limit());
+    let comparison = Comparison::start(&state.generation, ready, fails_whole, limit, caller.log.report())?;
     comparison.arms().flatten().for_each(|arm| caller.log.answered_by(&arm.model));
     let id = random_id("cmp");
     let heads = comparison.arms().map(|arm| arm.map(ArmHead::of)).collect();

@@ -75,6 +75,28 @@ async fn what_finds_the_engine_gone_has_failed_and_was_not_cancelled() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_ends_with_a_failed_reply_has_failed_and_was_not_cancelled() {
+    let arms = json!([{"name": "a"}, {"name": "b"}, {"name": "c"}]);
+    let requests = [
+        ("/v1/completions", json!({"prompt": PANIC, "n": 3})),
+        ("/v1/completions", json!({"prompt": ["0", PANIC, "1"]})),
+        ("/v1/completions", json!({"prompt": PANIC, "n": 3, "best_of": 3, "use_beam_search": true})),
+        ("/v1/compare", json!({"prompt": PANIC, "arms": arms})),
+        ("/v1/compare", json!({"prompt": PANIC, "arms": arms, "on_error": "skip"})),
+    ];
+    for ((path, mut body), is_streamed) in requests.iter().cloned().flat_map(|asked| [(asked.clone(), false), (asked, true)]) {
+        let server = Server::start(&["<|end|>"], Duration::from_millis(10)).await;
+        body["stream"] = json!(is_streamed);
+        let reply = server.request(Method::POST, path).body(body.to_string()).send().await.unwrap();
+        reply.text().await.unwrap();
+        let base = server.metrics.of_adapter("base");
+        let ended = |reason: &str| base.requests().ended_total.with_label_values(&[reason]).get();
+        server.until(|_| base.requests().running.get() + base.requests().waiting.get() == 0).await;
+        assert_eq!((ended("error"), ended("cancelled")), (3, 0), "{path} {body}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn told_twice_to_stop_the_server_cuts_off_its_streams_with_an_error() {
     let server = Server::slow().await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
