@@ -259,6 +259,7 @@ async fn run_once(
             grammar: None,
             prediction: None,
             prompt_output: PromptOutput::Nothing,
+            deadline: None,
             events,
             permit: handle.try_permit()?,
         })?;
@@ -282,6 +283,7 @@ async fn token_times(mut events: mpsc::UnboundedReceiver<Event>, start: Instant)
             | Event::PromptLogits(_)
             | Event::StopToken { .. }
             | Event::Score(_)
+            | Event::OutOfTime
             | Event::Finished(_) => {}
         }
     }

@@ -359,6 +359,7 @@ impl Served {
             grammar: None,
             prediction: None,
             prompt_output: PromptOutput::Nothing,
+            deadline: None,
             events,
             permit: self.engine.try_permit().unwrap(),
         };

@@ -342,6 +342,7 @@ fn a_summary_of_the_logits_draws_what_all_of_them_draw() {
                 grammar: None,
                 prediction: None,
                 prompt_output: PromptOutput::Nothing,
+                deadline: None,
                 events,
                 permit: engine.try_permit().unwrap(),
             };

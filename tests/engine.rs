@@ -4,7 +4,8 @@ mod events;
 mod hash_model;
 
 use std::sync::{Arc, Mutex, mpsc as channel};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use events::next_event;
 use hash_model::{BROKEN, HashModel, NAN, PANIC, Stepwise};
@@ -63,6 +64,7 @@ struct Ask {
     prompt_logprobs: bool,
     logit_bias: Vec<(u32, f32)>,
     prediction: Option<Prediction>,
+    deadline: Option<Instant>,
 }
 
 impl Ask {
@@ -78,6 +80,7 @@ impl Ask {
             prompt_logprobs: false,
             logit_bias: Vec::new(),
             prediction: None,
+            deadline: None,
         }
     }
 
@@ -109,6 +112,7 @@ impl Ask {
             grammar: None,
             prediction: self.prediction.clone(),
             prompt_output: if self.prompt_logprobs { PromptOutput::Logprobs } else { PromptOutput::Nothing },
+            deadline: self.deadline,
             events,
             permit: handle.try_permit().expect("the queue has room"),
         })?;
@@ -485,6 +489,27 @@ fn a_request_the_model_cannot_run_fails_alone() {
         assert!(matches!(events.as_slice(), [Event::Failed(reason)] if reason.contains(expected)), "{events:?}");
     }
     assert_eq!(output_tokens(&collect(good)).len(), 30);
+    assert_eq!(handle.state(), EngineState::default());
+}
+
+#[test]
+fn what_is_late_ends_alone_though_nobody_reads_it() {
+    let handle = start_roomy();
+    let good = Ask::new(vec![1, 2, 3], 30).submit(&handle);
+    let late = Ask { deadline: Some(Instant::now()), ..Ask::new(vec![1], 900) };
+    assert_eq!(collect(late.submit(&handle)), [Event::OutOfTime]);
+    assert_eq!(output_tokens(&collect(good)).len(), 30);
+
+    let gate = Arc::new(Mutex::new(()));
+    let closed = gate.lock().expect("nobody panicked with it");
+    let handle = start_gated(256, 64, &Arc::new(Metrics::new("base")), gate.clone());
+    let deadline = Instant::now() + Duration::from_millis(20);
+    let unread = Ask { deadline: Some(deadline), ..Ask::new(vec![1], 900) }.submit(&handle);
+    thread::sleep(deadline.saturating_duration_since(Instant::now()));
+    drop(closed);
+    let events = collect(unread);
+    assert_eq!(events.last(), Some(&Event::OutOfTime));
+    assert!(events.len() <= 2, "with what the step under way drew: {events:?}");
     assert_eq!(handle.state(), EngineState::default());
 }
 

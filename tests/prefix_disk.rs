@@ -113,6 +113,7 @@ impl Server {
             grammar: None,
             prediction: None,
             prompt_output: PromptOutput::Nothing,
+            deadline: None,
             events,
             permit: self.engine.try_permit().unwrap(),
         };

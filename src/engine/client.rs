@@ -17,6 +17,7 @@ pub(super) struct Client {
     /// Keeps the adapter on the device.
     pub _lease: Lease,
     pub accepted: Instant,
+    pub deadline: Option<Instant>,
     pub is_started: bool,
     pub sampler: Sampler,
     pub grammar: Option<Matcher>,

@@ -95,6 +95,7 @@ impl Ask {
             stop_tokens: self.stop_tokens.clone().into(),
             top_logprobs: Some(2),
             prompt_output: PromptOutput::Nothing,
+            deadline: None,
             events,
             permit: handle.try_permit().expect("the queue has room"),
         };

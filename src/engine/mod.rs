@@ -144,7 +144,8 @@ impl EngineHandle {
         permit.map(Arc::new).map_err(|_| Overloaded { max_queued: self.0.max_queued })
     }
 
-    /// Hands a request to the engine. Its events end with [`Event::Finished`], [`Event::Failed`] or [`Event::Stopped`],
+    /// Hands a request to the engine. Its events end with [`Event::Finished`], [`Event::OutOfTime`], [`Event::Failed`] or
+    /// [`Event::Stopped`],
     /// except that the channel closes without any of them when the engine stops at this very moment.
     pub fn submit(&self, request: Request) -> Result<(), EngineStopped> {
         self.submit_together(vec![request])

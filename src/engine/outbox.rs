@@ -24,7 +24,7 @@ impl Outbox {
     /// returned, so that the gauges must say so already.
     pub fn deliver(&mut self, clients: &mut HashMap<SequenceId, Client>) {
         for (id, event) in self.0.drain(..) {
-            if matches!(event, Event::Finished(_) | Event::Failed(_) | Event::Stopped) {
+            if matches!(event, Event::Finished(_) | Event::OutOfTime | Event::Failed(_) | Event::Stopped) {
                 if let Some(client) = clients.remove(&id) {
                     drop(client.permit);
                     let _ = client.events.send(event);

@@ -1,7 +1,7 @@
 //! What a client's generation asks of the engine, and what the engine says back.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
@@ -33,6 +33,8 @@ pub struct Request {
     /// Alternatives reported per token; `None` reports no log-probabilities at all.
     pub top_logprobs: Option<usize>,
     pub prompt_output: PromptOutput,
+    /// When it has to have ended, whether or not somebody reads its events.
+    pub deadline: Option<Instant>,
     pub events: mpsc::UnboundedSender<Event>,
     /// The place in the bounded queue, given back when the request ends in any way.
     /// Requests that share one have it until the last of them ends.
@@ -117,6 +119,8 @@ pub enum Event {
     /// What a beam search gives its output, before the end.
     Score(f32),
     Finished(FinishReason),
+    /// Its deadline has passed.
+    OutOfTime,
     /// The engine could not go on with this request (an internal error, named).
     Failed(String),
     /// The engine has ended, for which this request is not the cause: another server can take it.

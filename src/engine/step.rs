@@ -119,10 +119,14 @@ impl Engine {
     /// Starts the requests whose adapters are on the device. While one finds no room there, none behind it starts, so that
     /// those who hold the room end.
     fn start_arrived(&mut self) {
-        let mut is_full = false;
+        let (mut is_full, now) = (false, Instant::now());
         for _ in 0..self.arriving.len() {
             let Some(Arriving { request, accepted, lease }) = self.arriving.pop_front() else { return };
             let Some(adapter) = request.adapter.clone().filter(|_| !request.events.is_closed()) else { continue };
+            if is_over(request.deadline, now) {
+                end_unstarted(request, Event::OutOfTime);
+                continue;
+            }
             match if is_full { Ok(Placement::Full) } else { self.model.place(&adapter) } {
                 Ok(Placement::Ready(lease)) => self.start(request, accepted, lease),
                 Ok(Placement::Loading(lease)) => {
@@ -148,6 +152,7 @@ impl Engine {
             permit: request.permit,
             _lease: lease,
             accepted,
+            deadline: request.deadline,
             is_started: false,
             sampler: Sampler::new(request.sampling, &request.prompt_tokens),
             grammar: request.grammar,
@@ -171,6 +176,7 @@ impl Engine {
     /// One pass of the model over the rows of this step. After an error the engine can only be aborted.
     pub fn step(&mut self) -> Result<(), DeviceError> {
         self.drop_cancelled();
+        self.end_late();
         self.start_arrived();
         if let (Some(disk), Some(kv)) = (&mut self.prefix_disk, self.model.host_kv()) {
             disk.save(&mut self.scheduler, kv);
@@ -260,6 +266,19 @@ impl Engine {
             self.clients.remove(&id);
         }
         self.buffers.ended = cancelled;
+    }
+
+    /// Ends the sequences whose time is over. Who reads them may not see that: a client that has stalled reads nothing.
+    fn end_late(&mut self) {
+        let (mut late, now) = (mem::take(&mut self.buffers.ended), Instant::now());
+        late.extend(self.clients.iter().filter(|(_, client)| is_over(client.deadline, now)).map(|(id, _)| *id));
+        for id in late.drain(..) {
+            if let Some(disk) = &mut self.prefix_disk {
+                disk.remove(id);
+            }
+            self.end(id, Event::OutOfTime);
+        }
+        self.buffers.ended = late;
     }
 
     /// Runs the planned rows. Clients are told meanwhile what came of the step before.
@@ -353,6 +372,10 @@ impl Engine {
 /// Sets the gauges of what the engine holds.
 pub(super) fn publish(metrics: &Metrics, scheduler: &Scheduler, num_arriving: usize) {
     metrics.vllm.set_load(scheduler.num_running(), scheduler.num_waiting() + num_arriving, scheduler.kv_usage());
+}
+
+fn is_over(deadline: Option<Instant>, now: Instant) -> bool {
+    deadline.is_some_and(|deadline| deadline <= now)
 }
 
 /// Ends a request that has not started. A client that has gone needs no answer.

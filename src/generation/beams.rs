@@ -4,6 +4,7 @@
 //! more than the block they part in; so a step computes one row for each beam.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use futures::future::join_all;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
@@ -29,6 +30,8 @@ pub(super) struct BeamRun {
     pub stop: Vec<String>,
     /// `None` where nothing is to be generated.
     pub search: Option<BeamSearch>,
+    /// When the search has to have ended.
+    pub deadline: Option<Instant>,
     /// One for each beam.
     pub permits: Vec<Arc<OwnedSemaphorePermit>>,
     /// One for each choice, of which there are no more than beams.
@@ -96,6 +99,7 @@ impl BeamRun {
             grammar: None,
             prediction: None,
             prompt_output: PromptOutput::Nothing,
+            deadline: self.deadline,
             events,
             permit: permit.clone(),
         };
@@ -116,7 +120,7 @@ impl BeamRun {
                 }
                 Event::Token { logprob: Some(logprob), .. } => next_tokens = logprob.top,
                 Event::Finished(_) => return Ok(next_tokens),
-                Event::Failed(_) | Event::Stopped => return Err(event),
+                Event::OutOfTime | Event::Failed(_) | Event::Stopped => return Err(event),
                 _ => {}
             }
         }

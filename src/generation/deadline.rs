@@ -34,6 +34,10 @@ impl Deadline {
         timeout_at(self.at.into(), work).await.unwrap_or_else(|_| Err(self.exceeded()))
     }
 
+    pub fn at(&self) -> Instant {
+        self.at
+    }
+
     pub fn exceeded(&self) -> GenerationError {
         GenerationError::DeadlineExceeded { max_seconds: self.max_seconds }
     }

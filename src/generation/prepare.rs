@@ -247,12 +247,17 @@ impl Generation {
     fn sequences(&self, prepared: Prepared) -> (Generated, Vec<Request>) {
         let Prepared { model, prompts, grammar, prediction, options, seed, places, deadline } = prepared;
         let Places { permits, accepted, in_flight: _in_flight } = places;
+        let ends_at = deadline.as_ref().map(Deadline::at);
         let (sequences, requests): (Vec<TextStream>, _) = match options.beams {
             Some(beams) => {
-                let searched = prompts.iter().zip(permits.chunks(beams.num_beams));
-                let searched = searched
-                    .flat_map(|(prompt, permits)| self.beam_search(&model, prompt, &options, beams, permits, accepted));
-                (searched.collect(), Vec::new())
+                let mut choices = Vec::new();
+                for (prompt, permits) in prompts.iter().zip(permits.chunks(beams.num_beams)) {
+                    let (found, search) = self.beam_search(&model, prompt, &options, beams, permits, accepted);
+                    // Of its own accord: dropping all of its choices ends it.
+                    tokio::spawn(BeamRun { deadline: ends_at, ..search }.run());
+                    choices.extend(found);
+                }
+                (choices, Vec::new())
             }
             None => {
                 let choices =
@@ -261,7 +266,8 @@ impl Generation {
                     let sampling = self.sampling(&model, prompt, &options, seed.wrapping_add_unsigned(choice as u64));
                     let (stream, request) = self.sequence(&model, prompt, &options, sampling, permit, accepted);
                     let stream = stream.with_prediction(prediction.clone());
-                    (stream, Request { grammar: grammar.clone(), prediction: prediction.clone(), ..request })
+                    let (grammar, prediction) = (grammar.clone(), prediction.clone());
+                    (stream, Request { grammar, prediction, deadline: ends_at, ..request })
                 };
                 choices.zip(permits).map(sequence).unzip()
             }
@@ -326,13 +332,14 @@ impl Generation {
             } else {
                 PromptOutput::Nothing
             },
+            deadline: None,
             events,
             permit,
         };
         (stream, request)
     }
 
-    /// Starts a search of its own accord, and returns its choices; dropping all of them ends it.
+    /// The choices of a search, and the search itself.
     fn beam_search(
         &self,
         model: &ResolvedModel,
@@ -341,9 +348,9 @@ impl Generation {
         beams: BeamOptions,
         permits: &[Arc<OwnedSemaphorePermit>],
         accepted: Instant,
-    ) -> Vec<TextStream> {
+    ) -> (Vec<TextStream>, BeamRun) {
         let streams = (0..options.num_choices).map(|_| self.stream(model, prompt, options, accepted));
-        let (streams, choices) = streams.unzip();
+        let (streams, choices): (Vec<TextStream>, _) = streams.unzip();
         let stop_tokens = self.stop_tokens(options);
         let run = BeamRun {
             engine: self.engine.clone(),
@@ -354,11 +361,11 @@ impl Generation {
             tokenizer: self.base.tokenizer.clone(),
             stop: stop_strings(model, options),
             search: (prompt.max_tokens > 0).then(|| BeamSearch::new(beams, prompt.max_tokens, stop_tokens)),
+            deadline: None,
             permits: permits.to_vec(),
             choices,
         };
-        tokio::spawn(run.run());
-        streams
+        (streams, run)
     }
 
     /// Control tokens that open or close a call of a tool.

@@ -109,6 +109,7 @@ async fn logits(
         grammar: None,
         prediction: None,
         prompt_output: PromptOutput::Logits,
+        deadline: None,
         events,
         permit,
     };

@@ -217,8 +217,7 @@ impl TextStream {
                 Poll::Pending => {
                     let Some(alarm) = &mut self.alarm else { return Poll::Pending };
                     ready!(alarm.poll(cx));
-                    let deadline = alarm.deadline.clone();
-                    self.on_deadline(&deadline);
+                    self.on_deadline();
                 }
             }
         }
@@ -274,6 +273,7 @@ impl TextStream {
             Event::StopToken { id, logprob } => self.assembler.stop_token(id, logprob),
             Event::Score(score) => self.score = Some(score),
             Event::Finished(reason) => self.release_rest(reason),
+            Event::OutOfTime => self.on_deadline(),
             Event::Failed(cause) => self.fail(GenerationError::Failed(cause)),
             Event::Stopped => self.fail(GenerationError::EngineStopped),
         }
@@ -286,11 +286,10 @@ impl TextStream {
     }
 
     /// The deadline has passed. One of several sequences that has nothing yet is cut like the others; where none has, that is an error.
-    fn on_deadline(&mut self, deadline: &Deadline) {
-        if deadline.has_output() {
-            self.release_rest(FinishReason::Length);
-        } else {
-            self.fail(deadline.exceeded());
+    fn on_deadline(&mut self) {
+        match self.alarm.as_ref().map(|alarm| &alarm.deadline).filter(|deadline| !deadline.has_output()) {
+            Some(deadline) => self.fail(deadline.exceeded()),
+            None => self.release_rest(FinishReason::Length),
         }
     }
 

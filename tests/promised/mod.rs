@@ -228,6 +228,7 @@ impl Ask {
             grammar: None,
             prediction: None,
             prompt_output: PromptOutput::Nothing,
+            deadline: None,
             events,
             permit: engine.try_permit().unwrap(),
         };

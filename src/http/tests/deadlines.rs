@@ -1,6 +1,11 @@
 //! `server.max_request_seconds`: whatever a request waits for, it ends.
 
 use super::*;
+use crate::engine::request::FinishReason;
+use crate::generation::{Access, GenerationError};
+use crate::http::completions::CompletionShape;
+use crate::http::fields::Fields;
+use crate::http::reply::ReplyShape;
 
 /// A step of so many milliseconds, and two seconds for each request.
 async fn server(step_ms: u64) -> Server {
@@ -54,6 +59,35 @@ async fn what_takes_too_long_and_has_nothing_is_an_error_of_its_own() {
     assert_eq!(refusal.status(), StatusCode::GATEWAY_TIMEOUT);
     assert_eq!(refusal.json::<Value>().await.unwrap()["error"]["type"], "timeout_error");
     server.until_idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_nobody_reads_ends_in_time_too() {
+    let server = server(100).await;
+    let start = async |body: Value| {
+        let request = CompletionShape::parse(&Fields::parse(body.to_string().as_bytes()).unwrap()).unwrap();
+        server.state.generation.start(request, &Access::All).await.unwrap()
+    };
+    let mut two = long();
+    two["n"] = json!(2);
+    for body in [long(), two] {
+        let generated = start(body).await;
+        // Its places are given back, and nothing is computed for it any more.
+        server.until_idle().await;
+        for sequence in generated.sequences {
+            let completed = sequence.collect().await.unwrap();
+            assert_eq!(completed.reason, FinishReason::Length);
+            assert!((1..60).contains(&completed.usage.num_output_tokens), "{completed:?}");
+        }
+    }
+    let mut beams = long();
+    (beams["use_beam_search"], beams["n"]) = (json!(true), json!(2));
+    let generated = start(beams).await;
+    server.until_idle().await;
+    for sequence in generated.sequences {
+        let error = sequence.collect().await.unwrap_err();
+        assert!(matches!(error, GenerationError::DeadlineExceeded { .. }), "{error}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
