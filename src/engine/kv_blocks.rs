@@ -136,6 +136,11 @@ impl BlockPool {
         self.cache.get(chain).is_some()
     }
 
+    /// Whether the block is cached and held by nobody.
+    pub fn is_idle(&self, chain: &ChainHash) -> bool {
+        self.cache.get(chain).is_some_and(|block| self.num_holders(block) == 0)
+    }
+
     fn cache_block(&mut self, block: BlockId, parent: ChainHash, tokens: &[u32], chain: Option<ChainHash>) {
         while let Some(superseded) = self.cache.take_superseded(&parent, tokens) {
             self.free.push(superseded);

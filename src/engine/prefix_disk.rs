@@ -140,13 +140,28 @@ impl PrefixDisk {
         scheduler.enqueue(sequence);
     }
 
-    /// What the disk has and the memory has not. Nothing while the disk is silent: one at a time would wait for it in vain.
+    /// What the disk has and the memory has not, as far as there is room for it beside what the memory has of the sequence.
+    /// Nothing while the disk is silent: one at a time would wait for it in vain.
     fn to_read(&self, sequence: &Sequence, scheduler: &Scheduler) -> VecDeque<PrefixBlock> {
         if self.is_silent {
             return VecDeque::new();
         }
-        let missing = sequence.prefix_blocks().into_iter().filter(|block| !scheduler.is_cached(&block.chain));
-        missing.take_while(|block| self.files.has(&block.chain)).take(scheduler.blocks_to_spare()).collect()
+        let (mut to_read, mut num_spare) = (VecDeque::new(), scheduler.blocks_to_spare());
+        for block in sequence.prefix_blocks() {
+            let is_cached = scheduler.is_cached(&block.chain);
+            if !is_cached && !self.files.has(&block.chain) {
+                break;
+            }
+            // An idle block of its own is one of those to spare, and must not make room for what is behind it.
+            if !is_cached || scheduler.is_idle(&block.chain) {
+                let Some(num_left) = num_spare.checked_sub(1) else { break };
+                num_spare = num_left;
+            }
+            if !is_cached {
+                to_read.push_back(block);
+            }
+        }
+        to_read
     }
 }
 
@@ -201,6 +216,70 @@ impl Reading {
                     self.asked.pop_front();
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::request::PromptOutput;
+    use crate::metrics::Metrics;
+
+    const NUM_BLOCKS: usize = 10;
+
+    /// Which begins with so many blocks of the numbers from `first`.
+    fn sequence(id: u64, first: u32, num_blocks: usize) -> Sequence {
+        let prompt: Vec<u32> = (first..).take(num_blocks * BLOCK_SIZE + 1).collect();
+        Sequence::new(SequenceId(id), &prompt, 100, None, PromptOutput::Nothing)
+    }
+
+    fn compute(scheduler: &mut Scheduler, sequence: Sequence) {
+        let id = sequence.id();
+        scheduler.enqueue(sequence);
+        scheduler.schedule();
+        scheduler.commit();
+        scheduler.get_mut(id).unwrap().push(7);
+    }
+
+    #[test]
+    fn what_is_read_takes_no_place_of_what_it_goes_on_from() {
+        const NUM_WHOLE: usize = 6;
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::open(dir.path(), "identity", 1, 1 << 20).unwrap();
+        let mut disk = PrefixDisk::new(BlockFiles::start(folder, Metrics::new("base").disk_blocks()), 256);
+        let whole = sequence(9, 0, NUM_WHOLE);
+        let blocks = whole.prefix_blocks();
+        blocks.iter().for_each(|block| disk.files.write(block.chain, vec![0]));
+        while !blocks.iter().all(|block| disk.files.has(&block.chain)) {
+            disk.receive();
+        }
+        // So many of its blocks in memory, held or idle; and so many in which another runs, with one more to come.
+        for (num_cached, is_held, num_others, num_to_read) in [
+            (0, false, 0, 6),
+            (3, false, 0, 3),
+            (3, false, 4, 1),
+            (3, false, 5, 0),
+            (3, true, 4, 0),
+            (2, true, 3, 1),
+            (0, false, 4, 4),
+        ] {
+            let mut scheduler = Scheduler::new(256, 8, NUM_BLOCKS);
+            if num_cached > 0 {
+                compute(&mut scheduler, sequence(0, 0, num_cached));
+                if !is_held {
+                    scheduler.remove(SequenceId(0));
+                }
+            }
+            if num_others > 0 {
+                compute(&mut scheduler, sequence(1, 1000, num_others));
+            }
+            let to_read = disk.to_read(&whole, &scheduler);
+            let case = format!("{num_cached} {is_held} {num_others}");
+            assert_eq!(to_read.len(), num_to_read, "{case}");
+            to_read.iter().for_each(|block| assert!(scheduler.restore(block).is_some(), "{case}"));
+            let num_there = blocks.iter().take_while(|block| scheduler.is_cached(&block.chain)).count();
+            assert_eq!(num_there, num_cached + num_to_read, "{case}");
         }
     }
 }

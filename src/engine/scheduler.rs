@@ -197,6 +197,11 @@ impl Scheduler {
         self.pool.is_cached(chain)
     }
 
+    /// Whether it is cached and counts among the blocks to spare.
+    pub fn is_idle(&self, chain: &ChainHash) -> bool {
+        self.pool.is_idle(chain)
+    }
+
     /// Of idle blocks, this one is evicted last.
     pub fn touch(&mut self, chain: &ChainHash) {
         if let Some(block) = self.pool.acquire_cached(chain) {
