@@ -50,6 +50,8 @@ pub struct ArmRequest {
     index: usize,
     /// The names of the fields that it has from the comparison.
     shared: Vec<String>,
+    /// Who it says it is for.
+    pub user: Option<String>,
     pub request: Result<GenerationRequest, ApiError>,
 }
 
@@ -108,7 +110,8 @@ impl ArmRequest {
         let (shared, fields) = overlay(shared, own);
         // An arm that asks for a drawn seed does not get that of the others.
         let has_own = SEED_NAMES.iter().any(|name| own.get(*name).is_some_and(|seed| !seed.is_null()));
-        let request = parse_request(&fields).map(|mut request| {
+        let user = fields.string("user").map(|user| user.map(str::to_owned));
+        let request = user.clone().and_then(|_| parse_request(&fields)).map(|mut request| {
             request.options.seed.get_or_insert_with(|| if has_own { random_seed() } else { seed });
             // Alternatives cost time, the token's own log-probability next to none.
             request.options.top_logprobs.get_or_insert(0);
@@ -116,7 +119,7 @@ impl ArmRequest {
             request.options.records_stop_token = false;
             request
         });
-        Ok(Self { name, index, shared, request })
+        Ok(Self { name, index, shared, user: user.ok().flatten(), request })
     }
 
     /// The error under the name that the field has in the comparison: `arms[i].field`, or the shared field's own.
@@ -260,6 +263,7 @@ mod tests {
             (json!({"prompt": "p"}), json!({"n": 2}), "arms[1].n"),
             (json!({"prompt": "p", "echo": true}), json!({}), "echo"),
             (json!({"prompt": "p", "grammar": 1}), json!({}), "grammar"),
+            (json!({"prompt": "p"}), json!({"user": 1}), "arms[1].user"),
             (json!({"prompt": "p"}), json!({"guided_json": 1}), "arms[1].guided_json"),
         ] {
             let (mut body, mut own) = (shared, own);

@@ -36,10 +36,10 @@ pub async fn compare(
     let CompareRequest { arms, seed, on_error, is_streamed } = CompareRequest::parse(&fields)?;
     let num_sequences = |arm: &ArmRequest| arm.request.as_ref().map_or(0, GenerationRequest::num_sequences);
     let mut places = state.generation.reserve(arms.iter().map(num_sequences).sum(), "arms")?;
-    let (state, caller, user) = (&state, &caller, fields.string("user")?);
+    let (state, caller) = (&state, &caller);
     let prepared = arms.iter().map(|arm| {
         let places = places.take(num_sequences(arm));
-        async move { prepare(state, caller, user, arm, places).await.map_err(|error| arm.placed(error)) }
+        async move { prepare(state, caller, arm, places).await.map_err(|error| arm.placed(error)) }
     });
     let mut prepared = join_all(prepared).await;
     if let (OnError::Fail, Some(refused)) = (on_error, prepared.iter().position(Result::is_err)) {
@@ -79,16 +79,10 @@ pub async fn compare(
 }
 
 /// All that an arm needs before it can start.
-async fn prepare(
-    state: &AppState,
-    caller: &Caller,
-    user: Option<&str>,
-    arm: &ArmRequest,
-    places: Places,
-) -> Result<Prepared, ApiError> {
+async fn prepare(state: &AppState, caller: &Caller, arm: &ArmRequest, places: Places) -> Result<Prepared, ApiError> {
     let mut request = arm.request.clone()?;
     // An experiment's arm takes part as the model it is: what is compared here is no traffic of the experiment.
-    choose_arm(state, caller, user, &mut request)?;
+    choose_arm(state, caller, arm.user.as_deref(), &mut request)?;
     request.charge_to(&caller.account);
     caller.log.asked(state, &request.prompts);
     Ok(state.generation.prepare(request, &caller.access, places).await?)

@@ -65,6 +65,34 @@ async fn an_alias_is_answered_by_an_arm_that_a_user_stays_with_and_what_came_of_
 }
 
 #[tokio::test]
+async fn an_arm_of_a_comparison_is_for_its_own_user_else_for_that_of_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = start(folder.path(), "", "").await;
+    let arm_of = |user: &str| server.experiments.assign("coder", user, |_| true).unwrap().arm;
+    let of = |arm: &str| (0..).map(|user| user.to_string()).find(|user| arm_of(user) == arm).unwrap();
+    let (base, examples) = (of("base"), of("examples"));
+    for (shared, others) in [(&base, &examples), (&examples, &base)] {
+        let mut body = body(shared);
+        body["arms"] = json!([{"name": "shared"}, {"name": "own", "user": others}, {"name": "same", "user": shared}]);
+        let (status, reply) = server.send("/v1/compare", body).await;
+        assert_eq!(status, StatusCode::OK, "{reply}");
+        let has_examples: Vec<bool> =
+            reply["arms"].as_array().unwrap().iter().map(|arm| !arm["icl"].is_null()).collect();
+        let is_examples = arm_of(shared) == "examples";
+        assert_eq!(has_examples, [is_examples, !is_examples, is_examples], "{reply}");
+    }
+    // One that says it is for nobody is not for that of all.
+    let mut nobodys = body(&base);
+    nobodys["arms"] = (0..4).map(|arm| json!({"name": arm.to_string(), "user": null})).collect();
+    let mut has_examples = false;
+    for _ in 0..20 {
+        let (_, reply) = server.send("/v1/compare", nobodys.clone()).await;
+        has_examples |= reply["arms"].as_array().unwrap().iter().any(|arm| !arm["icl"].is_null());
+    }
+    assert!(has_examples, "eighty without a user are not all with the same arm");
+}
+
+#[tokio::test]
 async fn users_without_a_name_are_not_one_user() {
     let folder = tempfile::tempdir().unwrap();
     let server = start(folder.path(), "", "").await;
