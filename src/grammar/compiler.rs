@@ -1,11 +1,11 @@
 //! Constraints compiled for one vocabulary.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use llguidance::ParserFactory;
 use llguidance::api::{ParserLimits, TopLevelGrammar};
-use llguidance::earley::CGrammar;
+use llguidance::earley::{CGrammar, CSymIdx};
 use prometheus::IntCounter;
 use serde_json::{Value, json};
 use toktrie::{TokEnv, TokRxInfo, TokTrie, TokenId, TokenizerEnv};
@@ -84,6 +84,12 @@ impl GrammarCompiler {
         if has_temperature(parser.parser.grammar()) {
             let message = "the `temperature` of a rule is not served: send one for the whole output";
             return Err(GrammarError::Invalid(message.to_owned()));
+        }
+        if let Some(rule) = endless_rule(parser.parser.grammar()) {
+            let own_name = if let Constraint::Gbnf(text) = constraint { gbnf::own_name(text, rule) } else { None };
+            let rule = own_name.as_deref().unwrap_or(rule);
+            let message = format!("its rule `{rule}` has no end: every way through it leads into it again");
+            return Err(GrammarError::Invalid(message));
         }
         Matcher::new(parser, end_of(&self.tokenizer))
     }
@@ -171,16 +177,62 @@ fn grammar(constraint: &Constraint) -> Result<TopLevelGrammar, GrammarError> {
 
 /// Whether a part of it is to be drawn at a temperature of its own, as Lark's notation can say here.
 fn has_temperature(grammar: &CGrammar) -> bool {
-    let (mut left, mut seen) = (vec![grammar.start()], HashSet::new());
-    while let Some(symbol) = left.pop() {
-        if grammar.sym_data(symbol).props.temperature != 0.0 {
-            return true;
-        }
-        if seen.insert(symbol) {
-            left.extend(grammar.rules_of(symbol).iter().flat_map(|rule| grammar.rule_rhs(*rule).0));
+    reachable(grammar).iter().any(|symbol| grammar.sym_data(*symbol).props.temperature != 0.0)
+}
+
+/// The name of a rule that an output may come to and never leave: it would fail in the middle, or go on until it is cut.
+fn endless_rule(grammar: &CGrammar) -> Option<&str> {
+    let reachable = reachable(grammar);
+    // Of every rule, whose it is and how many of its parts are not known to end.
+    let mut rules = Vec::new();
+    let mut used_in: HashMap<CSymIdx, Vec<usize>> = HashMap::new();
+    for &symbol in &reachable {
+        for parts in parts_of(grammar, symbol) {
+            parts.iter().for_each(|part| used_in.entry(*part).or_default().push(rules.len()));
+            rules.push((symbol, parts.len()));
         }
     }
-    false
+    let ends_by_itself = |symbol: &CSymIdx| {
+        let symbol = grammar.sym_data(*symbol);
+        symbol.is_terminal || symbol.is_nullable || !symbol.cond_nullable.is_empty()
+    };
+    let mut left: Vec<CSymIdx> = reachable.iter().copied().filter(ends_by_itself).collect();
+    let mut ending: HashSet<CSymIdx> = left.iter().copied().collect();
+    while let Some(symbol) = left.pop() {
+        for &rule in used_in.get(&symbol).into_iter().flatten() {
+            let (of, num_open) = &mut rules[rule];
+            *num_open -= 1;
+            if *num_open == 0 && ending.insert(*of) {
+                left.push(*of);
+            }
+        }
+    }
+    let is_endless = |symbol: &CSymIdx| !ending.contains(symbol);
+    let mut symbol = reachable.into_iter().find(is_endless)?;
+    // What leads there is as endless: down to one that leads to itself.
+    let mut seen = HashSet::new();
+    while seen.insert(symbol)
+        && let Some(&part) = parts_of(grammar, symbol).flatten().find(|part| is_endless(part))
+    {
+        symbol = part;
+    }
+    Some(grammar.sym_name(symbol))
+}
+
+/// Every symbol that an output may come to.
+fn reachable(grammar: &CGrammar) -> Vec<CSymIdx> {
+    let (mut reachable, mut seen) = (vec![grammar.start()], HashSet::from([grammar.start()]));
+    let mut num_followed = 0;
+    while let Some(&symbol) = reachable.get(num_followed) {
+        num_followed += 1;
+        reachable.extend(parts_of(grammar, symbol).flatten().filter(|part| seen.insert(**part)));
+    }
+    reachable
+}
+
+/// Of each rule of `symbol`, what it is made of.
+fn parts_of(grammar: &CGrammar, symbol: CSymIdx) -> impl Iterator<Item = &[CSymIdx]> {
+    grammar.rules_of(symbol).iter().map(|rule| grammar.rule_rhs(*rule).0)
 }
 
 fn of_schema(schema: Value) -> TopLevelGrammar {

@@ -73,6 +73,15 @@ pub fn read(text: &str) -> Result<TopLevelGrammar, String> {
     Grammar::parse(text)?.translated()
 }
 
+/// What the grammar `text` calls the rule that its translation calls `name`.
+pub fn own_name(text: &str, name: &str) -> Option<String> {
+    let number = name.strip_prefix('r')?.parse().ok()?;
+    let tokens = tokens(text).ok()?;
+    let is_defined = |pair: &&[(Token, usize)]| matches!(pair, [(Token::Name(_), _), (Token::Is, _)]);
+    let (defined, _) = &tokens.windows(2).filter(is_defined).nth(number)?[0];
+    if let Token::Name(name) = defined { Some(name.clone()) } else { None }
+}
+
 /// The characters of a grammar with their line.
 struct Characters<'a> {
     rest: std::iter::Peekable<std::str::Chars<'a>>,

@@ -266,6 +266,46 @@ fn a_constraint_without_an_output_is_an_error() {
 }
 
 #[test]
+fn a_rule_without_end_is_refused_by_name_wherever_it_is_come_to() {
+    for (constraint, name) in [
+        (Constraint::Lark("start: \"a\" x\nx: x \"b\"".to_owned()), "x"),
+        (Constraint::Lark("start: \"a\" | \"c\" x\nx: \"b\" x".to_owned()), "x"),
+        (Constraint::Lark("start: \"a\" | \"c\" p\np: \"b\" q\nq: p p".to_owned()), "p"),
+        (Constraint::Lark("start: \"a\" x?\nx: \"b\" (x \"c\" | \"d\" x)".to_owned()), "x"),
+        (Constraint::Gbnf("root ::= \"a\" x | \"c\"\nx ::= x \"b\"".to_owned()), "x"),
+        (Constraint::Gbnf("root ::= \"a\" root".to_owned()), "root"),
+        (Constraint::Gbnf("root ::= (\"a\" x)*\nx ::= \"[\" y \"]\"\ny ::= x | \"(\" y \")\"".to_owned()), "y"),
+    ] {
+        let refused = compile(&constraint).expect_err(name).to_string();
+        assert!(refused.contains(&format!("rule `{name}` has no end")), "{constraint:?}: {refused}");
+    }
+    let node = json!({"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}, "required": ["next"]});
+    for schema in [
+        json!({"$ref": "#/$defs/node", "$defs": {"node": node}}),
+        json!({"type": "object", "properties": {"a": {"$ref": "#/$defs/node"}}, "$defs": {"node": node}}),
+        json!({"type": "array", "items": {"$ref": "#/$defs/node"}, "$defs": {"node": node}}),
+    ] {
+        let refused = compile(&Constraint::JsonSchema(schema.clone())).expect_err("it has no end").to_string();
+        assert!(refused.contains("has no end"), "{schema}: {refused}");
+    }
+}
+
+#[test]
+fn a_rule_that_leads_to_itself_and_ends_is_none_without_end() {
+    let node = json!({"type": "object", "properties": {"next": {"$ref": "#"}}, "additionalProperties": false});
+    let tree = json!({"anyOf": [{"type": "null"}, {"type": "array", "items": {"$ref": "#"}}]});
+    for (constraint, good) in [
+        (Constraint::Lark("start: x\nx: x \"b\" | \"a\"".to_owned()), "abb"),
+        (Constraint::Lark("start: \"a\" x\nx: \"b\" y |\ny: x \"c\"".to_owned()), "abbcc"),
+        (Constraint::Gbnf("root ::= \"(\" root? \")\"".to_owned()), "(())"),
+        (Constraint::JsonSchema(node), r#"{"next": {"next": {}}}"#),
+        (Constraint::JsonSchema(tree), "[null, [[]]]"),
+    ] {
+        assert_accepts(&constraint, &[good], &[]);
+    }
+}
+
+#[test]
 fn keywords_of_schemas_that_are_not_followed_are_refused_by_name() {
     let named = json!({"type": "string"});
     for (keyword, schema) in [
@@ -373,6 +413,26 @@ impl Tree {
         }
     }
 
+    /// Whether any text is of it, as far as that is known of the rules.
+    fn has_end(&self, rules: &[bool]) -> bool {
+        match self {
+            Self::Literal(_) | Self::Class(..) => true,
+            Self::Rule(number) => rules[*number],
+            Self::Sequence(parts) => parts.iter().all(|part| part.has_end(rules)),
+            Self::Alternatives(parts) => parts.iter().any(|part| part.has_end(rules)),
+            Self::Repeated(inner, min, _) => *min == 0 || inner.has_end(rules),
+        }
+    }
+
+    fn add_rules(&self, rules: &mut Vec<usize>) {
+        match self {
+            Self::Literal(_) | Self::Class(..) => {}
+            Self::Rule(number) => rules.push(*number),
+            Self::Sequence(parts) | Self::Alternatives(parts) => parts.iter().for_each(|part| part.add_rules(rules)),
+            Self::Repeated(inner, ..) => inner.add_rules(rules),
+        }
+    }
+
     /// Where its texts can end that begin at `from`, as far as `rules` are known.
     fn ends(&self, text: &str, from: usize, rules: &RuleEnds) -> BTreeSet<usize> {
         let after = |starts: &BTreeSet<usize>, part: &Self| -> BTreeSet<usize> {
@@ -417,6 +477,21 @@ fn is_text_of(rules: &[Tree], text: &str) -> bool {
     }
 }
 
+/// Whether the first of `rules` leads to one that no text is of.
+fn leads_nowhere(rules: &[Tree]) -> bool {
+    let mut ending = vec![false; rules.len()];
+    for _ in rules {
+        ending = rules.iter().map(|rule| rule.has_end(&ending)).collect();
+    }
+    let (mut left, mut reached) = (vec![0], BTreeSet::new());
+    while let Some(rule) = left.pop() {
+        if reached.insert(rule) {
+            rules[rule].add_rules(&mut left);
+        }
+    }
+    reached.iter().any(|rule| !ending[*rule])
+}
+
 proptest! {
     #[test]
     fn a_grammar_in_gbnf_accepts_what_it_says_by_the_book(rules in prop::collection::vec(Tree::any(), RULE_NAMES.len())) {
@@ -434,7 +509,10 @@ proptest! {
                     let is_accepted = accepts(matcher, &text);
                     prop_assert!(is_accepted == expected || is_wide && expected, "{written}{text:?}: {expected}");
                 }
-                Err(error) => prop_assert!(!expected || text.is_empty(), "{written}{text:?}: {error}"),
+                Err(error) => {
+                    let has_none = !expected || text.is_empty() || leads_nowhere(&rules);
+                    prop_assert!(has_none, "{written}{text:?}: {error}");
+                }
             }
         }
     }
