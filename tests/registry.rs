@@ -179,7 +179,9 @@ async fn a_folder_whose_name_is_no_text_is_refused_by_name_until_it_is_renamed()
     }
     assert_eq!(fixture.metrics.adapter_refusals_total.get(), 4);
     fs::rename(path(b"caf\xe9"), path(b"cafe")).unwrap();
-    eventually("it is served by its new name", || registry.status("cafe").is_some_and(|cafe| cafe.phase == Phase::Ready));
+    eventually("it is served by its new name", || {
+        registry.status("cafe").is_some_and(|cafe| cafe.phase == Phase::Ready)
+    });
     eventually("the old name is gone", || registry.status(r"caf\xe9").is_none());
     assert_eq!(fixture.metrics.adapter_refusals_total.get(), 4, "and the others are refused once");
 }

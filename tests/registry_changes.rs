@@ -232,7 +232,10 @@ async fn a_change_is_answered_with_the_generation_of_its_files_also_without_memo
     let registry = fixture.registry();
     let held = registry.acquire("a").await.unwrap();
     let first = held.generation.clone();
-    ["2", "3"].iter().zip([2.0, 3.0]).for_each(|(to, value)| write(&fixture.path(&format!(".staging/{to}")), value, ""));
+    ["2", "3"]
+        .iter()
+        .zip([2.0, 3.0])
+        .for_each(|(to, value)| write(&fixture.path(&format!(".staging/{to}")), value, ""));
     let mut installed = first.clone();
     for source in [".staging/2", ".staging/3"] {
         let next = install(&registry, "a", source, Some(&installed)).await.unwrap();

@@ -48,7 +48,8 @@ pub fn keep(root: &Root, name: &str, generation: &str, folder: &Dir, num_kept: u
 /// Deletes what is no longer whole, and the generations that were last in use before `num_kept` others than `current`.
 fn prune(root: &Root, name: &str, current: &str, num_kept: usize) {
     let Ok(entries) = root.dir.read_dir(format!("{FOLDER}/{name}")) else { return };
-    let folders = entries.flatten().filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.open_dir().ok()?)));
+    let folders =
+        entries.flatten().filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.open_dir().ok()?)));
     let lost = folders.filter(|(other, folder)| other != current && is_lost(folder, other)).map(|(other, _)| other);
     // First, as some of these may be found whole.
     let lost: Vec<String> = lost.collect();

@@ -153,7 +153,9 @@ impl Root {
                     renamed?;
                     let aside = as_text(aside.as_os_str());
                     self.settle_name(&aside);
-                    tracing::warn!("what a server took out of the folder of adapters before it was killed is in {aside} now");
+                    tracing::warn!(
+                        "what a server took out of the folder of adapters before it was killed is in {aside} now"
+                    );
                 }
             }
         }

@@ -58,9 +58,7 @@ impl EndedRequest<'_> {
             other => ("HTTP", Some(other)),
         };
         let name = self.route.map_or_else(|| method.to_owned(), |route| format!("{method} {route}"));
-        let builder = SpanBuilder::from_name(name)
-            .with_kind(SpanKind::Server)
-            .with_start_time(clock.time(self.begun));
+        let builder = SpanBuilder::from_name(name).with_kind(SpanKind::Server).with_start_time(clock.time(self.begun));
         let mut request = tracer.build_with_context(builder, self.parent);
         let trace_id = request.span_context().trace_id();
         let trace_id = (trace_id != TraceId::INVALID).then(|| trace_id.to_string());
@@ -72,7 +70,9 @@ impl EndedRequest<'_> {
             KeyValue::new("url.path", self.path.to_owned()),
             KeyValue::new("lorry.request_id", self.request_id.to_owned()),
         ]);
-        request.set_attributes(other_method.map(|method| KeyValue::new("http.request.method_original", method.to_string())));
+        request.set_attributes(
+            other_method.map(|method| KeyValue::new("http.request.method_original", method.to_string())),
+        );
         request.set_attributes(self.route.map(|route| KeyValue::new("http.route", route.to_owned())));
         request.set_attributes(self.status.map(|status| KeyValue::new("http.response.status_code", i64::from(status))));
         request.set_attributes(self.model());

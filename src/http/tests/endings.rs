@@ -84,7 +84,9 @@ async fn what_ends_with_a_failed_reply_has_failed_and_was_not_cancelled() {
         ("/v1/compare", json!({"prompt": PANIC, "arms": arms})),
         ("/v1/compare", json!({"prompt": PANIC, "arms": arms, "on_error": "skip"})),
     ];
-    for ((path, mut body), is_streamed) in requests.iter().cloned().flat_map(|asked| [(asked.clone(), false), (asked, true)]) {
+    for ((path, mut body), is_streamed) in
+        requests.iter().cloned().flat_map(|asked| [(asked.clone(), false), (asked, true)])
+    {
         let server = Server::start(&["<|end|>"], Duration::from_millis(10)).await;
         body["stream"] = json!(is_streamed);
         let reply = server.request(Method::POST, path).body(body.to_string()).send().await.unwrap();
