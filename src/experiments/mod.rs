@@ -14,6 +14,7 @@ mod report;
 mod settings;
 mod statistics;
 mod store;
+mod under_way;
 mod vote;
 mod writer;
 
@@ -33,11 +34,13 @@ pub use report::{ArmReport, CanaryReport, CanaryState, PairReport, Percentiles, 
 pub use settings::{ArmConfig, Bounds, ExperimentConfig, ExperimentsConfig};
 pub use statistics::Rate;
 pub use store::{StoreError, Unavailable};
+pub use under_way::ArmUnderWay;
 pub use vote::{Asked, Outcome, Record, StoredVote, Vote, VoteError, VoteKind, prompt_hash, user_hash};
 
 use crate::metrics::{ArmSeries, Metrics};
 use canary::CanaryStatus;
 use store::Store;
+use under_way::UnderWay;
 use writer::{Command, Writer};
 
 /// Called on the writer's thread with the name of an adapter whose canary has broken a bound, and the generation that did,
@@ -79,6 +82,7 @@ pub struct Experiments {
     metrics: Arc<Metrics>,
     /// A candidate is to be checked.
     unchecked: Arc<Notify>,
+    under_way: Arc<UnderWay>,
     // Dropped in this order: without a sender the thread writes what is left and ends.
     commands: SyncSender<Command>,
     _writer: WriterThread,
@@ -127,7 +131,8 @@ impl Experiments {
         let thread =
             std::thread::Builder::new().name("lorry-experiments".to_owned()).spawn(move || writer.run(&receiver))?;
         let (keep_text, _writer) = (config.keep_text, WriterThread(Some(thread)));
-        Ok(Self { experiments, names, path, keep_text, metrics, unchecked, commands, _writer })
+        let under_way = Arc::default();
+        Ok(Self { experiments, names, path, keep_text, metrics, unchecked, under_way, commands, _writer })
     }
 
     /// What clients may send as `model`, beside names of models.
@@ -171,6 +176,11 @@ impl Experiments {
         self.find(experiment).is_some_and(|(_, experiment)| experiment.config.keep_prompts_mib > 0)
     }
 
+    /// An arm of the comparison `id` has begun. It is to be recorded before what this gives is dropped.
+    pub fn begin_compared(&self, id: &str, arm: &str) -> ArmUnderWay {
+        self.under_way.begin(id, arm)
+    }
+
     /// Queues a finished run for writing. Never waits: when the queue is full the record is dropped and counted.
     pub fn record(&self, mut record: Record) {
         self.count(&record);
@@ -194,12 +204,14 @@ impl Experiments {
         }
     }
 
-    /// Returns when the vote is on disk.
+    /// Returns when the vote is on disk. The winner may still be writing.
     ///
     /// # Errors
     /// The database cannot be written, or the winner is no arm of the comparison. Nothing is recorded then.
     pub async fn vote(&self, vote: Vote) -> Result<(), VoteError> {
-        self.answered(|reply| Command::Vote(vote, reply)).await
+        // One that ends after this is recorded, and so known, before or behind the vote.
+        let under_way = self.under_way.arms_of(&vote.id);
+        self.answered(|reply| Command::Vote(vote, under_way, reply)).await
     }
 
     /// Lets a canary serve again, judged by what happens from now on.

@@ -24,7 +24,8 @@ const MAX_BATCH: usize = 256;
 #[derive(Debug)]
 pub enum Command {
     Record(Box<Record>),
-    Vote(Vote, oneshot::Sender<Result<(), VoteError>>),
+    /// With the arms that were still to be recorded when it was given.
+    Vote(Vote, Vec<String>, oneshot::Sender<Result<(), VoteError>>),
     /// Lets the canary of an experiment, by index, begin anew.
     Reset(usize, oneshot::Sender<Result<(), VoteError>>),
     /// Begins the promotion in the experiment, by index, unless one is under way there.
@@ -134,7 +135,7 @@ impl Writer {
                     self.observe(*record);
                     self.take_up_opinion(&id);
                 }
-                Command::Vote(vote, reply) => {
+                Command::Vote(vote, _, reply) => {
                     if answer.is_ok() {
                         self.take_up_opinion(&vote.id);
                     }
@@ -220,9 +221,10 @@ impl Writer {
     ) -> rusqlite::Result<Result<(), VoteError>> {
         match command {
             Command::Record(record) => store::insert_record(transaction, record, now_ms)?,
-            Command::Vote(vote, _) => {
+            Command::Vote(vote, under_way, _) => {
                 if let Some(arm) = &vote.arm {
-                    let arms = store::arms_of(transaction, &vote.id)?;
+                    let mut arms = store::arms_of(transaction, &vote.id)?;
+                    arms.extend(under_way.iter().filter(|arm| !arms.contains(arm)).cloned().collect::<Vec<_>>());
                     // Of an id that was never recorded, nothing is known.
                     if !arms.is_empty() && !arms.contains(arm) {
                         return Ok(Err(VoteError::UnknownArm { arm: arm.clone(), arms }));

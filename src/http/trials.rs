@@ -12,7 +12,9 @@ use super::auth::Caller;
 use super::error::ApiError;
 use super::reply::random_id;
 use crate::engine::fairness::{Account, Priority};
-use crate::experiments::{Asked, Assignment, Experiments, Outcome, Record, Shadow, prompt_hash, user_hash};
+use crate::experiments::{
+    ArmUnderWay, Asked, Assignment, Experiments, Outcome, Record, Shadow, prompt_hash, user_hash,
+};
 use crate::generation::{
     Access, Completed, Generated, Generation, GenerationError, GenerationOptions, GenerationRequest, Prompt,
     ResolvedModel, SequenceUsage, TextStream, Timing,
@@ -28,6 +30,8 @@ pub struct Trial(Option<Run>);
 struct Run {
     experiments: Arc<Experiments>,
     record: Record,
+    /// Of a comparison.
+    under_way: Option<ArmUnderWay>,
     /// To be run once this arm has ended, so that nobody waits longer for it.
     shadows: Vec<ShadowRun>,
 }
@@ -119,13 +123,14 @@ impl Trial {
         });
         let shadows = shadows.collect::<Result<_, ApiError>>()?;
         let record = Record { asked, ..record };
-        Ok(Self(Some(Run { experiments: state.experiments.clone(), record, shadows })))
+        Ok(Self(Some(Run { experiments: state.experiments.clone(), record, under_way: None, shadows })))
     }
 
     /// Of an arm of the comparison `id`, which votes may name.
     pub fn compared(state: &AppState, id: &str, arm: &str, request: &GenerationRequest) -> Self {
         let record = Record { prompt_hash: Some(prompt_hash(&as_sent(&request.prompts))), ..Record::begin(id, arm) };
-        Self(Some(Run { experiments: state.experiments.clone(), record, shadows: Vec::new() }))
+        let (experiments, under_way) = (state.experiments.clone(), Some(state.experiments.begin_compared(id, arm)));
+        Self(Some(Run { experiments, record, under_way, shadows: Vec::new() }))
     }
 
     /// What the arm turned out to be.
@@ -202,8 +207,9 @@ impl Trial {
     }
 
     fn record(&mut self) {
-        if let Some(Run { experiments, record, .. }) = self.0.take() {
+        if let Some(Run { experiments, record, under_way, .. }) = self.0.take() {
             experiments.record(record);
+            drop(under_way);
         }
     }
 }
@@ -222,7 +228,7 @@ impl ShadowRun {
             metrics.experiment_writes_total.with_label_values(&["skipped"]).inc();
             return;
         }
-        let mut trial = Trial(Some(Run { experiments, record, shadows: Vec::new() }));
+        let mut trial = Trial(Some(Run { experiments, record, under_way: None, shadows: Vec::new() }));
         let Generated { model, icl, sequences, .. } = match generation.start(request, &Access::All).await {
             Ok(generated) => generated,
             Err(error) => return trial.refused(&error),

@@ -20,13 +20,17 @@ impl Server {
 }
 
 async fn start(folder: &Path) -> Server {
+    start_in(folder, Duration::ZERO).await
+}
+
+async fn start_in(folder: &Path, step: Duration) -> Server {
     let config = format!(
         "path = '{}'\nmax_mib = 1\nmax_queued = 8\nkeep_text = true\n[[run]]\nname = 'one'\nalias = 'coder'\n
          arms = [{{name = 'base', model = '{BASE}', weight = 1}}, {{name = 'tuned', model = 'x', weight = 1, canary = true}}]
          bounds = {{min_samples = 1, max_error_rate = 0.5}}",
         folder.join("experiments.db").display()
     );
-    Server::start_with(&["<|end|>"], Duration::ZERO, &config).await
+    Server::start_with(&["<|end|>"], step, &config).await
 }
 
 #[tokio::test]
@@ -82,6 +86,47 @@ async fn a_winner_that_took_no_part_is_refused_with_those_that_did() {
     let error = &error["error"];
     assert_eq!((status, &error["param"]), (StatusCode::BAD_REQUEST, &json!("arm")));
     assert!(error["message"].as_str().unwrap().contains("base, tuned"), "{error}");
+}
+
+#[tokio::test]
+async fn an_arm_that_is_still_writing_may_win() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = start_in(folder.path(), Duration::from_millis(50)).await;
+    let arms = json!([{"name": "short", "max_tokens": 1}, {"name": "long", "max_tokens": 60}]);
+    let body = json!({"prompt": "0", "temperature": 0, "stream": true, "arms": arms});
+    let request = server.request(Method::POST, "/v1/compare").body(body.to_string());
+    let mut stream = request.send().await.unwrap();
+    let mut events = String::new();
+    let winner = async |id: &Value, arm: &str| {
+        server.send("/v1/feedback", json!({"id": id, "kind": "winner", "arm": arm, "user": "ann"})).await
+    };
+    let mut read_until = async |text: &str| {
+        while !events.contains(text) {
+            events.push_str(std::str::from_utf8(&stream.chunk().await.unwrap().expect("there is more")).unwrap());
+        }
+        events.clone()
+    };
+    let begun = read_until("\n\n").await;
+    let first: Value =
+        serde_json::from_str(begun.split("\n\n").next().unwrap().strip_prefix("data: ").unwrap()).unwrap();
+    let id = &first["id"];
+    for last in ["\n\n", r#""event":"finish""#] {
+        // While both write, and when one has ended.
+        read_until(last).await;
+        for arm in ["long", "short"] {
+            assert_eq!(winner(id, arm).await.0, StatusCode::OK, "{arm} after {last:?}");
+        }
+        let (status, error) = winner(id, "x").await;
+        let message = error["error"]["message"].as_str().unwrap();
+        assert_eq!((status, &error["error"]["param"]), (StatusCode::BAD_REQUEST, &json!("arm")));
+        assert!(message.contains("long") && message.contains("short"), "{message}");
+    }
+    assert!(server.engine.state().running > 0, "it is still writing");
+    read_until("[DONE]").await;
+    assert_eq!(winner(id, "long").await.0, StatusCode::OK);
+    let (_, votes) = server.get(&format!("/v1/feedback/{}", id.as_str().unwrap())).await;
+    let votes = votes["votes"].as_array().unwrap();
+    assert_eq!((votes.len(), &votes[0]["arm"]), (1, &json!("long")));
 }
 
 #[tokio::test]
