@@ -67,7 +67,7 @@ pub struct Experts {
 }
 
 /// What attention is in each layer.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct AttentionPlan {
     pub rotaries: Vec<Rotary>,
     /// `[num_layers]`

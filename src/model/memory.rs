@@ -77,7 +77,8 @@ impl Memory {
     pub fn needed_bytes(&self, spec: &ModelSpec, config: &EngineConfig) -> usize {
         let asked = if config.context_length == 0 { usize::MAX } else { config.context_length };
         let spec = ModelSpec { context_length: spec.context_length.min(asked), ..spec.clone() };
-        self.weight_bytes + host_kv_blocks(&spec, config) * kv_block_bytes(&spec, config) + rotary_bytes(&spec)
+        let num_blocks = host_kv_blocks(&spec, config);
+        self.weight_bytes + num_blocks * kv_block_bytes(&spec, config) + rotary_bytes(&spec, num_blocks)
     }
 }
 
@@ -131,10 +132,10 @@ pub fn kv_token_bytes(spec: &ModelSpec, config: &EngineConfig) -> usize {
     kv_block_bytes(spec, config) / BLOCK_SIZE
 }
 
-/// Of the cosines and sines of all positions.
-fn rotary_bytes(spec: &ModelSpec) -> usize {
+/// Of the cosines and sines of all positions that there are blocks for.
+fn rotary_bytes(spec: &ModelSpec, num_blocks: usize) -> usize {
     let num_angles: usize = spec.attention_plan().rotaries.iter().map(|rotary| rotary.frequencies.len()).sum();
-    2 * size_of::<f32>() * num_angles * spec.context_length
+    2 * size_of::<f32>() * num_angles * spec.context_length.min(num_blocks.saturating_mul(BLOCK_SIZE))
 }
 
 /// Blocks of the host's KV store: more than all sequences together could fill would never be touched.
@@ -243,6 +244,11 @@ mod tests {
         assert_eq!(beside(0, 1), 32_768 * token + 32_768 * turns);
         assert_eq!(beside(1024, 2), 2 * 1024 * token + 1024 * turns);
         assert_eq!(beside(1 << 20, 1), beside(0, 1));
+        // A store that is smaller than the context bounds the positions.
+        let config = EngineConfig { kv_cache_mib: 6, max_sequences: 1, ..default };
+        let num_positions = (6 << 20) / (16 * token) * 16;
+        let needed = memory.needed_bytes(&spec, &config) - memory.weight_bytes;
+        assert_eq!((num_positions, needed), (512, 512 * (token + turns)));
     }
 
     #[test]

@@ -12,7 +12,7 @@ pub struct RotaryTable {
     half_dim: usize,
     cos: Vec<f32>,
     sin: Vec<f32>,
-    /// Of each pair of dimensions, whether it turns by less than a radian up to the last position.
+    /// Of each pair of dimensions, whether it turns by less than a radian up to the end of the context.
     is_slow: Vec<bool>,
 }
 
@@ -24,11 +24,16 @@ impl RotaryTable {
 
     /// For positions `0..num_positions`.
     pub fn of(num_positions: usize, rotary: &Rotary) -> Self {
+        Self::first_of(num_positions, num_positions, rotary)
+    }
+
+    /// For positions `0..num_positions`, which are the first of a context of `context_length`.
+    pub fn first_of(num_positions: usize, context_length: usize, rotary: &Rotary) -> Self {
         let Rotary { frequencies, magnitude } = rotary;
         let positions = (0..num_positions).map(|position| position as f64);
         let angles = positions.flat_map(|position| frequencies.iter().map(move |frequency| position * frequency));
         let (cos, sin) = angles.map(|a| ((a.cos() * magnitude) as f32, (a.sin() * magnitude) as f32)).unzip();
-        let is_slow = frequencies.iter().map(|frequency| num_positions as f64 * frequency < 1.0).collect();
+        let is_slow = frequencies.iter().map(|frequency| context_length as f64 * frequency < 1.0).collect();
         Self { half_dim: frequencies.len(), cos, sin, is_slow }
     }
 

@@ -209,6 +209,22 @@ fn the_center_is_what_hardly_turns_of_the_bias() {
 }
 
 #[test]
+fn a_table_of_the_first_positions_is_the_beginning_of_that_of_all() {
+    let rotary = Rotary { frequencies: vec![0.5, 0.005, 0.0], magnitude: 1.5 };
+    let (whole, bias) = (RotaryTable::of(1000, &rotary), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    for num_positions in [0, 1, 100, 1000] {
+        let first = RotaryTable::first_of(num_positions, 1000, &rotary);
+        assert_eq!(first.cos(), &whole.cos()[..3 * num_positions]);
+        assert_eq!(first.sin(), &whole.sin()[..3 * num_positions]);
+        // What hardly turns in the whole context, as keys are kept by it.
+        let [mut of_first, mut of_whole] = [Vec::new(), Vec::new()];
+        first.center(6, &bias, &mut of_first);
+        whole.center(6, &bias, &mut of_whole);
+        assert_eq!(of_first, of_whole);
+    }
+}
+
+#[test]
 fn what_all_keys_have_in_common_costs_no_precision() {
     let (positions, head_dim) = (40_usize, 64);
     let center: Vec<f32> = (0..head_dim).map(|d| if d % 16 == 3 { 150.0 } else { 0.0 }).collect();

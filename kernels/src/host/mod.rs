@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::Cpu;
 use crate::activations::QuantizedRows;
-use crate::attention::{KvSlot, KvStore, KvType, Queries, RotaryTable, Scoring, attend, rotate_and_store};
+use crate::attention::{BLOCK_SIZE, KvSlot, KvStore, KvType, Queries, RotaryTable, Scoring, attend, rotate_and_store};
 use crate::canonical::{AdapterWeights, HeadDelta, Prelude};
 use crate::device::{
     AdapterTier, Caller, Device, DeviceError, HostLogits, Layer, Lease, MatrixSource, Output, Peaks, Placement,
@@ -22,7 +22,7 @@ use crate::elementwise::{
 };
 use crate::mapped_file::MappedRows;
 use crate::quantized::{PackedMatrix, WeightType};
-use crate::shape::{Activation, AttentionPlan, DecoderShape, LayerAttention};
+use crate::shape::{Activation, AttentionPlan, DecoderShape};
 use crate::step::Step;
 
 use embedding::VirtualRow;
@@ -49,9 +49,9 @@ pub struct Host {
     kv_type: KvType,
     /// Set by `prepare`, before anything else.
     shape: Option<DecoderShape>,
-    /// By [`LayerAttention::rotary`].
+    plan: AttentionPlan,
+    /// By [`LayerAttention::rotary`](crate::shape::LayerAttention::rotary), for every position that the KV store has room for.
     rotaries: Vec<RotaryTable>,
-    layers: Vec<LayerAttention>,
     kv: KvStore,
     buffers: Buffers,
 }
@@ -136,8 +136,8 @@ impl Host {
             unquantized,
             kv_type,
             shape: None,
+            plan: AttentionPlan::default(),
             rotaries: Vec::new(),
-            layers: Vec::new(),
             kv: KvStore::new(kv_type, 0, 0, 0, 0),
             buffers: Buffers::default(),
         }
@@ -178,8 +178,7 @@ impl Device for Host {
                 "engine.kv_cache_type = \"{kv_type}\" takes heads of a multiple of {step} dimensions, and these have {head_dim}"
             )));
         }
-        self.rotaries = plan.rotaries.iter().map(|rotary| RotaryTable::of(shape.context_length, rotary)).collect();
-        self.layers = plan.layers.clone();
+        self.plan = plan.clone();
         self.shape = Some(*shape);
         Ok(())
     }
@@ -203,7 +202,14 @@ impl Device for Host {
 
     /// Buffers of a step grow with the largest one.
     fn reserve(&mut self, _limits: StepLimits, num_blocks: usize) -> Result<(), DeviceError> {
-        let DecoderShape { num_layers, num_kv_heads, head_dim, .. } = self.shape();
+        let DecoderShape { num_layers, num_kv_heads, head_dim, context_length, .. } = self.shape();
+        let num_positions = context_length.min(num_blocks.saturating_mul(BLOCK_SIZE));
+        self.rotaries = self
+            .plan
+            .rotaries
+            .iter()
+            .map(|rotary| RotaryTable::first_of(num_positions, context_length, rotary))
+            .collect();
         self.kv = KvStore::new(self.kv_type, num_layers, num_kv_heads, head_dim, num_blocks);
         Ok(())
     }
@@ -301,7 +307,7 @@ impl Device for Host {
         let DecoderShape { head_dim, norms_heads, attention_soft_cap, .. } = self.shape();
         let Buffers { slots, outputs, center, .. } = &mut self.buffers;
         let qkv = select(outputs, [Output::Q, Output::K, Output::V]);
-        let rotary = &self.rotaries[self.layers[block].rotary];
+        let rotary = &self.rotaries[self.plan.layers[block].rotary];
         let bias = keys.bias().filter(|_| !norms_heads && attention_soft_cap.is_none());
         rotary.center(head_dim, bias.unwrap_or_default(), center);
         let center = bias.map(|_| center.as_slice());
@@ -323,7 +329,7 @@ impl Device for Host {
         };
         let shape = self.shape();
         let (num_rows, width) = (step.num_rows(), shape.q_width());
-        let scoring = Scoring::of(&shape, self.layers[block]);
+        let scoring = Scoring::of(&shape, self.plan.layers[block]);
         let Buffers { input, outputs, .. } = &mut self.buffers;
         let attended = &mut input.exact[..num_rows * width];
         attend(
