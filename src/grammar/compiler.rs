@@ -86,8 +86,7 @@ impl GrammarCompiler {
             return Err(GrammarError::Invalid(message.to_owned()));
         }
         if let Some(rule) = endless_rule(parser.parser.grammar()) {
-            let own_name = if let Constraint::Gbnf(text) = constraint { gbnf::own_name(text, rule) } else { None };
-            let rule = own_name.as_deref().unwrap_or(rule);
+            let rule = own_name(constraint, rule);
             let message = format!("its rule `{rule}` has no end: every way through it leads into it again");
             return Err(GrammarError::Invalid(message));
         }
@@ -217,6 +216,18 @@ fn endless_rule(grammar: &CGrammar) -> Option<&str> {
         symbol = part;
     }
     Some(grammar.sym_name(symbol))
+}
+
+/// What `constraint` calls the rule that is `name` to the parser.
+fn own_name(constraint: &Constraint, name: &str) -> String {
+    // What has the name of another gets a number behind it.
+    let name = name.split('#').next().unwrap_or(name);
+    let own = match constraint {
+        Constraint::Gbnf(_) if name == "start" => Some(gbnf::ROOT.to_owned()),
+        Constraint::Gbnf(text) => gbnf::own_name(text, name),
+        _ => None,
+    };
+    own.unwrap_or_else(|| name.to_owned())
 }
 
 /// Every symbol that an output may come to.

@@ -18,7 +18,7 @@ const MANY: usize = 16;
 const MAX_REPEATS: usize = 3;
 /// Of what is made of a grammar, whose rules are copied to where they are used.
 const MAX_BYTES: usize = 1 << 20;
-const ROOT: &str = "root";
+pub const ROOT: &str = "root";
 
 #[derive(Debug, Clone, PartialEq)]
 enum Expression {
