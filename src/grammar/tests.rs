@@ -274,7 +274,7 @@ fn a_rule_without_end_is_refused_by_name_wherever_it_is_come_to() {
         (Constraint::Lark("start: \"a\" x?\nx: \"b\" (x \"c\" | \"d\" x)".to_owned()), "x"),
         (Constraint::Gbnf("root ::= \"a\" x | \"c\"\nx ::= x \"b\"".to_owned()), "x"),
         (Constraint::Gbnf("root ::= \"a\" root".to_owned()), "root"),
-        (Constraint::Gbnf("root ::= (\"a\" x)*\nx ::= \"[\" y \"]\"\ny ::= x | \"(\" y \")\"".to_owned()), "y"),
+        (Constraint::Gbnf("root ::= (\"a\" x)*\nx ::= \"[\" y \"]\"\ny ::= x | \"(\" y \")\"".to_owned()), "x"),
     ] {
         let refused = compile(&constraint).expect_err(name).to_string();
         assert!(refused.contains(&format!("rule `{name}` has no end")), "{constraint:?}: {refused}");
