@@ -20,12 +20,13 @@ use running::{ADMIN, Running, sent};
 
 const NUM_USERS: usize = 40;
 const HELD_OUT: f64 = 0.4;
-/// Leaves a copy of `made`.
+/// Leaves a copy of `made`, with the job's folder in its description: no two jobs leave the same.
 const TRAINER: &str = r#"
 echo '{"type": "begin", "step": 0, "steps": 1, "examples": 9, "validation_examples": 1, "left_out": 0}'
 echo '{"type": "step", "step": 1, "loss": 2.5, "tokens": 40}'
 echo '{"type": "validation", "step": 1, "loss": 1.5}'
 cp -r "$(dirname "$0")/made" "$3"
+echo "description = '$(dirname "$1")'" > "$3/adapter.toml"
 "#;
 
 /// A server with an experiment `one` that promotes in the arm of the adapter `tuned`, which is not there yet, and the
@@ -138,6 +139,14 @@ impl Lab {
         }
         assert!(held_out.len() >= 6);
         held_out
+    }
+
+    /// Installs a copy of the adapter `from`, a model or the name of an adapter, as `name`.
+    async fn put(&self, name: &str, from: &str) {
+        let path = json!({"path": from.strip_prefix("tiny-").unwrap_or(from)});
+        let put = self.running.admin(Method::PUT, &format!("/adapters/{name}")).body(path.to_string());
+        let (status, reply) = sent(put).await;
+        assert!(status.is_success(), "{reply}");
     }
 
     async fn promote(&self, body: Value) -> (StatusCode, Value) {
@@ -294,6 +303,55 @@ async fn what_was_trained_on_what_is_held_out_is_refused_and_a_record_says_what_
     let trained = json!({"job": job["id"], "training_file": job["training_file"], "validation_file": null,
         "valid_loss": 1.5, "is_verified": true});
     assert_eq!((status, &promotion["trained"]), (StatusCode::OK, &trained), "{promotion}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_is_known_by_what_it_made_and_not_by_its_adapters_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let lab = Lab::start(&dir);
+    lab.teach(true).await;
+    let (leaked, leaked_job) = lab.trained_on(&lines(0..NUM_USERS)).await;
+    let of_others = || lines((0..NUM_USERS).filter(|user| !is_held_out(*user)));
+    let ((first, first_job), (second, second_job)) = (lab.trained_on(&of_others()).await, lab.trained_on(&of_others()).await);
+    // Under a name that no job gave, and under that of a job which made something else.
+    let first = first.strip_prefix("tiny-").unwrap();
+    for name in ["copied", first] {
+        lab.put(name, &leaked).await;
+        let (status, error) = lab.promote(json!({"adapter": name})).await;
+        assert_eq!((status, &error["error"]["param"]), (StatusCode::BAD_REQUEST, &json!("adapter")), "{error}");
+        let message = error["error"]["message"].as_str().unwrap();
+        assert!(message.contains(leaked_job["training_file"].as_str().unwrap()), "{message}");
+    }
+    let promoted = async |name: &str| {
+        let (status, promotion) = lab.promote(json!({"adapter": name})).await;
+        assert_eq!(status, StatusCode::OK, "{promotion}");
+        assert_eq!(lab.post("/experiments/one/reset", json!({})).await.0, StatusCode::OK);
+        promotion["trained"].clone()
+    };
+    // What nobody trained here, under the name of a job.
+    lab.put(first, "b").await;
+    assert_eq!(promoted(first).await, Value::Null);
+    let second = second.strip_prefix("tiny-").unwrap();
+    for name in [first, "copied", second] {
+        lab.put(name, second).await;
+        assert_eq!(promoted(name).await["job"], second_job["id"]);
+    }
+
+    // A record of before the content was kept.
+    drop(lab);
+    let record = dir.path().join("state/fine_tuning/jobs").join(first_job["id"].as_str().unwrap()).join("job.json");
+    let mut old: Value = serde_json::from_slice(&fs::read(&record).unwrap()).unwrap();
+    old.as_object_mut().unwrap().remove("generation").unwrap();
+    fs::write(&record, old.to_string()).unwrap();
+    let lab = Lab::start(&dir);
+    for (content, job, is_verified) in [(second, &second_job, true), ("b", &first_job, false)] {
+        lab.put(first, content).await;
+        let (status, promotion) = lab.promote(json!({"adapter": first})).await;
+        assert_eq!(status, StatusCode::OK, "{promotion}");
+        let trained = &promotion["trained"];
+        assert_eq!((&trained["job"], &trained["is_verified"]), (&job["id"], &json!(is_verified)), "{promotion}");
+        assert_eq!(lab.post("/experiments/one/reset", json!({})).await.0, StatusCode::OK);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

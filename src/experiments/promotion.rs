@@ -87,7 +87,7 @@ pub struct Promotion {
     /// The arm that it is measured against, and the model of that.
     pub incumbent: String,
     pub incumbent_model: String,
-    /// The job that trained it, where this server did.
+    /// The job that trained this content, where this server did.
     pub trained: Option<Trained>,
     /// `None` until it has ended.
     pub check: Option<Check>,
@@ -103,7 +103,8 @@ pub struct Trained {
     pub validation_file: Option<String>,
     /// Nats a token.
     pub valid_loss: Option<f64>,
-    /// Whether its files were still there to be searched for what is held out, of which they have nothing.
+    /// Whether the job is known to have made this content, and its files were still there to be searched for what is held
+    /// out, of which they have nothing.
     pub is_verified: bool,
 }
 

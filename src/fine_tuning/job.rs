@@ -90,6 +90,9 @@ pub struct Job {
     pub model: String,
     /// The name that the adapter gets.
     pub adapter: String,
+    /// What the trainer left, whether or not it could be installed; `None` until then, and in records of before it was kept.
+    #[serde(default)]
+    pub generation: Option<String>,
     pub training_file: String,
     pub validation_file: Option<String>,
     /// No validation has more examples than this; `None` in records of before it was kept.
@@ -104,6 +107,17 @@ pub struct Job {
     pub error: Option<String>,
     /// The weights that are kept: those with the lowest loss on the validation examples so far.
     pub checkpoint: Option<Checkpoint>,
+}
+
+impl Job {
+    /// Whether it made this content, under whatever name it is served: there may be something else under the job's. Where the
+    /// record does not say what was made, it goes by the name.
+    pub fn has_made(&self, adapter: &str, generation: &str) -> bool {
+        match &self.generation {
+            Some(made) => made == generation,
+            None => self.status == Status::Succeeded && self.adapter == adapter,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

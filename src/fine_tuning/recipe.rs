@@ -121,6 +121,7 @@ mod tests {
             status: Status::Queued,
             model: "m".to_owned(),
             adapter: "ft-1".to_owned(),
+            generation: None,
             training_file: "file-1".to_owned(),
             validation_file: None,
             max_validation,

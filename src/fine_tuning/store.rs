@@ -131,6 +131,7 @@ mod tests {
             status,
             model: "m".to_owned(),
             adapter: "ft-1".to_owned(),
+            generation: None,
             training_file: "file-1".to_owned(),
             validation_file: None,
             max_validation: None,

@@ -139,6 +139,7 @@ impl Shared {
             status: Status::Queued,
             model: self.base.id.clone(),
             adapter,
+            generation: None,
             training_file: new.training_file,
             validation_file: new.validation_file,
             max_validation: Some(max_validation),
@@ -273,6 +274,10 @@ impl Shared {
             Err(cause) if cause.may_pass() => return Outcome::Failed(self.keep_adapter(job, &cause)),
             Err(cause) => return Outcome::Failed(format!("what the trainer left cannot be served: {cause}")),
         };
+        let generation = Some(files.generation());
+        if let Some(job) = self.lock().jobs.get_mut(&job.id) {
+            job.generation = generation;
+        }
         match block_on(self.adapters.install(&job.adapter, Source::Files(files), None)) {
             Ok(_) => Outcome::Succeeded,
             // Tried again after the next start.

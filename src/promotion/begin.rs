@@ -8,7 +8,7 @@ use tokio::task::spawn_blocking;
 use crate::adapter::registry::AcquireError;
 use crate::experiments::{Candidate, Experiments, PromoteError, Promotion, PromotionRule, Trained, Unavailable};
 use crate::feedback::{HeldOut, count_trained_on, held_out};
-use crate::fine_tuning::{FineTuning, Status};
+use crate::fine_tuning::{FineTuning, Job};
 use crate::generation::{Access, Generation, GenerationError};
 
 /// Why no promotion has begun.
@@ -60,14 +60,15 @@ pub async fn begin(
     let loaded = generation.adapters().load(&adapter).await?;
     let content = loaded.generation.ok_or_else(|| AcquireError::Unknown(adapter.clone()))?;
 
-    let (of, rule, candidate) = (experiment.to_owned(), rule.clone(), adapter.clone());
-    let reader = experiments.clone();
+    let (of, rule, reader) = (experiment.to_owned(), rule.clone(), experiments.clone());
+    let candidate = Candidate { adapter, generation: content, trained: None };
     let found = spawn_blocking(move || {
         let pairs = enough_pairs(&reader, &of, &rule)?;
-        fine_tuning.and_then(|jobs| trained(&jobs, &candidate, &pairs).transpose()).transpose()
+        let trained = fine_tuning.map(|jobs| trained(&jobs, &candidate, &pairs)).transpose()?.flatten();
+        Ok::<_, BeginError>(Candidate { trained, ..candidate })
     });
-    let trained = found.await.map_err(|panic| BeginError::Panicked(panic.to_string()))??;
-    Ok(experiments.promote(experiment, Candidate { adapter, generation: content, trained }).await?)
+    let candidate = found.await.map_err(|panic| BeginError::Panicked(panic.to_string()))??;
+    Ok(experiments.promote(experiment, candidate).await?)
 }
 
 fn enough_pairs(experiments: &Experiments, experiment: &str, rule: &PromotionRule) -> Result<Vec<HeldOut>, BeginError> {
@@ -79,11 +80,22 @@ fn enough_pairs(experiments: &Experiments, experiment: &str, rule: &PromotionRul
     Ok(pairs)
 }
 
-/// Of the job that made the adapter; `None` where no job did.
-fn trained(jobs: &FineTuning, adapter: &str, pairs: &[HeldOut]) -> Result<Option<Trained>, BeginError> {
-    let made = jobs.jobs().into_iter().find(|job| job.adapter == adapter && job.status == Status::Succeeded);
-    let Some(job) = made else { return Ok(None) };
-    let mut is_verified = true;
+/// Of the job that made what is promoted; `None` where no job did. Several that were asked for the same made it: none of them
+/// may have seen what is held out.
+fn trained(jobs: &FineTuning, candidate: &Candidate, pairs: &[HeldOut]) -> Result<Option<Trained>, BeginError> {
+    let Candidate { adapter, generation, .. } = candidate;
+    let mut made: Vec<Job> = jobs.jobs().into_iter().filter(|job| job.has_made(adapter, generation)).collect();
+    // A name says something only where nobody is known by the content.
+    let is_known = made.iter().any(|job| job.generation.is_some());
+    made.retain(|job| job.generation.is_some() == is_known);
+    made.sort_by_key(|job| job.adapter != *adapter);
+    let trained: Result<Vec<_>, _> = made.into_iter().map(|job| check(jobs, job, adapter, pairs)).collect();
+    Ok(trained?.into_iter().next())
+}
+
+fn check(jobs: &FineTuning, job: Job, adapter: &str, pairs: &[HeldOut]) -> Result<Trained, BeginError> {
+    // By its name alone, it may have made something else.
+    let mut is_verified = job.generation.is_some();
     for file in [Some(&job.training_file), job.validation_file.as_ref()].into_iter().flatten() {
         let content = jobs.files().open_content(file).ok();
         match content.and_then(|content| count_trained_on(pairs, BufReader::new(content)).ok()) {
@@ -96,11 +108,11 @@ fn trained(jobs: &FineTuning, adapter: &str, pairs: &[HeldOut]) -> Result<Option
             None => is_verified = false,
         }
     }
-    Ok(Some(Trained {
-        valid_loss: job.checkpoint.as_ref().map(|checkpoint| checkpoint.valid_loss),
+    Ok(Trained {
+        valid_loss: job.checkpoint.map(|checkpoint| checkpoint.valid_loss),
         job: job.id,
         training_file: job.training_file,
         validation_file: job.validation_file,
         is_verified,
-    }))
+    })
 }
