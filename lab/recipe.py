@@ -62,7 +62,7 @@ class Recipe:
     prefix_text: str | None = None
     """Prefix tuning begins with the keys and values of this text."""
     sha256: str = ""
-    """Of the file: a run is only resumed with the recipe it began with."""
+    """Of the file."""
 
     def __post_init__(self) -> None:
         try:
@@ -79,6 +79,11 @@ class Recipe:
         plain_lora = self.peft["peft_type"] == "LORA" and not (self.peft.get("use_dora") or self.peft.get("use_rslora"))
         if not plain_lora or not 1 <= self.export_rank <= self.peft.get("r", 8):
             raise ValueError("export_rank: only LoRA that is neither rsLoRA nor DoRA can be cut, and to at most its r")
+
+    @property
+    def weights(self) -> str:
+        """The base as `gguf_file` finds it."""
+        return self.gguf or self.base
 
     def data(self) -> Task:
         return task_named(str(self.task), self.validation)

@@ -5,6 +5,7 @@ resumed by the same command.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from transformers import Adafactor, AutoModelForCausalLM, AutoTokenizer
 
 from adapter_folder import Figures, cut_rank, write_adapter
-from base import MissingModel, dequantised
+from base import MissingModel, dequantised, gguf_file
 from data_files import REPOSITORY, BadData, MissingData
 from encoding import Ids, TrainingError, encode
 from recipe import Recipe, RecipeError, load_recipe
@@ -37,6 +38,12 @@ from tasks import encoded_splits
 
 CHECKPOINT_SECONDS = 120
 IGNORED = -100
+
+
+def file_digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
 
 def drawn(rows: list[Ids], count: int | None, seed: int) -> list[Ids]:
     return rows if count is None or count >= len(rows) else random.Random(seed).sample(rows, count)
@@ -83,7 +90,7 @@ class Trainee:
     """The base with its adapter, and the loss of a batch."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        folder = dequantised(recipe.gguf or recipe.base)
+        folder = dequantised(recipe.weights)
         self.device = device
         self.bf16 = has_fast_bf16(device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -157,10 +164,16 @@ class Run:
     """A training under way; `state` is what a checkpoint holds beside the weights."""
 
     def __init__(
-        self, recipe: Recipe, out: Path, device: torch.device, report: Callable[..., None] = lambda **line: None
+        self,
+        recipe: Recipe,
+        out: Path,
+        device: torch.device,
+        report: Callable[..., None] = lambda **line: None,
+        begins_anew: bool = False,
     ) -> None:
-        """`report` is told of the progress, line by line."""
-        self.report = report
+        """`report` is told of the progress, line by line. What another training has left is refused, unless this one
+        `begins_anew`: nobody may be there to take it away."""
+        self.report, self.begins_anew = report, begins_anew
         self.recipe, self.out, self.checkpoint = recipe, out, out / "checkpoint.pt"
         training = recipe.training
         random.seed(training.seed)
@@ -178,6 +191,12 @@ class Run:
             if not rows:
                 most = f"has at most {training.max_tokens} tokens: max_tokens"
                 raise TrainingError(f"no example of the {split} split of task {recipe.task} {most}")
+        # What a checkpoint is of. Files are known by their content: what has their name may be something else tomorrow.
+        self.origin = {
+            "recipe": recipe.sha256,
+            "data": hashlib.sha256(json.dumps(splits).encode()).hexdigest(),
+            "base": file_digest(gguf_file(recipe.weights)),
+        }
         self.rows = drawn(splits["train"], training.max_examples, training.seed)
         self.dev = drawn(splits["dev"], training.validation_examples, training.seed)
         self.steps_per_epoch = -(-len(self.rows) // training.batch_size)
@@ -193,8 +212,13 @@ class Run:
         if not self.checkpoint.is_file():
             return
         saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        if saved["recipe"] != self.recipe.sha256:
-            raise TrainingError(f"{self.checkpoint} is of another recipe: remove it, or give another --out")
+        known = saved.get("origin", {})
+        if changed := [what for what, digest in self.origin.items() if known.get(what) != digest]:
+            of = f"{self.checkpoint} is of another {' and another '.join(changed)}"
+            if not self.begins_anew:
+                raise TrainingError(f"{of}: remove it, or give another --out")
+            print(f"{of}: training begins anew", flush=True)
+            return
         self.state = saved["state"]
         self.trainee.set_weights(saved["weights"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -206,7 +230,7 @@ class Run:
         unfinished = self.checkpoint.with_suffix(".part")
         torch.save(
             {
-                "recipe": self.recipe.sha256,
+                "origin": self.origin,
                 "state": self.state,
                 "weights": self.trainee.weights(),
                 "optimizer": self.optimizer.state_dict(),
@@ -334,7 +358,8 @@ def main() -> int:
     parser.add_argument(
         "--progress",
         action="store_true",
-        help="print the progress as lines of JSON; and let a training that has ended be one that has gone well",
+        help="print the progress as lines of JSON; let a training that has ended be one that has gone well, and begin anew "
+        "where a checkpoint is of something else",
     )
     parser.add_argument("--threads", type=int, help="CPU threads; default: every core")
     arguments = parser.parse_args()
@@ -345,7 +370,8 @@ def main() -> int:
         out = arguments.out or REPOSITORY / "lab" / "runs" / recipe.name
         if arguments.progress and (out / "training.json").is_file():
             return 0
-        run = Run(recipe, out, torch.device(arguments.device), **({"report": print_line} if arguments.progress else {}))
+        supervised = {"report": print_line, "begins_anew": True} if arguments.progress else {}
+        run = Run(recipe, out, torch.device(arguments.device), **supervised)
         run.train()
         run.write()
     except (BadData, MissingData, MissingModel, RecipeError, TrainingError, OSError) as error:

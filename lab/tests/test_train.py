@@ -91,6 +91,46 @@ def test_a_resumed_training_ends_as_one_that_was_not_interrupted(tmp_path: Path,
         second.train()
 
 
+def test_a_checkpoint_of_other_data_another_recipe_or_another_base_is_not_gone_on_from(
+    tmp_path: Path, smoke_base: Path, monkeypatch: pytest.MonkeyPatch
+):
+    text = SMOKE_RECIPE.read_text(encoding="utf-8").replace("../../config/icl/python.jsonl", "mine.jsonl")
+    pairs = OWN_EXAMPLES.read_text(encoding="utf-8").splitlines(keepends=True)
+    other_base = tmp_path / "other.gguf"
+    other_base.write_bytes(b"GGUF")
+
+    def run(recipe: str = text, lines: list[str] = pairs, **settings: bool) -> Run:
+        (tmp_path / "mine.jsonl").write_text("".join(lines), encoding="utf-8")
+        return Run(load_recipe(_written(tmp_path, recipe)), tmp_path / "out", torch.device("cpu"), **settings)
+
+    first = run()
+    first.state["step"] = 2
+    first.save()
+    # Of what is validated on, too: its losses are not to be compared.
+    shorter, other_dev = pairs[:-1], [pairs[0].replace("[", "("), *pairs[1:]]
+    assert other_dev != pairs
+    longer_run = text.replace("epochs = 3", "epochs = 4")
+    for changed, what in [
+        (run(lines=shorter), "another data"),
+        (run(lines=other_dev), "another data"),
+        (run(recipe=longer_run), "another recipe"),
+        (run(recipe=longer_run, lines=shorter), "another recipe and another data"),
+    ]:
+        with pytest.raises(TrainingError, match=f"checkpoint.pt is of {what}: remove it"):
+            changed.resume()
+        assert changed.state["step"] == 0
+    anew = run(lines=shorter, begins_anew=True)
+    anew.resume()
+    assert anew.state["step"] == 0
+
+    same = run()
+    same.resume()
+    assert same.state["step"] == 2
+    monkeypatch.setattr("train.gguf_file", lambda _: other_base)
+    with pytest.raises(TrainingError, match="checkpoint.pt is of another base: remove it"):
+        run().resume()
+
+
 @pytest.mark.parametrize(
     ("peft", "tensor"),
     [
