@@ -1,10 +1,12 @@
 """What is compared: an arm is a model under a name, with the fields its requests have beside the prompt."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from suites import Row, Suite
 
 # Of the paper: what is drawn at random is drawn with each of these, and means are over them.
 PAPER_SEEDS = (42, 777, 5432, 55555, 97)
+# What a command says of all its arms, and answers are filed by.
+DECODING_FIELDS = ("n", "best_of", "use_beam_search")
 
 
 class ArmError(Exception):
@@ -35,7 +39,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Greedy; with `num_beams` above 1 beam search; with `num_samples` above 1 samples."""
+    """Greedy; with `num_beams` above 1 beam search; with `num_samples` above 1, or a temperature, samples."""
 
     num_beams: int = 1
     num_samples: int = 1
@@ -45,7 +49,11 @@ class Decoding:
     def name(self) -> str:
         if self.num_beams > 1:
             return f"beam{self.num_beams}"
-        return f"sample{self.num_samples}@{self.temperature:g}" if self.num_samples > 1 else "greedy"
+        return f"sample{self.num_samples}@{self.temperature:g}" if self.is_sampled else "greedy"
+
+    @property
+    def is_sampled(self) -> bool:
+        return self.num_samples > 1 or self.temperature > 0
 
     @property
     def num_choices(self) -> int:
@@ -54,10 +62,18 @@ class Decoding:
     def fields(self) -> dict[str, Any]:
         if self.num_beams > 1:
             return {"use_beam_search": True, "n": self.num_beams, "temperature": 0}
+        sampling = {"temperature": self.temperature, "seed": PAPER_SEEDS[0]} if self.is_sampled else {"temperature": 0}
         if self.num_samples > 1:
-            return {"n": self.num_samples, "temperature": self.temperature, "seed": PAPER_SEEDS[0]}
+            return sampling | {"n": self.num_samples}
         # With one choice it can be streamed, and the time to the first token be seen.
-        return {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+        return sampling | {"stream": True, "stream_options": {"include_usage": True}}
+
+    def of(self, arm: Arm) -> Decoding:
+        """This one at the arm's own temperature, if it has one."""
+        temperature = arm.fields.get("temperature", self.temperature)
+        if self.num_beams > 1 and temperature > 0:
+            raise ArmError(f"arm {arm.name}: beams are not drawn: leave its `temperature` out, or `--beams`")
+        return replace(self, temperature=temperature)
 
 
 def request_body(suite: Suite, row: Row, arm: Arm, seed: int | None, decoding: Decoding) -> dict[str, Any]:
@@ -162,6 +178,11 @@ def _arm(table: Any, where: str) -> Arm:
         raise ArmError(f"{where}: `infill` has no `chat` and no `instruction`: its prompt is the text around a gap")
     if not isinstance(instruction, str) or "{}" not in instruction:
         raise ArmError(f"{where}: `instruction` must hold {{}}, where the row's own comes in")
+    if of_all := next((field for field in DECODING_FIELDS if field in fields), None):
+        raise ArmError(f"{where}: `{of_all}` is said of all arms, by `--beams` or `--samples`")
+    temperature = fields.get("temperature", 0)
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
+        raise ArmError(f"{where}: `temperature` must be a number from 0 on")
     if not isinstance(fields.get("icl", {}), dict):
         raise ArmError(f"{where}: `icl` is a table with `store` and `k`")
     if seeds == "paper":

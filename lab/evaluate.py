@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
     chosen = {name: evenly_spaced(all_rows, options.limit) for name, all_rows in rows.items()}
     # Row by row, so that every arm is under way at any time.
     questions = [
-        Question(suite, row, arm, seed, decoding)
+        Question(suite, row, arm, seed, decoding.of(arm))
         for suite in suites
         for row in chosen[suite.name]
         for arm in arms
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
         for suite in suites:
             for arm in arms:
                 for seed in arm.seeds:
-                    asked = [Question(suite, row, arm, seed, decoding) for row in chosen[suite.name]]
+                    asked = [Question(suite, row, arm, seed, decoding.of(arm)) for row in chosen[suite.name]]
                     predictions = [known[question.key] for question in asked]
                     scores += score(suite, chosen[suite.name], len(rows[suite.name]), predictions, executions)
         merge_scores(options.out / "scores.json", scores)

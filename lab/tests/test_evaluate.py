@@ -258,6 +258,29 @@ def test_a_seeded_arm_is_asked_with_each_of_the_papers_seeds(tmp_path):
     assert {score["seed"] for score in scores} == {42, 97, 777, 5432, 55555}
 
 
+def test_answers_at_an_arms_own_temperature_are_filed_as_samples(tmp_path):
+    arms = ["--arm", "a=good", "--arm", "b=good,temperature=0.5", "--arm", "c=good,temperature=0"]
+    with answering(lambda body: right(body) * body.get("n", 1)) as (url, asked):
+        scores = run(url, tmp_path, *arms)
+        assert [(score["arm"], score["decoding"]) for score in scores] == [
+            ("a", "greedy"), ("b", "sample1@0.5"), ("c", "greedy"),
+        ]  # fmt: skip
+        assert {body["temperature"]: body.get("seed") for body in asked} == {0: None, 0.5: 42}
+        assert all(body["stream"] for body in asked)
+        run(url, tmp_path, *arms, "--samples", "2", "--temperature", "0.8")
+    decodings = {(p.arm, p.decoding) for p in read_predictions(tmp_path / "predictions.jsonl").values()}
+    assert decodings - {("a", "greedy"), ("b", "sample1@0.5"), ("c", "greedy")} == {
+        ("a", "sample2@0.8"), ("b", "sample2@0.5"), ("c", "sample2@0"),
+    }  # fmt: skip
+
+
+def test_beams_are_not_drawn(tmp_path):
+    with answering(right) as (url, asked):
+        with pytest.raises(ArmError, match="arm b: beams are not drawn: leave its `temperature` out"):
+            run(url, tmp_path, "--arm", "a=good", "--arm", "b=good,temperature=0.5", "--beams", "3")
+        assert asked == []
+
+
 def test_beams_are_scored_by_rank(tmp_path):
     with answering(lambda body: ["wrong", *right(body), "other"]) as (url, asked):
         scores = run(url, tmp_path, "--arm", "a=good", "--beams", "3")
@@ -325,6 +348,11 @@ def test_the_comparisons_that_come_with_the_lab_can_be_read():
         (["a=m,instruction=hello"], "`instruction` must hold"),
         (["a=m,chat=yes"], "`chat` and `infill` are true or false"),
         (["a=m,infill=true,chat=true"], "`infill` has no `chat`"),
+        (["a=m,n=5"], "`n` is said of all arms"),
+        (["a=m,use_beam_search=true"], "`use_beam_search` is said of all arms"),
+        (["a=m,temperature=warm"], "`temperature` must be a number"),
+        (["a=m,temperature=true"], "`temperature` must be a number"),
+        (["a=m,temperature=-1"], "`temperature` must be a number"),
         (["a=m", "a=n"], "several arms are named a"),
         ([], "at least one arm"),
     ],
