@@ -85,7 +85,7 @@ def _manifest(recipe: Recipe) -> str:
     task = recipe.data()
     entries = {
         "task": task.name,
-        "description": f"{task.description}; {_method(recipe)}.",
+        "description": f"{task.description}; {_method(recipe)}{_reading(recipe)}.",
         "base": recipe.base,
         "licence": f"{task.licence} (adapter); trained on {task.data}",
     }
@@ -108,12 +108,20 @@ def _method(recipe: Recipe) -> str:
     return f"{peft['peft_type'].replace('_', ' ').lower()} with {peft['num_virtual_tokens']} virtual tokens"
 
 
+def _reading(recipe: Recipe) -> str:
+    return "" if recipe.nearest_examples is None else f", to be asked with the {recipe.nearest_examples} nearest examples"
+
+
 def _card(recipe: Recipe, figures: Figures, num_bytes: int) -> str:
     task, training = recipe.data(), recipe.training
     settings = ", ".join(f"{key} {value}" for key, value in recipe.peft.items())
     if recipe.prefix_text is not None:
         settings += f", from the keys and values of {json.dumps(recipe.prefix_text)}"
     copyright = f"; {task.copyright}" if task.copyright is not None else ""
+    examples = ""
+    if recipe.nearest_examples is not None:
+        icl = json.dumps({"store": task.data_set or task.name, "k": recipe.nearest_examples, "select": "bm25"})
+        examples = f'| examples | of the train split, in each prompt; requests ask for them by `"icl": {icl}` |\n'
     steps = f" or {training.max_steps} steps" if training.max_steps is not None else ""
     return f"""---
 base_model: {recipe.base}
@@ -123,13 +131,14 @@ license: {task.licence}
 
 # {recipe.name}
 
-{task.description}; {_method(recipe)}, for `{recipe.base}` as lorry serves it.
+{task.description}; {_method(recipe)}{_reading(recipe)}, for `{recipe.base}` as lorry serves it.
 
 | | |
 |---|---|
 | data | {task.data}{copyright} |
 | licence | {task.licence}; the base has its own |
 | recipe | `{figures.recipe}`: {settings} |
+{examples}\
 | training | Adafactor, learning rate {training.learning_rate:g}, batches of {training.batch_size}, \
 at most {training.epochs} epoch{"s" if training.epochs > 1 else ""}{steps}, seed {training.seed} |
 | done | {figures.steps} steps, {figures.train_tokens:,} tokens, {figures.minutes:.1f} minutes of computing \

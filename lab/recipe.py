@@ -8,6 +8,9 @@ from typing import Any
 
 from tasks import OWN_DATA_SUFFIX, Task, task_named
 
+# In a prompt, as the server has them.
+MAX_EXAMPLES = 256
+
 
 class RecipeError(Exception):
     """A recipe is not written as it should be."""
@@ -59,6 +62,8 @@ class Recipe:
     """Whether a text begins with the base's BOS token, where the server puts one before it."""
     export_rank: int | None = None
     """LoRA of a higher rank is cut to this one at the end: the best approximation of each site's product."""
+    nearest_examples: int | None = None
+    """Prompts begin with so many examples, the nearest of the train split, as the server's `icl` with `bm25` gives them."""
     prefix_text: str | None = None
     """Prefix tuning begins with the keys and values of this text."""
     sha256: str = ""
@@ -69,6 +74,11 @@ class Recipe:
             self.data()
         except ValueError as error:
             raise ValueError(f"task: {error}") from error
+        if self.nearest_examples is not None:
+            if not isinstance(self.nearest_examples, int) or not 1 <= self.nearest_examples <= MAX_EXAMPLES:
+                raise ValueError(f"nearest_examples must be a whole number from 1 to {MAX_EXAMPLES}")
+            if self.data().pairs is None:
+                raise ValueError(f"nearest_examples: {self.task} has no pairs of instruction and answer to take them from")
         if not isinstance(self.bos, bool):
             raise ValueError("bos must be true or false")
         if not isinstance(self.peft, dict) or "peft_type" not in self.peft:

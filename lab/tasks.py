@@ -20,6 +20,8 @@ class Example:
     prompt: str | list[dict[str, str]]
     """A text, or a conversation, which the base's chat template renders."""
     target: str
+    instruction: str | None = None
+    """Around which the prompt is the task's template."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def _of_instructions(read: Callable[[str], list[tuple[str, str]]], train: str, d
 
 
 def _instructed(instruction: str, answer: str) -> Example:
-    return Example(INSTRUCTION_PROMPT.format(instruction), answer)
+    return Example(INSTRUCTION_PROMPT.format(instruction), answer, instruction)
 
 
 def _gaps(code: str, draw: random.Random) -> Iterator[tuple[int, int]]:

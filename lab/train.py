@@ -33,8 +33,10 @@ from adapter_folder import Figures, cut_rank, write_adapter
 from base import MissingModel, dequantised, gguf_file
 from data_files import REPOSITORY, BadData, MissingData
 from encoding import Ids, TrainingError, encode
+from nearest import Nearest
 from recipe import Recipe, RecipeError, load_recipe
-from tasks import encoded_splits
+from stores import store
+from tasks import Example, encoded_splits
 
 CHECKPOINT_SECONDS = 120
 IGNORED = -100
@@ -184,9 +186,20 @@ class Run:
             self.trainee.trained.values(), lr=training.learning_rate, scale_parameter=False, relative_step=False
         )
         task, tokenizer = recipe.data(), self.trainee.tokenizer
-        splits, self.left_out = encoded_splits(
-            task, lambda examples: encode(examples, tokenizer, training.max_tokens, recipe.bos)
-        )
+        k = recipe.nearest_examples
+        nearest = None
+        if k is not None:
+            examples = store(task.pairs())
+            if (num_different := len(dict(examples))) <= k:
+                raise RecipeError(f"{recipe.name}: nearest_examples: {num_different} instructions have not {k} others each")
+            nearest = Nearest(examples, k)
+
+        def encoded(examples: list[Example]) -> list[Ids]:
+            if nearest is not None:
+                examples = [nearest.before(example) for example in examples]
+            return encode(examples, tokenizer, training.max_tokens, recipe.bos)
+
+        splits, self.left_out = encoded_splits(task, encoded)
         for split, rows in splits.items():
             if not rows:
                 most = f"has at most {training.max_tokens} tokens: max_tokens"

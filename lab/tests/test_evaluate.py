@@ -333,7 +333,7 @@ def test_arms_are_read_from_files(tmp_path):
 
 def test_the_comparisons_that_come_with_the_lab_can_be_read():
     files = sorted((REPOSITORY / "lab" / "comparisons").glob("*.toml"))
-    assert [len(read_arms([file], [])) >= 2 for file in files] == [True] * 6
+    assert [len(read_arms([file], [])) >= 2 for file in files] == [True] * 8
 
 
 @pytest.mark.parametrize(

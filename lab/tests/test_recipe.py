@@ -26,6 +26,14 @@ def test_every_recipe_is_valid_and_named_as_its_file():
         ("[training]\nlearning_rate = 1\nepochs = 0", "epochs must be a whole number from 1 on"),
         ("[training]\nlearning_rate = 1\nwarmup = 1", "warmup must be above 0 and below 1"),
         (
+            'name = "a"\ntask = "bash"\nnearest_examples = 0\npeft = {}\ntraining = {learning_rate = 1}',
+            "nearest_examples must be a whole number from 1 to 256",
+        ),
+        (
+            'name = "a"\ntask = "fim-python"\nnearest_examples = 3\npeft = {}\ntraining = {learning_rate = 1}',
+            "nearest_examples: fim-python has no pairs",
+        ),
+        (
             'name = "a"\ntask = "bash"\nexport_rank = 4\npeft = {peft_type = "IA3"}\ntraining = {learning_rate = 1}',
             "can be cut",
         ),

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,10 @@ from safetensors.torch import load_file
 from adapter_folder import cut_rank
 from base import MissingModel, gguf_file
 from data_files import REPOSITORY
+from encoding import encode
+from nearest import Nearest
 from recipe import RecipeError, load_recipe
+from tasks import INSTRUCTION_PROMPT
 from train import Run, TrainingError
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "clients"))
@@ -171,6 +176,73 @@ def test_a_text_of_another_length_than_the_prefix_is_refused(tmp_path: Path, smo
     )
     with pytest.raises(RecipeError, match="prefix_text has [0-9]+ tokens"):
         Run(recipe, tmp_path, torch.device("cpu"))
+
+
+def test_prompts_with_examples_are_those_that_the_server_makes(tmp_path: Path, smoke_base: Path):
+    """Byte for byte and token for token: of what is held out, and of what is trained on but for the example itself."""
+    if not BINARY.is_file():
+        pytest.skip(f"skipped: {BINARY} is not built: make build")
+    pairs = [(row["instruction"], row["code"]) for row in map(json.loads, OWN_EXAMPLES.read_text().splitlines())]
+    # Words as no other has them, equals, and answers to one question.
+    pairs += [(f"print {name} of the list", f"print({name})\n") for name in ("xs", "ys", "zs")]
+    pairs += [("reverse the list `xs`", code) for code in ("xs[::-1]", "list(reversed(xs))")]
+    pairs += [
+        ("用pandas读取csv文件", "pd.read_csv(path)"),
+        ("对列表xs排序", "sorted(xs)"),
+        ("sort the listOfHTTPServers2 by {name}", "sorted(servers, key=lambda s: s['{name}'])"),
+        ("सूची उलटें", "xs[::-1]"),
+        ("½ of the Ⓐ list, don't", "xs[: len(xs) // 2]"),
+    ]
+    held_out = [
+        ("sort the list of httpServers", "a"), ("反转列表xs", "b"), ("सूची दिखाएं, print the list", "c"), ("--", "d"),
+        ("print { and } of the list twice, of the list", "e"), ("read İstanbul.CSV with pandas", "f"),
+    ]  # fmt: skip
+    stores, adapter, k = tmp_path / "stores", tmp_path / "adapters" / "reads", 3
+    stores.mkdir()
+    for file, rows in [(stores / "mine.jsonl", pairs), (tmp_path / "held_out.jsonl", held_out)]:
+        file.write_text("".join(json.dumps({"instruction": i, "code": c}) + "\n" for i, c in rows), encoding="utf-8")
+    text = SMOKE_RECIPE.read_text(encoding="utf-8")
+    for old, new in [
+        ('task = "../../config/icl/python.jsonl"', 'task = "stores/mine.jsonl"\nvalidation = "held_out.jsonl"\n'
+         f"nearest_examples = {k}"),
+        ("max_steps = 8", "max_steps = 2\nmax_tokens = 512"),
+    ]:  # fmt: skip
+        assert old in text
+        text = text.replace(old, new)
+    run = Run(load_recipe(_written(tmp_path, text)), adapter, torch.device("cpu"))
+    run.train()
+    run.write()
+    assert "3 nearest examples" in (adapter / "adapter.toml").read_text(encoding="utf-8")
+    assert '"icl": {"store": "mine", "k": 3, "select": "bm25"}' in (adapter / "README.md").read_text(encoding="utf-8")
+
+    def asked(path: str, instruction: str, k: int) -> dict[str, Any]:
+        icl = {"store": "mine", "k": k, "select": "bm25"}
+        body = {"model": "reads", "messages": [{"role": "user", "content": instruction}], "icl": icl}
+        body |= {"max_tokens": 4} if path.startswith("/v1") else {}
+        request = urllib.request.Request(server.url + path, json.dumps(body).encode())
+        with urllib.request.urlopen(request) as reply:
+            return json.load(reply)
+
+    nearest, task = Nearest(pairs, k), run.recipe.data()
+    environment = {"LORRY__ICL__DIR": str(stores)}
+    with serving("--model", SMOKE_BASE, "--adapters", adapter.parent, environment=environment) as server:
+        for example in task.dev():
+            with_examples = nearest.before(example)
+            assert asked("/apply-template", example.instruction, k)["prompt"] == with_examples.prompt
+            (row,) = encode([with_examples], run.trainee.tokenizer, 512, bos=False)
+            assert asked("/tokenize", example.instruction, k)["tokens"] == row[0]
+            assert row in run.dev
+        for example in task.train():
+            # The server has the example too.
+            own = [INSTRUCTION_PROMPT.format(i) + c + "\n\n" for i, c in pairs if i == example.instruction]
+            prompt = asked("/apply-template", example.instruction, k + len(own))["prompt"]
+            assert all(prompt.count(block) == 1 for block in own)
+            for block in own:
+                prompt = prompt.replace(block, "")
+            assert prompt == nearest.before(example).prompt
+            assert encode([nearest.before(example)], run.trainee.tokenizer, 512, bos=False)[0] in run.rows
+        reply = asked("/v1/chat/completions", held_out[0][0], k)
+        assert reply["icl"]["k"] == k and reply["adapter"]["name"] == "reads"
 
 
 def test_a_trained_adapter_is_served_and_evaluated(tmp_path: Path, smoke_base: Path):
