@@ -15,7 +15,8 @@ from recipe import Recipe
 @dataclass(frozen=True)
 class Figures:
     """training.json. Losses are in nats a target token: `train_loss` as the last epoch's batches were trained on, with
-    dropout, the others over `validation_examples` of the dev split. Minutes are of training alone, and on a CPU of its
+    dropout, the others over `validation_examples` of the dev split. The weights are the mean of those after the last
+    `averaged_epochs`; of 1, those with the lowest loss. Minutes are of training alone, and on a CPU of its
     cores' time, not of the clock."""
 
     recipe: str
@@ -30,6 +31,7 @@ class Figures:
     train_loss: float
     validation_loss: float
     base_validation_loss: float
+    averaged_epochs: int
     device: str
 
 
@@ -122,6 +124,9 @@ def _card(recipe: Recipe, figures: Figures, num_bytes: int) -> str:
     if recipe.nearest_examples is not None:
         icl = json.dumps({"store": task.data_set or task.name, "k": recipe.nearest_examples, "select": "bm25"})
         examples = f'| examples | of the train split, in each prompt; requests ask for them by `"icl": {icl}` |\n'
+    averaged = ""
+    if figures.averaged_epochs > 1:
+        averaged = f"The weights are the mean of those after the last {figures.averaged_epochs} epochs.\n"
     steps = f" or {training.max_steps} steps" if training.max_steps is not None else ""
     return f"""---
 base_model: {recipe.base}
@@ -150,5 +155,5 @@ on {figures.device} |
 | loss on {figures.validation_examples} examples of the dev split | {figures.validation_loss:.3f}; the base without it \
 {figures.base_validation_loss:.3f} |
 
-Trained against the dequantised GGUF with `lab/train.py`; the loss is over the answer's tokens only.
+{averaged}Trained against the dequantised GGUF with `lab/train.py`; the loss is over the answer's tokens only.
 """

@@ -29,6 +29,8 @@ class Training:
     """As many are drawn from the train split; all if there is none."""
     validation_examples: int = 64
     """As many are drawn from the dev split."""
+    average_last: int | None = None
+    """The mean of the weights after so many of the last epochs is measured too, and kept if its loss is the lowest."""
     warmup: float = 0.05
     """Part of the training in which the learning rate rises."""
     seed: int = 42
@@ -38,6 +40,8 @@ class Training:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
+        if self.average_last is not None and (not isinstance(self.average_last, int) or self.average_last < 2):
+            raise ValueError(f"average_last must be a whole number from 2 on, not {self.average_last!r}")
         for name, most in (("learning_rate", float("inf")), ("warmup", 1.0)):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < most:

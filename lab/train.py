@@ -214,9 +214,12 @@ class Run:
         self.dev = drawn(splits["dev"], training.validation_examples, training.seed)
         self.steps_per_epoch = -(-len(self.rows) // training.batch_size)
         self.num_steps = min(training.epochs * self.steps_per_epoch, training.max_steps or sys.maxsize)
+        num_epochs = -(-self.num_steps // self.steps_per_epoch)
+        if training.average_last is not None and training.average_last > num_epochs:
+            raise RecipeError(f"{recipe.name}: average_last: there are {num_epochs} epochs")
         self.state: dict[str, Any] = {
             "step": 0, "seconds": 0.0, "tokens": 0, "losses": [], "best": None, "best_loss": float("inf"),
-            "base_loss": None,
+            "base_loss": None, "averaged_epochs": 1, "last": [],
         }  # fmt: skip
 
     def resume(self) -> None:
@@ -261,12 +264,24 @@ class Run:
             epoch, index = divmod(self.state["step"], self.steps_per_epoch)
             yield epoch_batches(self.rows, training.batch_size, f"{training.seed} {epoch}")[index]
 
-    def validate(self) -> None:
+    def end_epoch(self) -> None:
+        self.validate()
+        if (num_averaged := self.recipe.training.average_last) is not None:
+            self.state["last"] = [*self.state["last"], self.trainee.weights()][-num_averaged:]
+
+    def validate(self, averaged_epochs: int = 1) -> None:
+        """Keeps the weights if none before them had as low a loss on the dev split."""
         loss = self.trainee.mean_loss(self.dev, self.recipe.training.batch_size)
         self.report(type="validation", step=self.state["step"], loss=loss)
-        tqdm.write(f"step {self.state['step']}: loss on the dev split {loss:.4f}")
+        of = f", of the mean of {averaged_epochs} epochs' weights" if averaged_epochs > 1 else ""
+        tqdm.write(f"step {self.state['step']}: loss on the dev split {loss:.4f}{of}")
         if loss < self.state["best_loss"]:
-            self.state["best_loss"], self.state["best"] = loss, self.trainee.weights()
+            self.state |= {"best_loss": loss, "best": self.trainee.weights(), "averaged_epochs": averaged_epochs}
+
+    def average(self) -> None:
+        last = self.state["last"]
+        self.trainee.set_weights({name: torch.stack([of[name] for of in last]).mean(0) for name in self.trainee.trained})
+        self.validate(len(last))
 
     def step(self, batch: list[Ids]) -> float:
         training, progress = self.recipe.training, self.state["step"] / self.num_steps
@@ -312,14 +327,16 @@ class Run:
                 tokens_per_second = self.state["tokens"] / self.state["seconds"]
                 bar.set_postfix(loss=f"{loss:.3f}", tokens_per_second=f"{tokens_per_second:.0f}", refresh=False)
                 if self.state["step"] % self.steps_per_epoch == 0:
-                    self.validate()
+                    self.end_epoch()
                 if time.monotonic() - last_saved > CHECKPOINT_SECONDS:
                     self.save()
                     last_saved = time.monotonic()
                 # Validation and checkpoints are no training time.
                 clock.elapsed()
         if self.state["step"] % self.steps_per_epoch:
-            self.validate()
+            self.end_epoch()
+        if training.average_last is not None:
+            self.average()
         if self.state["best"] is None:
             raise TrainingError("the loss on the dev split was never finite: lower the learning rate")
         trainee.set_weights(self.state["best"])
@@ -349,6 +366,7 @@ class Run:
             train_loss=round(sum(last_losses) / len(last_losses), 4),
             validation_loss=round(validation_loss, 4),
             base_validation_loss=round(state["base_loss"], 4),
+            averaged_epochs=state["averaged_epochs"],
             device=device,
         )
         self.out.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ def test_every_recipe_is_valid_and_named_as_its_file():
         ("name = ", "Invalid value"),
         ("training = 3", "must be a table"),
         ("[training]\nlearning_rate = 1\nepochs = 0", "epochs must be a whole number from 1 on"),
+        ("[training]\nlearning_rate = 1\naverage_last = 1", "average_last must be a whole number from 2 on"),
         ("[training]\nlearning_rate = 1\nwarmup = 1", "warmup must be above 0 and below 1"),
         (
             'name = "a"\ntask = "bash"\nnearest_examples = 0\npeft = {}\ntraining = {learning_rate = 1}',

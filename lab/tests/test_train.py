@@ -96,6 +96,46 @@ def test_a_resumed_training_ends_as_one_that_was_not_interrupted(tmp_path: Path,
         second.train()
 
 
+@pytest.mark.parametrize(("of_mean", "averaged_epochs"), [(0.5, 2), (1.5, 1)], ids=["better", "worse"])
+def test_the_mean_of_the_last_epochs_is_kept_where_it_is_better(
+    tmp_path: Path, smoke_base: Path, monkeypatch: pytest.MonkeyPatch, of_mean: float, averaged_epochs: int
+):
+    text = SMOKE_RECIPE.read_text(encoding="utf-8")
+    for old, new in [
+        ("epochs = 3", "epochs = 4"),
+        # The last epoch is half of one.
+        ("max_steps = 8", "max_steps = 5\naverage_last = 2"),
+        ("batch_size = 8", "batch_size = 2"),
+        ("max_examples = 64", "max_examples = 4"),
+    ]:
+        assert old in text
+        text = text.replace(old, new)
+    recipe = load_recipe(_written(tmp_path, text))
+    run = Run(recipe, tmp_path / "out", torch.device("cpu"))
+    measured, after_epochs = iter([3.0, 2.0, 1.8, 1.0, of_mean]), []
+
+    def mean_loss(*_: Any) -> float:
+        after_epochs.append(run.trainee.weights())
+        return next(measured)
+
+    monkeypatch.setattr(run.trainee, "mean_loss", mean_loss)
+    run.train()
+    base, first, second, third, mean = after_epochs
+    for name, weights in mean.items():
+        torch.testing.assert_close(weights, (second[name] + third[name]) / 2)
+    kept = mean if averaged_epochs == 2 else third
+    assert all(torch.equal(weights, kept[name]) for name, weights in run.trainee.weights().items())
+    assert any((weights != third[name]).any() for name, weights in second.items())
+    run.write()
+    figures = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
+    assert (figures["averaged_epochs"], figures["validation_loss"]) == (averaged_epochs, min(of_mean, 1.0))
+    assert ("mean of those after the last 2 epochs" in (tmp_path / "out" / "README.md").read_text()) == (of_mean < 1)
+
+    too_many = replace(recipe, training=replace(recipe.training, average_last=4))
+    with pytest.raises(RecipeError, match="average_last: there are 3 epochs"):
+        Run(too_many, tmp_path, torch.device("cpu"))
+
+
 def test_a_checkpoint_of_other_data_another_recipe_or_another_base_is_not_gone_on_from(
     tmp_path: Path, smoke_base: Path, monkeypatch: pytest.MonkeyPatch
 ):
