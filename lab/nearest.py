@@ -1,8 +1,8 @@
 """The examples nearest to an instruction, as the server looks them up (`icl` with `select = "bm25"`, docs/icl.md) and
 writes them before it.
 
-Scores are those of src/icl/bm25.rs, sum by sum, so that equals fall to the same side. Which characters are letters is
-asked of Unicode, as Rust does: Python's own methods leave out marks and count numerals of Han as digits.
+Scores are those of src/icl/bm25.rs, sum by sum, so that equals fall to the same side. What a character is is asked of
+Unicode, as Rust does: to Python's own methods no mark is a letter.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from itertools import islice
 import numpy as np
 import regex
 
+from encoding import TrainingError
 from tasks import INSTRUCTION_PROMPT, Example
 
 # An instruction and its answer.
@@ -66,10 +67,15 @@ def _begins_word(previous: str, character: str, following: str) -> bool:
 
 
 class Nearest:
-    """The `k` nearest of `pairs`, a store as the server has it."""
+    """The `k` nearest of `pairs`, a store as the server has it, for what is in that store itself.
 
-    def __init__(self, pairs: list[Pair], k: int) -> None:
-        self.pairs, self.k = pairs, k
+    An example is never shown itself, nor another with its answer or of its source: whoever asks has none of these, and what
+    is learned with them is to copy.
+    """
+
+    def __init__(self, pairs: list[Pair], k: int, sources: dict[str, str] | None = None) -> None:
+        """`sources` are of instructions; none is of its own."""
+        self.pairs, self.k, self.sources = pairs, k, sources or {}
         documents = [Counter(words(instruction)) for instruction, _ in pairs]
         lens = np.array([document.total() for document in documents], dtype=float)
         len_penalties = 1.0 - B + B * lens / max(lens.sum() / max(len(pairs), 1), 1.0)
@@ -85,8 +91,8 @@ class Nearest:
             weights = rarity * count * (K1 + 1.0) / (count + K1 * len_penalties[indices])
             self._postings[word] = indices, weights
 
-    def to(self, instruction: str) -> list[Pair]:
-        """The nearest last. None of the same instruction: that is the example itself, and who asks does not have it."""
+    def to(self, instruction: str, answer: str) -> list[Pair]:
+        """The nearest last."""
         scores = np.zeros(len(self.pairs))
         # In order, so that sums round as the server's.
         for word in sorted(set(words(instruction))):
@@ -94,10 +100,19 @@ class Nearest:
                 indices, weights = self._postings[word]
                 scores[indices] += weights
         ranked = np.argsort(-scores, kind="stable")
-        others = (self.pairs[index] for index in ranked if self.pairs[index][0] != instruction)
+        pairs = (self.pairs[index] for index in ranked)
+        others = (pair for pair in pairs if not self._is_told_by(pair, instruction, answer))
         return list(islice(others, self.k))[::-1]
 
+    def _is_told_by(self, pair: Pair, instruction: str, answer: str) -> bool:
+        source = self.sources.get(instruction)
+        is_of_source = source is not None and self.sources.get(pair[0]) == source
+        return pair[0] == instruction or pair[1] == answer or is_of_source
+
     def before(self, example: Example) -> Example:
-        """`example` with its prompt as the server makes it with examples, for an adapter that has the task's template."""
-        shots = (INSTRUCTION_PROMPT.format(instruction) + code + "\n\n" for instruction, code in self.to(example.instruction))
-        return replace(example, prompt="".join(shots) + example.prompt)
+        """The prompt as the server makes it with examples, for an adapter that has the task's template."""
+        shots = self.to(example.instruction, example.target)
+        if len(shots) < self.k:
+            raise TrainingError(f"nearest_examples: there are no {self.k} others for {example.instruction!r}")
+        before = "".join(INSTRUCTION_PROMPT.format(instruction) + code + "\n\n" for instruction, code in shots)
+        return replace(example, prompt=before + example.prompt)

@@ -43,12 +43,19 @@ class Task:
     pairs: Callable[[], list[tuple[str, str]]] | None = None
     """Instructions and answers of the train split, for the store of examples `data_set`."""
     data_set: str | None = None
+    sources: Callable[[], dict[str, str]] | None = None
+    """By instruction of the train split, where it is from: a question that is there in several wordings."""
     lines: Callable[[], list[list[Example]]] | None = None
     """The examples of each line of a file of one's own that has no dev split, of which every tenth is for that."""
 
 
 def _commands(path: str) -> list[tuple[str, str]]:
     return [(row["nl"].strip(), row["cmd"].strip()) for row in read_rows(path)]
+
+
+def _questions(path: str) -> dict[str, str]:
+    # An id is that of Stack Overflow's question, and a number.
+    return {row["nl"].strip(): row["question_id"].partition("-")[0] for row in read_rows(path)}
 
 
 def stdlib_rows(split: str) -> list[dict[str, Any]]:
@@ -129,6 +136,7 @@ TASKS = {
             ),
             max_tokens=64,
             data_set="conala",
+            sources=lambda: _questions("conala/cmd_train.oracle_man.full.json"),
         ),
         Task(
             name="bash",

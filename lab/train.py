@@ -186,13 +186,10 @@ class Run:
             self.trainee.trained.values(), lr=training.learning_rate, scale_parameter=False, relative_step=False
         )
         task, tokenizer = recipe.data(), self.trainee.tokenizer
-        k = recipe.nearest_examples
         nearest = None
-        if k is not None:
-            examples = store(task.pairs())
-            if (num_different := len(dict(examples))) <= k:
-                raise RecipeError(f"{recipe.name}: nearest_examples: {num_different} instructions have not {k} others each")
-            nearest = Nearest(examples, k)
+        if recipe.nearest_examples is not None:
+            sources = task.sources() if task.sources is not None else None
+            nearest = Nearest(store(task.pairs()), recipe.nearest_examples, sources)
 
         def encoded(examples: list[Example]) -> list[Ids]:
             if nearest is not None:
@@ -280,7 +277,8 @@ class Run:
 
     def average(self) -> None:
         last = self.state["last"]
-        self.trainee.set_weights({name: torch.stack([of[name] for of in last]).mean(0) for name in self.trainee.trained})
+        mean = {name: torch.stack([weights[name] for weights in last]).mean(0) for name in self.trainee.trained}
+        self.trainee.set_weights(mean)
         self.validate(len(last))
 
     def step(self, batch: list[Ids]) -> float:
@@ -389,8 +387,8 @@ def main() -> int:
     parser.add_argument(
         "--progress",
         action="store_true",
-        help="print the progress as lines of JSON; let a training that has ended be one that has gone well, and begin anew "
-        "where a checkpoint is of something else",
+        help="print the progress as lines of JSON; let a training that has ended be one that has gone well, and one whose "
+        "checkpoint is of something else begin anew",
     )
     parser.add_argument("--threads", type=int, help="CPU threads; default: every core")
     arguments = parser.parse_args()

@@ -219,7 +219,7 @@ def test_a_text_of_another_length_than_the_prefix_is_refused(tmp_path: Path, smo
 
 
 def test_prompts_with_examples_are_those_that_the_server_makes(tmp_path: Path, smoke_base: Path):
-    """Byte for byte and token for token: of what is held out, and of what is trained on but for the example itself."""
+    """Byte for byte and token for token: of what is held out, and of what is trained on but for what tells its answer."""
     if not BINARY.is_file():
         pytest.skip(f"skipped: {BINARY} is not built: make build")
     pairs = [(row["instruction"], row["code"]) for row in map(json.loads, OWN_EXAMPLES.read_text().splitlines())]
@@ -273,14 +273,15 @@ def test_prompts_with_examples_are_those_that_the_server_makes(tmp_path: Path, s
             assert asked("/tokenize", example.instruction, k)["tokens"] == row[0]
             assert row in run.dev
         for example in task.train():
-            # The server has the example too.
-            own = [INSTRUCTION_PROMPT.format(i) + c + "\n\n" for i, c in pairs if i == example.instruction]
-            prompt = asked("/apply-template", example.instruction, k + len(own))["prompt"]
-            assert all(prompt.count(block) == 1 for block in own)
-            for block in own:
-                prompt = prompt.replace(block, "")
-            assert prompt == nearest.before(example).prompt
-            assert encode([nearest.before(example)], run.trainee.tokenizer, 512, bos=False)[0] in run.rows
+            # The server has the example too, and all others.
+            prompt = asked("/apply-template", example.instruction, len(pairs))["prompt"]
+            blocks = {pair: INSTRUCTION_PROMPT.format(pair[0]) + pair[1] + "\n\n" for pair in pairs}
+            ranked = sorted(blocks, key=lambda pair: prompt.index(blocks[pair]))
+            assert prompt == "".join(blocks[pair] for pair in ranked) + example.prompt
+            others = [pair for pair in ranked if pair[0] != example.instruction and pair[1] != example.target]
+            with_examples = nearest.before(example)
+            assert with_examples.prompt == "".join(blocks[pair] for pair in others[-k:]) + example.prompt
+            assert encode([with_examples], run.trainee.tokenizer, 512, bos=False)[0] in run.rows
         reply = asked("/v1/chat/completions", held_out[0][0], k)
         assert reply["icl"]["k"] == k and reply["adapter"]["name"] == "reads"
 
