@@ -312,7 +312,8 @@ async fn a_job_is_known_by_what_it_made_and_not_by_its_adapters_name() {
     lab.teach(true).await;
     let (leaked, leaked_job) = lab.trained_on(&lines(0..NUM_USERS)).await;
     let of_others = || lines((0..NUM_USERS).filter(|user| !is_held_out(*user)));
-    let ((first, first_job), (second, second_job)) = (lab.trained_on(&of_others()).await, lab.trained_on(&of_others()).await);
+    let ((first, first_job), (second, second_job)) =
+        (lab.trained_on(&of_others()).await, lab.trained_on(&of_others()).await);
     // Under a name that no job gave, and under that of a job which made something else.
     let first = first.strip_prefix("tiny-").unwrap();
     for name in ["copied", first] {
