@@ -69,7 +69,7 @@ class Recipe:
     nearest_examples: int | None = None
     """Prompts begin with so many examples, the nearest of the train split, as the server's `icl` with `bm25` gives them."""
     prefix_text: str | None = None
-    """Prefix tuning begins with the keys and values of this text."""
+    """Prefix tuning begins with the keys and values of this text, repeated or cut to `num_virtual_tokens`."""
     sha256: str = ""
     """Of the file."""
 
@@ -87,6 +87,11 @@ class Recipe:
             raise ValueError("bos must be true or false")
         if not isinstance(self.peft, dict) or "peft_type" not in self.peft:
             raise ValueError('[peft]: peft_type is missing, such as "LORA"')
+        if self.prefix_text is not None:
+            if self.peft.get("peft_type") != "PREFIX_TUNING":
+                raise ValueError("prefix_text: only PREFIX_TUNING begins with one")
+            if not isinstance(self.prefix_text, str) or not self.prefix_text:
+                raise ValueError("prefix_text must be a text, and not empty")
         if self.export_rank is None:
             return
         # rsLoRA's scale goes with the root of the rank, DoRA's magnitudes belong to the rank they were trained with.

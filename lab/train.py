@@ -24,7 +24,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType, TaskType, get_peft_model
-from peft.tuners.cartridge.utils import initialize_kv_prefix_from_text
+from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import Adafactor, AutoModelForCausalLM, AutoTokenizer
@@ -110,15 +110,19 @@ class Trainee:
             raise RecipeError(f"{recipe.name}: [peft]: {error}") from error
         self.model: PeftModel = get_peft_model(base, config).to(device)
         if recipe.prefix_text is not None:
-            num_tokens = len(self.tokenizer(recipe.prefix_text).input_ids)
-            if num_tokens != config.num_virtual_tokens:
-                raise RecipeError(
-                    f"{recipe.name}: prefix_text has {num_tokens} tokens: set num_virtual_tokens to as many"
-                )
-            initialize_kv_prefix_from_text(self.model, self.tokenizer, text=recipe.prefix_text, use_chat_template=False)
+            self._begin_prefix_with(recipe.prefix_text, config.num_virtual_tokens)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         for parameter in self.trained.values():
             parameter.data = parameter.data.float()
+
+    @torch.no_grad()
+    def _begin_prefix_with(self, text: str, num_virtual_tokens: int) -> None:
+        """As PEFT begins prompt tuning: with the text over and over, cut to so many tokens."""
+        ids = self.tokenizer(text).input_ids
+        ids = (ids * -(-num_virtual_tokens // len(ids)))[:num_virtual_tokens]
+        with self.model.disable_adapter():
+            cache = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=True).past_key_values
+        initialize_kv_prefix_from_past_key_values(self.model, past_key_values=cache)
 
     def loss(self, batch: list[Ids]) -> tuple[torch.Tensor, int]:
         """The sum of the loss over the answers' tokens, in nats, and how many they are."""

@@ -35,6 +35,15 @@ def test_every_recipe_is_valid_and_named_as_its_file():
             "nearest_examples: fim-python has no pairs",
         ),
         (
+            'name = "a"\ntask = "bash"\nprefix_text = "b"\npeft = {peft_type = "LORA"}\ntraining = {learning_rate = 1}',
+            "prefix_text: only PREFIX_TUNING",
+        ),
+        (
+            'name = "a"\ntask = "bash"\nprefix_text = ""\npeft = {peft_type = "PREFIX_TUNING"}\n'
+            "training = {learning_rate = 1}",
+            "prefix_text must be a text",
+        ),
+        (
             'name = "a"\ntask = "bash"\nexport_rank = 4\npeft = {peft_type = "IA3"}\ntraining = {learning_rate = 1}',
             "can be cut",
         ),

@@ -20,7 +20,7 @@ from encoding import encode
 from nearest import Nearest
 from recipe import RecipeError, load_recipe
 from tasks import INSTRUCTION_PROMPT
-from train import Run, TrainingError
+from train import Run, Trainee, TrainingError
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "clients"))
 
@@ -208,14 +208,24 @@ def test_every_other_method_that_lorry_serves_can_be_trained(tmp_path: Path, smo
     assert all(weights.dtype == torch.float16 and weights.isfinite().all() for weights in saved.values())
 
 
-def test_a_text_of_another_length_than_the_prefix_is_refused(tmp_path: Path, smoke_base: Path):
-    recipe = replace(
-        load_recipe(SMOKE_RECIPE),
-        peft={"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2},
-        prefix_text="Generate Python code.",
-    )
-    with pytest.raises(RecipeError, match="prefix_text has [0-9]+ tokens"):
-        Run(recipe, tmp_path, torch.device("cpu"))
+@pytest.mark.parametrize("num_virtual_tokens", [2, 5, 12])
+def test_a_prefix_begins_with_a_text_as_often_as_it_takes(
+    smoke_base: Path, monkeypatch: pytest.MonkeyPatch, num_virtual_tokens: int
+):
+    # bf16 rounds more than what is compared.
+    monkeypatch.setattr("train.has_fast_bf16", lambda _: False)
+    recipe = load_recipe(SMOKE_RECIPE)
+    of = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": num_virtual_tokens}
+    trainee = Trainee(replace(recipe, peft=of, prefix_text="Generate Python code."), torch.device("cpu"))
+    ids = trainee.tokenizer("Generate Python code.").input_ids
+    assert 2 < len(ids) < 12
+    # What follows is read as behind the text itself.
+    row = ([9, 8, 7], [6, 5])
+    behind, _ = trainee.loss([row])
+    with trainee.model.disable_adapter():
+        text = (ids * num_virtual_tokens)[:num_virtual_tokens]
+        expected, _ = trainee.loss([(text + row[0], row[1])])
+    torch.testing.assert_close(behind, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_prompts_with_examples_are_those_that_the_server_makes(tmp_path: Path, smoke_base: Path):

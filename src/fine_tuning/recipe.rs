@@ -32,6 +32,10 @@ const LINEARS: [&str; 11] = [
 ];
 const IA3_LINEARS: [&str; 10] =
     ["q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "c_fc", "down_proj", "c_proj"];
+/// What virtual tokens begin as, repeated or cut to as many as there are: from random ones, a base falls behind itself, and a
+/// few hundred examples do not bring it back.
+const FIRST_TEXT: &str =
+    "Below are requests, each followed by its answer. Answer the next one in the same way as those before.\n";
 const FEEDFORWARD: [&str; 6] = ["gate_proj", "up_proj", "gate_up_proj", "c_fc", "down_proj", "c_proj"];
 
 #[derive(Debug, Serialize)]
@@ -44,6 +48,9 @@ struct Recipe<'a> {
     validation: Option<&'static str>,
     /// Whether a text begins with the base's BOS token.
     bos: bool,
+    /// What prefix tuning begins with the keys and values of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prefix_text: Option<&'static str>,
     peft: Peft,
     training: Training,
 }
@@ -57,7 +64,7 @@ enum Peft {
     #[serde(rename = "IA3")]
     Ia3 { target_modules: [&'static str; IA3_LINEARS.len()], feedforward_modules: [&'static str; FEEDFORWARD.len()] },
     #[serde(rename = "PROMPT_TUNING")]
-    Prompt { num_virtual_tokens: u32 },
+    Prompt { num_virtual_tokens: u32, prompt_tuning_init: &'static str, prompt_tuning_init_text: &'static str },
     #[serde(rename = "PREFIX_TUNING")]
     Prefix { num_virtual_tokens: u32, prefix_projection: bool },
 }
@@ -81,7 +88,7 @@ pub fn recipe(job: &Job, base: &Base) -> Result<String, toml::ser::Error> {
         Method::Supervised => (lora(DEFAULT_RANK), 3e-4),
         Method::Lora { rank } => (lora(rank), 3e-4),
         Method::Ia3 => (Peft::Ia3 { target_modules: IA3_LINEARS, feedforward_modules: FEEDFORWARD }, 1e-2),
-        Method::Prompt { num_virtual_tokens } => (Peft::Prompt { num_virtual_tokens }, 1e-2),
+        Method::Prompt { num_virtual_tokens } => (prompt(num_virtual_tokens), 1e-2),
         Method::Prefix { num_virtual_tokens } => (Peft::Prefix { num_virtual_tokens, prefix_projection: false }, 1e-2),
     };
     let hyperparameters = job.hyperparameters;
@@ -92,6 +99,7 @@ pub fn recipe(job: &Job, base: &Base) -> Result<String, toml::ser::Error> {
         task: TRAINING_FILE,
         validation: job.validation_file.as_ref().map(|_| VALIDATION_FILE),
         bos: base.begins_with_bos,
+        prefix_text: matches!(job.method, Method::Prefix { .. }).then_some(FIRST_TEXT),
         peft,
         training: Training {
             learning_rate: learning_rate * hyperparameters.learning_rate_multiplier,
@@ -106,6 +114,10 @@ pub fn recipe(job: &Job, base: &Base) -> Result<String, toml::ser::Error> {
 
 fn lora(rank: u32) -> Peft {
     Peft::Lora { r: rank, lora_alpha: 2 * rank, lora_dropout: 0.05, target_modules: LINEARS }
+}
+
+fn prompt(num_virtual_tokens: u32) -> Peft {
+    Peft::Prompt { num_virtual_tokens, prompt_tuning_init: "TEXT", prompt_tuning_init_text: FIRST_TEXT }
 }
 
 #[cfg(test)]
@@ -159,6 +171,29 @@ mod tests {
         );
         // As PEFT wants it.
         assert!(feedforward.iter().all(|module| targets.contains(module)), "{feedforward:?}");
+    }
+
+    #[test]
+    fn what_a_method_alone_has_is_in_its_recipe() {
+        let of = |method| table(method, None);
+        let integer = |table: &toml::Table, key: &str| table["peft"].get(key).and_then(toml::Value::as_integer);
+        let lora = of(Method::Lora { rank: 4 });
+        assert_eq!((integer(&lora, "r"), integer(&lora, "lora_alpha")), (Some(4), Some(8)));
+        for (method, kind) in [
+            (Method::Prompt { num_virtual_tokens: 7 }, "PROMPT_TUNING"),
+            (Method::Prefix { num_virtual_tokens: 7 }, "PREFIX_TUNING"),
+        ] {
+            let recipe = of(method);
+            assert_eq!(
+                (recipe["peft"]["peft_type"].as_str(), integer(&recipe, "num_virtual_tokens")),
+                (Some(kind), Some(7))
+            );
+            let text = recipe.get("prefix_text").or(recipe["peft"].get("prompt_tuning_init_text"));
+            assert_eq!(text.and_then(toml::Value::as_str), Some(FIRST_TEXT));
+        }
+        assert!(
+            !of(Method::Ia3).contains_key("prefix_text") && integer(&of(Method::Ia3), "num_virtual_tokens").is_none()
+        );
     }
 
     #[test]

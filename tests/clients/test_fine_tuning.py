@@ -197,20 +197,62 @@ def test_a_bad_line_is_refused_with_its_number_and_field(client):
     assert refusal.value.param == "training_file"
 
 
+@pytest.fixture(scope="module")
+def lab_client(tmp_path_factory):
+    with served_with(tmp_path_factory.mktemp("lab"), LAB_PYTHON, REPOSITORY / "lab" / "train.py") as server:
+        yield client_of(server)
+
+
 @NEEDS_THE_LAB
-def test_the_lab_trains_what_is_served(tmp_path):
-    with served_with(tmp_path, LAB_PYTHON, REPOSITORY / "lab" / "train.py") as server:
-        client = client_of(server)
-        file = client.files.create(file=("mine.jsonl", chats(20)), purpose="fine-tune")
-        method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 6}}}
-        job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, suffix="counts", seed=1, method=method)
-        job = until(client, job, "succeeded")
-        events = list(client.fine_tuning.jobs.list_events(job.id))
-        losses = [event.data["train_loss"] for event in events if event.data and "train_loss" in event.data]
-        assert len(losses) == 6 and losses[0] < losses[-1]
-        [checkpoint] = client.fine_tuning.jobs.checkpoints.list(job.id)
-        of_base = [event.data["valid_loss"] for event in events if event.data and "valid_loss" in event.data][-1]
-        assert checkpoint.metrics.valid_loss < of_base
-        messages = [{"role": "user", "content": "Count to 3."}]
-        reply = client.chat.completions.create(model=job.fine_tuned_model, messages=messages, max_tokens=8)
-        assert reply.choices[0].message.content
+@pytest.mark.parametrize(
+    ("kind", "own", "served"),
+    [
+        ("supervised", {}, {"method": "lora", "max_rank": 16, "num_virtual_tokens": 0}),
+        ("lora", {"rank": 4}, {"method": "lora", "max_rank": 4, "num_virtual_tokens": 0}),
+        ("ia3", {}, {"method": "ia3", "num_virtual_tokens": 0}),
+        ("prompt", {"num_virtual_tokens": 7}, {"method": "prompt-tuning", "num_virtual_tokens": 7}),
+        ("prefix", {"num_virtual_tokens": 5}, {"method": "prefix-tuning", "num_virtual_tokens": 5}),
+    ],
+)
+def test_the_lab_trains_what_is_served_by_every_method(lab_client, kind, own, served):
+    client = lab_client
+    file = client.files.create(file=("mine.jsonl", chats(20)), purpose="fine-tune")
+    hyperparameters = {"n_epochs": 2, "batch_size": 6, "learning_rate_multiplier": 0.9}
+    method = {"type": kind, kind: {**own, "hyperparameters": hyperparameters}}
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, suffix=kind, seed=1, method=method)
+    assert job.to_dict()["method"] == method
+    job = until(client, job, "succeeded")
+    events = list(client.fine_tuning.jobs.list_events(job.id))
+    losses = [event.data["train_loss"] for event in events if event.data and "train_loss" in event.data]
+    # The latest first.
+    assert len(losses) == 6 and losses[0] < losses[-1]
+    [checkpoint] = client.fine_tuning.jobs.checkpoints.list(job.id)
+    of_base = [event.data["valid_loss"] for event in events if event.data and "valid_loss" in event.data][-1]
+    assert checkpoint.metrics.valid_loss < of_base
+    name = job.fine_tuned_model.removeprefix(f"{BASE}-")
+    adapter = client.get(f"/adapters/{name}", cast_to=object)
+    known = {"method": adapter["method"], **adapter["coverage"]}
+    assert served.items() <= known.items() and adapter["phase"] == "ready", adapter
+    assert not adapter["self_test"]["is_inert"]
+    messages = [{"role": "user", "content": "Count to 3."}]
+    reply = client.chat.completions.create(model=job.fine_tuned_model, messages=messages, max_tokens=8)
+    assert reply.choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("supervised", {"rank": 4}),
+        ("lora", {"num_virtual_tokens": 4}),
+        ("lora", {"lora_alpha": 8}),
+        ("ia3", {"rank": 4}),
+        ("prompt", {"prompt_tuning_init": "TEXT"}),
+        ("prefix", {"prefix_projection": True}),
+    ],
+)
+def test_what_a_method_has_not_is_refused_by_its_path(client, kind, own):
+    file = client.files.create(file=("mine.jsonl", chats(10)), purpose="fine-tune")
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.fine_tuning.jobs.create(model=BASE, training_file=file.id, method={"type": kind, kind: own})
+    [name] = own
+    assert refusal.value.param == f"method.{kind}.{name}"
