@@ -16,8 +16,15 @@ enum struct RowType : i32 {
     Q4_K = 12,
     Q5_K = 13,
     Q6_K = 14,
+    IQ4_NL = 20,
+    IQ4_XS = 23,
     BF16 = 30,
+    MXFP4 = 39,
 };
+
+// What nibbles stand for, as in ../src/quantized/blocks.rs.
+CONSTANT i8 NON_LINEAR[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+CONSTANT i8 FLOATS[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 DEVICE f32 half_at(const u8* bytes) { return to_f32(*(const f16*)bytes); }
 
@@ -84,6 +91,32 @@ DEVICE f32 q6_k_value(const u8* row, i32 k) {
     return half_at(block + 208) * (f32)(i8)block[192 + i / 16] * (f32)((low | high << 4) - 32);
 }
 
+// Number i of 32 nibbles, the first half of them the low ones, by what `table` says.
+DEVICE f32 from_table(const i8* table, const u8* nibbles, i32 i) {
+    return (f32)table[nibbles[i % 16] >> (i / 16 * 4) & 15];
+}
+
+DEVICE f32 iq4_nl_value(const u8* row, i32 k) {
+    const u8* block = row + (i64)(k / 32) * 18;
+    return half_at(block) * from_table(NON_LINEAR, block + 2, k % 32);
+}
+
+// Eight groups of 32: 6-bit signed scales, nibbles.
+DEVICE f32 iq4_xs_value(const u8* row, i32 k) {
+    const u8* block = row + (i64)(k / 256) * 136;
+    i32 group = k % 256 / 32;
+    i32 low = block[4 + group / 2] >> (group % 2 * 4) & 15, high = *(const u16*)(block + 2) >> (group * 2) & 3;
+    return half_at(block) * (f32)((low | high << 4) - 32) * from_table(NON_LINEAR, block + 8 + group * 16, k % 32);
+}
+
+// The scale is a power of two, of half the floats' unit: 2^(byte - 128), which is subnormal for the two least.
+DEVICE f32 mxfp4_value(const u8* row, i32 k) {
+    const u8* block = row + (i64)(k / 32) * 17;
+    u32 exponent = block[0];
+    f32 scale = as_f32(exponent < 2 ? 0x00200000u << exponent : (exponent - 1) << 23);
+    return scale * from_table(FLOATS, block + 1, k % 32);
+}
+
 // Weight k of a row.
 DEVICE f32 block_value(RowType type, const u8* row, i32 k) {
     switch (type) {
@@ -99,6 +132,9 @@ DEVICE f32 block_value(RowType type, const u8* row, i32 k) {
         case RowType::Q3_K: return q3_k_value(row, k);
         case RowType::Q4_K: return q45_k_value<false>(row, k);
         case RowType::Q5_K: return q45_k_value<true>(row, k);
+        case RowType::IQ4_NL: return iq4_nl_value(row, k);
+        case RowType::IQ4_XS: return iq4_xs_value(row, k);
+        case RowType::MXFP4: return mxfp4_value(row, k);
         default: return q6_k_value(row, k);
     }
 }

@@ -38,6 +38,7 @@ typedef u16 bf16; // the bits of a bfloat16
     extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Arguments args)
 #define DEVICE __device__ __forceinline__
 #define SHARED __shared__
+#define CONSTANT __constant__
 
 DEVICE i32 thread_index() { return threadIdx.x; }
 DEVICE i32 block_x() { return blockIdx.x; }

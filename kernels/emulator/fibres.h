@@ -12,6 +12,7 @@
 
 #define DEVICE static inline __attribute__((always_inline))
 #define SHARED alignas(16) static thread_local
+#define CONSTANT static const
 #define __restrict__ __restrict
 #define KERNEL(name, Arguments, THREADS, ...)                                                                  \
     static void name(const Arguments& args);                                                                   \

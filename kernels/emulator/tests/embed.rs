@@ -14,7 +14,7 @@ use arrays::Numbers;
 
 const FIRST_VIRTUAL_TOKEN: u32 = 1 << 31;
 
-const TYPES: [WeightType; 13] = [
+const TYPES: [WeightType; 16] = [
     WeightType::Blocks(BlockFormat::Q4_0),
     WeightType::Blocks(BlockFormat::Q4_1),
     WeightType::Blocks(BlockFormat::Q5_0),
@@ -25,6 +25,9 @@ const TYPES: [WeightType; 13] = [
     WeightType::Blocks(BlockFormat::Q4_K),
     WeightType::Blocks(BlockFormat::Q5_K),
     WeightType::Blocks(BlockFormat::Q6_K),
+    WeightType::Blocks(BlockFormat::IQ4_NL),
+    WeightType::Blocks(BlockFormat::IQ4_XS),
+    WeightType::Blocks(BlockFormat::MXFP4),
     WeightType::F16,
     WeightType::BF16,
     WeightType::F32,
@@ -74,7 +77,7 @@ impl Table {
             hidden: hidden.address(),
             adapters: if adapters.is_some() { rows.address() } else { 0 },
             row_bytes: self.row_bytes as i64,
-            row_type: self.weight_type.try_into().unwrap(),
+            row_type: self.weight_type.into(),
             hidden_size: self.hidden_size as i32,
             scale,
             virtual_scale,

@@ -73,8 +73,8 @@ impl<D: Driver> Device for Cuda<D> {
 
     fn load_embedding(&mut self, rows: MappedRows) -> Result<CudaEmbedding<D>, DeviceError> {
         let row_bytes = rows.bytes().len() / rows.num_rows.max(1);
-        let row_type = rows.weight_type.try_into()?;
-        Ok(CudaEmbedding { table: self.driver.upload(rows.bytes())?, row_type, row_bytes })
+        let table = self.driver.upload(rows.bytes())?;
+        Ok(CudaEmbedding { table, row_type: rows.weight_type.into(), row_bytes })
     }
 
     fn linear_bytes(linear: &CudaLinear<D>) -> usize {

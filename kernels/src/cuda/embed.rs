@@ -1,7 +1,6 @@
 //! Tokens become hidden states: `kernels/cuda/embed.cuh`.
 
 use super::driver::{Driver, DriverError, KernelArgs, bytes_of};
-use crate::device::DeviceError;
 use crate::quantized::{BlockFormat, WeightType};
 
 /// Types of weights that the kernel reads as they are in a file, by GGML's numbers.
@@ -21,32 +20,34 @@ pub enum RowType {
     Q4_K = 12,
     Q5_K = 13,
     Q6_K = 14,
+    IQ4_NL = 20,
+    IQ4_XS = 23,
     BF16 = 30,
+    MXFP4 = 39,
 }
 
-impl TryFrom<WeightType> for RowType {
-    type Error = DeviceError;
-
-    fn try_from(weight_type: WeightType) -> Result<Self, DeviceError> {
-        Ok(match weight_type {
+impl From<WeightType> for RowType {
+    fn from(weight_type: WeightType) -> Self {
+        match weight_type {
             WeightType::F32 => Self::F32,
             WeightType::F16 => Self::F16,
             WeightType::BF16 => Self::BF16,
-            WeightType::Blocks(BlockFormat::Q4_0) => Self::Q4_0,
-            WeightType::Blocks(BlockFormat::Q4_1) => Self::Q4_1,
-            WeightType::Blocks(BlockFormat::Q5_0) => Self::Q5_0,
-            WeightType::Blocks(BlockFormat::Q5_1) => Self::Q5_1,
-            WeightType::Blocks(BlockFormat::Q8_0) => Self::Q8_0,
-            WeightType::Blocks(BlockFormat::Q2_K) => Self::Q2_K,
-            WeightType::Blocks(BlockFormat::Q3_K) => Self::Q3_K,
-            WeightType::Blocks(BlockFormat::Q4_K) => Self::Q4_K,
-            WeightType::Blocks(BlockFormat::Q5_K) => Self::Q5_K,
-            WeightType::Blocks(BlockFormat::Q6_K) => Self::Q6_K,
-            WeightType::Blocks(format @ (BlockFormat::IQ4_NL | BlockFormat::IQ4_XS | BlockFormat::MXFP4)) => {
-                let reason = format!("the CUDA device reads no embedding of type {format:?}");
-                return Err(DeviceError::Unsupported(reason));
-            }
-        })
+            WeightType::Blocks(format) => match format {
+                BlockFormat::Q4_0 => Self::Q4_0,
+                BlockFormat::Q4_1 => Self::Q4_1,
+                BlockFormat::Q5_0 => Self::Q5_0,
+                BlockFormat::Q5_1 => Self::Q5_1,
+                BlockFormat::Q8_0 => Self::Q8_0,
+                BlockFormat::Q2_K => Self::Q2_K,
+                BlockFormat::Q3_K => Self::Q3_K,
+                BlockFormat::Q4_K => Self::Q4_K,
+                BlockFormat::Q5_K => Self::Q5_K,
+                BlockFormat::Q6_K => Self::Q6_K,
+                BlockFormat::IQ4_NL => Self::IQ4_NL,
+                BlockFormat::IQ4_XS => Self::IQ4_XS,
+                BlockFormat::MXFP4 => Self::MXFP4,
+            },
+        }
     }
 }
 
