@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use emulator::Emulator;
-use kernels::attention::{BLOCK_SIZE, BlockId};
+use kernels::attention::{BLOCK_SIZE, BlockId, KvType};
 use kernels::cuda::Cuda;
 use kernels::device::{AdapterTier, Caller, DeviceError, Lease, Logits, Placement, StepLimits, Summary};
 use lorry::adapter::canonical::Adapter;
@@ -31,7 +31,11 @@ use tiny::{TinyFile, emulated_gpu, place, random_tokens};
 
 impl TinyFile {
     fn load(&self, max_rows: usize, max_sequences: usize) -> Decoder<Cuda<Emulator>> {
-        let mut decoder = Decoder::load(&self.path, emulated_gpu(), usize::MAX).unwrap();
+        self.load_keeping(KvType::F16, max_rows, max_sequences)
+    }
+
+    fn load_keeping(&self, kv_type: KvType, max_rows: usize, max_sequences: usize) -> Decoder<Cuda<Emulator>> {
+        let mut decoder = Decoder::load(&self.path, emulated_gpu(kv_type), usize::MAX).unwrap();
         decoder.reserve(StepLimits { max_rows, max_sequences }, NUM_BLOCKS).unwrap();
         decoder
     }
@@ -133,11 +137,16 @@ fn num_graphs(decoder: &Decoder<Cuda<Emulator>>) -> usize {
 
 #[test]
 fn replayed_steps_of_any_mix_give_the_bits_of_steps_that_are_not_recorded() {
+    KvType::ALL.into_iter().for_each(check_replays);
+}
+
+fn check_replays(kv_type: KvType) {
     let tiny = TinyFile::new();
     let kinds = [Kind::Ia3Wide, Kind::LoraSavedHead, Kind::PrefixTuning, Kind::LoraEverywhere];
     let adapters: Vec<_> = kinds.map(|kind| tiny.of_kind(kind)).into_iter().chain([tiny.lora(8, 8)]).collect();
     // As many rows as no bucket has.
-    let (mut recorded, mut eager) = (tiny.load(9, NUM_SEQUENCES), tiny.load(128, NUM_SEQUENCES + 1));
+    let load = |max_rows, max_sequences| tiny.load_keeping(kv_type, max_rows, max_sequences);
+    let (mut recorded, mut eager) = (load(9, NUM_SEQUENCES), load(128, NUM_SEQUENCES + 1));
     let _leases = (place_all(&mut recorded, &adapters), place_all(&mut eager, &adapters));
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let any_adapter = |rng: &mut ChaCha8Rng| adapters.get(rng.random_range(0..adapters.len() * 2)).cloned();

@@ -16,7 +16,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use half::f16;
 use kernels::Isa;
-use kernels::attention::{BLOCK_SIZE, BlockId};
+use kernels::attention::{BLOCK_SIZE, BlockId, KvType};
 use keys::{KEYS, changes_nothing};
 use lorry::adapter::canonical::Adapter;
 use lorry::adapter::{import, loader};
@@ -126,6 +126,9 @@ const MAX_QUANTIZED_DISTANCE: f64 = 0.04;
 /// What a change must make at least for a test of it to mean something.
 const MIN_CHANGE: f64 = 0.02;
 
+/// A card.
+const CARD: Place = Place::EmulatedGpu(KvType::F16);
+
 /// Whether the kernels of a card know the family.
 fn runs_on_card(family: &Family) -> bool {
     family.name != "qwen3moe"
@@ -141,7 +144,7 @@ fn every_family_has_the_logits_of_transformers() {
         let (model, expected) = (Model::of(family), &family.logits);
         for (dtype, bound) in [(GgmlDType::F32, MAX_EXACT_DISTANCE), (GgmlDType::Q8_0, MAX_QUANTIZED_DISTANCE)] {
             // Attention on a card rounds its weights to f16.
-            let on_card = (dtype == GgmlDType::Q8_0 && runs_on_card(family)).then_some(Place::EmulatedGpu);
+            let on_card = (dtype == GgmlDType::Q8_0 && runs_on_card(family)).then_some(CARD);
             for place in hosts().chain(on_card) {
                 let mut decoder = model.load(dtype, place).unwrap();
                 let distance = distance(&kept_logits(&mut *decoder, None), expected);
@@ -165,7 +168,7 @@ fn what_a_file_says_changes_the_logits_as_it_does_those_of_transformers() {
             println!("{}, {}: {found:.6}, change {change:.3}", family.name, variant.name);
             assert!(found < MAX_EXACT_DISTANCE, "{}, {}: {found}", family.name, variant.name);
             if runs_on_card(family) {
-                let mut decoder = Model::of(family).with(variant).load(GgmlDType::Q8_0, Place::EmulatedGpu).unwrap();
+                let mut decoder = Model::of(family).with(variant).load(GgmlDType::Q8_0, CARD).unwrap();
                 let on_card = distance(&kept_logits(&mut *decoder, None), expected);
                 println!("{}, {}, on a card: {on_card:.6}", family.name, variant.name);
                 assert!(on_card < MAX_QUANTIZED_DISTANCE, "{}, {} on a card: {on_card}", family.name, variant.name);
@@ -295,9 +298,9 @@ fn an_adapter_changes_every_family_as_peft_has_it() {
             for (dtype, place, bound) in [
                 (GgmlDType::F32, host, MAX_EXACT_DISTANCE),
                 (GgmlDType::Q8_0, host, MAX_QUANTIZED_DISTANCE),
-                (GgmlDType::Q8_0, Place::EmulatedGpu, MAX_QUANTIZED_DISTANCE),
+                (GgmlDType::Q8_0, CARD, MAX_QUANTIZED_DISTANCE),
             ] {
-                if place == Place::EmulatedGpu && !runs_on_card(family) {
+                if place == CARD && !runs_on_card(family) {
                     continue;
                 }
                 Model::of(family).write(&path, dtype);
@@ -364,7 +367,7 @@ fn a_row_of_every_family_has_the_same_bits_alone_and_beside_an_adapter() {
         let adapter = load_adapter(&family.adapters[0], &path);
         let tokens = [&REFERENCE.tokens[..], &REFERENCE.tokens[11..]];
         let hosts = Isa::available().map(|isa| [1, 2, 3].map(|threads| Place::Host(isa, threads)));
-        for places in hosts.chain(runs_on_card(family).then_some([Place::EmulatedGpu; 3])) {
+        for places in hosts.chain(runs_on_card(family).then_some([CARD; 3])) {
             let load = |place: Place| place.load(&path, usize::MAX).unwrap();
             let alone = |tokens, adapter| logits_alone(&mut *load(places[0]), tokens, adapter);
             let expected = [alone(tokens[0], None), alone(tokens[1], Some(&adapter))];
@@ -564,7 +567,7 @@ fn an_adapter_that_does_not_fit_the_experts_is_refused_by_the_name_of_its_tensor
 #[test]
 fn a_card_refuses_experts_before_anything_is_loaded() {
     let moe = REFERENCE.families.iter().find(|family| family.name == "qwen3moe").unwrap();
-    let refusal = Model::of(moe).load(GgmlDType::Q8_0, Place::EmulatedGpu).map(|_| ()).unwrap_err();
+    let refusal = Model::of(moe).load(GgmlDType::Q8_0, CARD).map(|_| ()).unwrap_err();
     assert!(refusal.contains("experts") && refusal.contains("--device cpu"), "{refusal}");
 }
 

@@ -53,11 +53,12 @@ async fn log_probabilities_are_within_their_bounds_of_those_of_peft() {
     let mut config = Config::load(None, &overrides).unwrap();
     config.engine.context_length = 512;
     config.engine.kv_cache_mib = 64;
+    let kv_type = config.engine.kv_cache_type;
     let app = App::load_with(config, |source, engine| {
-        if tiny::gpu() == Place::Gpu {
+        if matches!(tiny::gpu(kv_type), Place::Gpu(_)) {
             resident::load(source, &EngineConfig { device: DeviceChoice::Cuda(0), ..engine.clone() })
         } else {
-            resident::load_onto(source, tiny::emulated_gpu(), engine, 64)
+            resident::load_onto(source, tiny::emulated_gpu(kv_type), engine, 64)
         }
     })
     .unwrap();

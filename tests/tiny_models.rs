@@ -392,13 +392,13 @@ fn keys_and_values_in_q8_0_change_a_little() {
     for architecture in ARCHITECTURES {
         let model = TinyModel::new(architecture, GgmlDType::Q8_0, 4);
         let tokens = random_tokens(&model.spec, 100, 1);
-        for isa in Isa::available() {
-            let [exact, rounded] = [Place::Host(isa, 2), Place::HostQ8(isa, 2)]
-                .map(|place| logits_alone(&mut *model.load(place), &tokens, None));
+        let hosts = Isa::available().map(|isa| [Place::Host(isa, 2), Place::HostQ8(isa, 2)]);
+        for places in hosts.chain([KvType::ALL.map(Place::EmulatedGpu)]) {
+            let [exact, rounded] = places.map(|place| logits_alone(&mut *model.load(place), &tokens, None));
             let rounded: Vec<Vec<f64>> =
                 rounded.iter().map(|row| row.iter().map(|x| f64::from(*x)).collect()).collect();
             let distance = distance(&exact, &rounded);
-            assert!((1e-6..MAX_QUANTIZED_DISTANCE).contains(&distance), "{isa}, {architecture:?}: {distance}");
+            assert!((1e-6..MAX_QUANTIZED_DISTANCE).contains(&distance), "{places:?}, {architecture:?}: {distance}");
         }
     }
 }
@@ -411,11 +411,12 @@ fn keys_and_values_in_q8_0_are_refused_by_name_where_they_cannot_be() {
         assert!(refusal.contains("engine.kv_cache_type = \"q8_0\"") && refusal.contains(why), "{refusal}");
     };
     let mut card = Cuda::new(Emulator::new(1 << 20), 0, KvType::Q8_0);
-    said(card.prepare(&spec.shape(), &spec.attention_plan()), "engine.device = \"cpu\"");
+    card.prepare(&spec.shape(), &spec.attention_plan()).unwrap();
     let mut host = Host::new(Cpu::new(Isa::detect(), 1), unquantized::load, KvType::Q8_0);
     host.prepare(&spec.shape(), &spec.attention_plan()).unwrap();
     spec.head_dim = 80;
     said(host.prepare(&spec.shape(), &spec.attention_plan()), "multiple of 32 dimensions, and these have 80");
+    said(card.prepare(&spec.shape(), &spec.attention_plan()), "a head_dim of 80");
 }
 
 #[test]

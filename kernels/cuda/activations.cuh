@@ -6,7 +6,7 @@
 // Rounds the inputs 32b..32b + 32 of a row, of which this lane has input k = 32b + lane. For a whole warp. What is not a number
 // makes the block's scale not a number, and so all that the row is multiplied to.
 DEVICE void quantize_lane(f32 x, i8* values_row, BlockMeta* meta_row, i32 k) {
-    f32 largest = as_f32((u32)warp_max((i32)as_u32(absolute(x))));
+    f32 largest = warp_max_magnitude(x);
     f32 inverse = largest > 0.0f ? divide(127.0f, largest) : 0.0f;
     f32 rounded = round_even(x * inverse);
     i32 q = absolute(rounded) <= 127.0f ? (i32)rounded : 0;

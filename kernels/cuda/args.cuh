@@ -68,11 +68,23 @@ DEVICE const Site* site_of(const AdapterTable* table, i32 site) { return (const 
 
 // ---- Attention ---------------------------------------------------------------------------------------------------------
 //
-// A KV block holds 16 positions of every layer in f16:
-//   keys    [layer][block][kv_head][16 positions][head_dim]
-//   values  [layer][block][kv_head][head_dim][16 positions]
+// A KV block holds 16 positions of every layer. Keys are [layer][block][kv_head] of what a head is, and so are values:
+//
+//         keys                                              values
+//   f16   [16 positions][head_dim]                          [head_dim][16 positions]
+//   q8_0  the same in bytes, of which 128 is zero; behind   the same in bytes; behind them
+//         them their scales, f16                            their scales, f16
+//         [16 positions][head_dim / 32]                     [head_dim / 32][16 positions]
+//
+// Keys in q8_0, and the queries for them, are spread (kv.cuh). Whoever reads q8_0 makes f16 of it.
 
 constexpr i32 KV_BLOCK = 16;
+enum KvType : i32 { KV_F16, KV_Q8_0 };
+// Bytes of the keys, and of the values, of a head.
+DEVICE i32 kv_head_bytes(KvType type, i32 head_dim) {
+    return type == KV_F16 ? head_dim * KV_BLOCK * 2 : head_dim * KV_BLOCK + head_dim / 32 * KV_BLOCK * 2;
+}
+
 constexpr u32 FIRST_VIRTUAL_TOKEN = 1u << 31; // token FIRST_VIRTUAL_TOKEN + i: position i of the row's prelude
 
 // Queries of one sequence that one warp takes: num_rows · (heads of one KV head) is at most 16. num_rows 0: nothing to do.

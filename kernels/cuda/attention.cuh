@@ -35,8 +35,8 @@ DEVICE f32 merge(const Merging& m, f32 total, f32 part) { return fmaf(total, m.t
 
 struct AttendArgs {
     const f16* q;            // [rows][num_heads · head_dim]
-    const f16* keys;         // of the layer, as args.cuh says
-    const f16* values;       // the same
+    const u8* keys;          // of the layer, as args.cuh says
+    const u8* values;        // the same
     const AttendTile* tiles; // [num_tiles]
     const i32* block_tables; // of all sequences of the step
     f32* partials;           // [rows · num_heads][partials_per_row][head_dim + 2]: weighted values, maximum, sum of weights
@@ -78,35 +78,71 @@ template <i32 DIM> DEVICE void load_query(u32 (&a)[DIM / 16][4], const f16* quer
     }
 }
 
-// Scores of 8 positions; `key` is the position of this lane's column.
-template <i32 DIM> DEVICE void score(f32 (&s)[4], const u32 (&q)[DIM / 16][4], const f16* key) {
+// Four bytes of q8_0 as f16; two have one of a pair of scales each.
+DEVICE Words2 scaled(u32 bytes, const u32 (&scales)[2]) {
+    return {multiply_f16x2(bytes_to_f16x2<0>(bytes), scales[0]), multiply_f16x2(bytes_to_f16x2<2>(bytes), scales[1])};
+}
+
+// 8 dimensions of a key of a head, from `first` on.
+template <i32 DIM, KvType KV> DEVICE Words4 load_key(const u8* keys, i32 position, i32 first) {
+    if constexpr (KV == KV_F16) {
+        return *(const Words4*)((const f16*)keys + position * DIM + first);
+    } else {
+        Words2 bytes = *(const Words2*)(keys + position * DIM + first);
+        u32 scale = ((const f16*)(keys + DIM * KV_BLOCK))[position * (DIM / 32) + first / 32] * 0x10001u;
+        Words2 low = scaled(bytes.v[0], {scale, scale}), high = scaled(bytes.v[1], {scale, scale});
+        return {low.v[0], low.v[1], high.v[0], high.v[1]};
+    }
+}
+
+// Of 8 columns of the values of a head, from `first` on, that of this lane, at its four positions: as it is stored, and as f16.
+template <KvType KV> struct StoredValues { Words2 v; };
+template <> struct StoredValues<KV_Q8_0> { u32 v; };
+template <KvType KV> DEVICE StoredValues<KV> load_values(const u8* values, i32 first) {
+    i32 at = (first + lane_index() / 4) * KV_BLOCK + lane_index() % 4 * 4;
+    if constexpr (KV == KV_F16) return {*(const Words2*)((const f16*)values + at)};
+    else return {*(const u32*)(values + at)};
+}
+template <i32 DIM, KvType KV> DEVICE Words2 to_halves(const StoredValues<KV>& stored, const u8* values, i32 first) {
+    if constexpr (KV == KV_F16) {
+        return stored.v;
+    } else {
+        // Where the scales are is found out here: registers are few.
+        i32 at = opaque(lane_index() % 4 * 8) + DIM * KV_BLOCK + first / 32 * KV_BLOCK * 2;
+        return scaled(stored.v, ((const Words2*)(values + at))->v);
+    }
+}
+
+// Scores of 8 positions; `position` is that of this lane's column.
+template <i32 DIM, KvType KV> DEVICE void score(f32 (&s)[4], const u32 (&q)[DIM / 16][4], const u8* keys, i32 position) {
+    static_assert(KV == KV_F16 || DIM % 32 == 0, "q8_0 has scales for 32 dimensions");
     i32 quad = lane_index() % 4;
 #pragma unroll
     for (i32 c = 0; c < DIM / 32; c++) {
-        Words4 k = *(const Words4*)(key + c * 32 + quad * 8);
+        Words4 k = load_key<DIM, KV>(keys, position, c * 32 + quad * 8);
         mma_f16(s, q[c * 2], {k.v[0], k.v[1]});
         mma_f16(s, q[c * 2 + 1], {k.v[2], k.v[3]});
     }
     if constexpr (DIM % 32 != 0) {
-        Words2 k = *(const Words2*)(key + DIM - 16 + quad * 4);
+        Words2 k = *(const Words2*)((const f16*)keys + position * DIM + DIM - 16 + quad * 4);
         mma_f16(s, q[DIM / 16 - 1], {k.v[0], k.v[1]});
     }
 }
 
-// Adds a block's 16 positions. Of this lane's four positions, each of its two queries sees hidden..visible.
-template <i32 DIM>
-DEVICE void add_block(Softmax<DIM>& part, const u32 (&q)[DIM / 16][4], const f16* keys, const f16* values,
+// Adds a block's 16 positions, of the values the columns from `column` on. Of this lane's four positions, each of its two queries
+// sees hidden..visible.
+template <i32 DIM, KvType KV>
+DEVICE void add_block(Softmax<DIM>& part, const u32 (&q)[DIM / 16][4], const u8* keys, const u8* values, i32 column,
                       const AttendArgs& args, const i32 (&hidden)[2], const i32 (&visible)[2]) {
     f32 scale = args.scale;
-    i32 group = lane_index() / 4, quad = lane_index() % 4;
     // Columns 2t and 2t + 1 of both products of scores are positions 4t..4t + 4: values are read four positions at a time.
-    const f16* key = keys + (group / 2 * 4 + group % 2) * DIM;
+    i32 group = lane_index() / 4, position = group / 2 * 4 + group % 2;
     f32 s[2][4] = {};
-    score<DIM>(s[0], q, key);
-    score<DIM>(s[1], q, key + 2 * DIM);
-    Words2 v[COLUMNS<DIM> / 8];
+    score<DIM, KV>(s[0], q, keys, position);
+    score<DIM, KV>(s[1], q, keys, position + 2);
+    StoredValues<KV> stored[COLUMNS<DIM> / 8];
 #pragma unroll
-    for (i32 n = 0; n < COLUMNS<DIM> / 8; n++) v[n] = *(const Words2*)(values + (n * 8 + group) * KV_BLOCK + quad * 4);
+    for (i32 n = 0; n < COLUMNS<DIM> / 8; n++) stored[n] = load_values<KV>(values, column + n * 8);
     u32 weights[4];
     f32 correction[2];
 #pragma unroll
@@ -137,7 +173,8 @@ DEVICE void add_block(Softmax<DIM>& part, const u32 (&q)[DIM / 16][4], const f16
 #pragma unroll
     for (i32 n = 0; n < COLUMNS<DIM> / 8; n++) {
         for (i32 i = 0; i < 4; i++) part.out[n][i] *= correction[i / 2];
-        mma_f16(part.out[n], weights, {v[n].v[0], v[n].v[1]});
+        Words2 v = to_halves<DIM, KV>(stored[n], values, column + n * 8);
+        mma_f16(part.out[n], weights, {v.v[0], v.v[1]});
     }
 }
 
@@ -174,16 +211,17 @@ template <i32 DIM> DEVICE void merge_unit(Total<DIM>& total, Softmax<DIM>& part,
 
 // A tile of queries that a warp works on, for one KV head (and one part of its columns).
 template <i32 DIM> struct TileWork {
-    const f16* keys;   // of the KV head in block 0
-    const f16* values; // the same, from this part's columns on
+    const u8* keys;   // of the KV head in block 0
+    const u8* values; // the same
     const i32* table;
-    i32 block_len; // of a KV block, in elements
+    i32 column;      // of this part, the first
+    i32 block_bytes; // of a KV block
     i32 last[2]; // position of each of the lane's queries: what it sees ends there
     i32 num_positions;
     u32 q[DIM / 16][4];
 };
 
-template <i32 DIM>
+template <i32 DIM, KvType KV>
 DEVICE void sum_unit(Softmax<DIM>& part, const TileWork<DIM>& work, const AttendArgs& args, i32 unit) {
 #pragma unroll
     for (i32 n = 0; n < COLUMNS<DIM> / 8; n++)
@@ -194,12 +232,12 @@ DEVICE void sum_unit(Softmax<DIM>& part, const TileWork<DIM>& work, const Attend
     i32 of_lane = lane_index() % 4 * 4;
     i32 next = work.table[first];
     for (i32 b = first; b < end; b++) {
-        i64 start = (i64)next * work.block_len;
+        i64 start = (i64)next * work.block_bytes;
         if (b + 1 < end) next = work.table[b + 1];
         i32 lane_first = b * KV_BLOCK + of_lane;
         i32 hidden[2] = {first_seen(work.last[0], args.window) - lane_first, first_seen(work.last[1], args.window) - lane_first};
         i32 visible[2] = {work.last[0] + 1 - lane_first, work.last[1] + 1 - lane_first};
-        add_block<DIM>(part, work.q, work.keys + start, work.values + start, args, hidden, visible);
+        add_block<DIM, KV>(part, work.q, work.keys + start, work.values + start, work.column, args, hidden, visible);
     }
     for (i32 i = 0; i < 2; i++) {
         part.sum[i] += shuffle_xor(part.sum[i], 1);
@@ -224,7 +262,7 @@ DEVICE void write_partial(const AttendArgs& args, const i32 (&query)[2], i32 ind
 
 // Grid: tiles (four to a block where a warp does all of its tile, so that they share what they read), KV heads and their
 // parts, slots (four to a block).
-template <i32 DIM> DEVICE void attend(const AttendArgs& args) {
+template <i32 DIM, KvType KV> DEVICE void attend(const AttendArgs& args) {
     bool is_split = args.num_slots > 0;
     // The last tiles of a prefill have the longest contexts: start with them, so that all end together.
     i32 index = is_split ? block_x() : args.num_tiles - 1 - block_x() * 4 - warp_index();
@@ -238,7 +276,7 @@ template <i32 DIM> DEVICE void attend(const AttendArgs& args) {
     i32 units = num_units(work.num_positions);
     if (tile.num_rows == 0 || first_unit + slot >= units) return;
 
-    i32 kv_head = block_y() / PARTS<DIM>, column = block_y() % PARTS<DIM> * COLUMNS<DIM>;
+    i32 kv_head = block_y() / PARTS<DIM>, head_bytes = kv_head_bytes(KV, DIM);
     i32 heads = args.num_heads / args.num_kv_heads;
     i32 query[2]; // row · num_heads + head
 #pragma unroll
@@ -249,33 +287,39 @@ template <i32 DIM> DEVICE void attend(const AttendArgs& args) {
         work.last[i] = tile.first_position + row;
         load_query<DIM>(work.q, is_there ? args.q + (i64)query[i] * DIM : nullptr, i);
     }
-    work.block_len = args.num_kv_heads * KV_BLOCK * DIM;
-    work.keys = args.keys + (i64)kv_head * KV_BLOCK * DIM;
-    work.values = args.values + ((i64)kv_head * DIM + column) * KV_BLOCK;
+    work.column = block_y() % PARTS<DIM> * COLUMNS<DIM>;
+    work.block_bytes = args.num_kv_heads * head_bytes;
+    work.keys = args.keys + (i64)kv_head * head_bytes;
+    work.values = args.values + (i64)kv_head * head_bytes;
     work.table = args.block_tables + tile.block_table;
 
     SHARED Total<DIM> totals[4];
     Softmax<DIM> part;
     for (i32 unit = first_unit + slot; unit < units; unit += is_split ? args.num_slots : 1) {
-        sum_unit<DIM>(part, work, args, unit);
+        sum_unit<DIM, KV>(part, work, args, unit);
         if (is_split) {
-            write_partial<DIM>(args, query, unit, column, part);
+            write_partial<DIM>(args, query, unit, work.column, part);
         } else {
             merge_unit<DIM>(totals[warp_index()], part, unit == first_unit);
         }
     }
-    if (!is_split) write_partial<DIM>(args, query, 0, column, part);
+    if (!is_split) write_partial<DIM>(args, query, 0, work.column, part);
 }
 
-#define ATTEND(DIM, BLOCKS) KERNEL(attend_##DIM, AttendArgs, 128, BLOCKS) { attend<DIM>(args); }
-ATTEND(16, 8)
-ATTEND(32, 5)
-ATTEND(64, 4)
-ATTEND(80, 3)
-ATTEND(96, 3)
-ATTEND(112, 3)
-ATTEND(128, 2)
-ATTEND(256, 2)
+#define ATTEND(NAME, KV, DIM, BLOCKS) KERNEL(attend_##NAME##_##DIM, AttendArgs, 128, BLOCKS) { attend<DIM, KV>(args); }
+ATTEND(f16, KV_F16, 16, 8)
+ATTEND(f16, KV_F16, 32, 5)
+ATTEND(f16, KV_F16, 64, 4)
+ATTEND(f16, KV_F16, 80, 3)
+ATTEND(f16, KV_F16, 96, 3)
+ATTEND(f16, KV_F16, 112, 3)
+ATTEND(f16, KV_F16, 128, 2)
+ATTEND(f16, KV_F16, 256, 2)
+ATTEND(q8_0, KV_Q8_0, 32, 5)
+ATTEND(q8_0, KV_Q8_0, 64, 4)
+ATTEND(q8_0, KV_Q8_0, 96, 3)
+ATTEND(q8_0, KV_Q8_0, 128, 2)
+ATTEND(q8_0, KV_Q8_0, 256, 2)
 #undef ATTEND
 
 struct CombineArgs {

@@ -57,6 +57,13 @@ DEVICE i32 warp_sum(i32 v) { return __reduce_add_sync(0xffffffffu, v); }
 DEVICE f32 to_f32(f16 h) { f32 f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
 DEVICE f16 to_f16(f32 f) { f16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
 DEVICE u32 to_f16x2(f32 low, f32 high) { u32 h; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(high), "f"(low)); return h; }
+DEVICE u32 multiply_f16x2(u32 a, u32 b) { u32 p; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(p) : "r"(a), "r"(b)); return p; }
+// Two bytes, from byte FIRST of four on, less 128 as halves: 0x6400 + byte are the bits of 1024 + byte.
+template <i32 FIRST> DEVICE u32 bytes_to_f16x2(u32 bytes) {
+    u32 h;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(h) : "r"(__byte_perm(bytes, 0x64646464u, FIRST == 0 ? 0x4140 : 0x4342)), "r"(0x64806480u));
+    return h;
+}
 DEVICE f32 as_f32(u32 bits) { return __uint_as_float(bits); }
 DEVICE u32 as_u32(f32 f) { return __float_as_uint(f); }
 DEVICE f32 square_root(f32 f) { return __fsqrt_rn(f); }
@@ -133,6 +140,8 @@ DEVICE i32 warp_max(i32 v) {
     }
     return v;
 }
+// The largest magnitude in a warp; not a number if one is none, whose bits are greater than those of any number.
+DEVICE f32 warp_max_magnitude(f32 v) { return as_f32((u32)warp_max((i32)as_u32(absolute(v)))); }
 
 // e^x within 2 units in the last place for -87..=88, clamped to that range: as `Simd::exp` of the CPU kernels (Cephes expf).
 DEVICE f32 exponential(f32 x) {

@@ -173,6 +173,13 @@ DEVICE f16 to_f16(f32 f) {
 }
 #endif
 DEVICE u32 to_f16x2(f32 low, f32 high) { return to_f16(low) | (u32)to_f16(high) << 16; }
+DEVICE u32 multiply_f16x2(u32 a, u32 b) {
+    return to_f16x2(to_f32((f16)a) * to_f32((f16)b), to_f32((f16)(a >> 16)) * to_f32((f16)(b >> 16)));
+}
+template <i32 FIRST> DEVICE u32 bytes_to_f16x2(u32 bytes) {
+    i32 first = bytes >> (FIRST * 8) & 255, second = bytes >> (FIRST * 8 + 8) & 255;
+    return to_f16x2((f32)(first - 128), (f32)(second - 128));
+}
 DEVICE f32 square_root(f32 f) { return std::sqrt(f); }
 DEVICE f32 divide(f32 a, f32 b) { return a / b; }
 DEVICE f32 round_even(f32 f) { return std::nearbyintf(f); }

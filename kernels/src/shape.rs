@@ -121,6 +121,11 @@ impl DecoderShape {
         self.num_kv_heads * self.head_dim
     }
 
+    /// Whether what all keys have in common takes the same off all scores of a query, which changes no weight of a softmax.
+    pub fn keys_may_be_centered(&self) -> bool {
+        !self.norms_heads && self.attention_soft_cap.is_none()
+    }
+
     /// What the scores of attention are multiplied by where a family does not say otherwise.
     pub fn default_attention_scale(head_dim: usize) -> f32 {
         1.0 / (head_dim as f32).sqrt()

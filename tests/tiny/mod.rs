@@ -173,31 +173,36 @@ pub enum Place {
     /// The same, with keys and values in q8_0.
     HostQ8(Isa, usize),
     /// On the CUDA kernels, run by the CPU.
-    EmulatedGpu,
+    EmulatedGpu(KvType),
     /// On a card.
-    Gpu,
+    Gpu(KvType),
 }
 
 impl Place {
     /// Every one there is here, on `num_threads` threads.
     pub fn all(num_threads: usize) -> Vec<Self> {
-        Isa::available().map(|isa| Self::Host(isa, num_threads)).chain([Self::EmulatedGpu]).collect()
+        Isa::available().map(|isa| Self::Host(isa, num_threads)).chain([Self::EmulatedGpu(KvType::F16)]).collect()
+    }
+
+    /// What it keeps keys and values as.
+    pub fn kv_type(self) -> KvType {
+        match self {
+            Self::Host(..) => KvType::F16,
+            Self::HostQ8(..) => KvType::Q8_0,
+            Self::EmulatedGpu(kv_type) | Self::Gpu(kv_type) => kv_type,
+        }
     }
 
     pub fn load(self, path: &Path, context_length: usize) -> Result<Box<dyn Loaded>, GgufError> {
         Ok(match self {
-            Self::Host(isa, num_threads) => {
-                let host = Host::new(Cpu::new(isa, num_threads), unquantized::load, KvType::F16);
+            Self::Host(isa, num_threads) | Self::HostQ8(isa, num_threads) => {
+                let host = Host::new(Cpu::new(isa, num_threads), unquantized::load, self.kv_type());
                 Box::new(Decoder::load(path, host, context_length)?)
             }
-            Self::HostQ8(isa, num_threads) => {
-                let host = Host::new(Cpu::new(isa, num_threads), unquantized::load, KvType::Q8_0);
-                Box::new(Decoder::load(path, host, context_length)?)
-            }
-            Self::EmulatedGpu => Box::new(Decoder::load(path, emulated_gpu(), context_length)?),
-            Self::Gpu => {
+            Self::EmulatedGpu(kv_type) => Box::new(Decoder::load(path, emulated_gpu(kv_type), context_length)?),
+            Self::Gpu(kv_type) => {
                 let card = Nvidia::open(0).unwrap_or_else(|e| panic!("{GPU_VARIABLE} is set, and {e}"));
-                Box::new(Decoder::load(path, Cuda::new(card, 1 << 30, KvType::F16), context_length)?)
+                Box::new(Decoder::load(path, Cuda::new(card, 1 << 30, kv_type), context_length)?)
             }
         })
     }
@@ -207,13 +212,13 @@ impl Place {
 const GPU_VARIABLE: &str = "LORRY_TEST_GPU";
 
 /// Where the CUDA kernels run: on the CPU, unless a card is asked for.
-pub fn gpu() -> Place {
-    if std::env::var_os(GPU_VARIABLE).is_some() { Place::Gpu } else { Place::EmulatedGpu }
+pub fn gpu(kv_type: KvType) -> Place {
+    if std::env::var_os(GPU_VARIABLE).is_some() { Place::Gpu(kv_type) } else { Place::EmulatedGpu(kv_type) }
 }
 
 /// A device whose memory is enough for any test.
-pub fn emulated_gpu() -> Cuda<Emulator> {
-    Cuda::new(Emulator::new(4 << 30), 1 << 30, KvType::F16)
+pub fn emulated_gpu(kv_type: KvType) -> Cuda<Emulator> {
+    Cuda::new(Emulator::new(4 << 30), 1 << 30, kv_type)
 }
 
 /// A decoder on some device.

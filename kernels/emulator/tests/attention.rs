@@ -18,7 +18,7 @@ use contexts::{Attended, BLOCK, Context, Heads, Rows};
 const WHOLE: usize = MAX_SPLIT_ROWS + 1;
 
 fn heads(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> Heads {
-    Heads { num_heads, num_kv_heads, head_dim, scoring: Scoring::plain(head_dim) }
+    Heads { num_heads, num_kv_heads, head_dim, scoring: Scoring::plain(head_dim), kv_type: KvType::F16 }
 }
 
 fn bits(rows: &[f32]) -> Vec<u32> {
@@ -86,6 +86,23 @@ proptest! {
             prop_assert_eq!(&attended.values[..stride], &whole.values[(rows - 1) * stride..]);
             prop_assert_eq!(&attended.meta[..stride / 32], &whole.meta[(rows - 1) * stride / 32..]);
         }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn keys_and_values_in_q8_0_give_the_bits_of_what_is_read_of_them_in_f16(
+        heads in any_heads().prop_filter("q8_0 has scales for 32 dimensions", |heads| heads.head_dim % 32 == 0),
+        positions in 1..200_usize, rows in 1..20_usize, bucket in prop::sample::select(vec![20, WHOLE]), seed: u64,
+    ) {
+        let context = heads.context(positions, &mut Numbers::new(seed), 3.0);
+        let in_q8_0 = Heads { kv_type: KvType::Q8_0, ..heads };
+        let rows = rows.min(positions);
+        let attended = last_rows(in_q8_0, &context, rows, bucket, seed);
+        let expected = last_rows(heads, &in_q8_0.as_read(&context), rows, bucket, seed ^ 4);
+        prop_assert_eq!(bits(&attended.rows), bits(&expected.rows));
     }
 }
 
@@ -218,9 +235,13 @@ fn equal_scores_give_the_mean_exactly() {
 
 #[test]
 fn shapes_without_a_kernel_are_refused_by_name() {
-    for (shape, named) in [((4, 2, 72), "head_dim of 72"), ((34, 2, 64), "34 heads over 2"), ((3, 2, 64), "3 heads")] {
-        let (num_heads, num_kv_heads, head_dim) = shape;
-        match AttentionShape::new(num_heads, num_kv_heads, head_dim, 100) {
+    for (kv_type, heads, head_dim, named) in [
+        (KvType::F16, (4, 2), 72, "head_dim of 72"),
+        (KvType::F16, (34, 2), 64, "34 heads over 2"),
+        (KvType::F16, (3, 2), 64, "3 heads"),
+        (KvType::Q8_0, (4, 2), 80, "only for 32, 64, 96, 128, 256"),
+    ] {
+        match AttentionShape::new(kv_type, heads, head_dim, 100) {
             Err(DriverError::Failed(message)) => assert!(message.contains(named), "{message}"),
             other => panic!("{other:?}"),
         }
@@ -230,7 +251,7 @@ fn shapes_without_a_kernel_are_refused_by_name() {
 #[test]
 fn tiles_hold_each_row_once_with_its_position() {
     for (num_heads, per_tile) in [(1, 16), (7, 2), (9, 1), (16, 1)] {
-        let shape = AttentionShape::new(num_heads, 1, 64, 100).unwrap();
+        let shape = AttentionShape::new(KvType::F16, (num_heads, 1), 64, 100).unwrap();
         for rows in 1..40 {
             let tiles: Vec<_> = shape.tiles(5..5 + rows, 30, 8).collect();
             let mut next = 0;

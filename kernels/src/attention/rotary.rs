@@ -40,9 +40,13 @@ impl RotaryTable {
     /// Replaces `center` by what nearly all turned keys have in common of `bias` `[num_kv_heads, head_dim]`, which was added to each:
     /// its dimensions that hardly turn.
     pub fn center(&self, head_dim: usize, bias: &[f32], center: &mut Vec<f32>) {
-        let stays = |dim: usize| dim >= 2 * self.half_dim || self.is_slow[dim % self.half_dim];
         center.clear();
-        center.extend(bias.iter().enumerate().map(|(at, bias)| if stays(at % head_dim) { *bias } else { 0.0 }));
+        center.extend(bias.iter().enumerate().map(|(at, bias)| if self.stays(at % head_dim) { *bias } else { 0.0 }));
+    }
+
+    /// Whether a dimension of a head hardly turns, or not at all.
+    pub fn stays(&self, dim: usize) -> bool {
+        dim >= 2 * self.half_dim || self.is_slow[dim % self.half_dim]
     }
 
     /// `[position][turned dimensions / 2]`

@@ -26,12 +26,13 @@ pub struct KvSlot {
     pub position: usize,
 }
 
-/// What keys and values are kept as.
+/// What keys and values are kept as; by number for the kernels of a card.
+#[repr(i32)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KvType {
-    F16,
+    F16 = 0,
     /// A whole number of 8 bits for each, and a scale in f16 for every 32 dimensions of a head, as GGUF's `q8_0` has it.
-    Q8_0,
+    Q8_0 = 1,
 }
 
 impl KvType {
@@ -46,7 +47,7 @@ impl KvType {
     }
 
     /// Bytes of the keys, and of the values, of one head in a block.
-    fn head_bytes(self, head_dim: usize) -> usize {
+    pub fn head_bytes(self, head_dim: usize) -> usize {
         match self {
             Self::F16 => head_dim * BLOCK_SIZE * size_of::<f16>(),
             Self::Q8_0 => head_dim.div_ceil(BLOCK) * KEY_LAYOUT.record_bytes(),

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::args::{Activations, AttendTile, num_units};
 use super::driver::{Driver, DriverError, Grid, KernelArgs, bytes_of};
-use crate::attention::Scoring;
+use crate::attention::{KvType, Scoring};
 
 /// Queries of a tile: the rows of a tensor core's product.
 const TILE_QUERIES: usize = 16;
@@ -16,6 +16,23 @@ const BLOCK_WARPS: usize = 4;
 pub const MAX_SPLIT_ROWS: usize = 64;
 /// Warps that keep a card busy.
 const ENOUGH_WARPS: usize = 2048;
+
+/// The kernels, for heads of so many dimensions whose keys and values are kept so.
+const KERNELS: [(KvType, usize, &str); 13] = [
+    (KvType::F16, 16, "attend_f16_16"),
+    (KvType::F16, 32, "attend_f16_32"),
+    (KvType::F16, 64, "attend_f16_64"),
+    (KvType::F16, 80, "attend_f16_80"),
+    (KvType::F16, 96, "attend_f16_96"),
+    (KvType::F16, 112, "attend_f16_112"),
+    (KvType::F16, 128, "attend_f16_128"),
+    (KvType::F16, 256, "attend_f16_256"),
+    (KvType::Q8_0, 32, "attend_q8_0_32"),
+    (KvType::Q8_0, 64, "attend_q8_0_64"),
+    (KvType::Q8_0, 96, "attend_q8_0_96"),
+    (KvType::Q8_0, 128, "attend_q8_0_128"),
+    (KvType::Q8_0, 256, "attend_q8_0_256"),
+];
 
 /// What attention is of a model, refused where no kernel is made for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,9 +49,9 @@ pub struct AttentionShape {
 pub struct AttendMemory {
     /// f16 `[rows, num_heads, head_dim]`
     pub q_half: u64,
-    /// Of the layer, f16 `[block][kv_head][16 positions][head_dim]`.
+    /// Of the layer, as [`super::kv`] says.
     pub keys: u64,
-    /// Of the layer, f16 `[block][kv_head][head_dim][16 positions]`.
+    /// Of the layer, as [`super::kv`] says.
     pub values: u64,
     /// [`AttendTile`] `[num_tiles]`
     pub tiles: u64,
@@ -93,31 +110,25 @@ unsafe impl KernelArgs for AttendArgs {}
 unsafe impl KernelArgs for CombineArgs {}
 
 impl AttentionShape {
-    /// `max_positions` is the longest context.
+    /// Keys and values are kept as `kv_type`; `max_positions` is the longest context.
     ///
     /// # Errors
     /// When there is no kernel for heads of this size, or of so many for one KV head.
     pub fn new(
-        num_heads: usize,
-        num_kv_heads: usize,
+        kv_type: KvType,
+        (num_heads, num_kv_heads): (usize, usize),
         head_dim: usize,
         max_positions: usize,
     ) -> Result<Self, DriverError> {
-        let kernel = match head_dim {
-            16 => "attend_16",
-            32 => "attend_32",
-            64 => "attend_64",
-            80 => "attend_80",
-            96 => "attend_96",
-            112 => "attend_112",
-            128 => "attend_128",
-            256 => "attend_256",
-            _ => {
-                let message = format!(
-                    "the CUDA device has no attention for a head_dim of {head_dim}: 16, 32, 64, 80, 96, 112, 128 or 256"
-                );
-                return Err(DriverError::Failed(message));
-            }
+        let of_type = KERNELS.iter().filter(|(of, ..)| *of == kv_type);
+        let Some((.., kernel)) = of_type.clone().find(|(_, dim, _)| *dim == head_dim) else {
+            let known: Vec<_> = of_type.map(|(_, dim, _)| dim.to_string()).collect();
+            let message = format!(
+                "the CUDA device has no attention for a head_dim of {head_dim} with engine.kv_cache_type = \"{kv_type}\", \
+                 only for {}",
+                known.join(", ")
+            );
+            return Err(DriverError::Failed(message));
         };
         if num_kv_heads == 0 || !num_heads.is_multiple_of(num_kv_heads) || num_heads / num_kv_heads > TILE_QUERIES {
             let message = format!(

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::attention::{KvStore, KvType, Scoring};
+use crate::attention::{KvStore, Scoring};
 use crate::canonical::{AdapterWeights, LAYERS_PER_BLOCK};
 use crate::device::{AdapterTier, Caller, Device, DeviceError, Layer, MatrixSource, Peaks, Placement, StepLimits};
 use crate::mapped_file::MappedRows;
@@ -48,14 +48,8 @@ impl<D: Driver> Device for Cuda<D> {
                 "the CUDA device takes vocabularies of up to {most} tokens, not {vocab_size}"
             )));
         }
-        if self.kv_type != KvType::F16 {
-            return Err(DeviceError::Unsupported(format!(
-                "the CUDA device keeps keys and values in f16: engine.kv_cache_type = \"{}\" is for engine.device = \"cpu\"",
-                self.kv_type
-            )));
-        }
-        let attention = AttentionShape::new(num_heads, num_kv_heads, head_dim, context_length)?;
-        let rotaries = plan.rotaries.iter().map(|rotary| Turning::new(&self.driver, rotary, context_length));
+        let attention = AttentionShape::new(self.kv_type, (num_heads, num_kv_heads), head_dim, context_length)?;
+        let rotaries = plan.rotaries.iter().map(|rotary| Turning::new(&self.driver, rotary, context_length, head_dim));
         let rotaries = rotaries.collect::<Result<_, _>>()?;
         self.decoder = Some(PreparedDecoder { shape: *shape, attention, layers: plan.layers.clone(), rotaries });
         self.adapters = Adapters::new(num_layers, self.adapter_budget);
@@ -91,7 +85,7 @@ impl<D: Driver> Device for Cuda<D> {
             limits,
             buffers: Buffers::new(driver, &shape, &self.decoder().attention, limits.max_rows, FIRST_RANK_STRIDE)?,
             data: StepData::new(driver, limits, shape.context_length)?,
-            kv: Kv::new(driver, &shape, num_blocks)?,
+            kv: Kv::new(driver, &shape, self.kv_type, num_blocks)?,
             rows: 0,
             input_width: 0,
         });
@@ -254,14 +248,15 @@ impl<D: Driver> Device for Cuda<D> {
         self.run_linears(&layers, *rows, *input_width, self.addresses().adapters)
     }
 
-    fn rotate_and_store(&mut self, _step: &Step<'_>, block: usize, _keys: &CudaLinear<D>) -> Result<(), DeviceError> {
+    fn rotate_and_store(&mut self, _step: &Step<'_>, block: usize, keys: &CudaLinear<D>) -> Result<(), DeviceError> {
         if self.is_replaying() {
             return Ok(());
         }
         let PreparedDecoder { shape, layers, rotaries, .. } = self.decoder();
-        let Turning { cos, sin, pairs } = &rotaries[layers[block].rotary];
+        let Turning { cos, sin, pairs, stays } = &rotaries[layers[block].rotary];
         let StepMemory { buffers, kv, rows, .. } = self.step();
         let addresses = self.addresses();
+        let common = if shape.keys_may_be_centered() { keys.bias() } else { 0 };
         let (keys, values) = kv.layer(block);
         let args = RotateArgs {
             q: buffers.address(Buffer::Q),
@@ -273,6 +268,8 @@ impl<D: Driver> Device for Cuda<D> {
             slots: addresses.slots,
             tokens: addresses.tokens,
             adapters: addresses.adapters,
+            common,
+            stays: stays.address(),
             keys,
             values,
             q_half: buffers.address(Buffer::Queries),
@@ -281,7 +278,7 @@ impl<D: Driver> Device for Cuda<D> {
             head_dim: shape.head_dim as i32,
             layer: block as i32,
             turned_pairs: *pairs as i32,
-            unused: 0,
+            kv_type: self.kv_type,
         };
         Ok(rotate_and_store(&self.driver, *rows, args)?)
     }

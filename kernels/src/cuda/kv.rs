@@ -1,10 +1,10 @@
 //! What goes into the KV store: `kernels/cuda/kv.cuh`.
 //!
-//! The store is two allocations of zeros, keys and values, f16 `[layer][block][kv_head]` of what `kernels/cuda/args.cuh`
-//! says. Its values are finite: [`rotate_and_store`] alone may write them.
+//! The store is two allocations of zeros, keys and values, `[layer][block][kv_head]` of what `kernels/cuda/args.cuh` says of
+//! each [`KvType`]. Its values are finite: [`rotate_and_store`] alone may write them.
 
 use super::driver::{Driver, DriverError, KernelArgs, bytes_of};
-use crate::attention::BLOCK_SIZE;
+use crate::attention::KvType;
 
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -27,11 +27,15 @@ pub struct RotateArgs {
     pub tokens: u64,
     /// Addresses of [`AdapterTable`](super::args::AdapterTable)s or 0, `[rows]`; or none.
     pub adapters: u64,
+    /// f32 `[num_kv_heads, head_dim]`, which was added to all keys, or 0: [`KvType::Q8_0`] goes without what hardly turns of it.
+    pub common: u64,
+    /// f32 `[head_dim]`: 1 for dimensions that hardly turn, or else 0.
+    pub stays: u64,
     /// Of the layer.
     pub keys: u64,
     /// Of the layer.
     pub values: u64,
-    /// f16 `[rows, num_heads, head_dim]`, written: the rotated queries.
+    /// f16 `[rows, num_heads, head_dim]`, written: the queries, rotated, and spread where keys are.
     pub q_half: u64,
     pub num_heads: i32,
     pub num_kv_heads: i32,
@@ -39,15 +43,15 @@ pub struct RotateArgs {
     pub layer: i32,
     /// Dimensions `i` and `i + turned_pairs` turn together; those beyond twice as many stay as they are.
     pub turned_pairs: i32,
-    pub unused: i32,
+    pub kv_type: KvType,
 }
 
-const _: () = assert!(size_of::<RotateArgs>() == 120);
+const _: () = assert!(size_of::<RotateArgs>() == 136);
 
 // SAFETY: no padding; whoever fills it in vouches for the addresses.
 unsafe impl KernelArgs for RotateArgs {}
 
-/// Writes queries turned as f16, and keys turned and values to the KV store; of virtual rows, the keys and values that their
+/// Writes queries turned as f16, and keys turned and values to the KV store, rounded as it keeps them; of virtual rows, the keys and values that their
 /// adapter has in the place of computed ones. Slots of one call differ, those below 0 apart.
 ///
 /// # Errors
@@ -83,8 +87,8 @@ const _: () = assert!(size_of::<CopyArgs>() == 48);
 unsafe impl KernelArgs for CopyArgs {}
 
 /// Bytes of one block of one layer in keys, and in values.
-pub fn block_bytes(num_kv_heads: usize, head_dim: usize) -> usize {
-    num_kv_heads * head_dim * BLOCK_SIZE * size_of::<u16>()
+pub fn block_bytes(kv_type: KvType, num_kv_heads: usize, head_dim: usize) -> usize {
+    num_kv_heads * kv_type.head_bytes(head_dim)
 }
 
 /// Replaces blocks by others in every layer, one copy after the other.

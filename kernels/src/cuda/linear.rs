@@ -66,7 +66,8 @@ impl<D: Driver> CudaLinear<D> {
         }
     }
 
-    fn bias(&self) -> u64 {
+    /// 0 for none.
+    pub(super) fn bias(&self) -> u64 {
         self.bias.as_ref().map_or(0, DeviceMemory::address)
     }
 }

@@ -103,14 +103,22 @@ struct Turning<D: Driver> {
     cos: D::Memory,
     sin: D::Memory,
     pairs: usize,
+    /// f32 `[head_dim]`: 1 for dimensions that hardly turn, or else 0.
+    stays: D::Memory,
 }
 
 impl<D: Driver> Turning<D> {
-    fn new(driver: &D, rotary: &Rotary, context_length: usize) -> Result<Self, DriverError> {
+    fn new(driver: &D, rotary: &Rotary, context_length: usize, head_dim: usize) -> Result<Self, DriverError> {
         let table = RotaryTable::of(context_length, rotary);
         // Heads that do not turn have no angles, and there is no memory of no bytes.
         let upload = |angles: &[f32]| driver.upload_floats(if angles.is_empty() { &[0.0] } else { angles });
-        Ok(Self { cos: upload(table.cos())?, sin: upload(table.sin())?, pairs: rotary.frequencies.len() })
+        let stays: Vec<f32> = (0..head_dim).map(|dim| f32::from(u8::from(table.stays(dim)))).collect();
+        Ok(Self {
+            cos: upload(table.cos())?,
+            sin: upload(table.sin())?,
+            pairs: rotary.frequencies.len(),
+            stays: upload(&stays)?,
+        })
     }
 }
 
@@ -151,8 +159,8 @@ struct Kv<D: Driver> {
 }
 
 impl<D: Driver> Kv<D> {
-    fn new(driver: &D, shape: &DecoderShape, num_blocks: usize) -> Result<Self, DriverError> {
-        let block_bytes = kv::block_bytes(shape.num_kv_heads, shape.head_dim);
+    fn new(driver: &D, shape: &DecoderShape, kv_type: KvType, num_blocks: usize) -> Result<Self, DriverError> {
+        let block_bytes = kv::block_bytes(kv_type, shape.num_kv_heads, shape.head_dim);
         let layer_bytes = num_blocks * block_bytes;
         let allocate = || driver.allocate(layer_bytes * shape.num_layers);
         Ok(Self { keys: allocate()?, values: allocate()?, num_blocks, layer_bytes, block_bytes })

@@ -304,12 +304,12 @@ impl Device for Host {
     }
 
     fn rotate_and_store(&mut self, step: &Step<'_>, block: usize, keys: &HostLinear) -> Result<(), DeviceError> {
-        let DecoderShape { head_dim, norms_heads, attention_soft_cap, .. } = self.shape();
+        let shape = self.shape();
         let Buffers { slots, outputs, center, .. } = &mut self.buffers;
         let qkv = select(outputs, [Output::Q, Output::K, Output::V]);
         let rotary = &self.rotaries[self.plan.layers[block].rotary];
-        let bias = keys.bias().filter(|_| !norms_heads && attention_soft_cap.is_none());
-        rotary.center(head_dim, bias.unwrap_or_default(), center);
+        let bias = keys.bias().filter(|_| shape.keys_may_be_centered());
+        rotary.center(shape.head_dim, bias.unwrap_or_default(), center);
         let center = bias.map(|_| center.as_slice());
         rotate_and_store(&self.cpu, &mut self.kv, (block, center), rotary, slots, qkv);
         self.store_prelude(step, block, bias.is_some());

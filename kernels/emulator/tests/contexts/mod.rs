@@ -1,10 +1,11 @@
 //! Sequences whose keys and values lie in an emulated KV store, and attention over them.
 
 use half::f16;
-use kernels::attention::Scoring;
+use kernels::attention::{KvType, Scoring};
 use kernels::cuda::args::{Activations, AttendTile, BlockMeta};
 use kernels::cuda::attention::{AttendMemory, AttentionShape};
 use kernels::cuda::driver::{DeviceMemory, Driver};
+use kernels::cuda::kv::block_bytes;
 
 use crate::arrays::{self, Numbers};
 
@@ -16,6 +17,7 @@ pub struct Heads {
     pub num_kv_heads: usize,
     pub head_dim: usize,
     pub scoring: Scoring,
+    pub kv_type: KvType,
 }
 
 /// Positions of one sequence, f16: queries `[positions, num_heads, head_dim]`, keys and values alike.
@@ -69,12 +71,16 @@ impl Heads {
     /// of NaN keys and of great values where no position is.
     pub fn attend(&self, sequences: &[Rows<'_>], bucket: usize, max_positions: usize, seed: u64) -> Attended {
         let device = arrays::device();
-        let shape = AttentionShape::new(self.num_heads, self.num_kv_heads, self.head_dim, max_positions).unwrap();
+        let Self { num_heads, num_kv_heads, head_dim, kv_type, .. } = *self;
+        let shape = AttentionShape::new(kv_type, (num_heads, num_kv_heads), head_dim, max_positions).unwrap();
         let mut numbers = Numbers::new(seed);
         let blocks_of = |rows: &Rows<'_>| rows.context.k.len().div_ceil(self.kv_width() * BLOCK);
         let mut free: Vec<usize> = (0..sequences.iter().map(blocks_of).sum::<usize>() + 3).collect();
-        let mut keys = vec![0x7e00_u16; free.len() * BLOCK * self.kv_width()];
-        let mut values = vec![f16::from_f32(6e4).to_bits(); keys.len()];
+        let mut keys = vec![0; free.len() * block_bytes(kv_type, num_kv_heads, head_dim)];
+        let mut values = keys.clone();
+        let elements = free.len() * BLOCK * self.kv_width();
+        let unused = Context { q: Vec::new(), k: vec![f16::NAN; elements], v: vec![f16::from_f32(6e4); elements] };
+        self.store(&unused, &free, &mut keys, &mut values);
         let (mut q, mut positions, mut table, mut tiles) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for sequence in sequences {
             let first_row = positions.len();
@@ -97,8 +103,8 @@ impl Heads {
         let tiles = tiles.iter().flat_map(|t| [t.first_row, t.num_rows, t.first_position, t.block_table]);
         let memory = [
             arrays::halves(&device, &q),
-            arrays::halves(&device, &keys),
-            arrays::halves(&device, &values),
+            arrays::bytes(&device, &keys),
+            arrays::bytes(&device, &values),
             arrays::bytes(&device, &tiles.flat_map(i32::to_le_bytes).collect::<Vec<_>>()),
             arrays::bytes(&device, &integers(&table)),
             arrays::bytes(&device, &integers(&positions)),
@@ -125,24 +131,48 @@ impl Heads {
         Attended { rows, values: read[0].iter().map(|b| b.cast_signed()).collect(), meta: meta.collect() }
     }
 
-    fn store(&self, context: &Context, table: &[usize], keys: &mut [u16], values: &mut [u16]) {
-        let Self { num_kv_heads, head_dim, .. } = *self;
-        for (position, (k, v)) in
-            context.k.chunks_exact(self.kv_width()).zip(context.v.chunks_exact(self.kv_width())).enumerate()
-        {
-            for head in 0..num_kv_heads {
-                let start = (table[position / BLOCK] * num_kv_heads + head) * BLOCK * head_dim;
-                for d in 0..head_dim {
-                    keys[start + position % BLOCK * head_dim + d] = k[head * head_dim + d].to_bits();
-                    values[start + d * BLOCK + position % BLOCK] = v[head * head_dim + d].to_bits();
+    fn store(&self, context: &Context, table: &[usize], keys: &mut [u8], values: &mut [u8]) {
+        let Self { num_kv_heads, head_dim, kv_type, .. } = *self;
+        let head_bytes = kv_type.head_bytes(head_dim);
+        for (index, (k, v)) in context.k.chunks_exact(head_dim).zip(context.v.chunks_exact(head_dim)).enumerate() {
+            let (position, head) = (index / num_kv_heads, index % num_kv_heads);
+            let (block, offset) = (table[position / BLOCK], position % BLOCK);
+            let start = (block * num_kv_heads + head) * head_bytes;
+            let [keys, values] = [&mut *keys, &mut *values].map(|store| &mut store[start..][..head_bytes]);
+            if kv_type == KvType::F16 {
+                for (d, (k, v)) in k.iter().zip(v).enumerate() {
+                    put_half(keys, offset * head_dim + d, *k);
+                    put_half(values, d * BLOCK + offset, *v);
                 }
+                continue;
+            }
+            // Scales lie behind the bytes.
+            let (scales, groups) = (head_dim * BLOCK / 2, head_dim / 32);
+            for (group, (k, v)) in k.chunks_exact(32).zip(v.chunks_exact(32)).enumerate() {
+                let ((k, key_scale), (v, value_scale)) = (rounded(k), rounded(v));
+                for i in 0..32 {
+                    let d = group * 32 + i;
+                    keys[offset * head_dim + d] = (k[i] + 128) as u8;
+                    values[d * BLOCK + offset] = (v[i] + 128) as u8;
+                }
+                put_half(keys, scales + offset * groups + group, key_scale);
+                put_half(values, scales + group * BLOCK + offset, value_scale);
             }
         }
     }
 
+    /// What is read of a context whose keys and values are kept in q8_0.
+    pub fn as_read(&self, context: &Context) -> Context {
+        let read = |values: &[f16]| -> Vec<f16> {
+            let groups = values.chunks_exact(32).map(rounded);
+            groups.flat_map(|(whole, scale)| whole.map(|q| f16::from_f32(q as f32 * scale.to_f32()))).collect()
+        };
+        Context { q: context.q.clone(), k: read(&context.k), v: read(&context.v) }
+    }
+
     /// Softmax attention of one row in f64.
     pub fn reference(&self, context: &Context, position: usize) -> Vec<f64> {
-        let Self { num_heads, num_kv_heads, head_dim, scoring: Scoring { scale, soft_cap, window } } = *self;
+        let Self { num_heads, num_kv_heads, head_dim, scoring: Scoring { scale, soft_cap, window }, .. } = *self;
         let capped = |score: f64| soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
         let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
         let at = |x: &[f16], index: usize| -> Vec<f64> {
@@ -168,4 +198,17 @@ impl Heads {
         }
         out
     }
+}
+
+fn put_half(bytes: &mut [u8], index: usize, half: f16) {
+    bytes[index * 2..][..2].copy_from_slice(&half.to_le_bytes());
+}
+
+/// 32 values as whole numbers of a scale, which is not a number if one of them is none.
+fn rounded(values: &[f16]) -> ([i32; 32], f16) {
+    let largest =
+        values.iter().map(|x| x.to_f32().abs()).fold(0.0, |a: f32, b| if b > a || b.is_nan() { b } else { a });
+    let scale = f16::from_f32(largest / 127.0);
+    let whole = |i: usize| (values[i].to_f32() / scale.to_f32()).round().clamp(-127.0, 127.0) as i32;
+    (std::array::from_fn(whole), scale)
 }
