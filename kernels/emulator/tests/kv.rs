@@ -296,7 +296,7 @@ proptest! {
         // Queries by Hadamard's matrix: -1 where numbers of row and column have an odd number of bits in common.
         for (spread, q) in stored.q_half.chunks_exact(32).zip(q.chunks_exact(32)) {
             for (row, spread) in spread.iter().enumerate() {
-                let sign = |column: usize| if (row & column).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+                let sign = |column: usize| if (row & column).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
                 let expected = (0..32).map(|column| sign(column) * q[column]).sum::<f32>() / f32::sqrt(32.0);
                 prop_assert!((f16::from_bits(*spread).to_f32() - expected).abs() < 4e-3);
             }
