@@ -25,7 +25,7 @@ use lorry::model::checkpoint::quantized;
 use lorry::model::gguf::GgufFile;
 use lorry::model::memory::Memory;
 use lorry::model::{AdapterGroup, BaseWeights, SequenceRows};
-use model::{Family, Model, PeftCase, REFERENCE, write_checkpoint};
+use model::{Model, PeftCase, REFERENCE, write_checkpoint};
 use safetensors::SafeTensors;
 use serde_json::{Value as Json, json};
 use tiny::peft::{PeftAdapter, with_virtual_tokens};
@@ -123,16 +123,14 @@ fn distance(logits: &[f32], expected: &[f32]) -> f64 {
 /// chooses its experts by them.
 const MAX_EXACT_DISTANCE: f64 = 1e-3;
 const MAX_QUANTIZED_DISTANCE: f64 = 0.04;
+/// On a card, where a row of which two experts score nearly the same may choose the other one: attention rounds otherwise there. In
+/// F32 no row does.
+const MAX_ROUTED_DISTANCE: f64 = 0.08;
 /// What a change must make at least for a test of it to mean something.
 const MIN_CHANGE: f64 = 0.02;
 
 /// A card.
 const CARD: Place = Place::EmulatedGpu(KvType::F16);
-
-/// Whether the kernels of a card know the family.
-fn runs_on_card(family: &Family) -> bool {
-    family.name != "qwen3moe"
-}
 
 fn hosts() -> impl Iterator<Item = Place> {
     Isa::available().map(|isa| Place::Host(isa, 2))
@@ -144,7 +142,7 @@ fn every_family_has_the_logits_of_transformers() {
         let (model, expected) = (Model::of(family), &family.logits);
         for (dtype, bound) in [(GgmlDType::F32, MAX_EXACT_DISTANCE), (GgmlDType::Q8_0, MAX_QUANTIZED_DISTANCE)] {
             // Attention on a card rounds its weights to f16.
-            let on_card = (dtype == GgmlDType::Q8_0 && runs_on_card(family)).then_some(CARD);
+            let on_card = (dtype == GgmlDType::Q8_0).then_some(CARD);
             for place in hosts().chain(on_card) {
                 let mut decoder = model.load(dtype, place).unwrap();
                 let distance = distance(&kept_logits(&mut *decoder, None), expected);
@@ -167,12 +165,10 @@ fn what_a_file_says_changes_the_logits_as_it_does_those_of_transformers() {
             let found = distance(&kept_logits(&mut *decoder, None), expected);
             println!("{}, {}: {found:.6}, change {change:.3}", family.name, variant.name);
             assert!(found < MAX_EXACT_DISTANCE, "{}, {}: {found}", family.name, variant.name);
-            if runs_on_card(family) {
-                let mut decoder = Model::of(family).with(variant).load(GgmlDType::Q8_0, CARD).unwrap();
-                let on_card = distance(&kept_logits(&mut *decoder, None), expected);
-                println!("{}, {}, on a card: {on_card:.6}", family.name, variant.name);
-                assert!(on_card < MAX_QUANTIZED_DISTANCE, "{}, {} on a card: {on_card}", family.name, variant.name);
-            }
+            let mut decoder = Model::of(family).with(variant).load(GgmlDType::Q8_0, CARD).unwrap();
+            let on_card = distance(&kept_logits(&mut *decoder, None), expected);
+            println!("{}, {}, on a card: {on_card:.6}", family.name, variant.name);
+            assert!(on_card < MAX_QUANTIZED_DISTANCE, "{}, {} on a card: {on_card}", family.name, variant.name);
             assert!(change > MIN_CHANGE, "{}, {}: changes too little", family.name, variant.name);
         }
     }
@@ -295,14 +291,15 @@ fn an_adapter_changes_every_family_as_peft_has_it() {
         for case in &family.adapters {
             let expected = &case.logits;
             let host = Place::Host(Isa::detect(), 2);
-            for (dtype, place, bound) in [
+            let has_experts = family.name == "qwen3moe";
+            let on_card = if has_experts { MAX_ROUTED_DISTANCE } else { MAX_QUANTIZED_DISTANCE };
+            let mut runs = vec![
                 (GgmlDType::F32, host, MAX_EXACT_DISTANCE),
                 (GgmlDType::Q8_0, host, MAX_QUANTIZED_DISTANCE),
-                (GgmlDType::Q8_0, CARD, MAX_QUANTIZED_DISTANCE),
-            ] {
-                if place == CARD && !runs_on_card(family) {
-                    continue;
-                }
+                (GgmlDType::Q8_0, CARD, on_card),
+            ];
+            runs.extend(has_experts.then_some((GgmlDType::F32, CARD, MAX_EXACT_DISTANCE)));
+            for (dtype, place, bound) in runs {
                 Model::of(family).write(&path, dtype);
                 let adapter = load_adapter(case, &path);
                 let mut decoder = place.load(&path, usize::MAX).unwrap();
@@ -367,7 +364,7 @@ fn a_row_of_every_family_has_the_same_bits_alone_and_beside_an_adapter() {
         let adapter = load_adapter(&family.adapters[0], &path);
         let tokens = [&REFERENCE.tokens[..], &REFERENCE.tokens[11..]];
         let hosts = Isa::available().map(|isa| [1, 2, 3].map(|threads| Place::Host(isa, threads)));
-        for places in hosts.chain(runs_on_card(family).then_some([CARD; 3])) {
+        for places in hosts.chain([[CARD; 3]]) {
             let load = |place: Place| place.load(&path, usize::MAX).unwrap();
             let alone = |tokens, adapter| logits_alone(&mut *load(places[0]), tokens, adapter);
             let expected = [alone(tokens[0], None), alone(tokens[1], Some(&adapter))];
@@ -562,13 +559,6 @@ fn an_adapter_that_does_not_fit_the_experts_is_refused_by_the_name_of_its_tensor
     let tensor = beyond.tensors[&format!("{experts}.7.up_proj.lora_A.weight")].clone();
     beyond.tensors.insert(format!("{experts}.8.up_proj.lora_A.weight"), tensor);
     assert!(refusal(&beyond).contains("experts.8.up_proj.lora_A.weight"));
-}
-
-#[test]
-fn a_card_refuses_experts_before_anything_is_loaded() {
-    let moe = REFERENCE.families.iter().find(|family| family.name == "qwen3moe").unwrap();
-    let refusal = Model::of(moe).load(GgmlDType::Q8_0, CARD).map(|_| ()).unwrap_err();
-    assert!(refusal.contains("experts") && refusal.contains("--device cpu"), "{refusal}");
 }
 
 #[test]

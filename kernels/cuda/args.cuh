@@ -46,7 +46,8 @@ struct Site {
     i32 unused;
 };
 
-// An adapter in device memory. Its sites follow: layer · 7 + module in the order q, k, v, o, gate, up, down; then the head.
+// An adapter in device memory. Its sites follow: layer by layer those of q, k, v, o, gate, up, down, or instead of
+// the last three those of the router and of each expert's gate, up, down; then the head.
 struct AdapterTable {
     const f16* embedding_a;    // [vocab][embedding_rank]
     const f32* embedding_b;    // [embedding_rank][hidden]
@@ -65,6 +66,16 @@ struct RowAdapters {
 
 DEVICE const AdapterTable* adapter_of(RowAdapters adapters, i32 row) { return adapters.rows ? adapters.rows[row] : nullptr; }
 DEVICE const Site* site_of(const AdapterTable* table, i32 site) { return (const Site*)(table + 1) + site; }
+
+// ---- Experts -----------------------------------------------------------------------------------------------------------
+
+// Rows of a launch that are multiplied together: of one expert, where rows go to different ones. None: nothing to do.
+struct RowGroup {
+    i32 expert;
+    i32 first;
+    i32 count;
+    i32 unused;
+};
 
 // ---- Attention ---------------------------------------------------------------------------------------------------------
 //
@@ -111,3 +122,4 @@ DEVICE i32 num_units(i32 positions) {
 
 static_assert(sizeof(BlockMeta) == 8 && sizeof(Activations) == 24, "as in args.rs");
 static_assert(sizeof(Site) == 64 && sizeof(AdapterTable) == 56 && sizeof(AttendTile) == 16, "as in args.rs");
+static_assert(sizeof(RowGroup) == 16, "as in args.rs");

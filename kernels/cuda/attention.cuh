@@ -7,8 +7,6 @@
 #include "activations.cuh"
 #include "args.cuh"
 
-DEVICE f32 minus_infinity() { return as_f32(0xff800000u); }
-
 // 2^x within 3e-7 for x <= 0, not less than 2^-126; NaN stays NaN.
 DEVICE f32 power_of_two(f32 x) {
     x = x < -126.0f ? -126.0f : x;

@@ -7,11 +7,12 @@ constexpr i32 OUTS_AT_ONCE = 4;
 
 // Grid: tiles of TILE_ROWS rows, slots of outputs. A warp takes every so many'th group of outputs for the rows of its tile.
 struct DenseArgs {
-    const void* weights; // [out][stride], zeros beyond in; null where each row's adapter has them
+    const void* weights; // [out][stride], zeros beyond in, or that of each expert; null where each row's adapter has them
     const f32* bias;     // [out], or null
     const f32* x;        // [rows][x_stride], x_stride a multiple of 4
     f32* y;              // [rows][out]
     RowAdapters adapters;
+    const i32* experts; // [rows]: those that the rows go to, or null
     i32 x_stride;
     i32 stride; // a multiple of 8
     i32 num_rows;
@@ -19,7 +20,7 @@ struct DenseArgs {
     i32 out_features;
     i32 unused;
 };
-static_assert(sizeof(DenseArgs) == 64, "as in dense.rs");
+static_assert(sizeof(DenseArgs) == 72, "as in dense.rs");
 
 // Rows first..first + n, n at most ROWS.
 template <Element ELEMENT, i32 ROWS, i32 OUTS>
@@ -55,8 +56,15 @@ template <Element ELEMENT> DEVICE void dense_tile(const DenseArgs& args, const v
 }
 
 template <Element ELEMENT> DEVICE void dense(const DenseArgs& args) {
-    i32 first = block_x() * TILE_ROWS;
-    dense_tile<ELEMENT>(args, args.weights, first, minimum(TILE_ROWS, args.num_rows - first));
+    constexpr i32 SIZE = ELEMENT == F32 ? 4 : 2;
+    i32 first = block_x() * TILE_ROWS, end = minimum(first + TILE_ROWS, args.num_rows);
+    for (i32 n; first < end; first += n) {
+        i32 expert = args.experts ? args.experts[first] : 0;
+        n = 1;
+        while (first + n < end && (!args.experts || args.experts[first + n] == expert)) n++;
+        i64 before = (i64)expert * args.out_features * args.stride;
+        dense_tile<ELEMENT>(args, (const u8*)args.weights + before * SIZE, first, n);
+    }
 }
 
 KERNEL(dense_f16, DenseArgs, DENSE_THREADS, 3) { dense<F16>(args); }

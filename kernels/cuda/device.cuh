@@ -53,6 +53,9 @@ DEVICE i32 shuffle(i32 v, i32 lane) { return __shfl_sync(0xffffffffu, v, lane); 
 DEVICE f32 shuffle_xor(f32 v, i32 mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 DEVICE i32 shuffle_xor(i32 v, i32 mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 DEVICE i32 warp_sum(i32 v) { return __reduce_add_sync(0xffffffffu, v); }
+// A bit for each lane.
+DEVICE u32 ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
+DEVICE i32 count_bits(u32 v) { return __popc(v); }
 
 DEVICE f32 to_f32(f16 h) { f32 f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
 DEVICE f16 to_f16(f32 f) { f16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
@@ -122,6 +125,7 @@ DEVICE i32 warp_index() { return thread_index() >> 5; }
 DEVICE f32 maximum(f32 a, f32 b) { return a > b ? a : b; }
 DEVICE i32 minimum(i32 a, i32 b) { return a < b ? a : b; }
 DEVICE f32 absolute(f32 f) { return as_f32(as_u32(f) & 0x7fffffffu); }
+DEVICE f32 minus_infinity() { return as_f32(0xff800000u); }
 DEVICE f32 bf16_to_f32(bf16 b) { return as_f32((u32)b << 16); }
 
 // Sums and maxima over a warp by halves: one order, the same result in every lane.

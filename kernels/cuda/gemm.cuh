@@ -6,6 +6,8 @@
 // - A block's products are summed in integers on the tensor cores, exactly. The sum starts at the bits of 1.5 · 2^23 less
 //   offset · Σ x: read as f32 it is 1.5 · 2^23 + Σ (q - offset) · x, which saves the slow conversion.
 // `gemm_decode_*`, up to 64 rows: the 8 warps of a block are the 8 ranges. `gemm_prefill`: a warp does all ranges in turn.
+//
+// Rows that go to different experts come in groups of one each, as data: a launch has as many blocks as there may be groups.
 #pragma once
 #include "matrix.cuh"
 
@@ -30,8 +32,11 @@ struct GemmArgs {
     const f32* shrunk; // [products][rows][shrunk_stride]
     i32 shrunk_stride;
     i32 num_products;
+    const RowGroup* groups; // [num_groups], of as many rows as a block takes; null: all rows, of one matrix
+    i32 num_groups;
+    i32 unused;
 };
-static_assert(sizeof(Product) == 56 && sizeof(GemmArgs) == 216, "as in gemm.rs");
+static_assert(sizeof(Product) == 56 && sizeof(GemmArgs) == 232, "as in gemm.rs");
 
 // ---- What both kinds share ---------------------------------------------------------------------------------------------------
 
@@ -47,6 +52,13 @@ DEVICE Place place_of(const GemmArgs& args, i32 block, i32 tiles) {
     return {product, block * tiles};
 }
 
+// The rows that a block works on, of which there are at most so many.
+DEVICE RowGroup group_of(const GemmArgs& args, i32 number, i32 most) {
+    if (args.groups) return args.groups[number];
+    i32 first = number * most;
+    return {0, first, minimum(most, args.activations.num_rows - first), 0};
+}
+
 // Where range `range` of a row's superblocks begins.
 DEVICE i32 range_start(i32 range, i32 num_super) { return (i32)((i64)range * num_super / RANGES); }
 
@@ -56,16 +68,16 @@ struct PairOfBlocks {
     Words4 meta[2];
 };
 
-// Rows of activations in device memory, from a product's first on.
+// Rows of activations in device memory.
 struct MemoryRows {
     const i8* values;
     const BlockMeta* meta;
     i32 stride;
     i32 num_rows;
 };
-DEVICE MemoryRows rows_of(const Activations& x, const Product& product) {
-    i64 first = product.activations_offset_rows;
-    return {x.values + first * x.stride, x.meta + first * (x.stride / 32), x.stride, x.num_rows};
+DEVICE MemoryRows rows_of(const Activations& x, const Product& product, const RowGroup& group) {
+    i64 first = product.activations_offset_rows + group.first;
+    return {x.values + first * x.stride, x.meta + first * (x.stride / 32), x.stride, group.count};
 }
 
 // A lane's part of at most 64 of them. Where they are no whole row tiles, the last one begins early and holds rows of the one
@@ -162,10 +174,10 @@ DEVICE void add_pair(const LaneRecord<F> (&w)[TILES], i32 offset, const Rows& ro
     }
 }
 
-// The first record of a tile; of the last one for those beyond it, whose results nobody stores.
-template <typename F> DEVICE const u8* first_record(const Matrix& w, i32 tile) {
-    i32 last = (w.out_features + TILE - 1) / TILE - 1;
-    return w.records + (i64)minimum(tile, last) * (w.num_super * 2) * F::RECORD_BYTES;
+// The first record of a tile of an expert; of the last one for those beyond it, whose results nobody stores.
+template <typename F> DEVICE const u8* first_record(const Matrix& w, i32 expert, i32 tile) {
+    i32 num_tiles = (w.out_features + TILE - 1) / TILE;
+    return w.records + (i64)(expert * num_tiles + minimum(tile, num_tiles - 1)) * (w.num_super * 2) * F::RECORD_BYTES;
 }
 
 // What a row's adapter does to output `n` of the layer: in the order of `../src/linear.rs`.
@@ -187,10 +199,11 @@ DEVICE f32 adapted(const GemmArgs& args, i32 product, const Site& site, i32 row,
     return y;
 }
 
-// Writes output `n` of a row, whose product is `total`.
-DEVICE void finish(const GemmArgs& args, i32 index, i32 row, i32 n, f32 total) {
+// Writes output `n` of row `number` of a group, whose product is `total`.
+DEVICE void finish(const GemmArgs& args, i32 index, const RowGroup& group, i32 number, i32 n, f32 total) {
     const Product& product = args.products[index];
-    if (row >= args.activations.num_rows || n >= product.w.out_features) return;
+    if (number >= group.count || n >= product.w.out_features) return;
+    i32 row = group.first + number;
     const AdapterTable* table = adapter_of(args.adapters, row);
     f32* out = product.out + (i64)row * product.w.out_features + n;
     f32 y = total;
@@ -209,12 +222,12 @@ DEVICE void finish(const GemmArgs& args, i32 index, i32 row, i32 n, f32 total) {
 template <i32 TILES, i32 ROW_TILES, i32 DEPTH> struct RangeWork {
     const Matrix& w;
     LaneRows rows;
-    i32 first_tile, first, last;
+    i32 expert, first_tile, first, last;
     f32 acc[TILES][ROW_TILES][4];
 };
 template <typename F, i32 TILES, i32 ROW_TILES, i32 DEPTH> DEVICE void multiply(F, RangeWork<TILES, ROW_TILES, DEPTH>& work) {
-    const u8* tile = first_record<F>(work.w, work.first_tile);
-    u32 apart = (u32)(first_record<F>(work.w, work.first_tile + 1) - tile); // of two tiles
+    const u8* tile = first_record<F>(work.w, work.expert, work.first_tile);
+    u32 apart = (u32)(first_record<F>(work.w, work.expert, work.first_tile + 1) - tile); // of two tiles
     i32 first = work.first, last = work.last;
     LaneRecord<F> ahead[DEPTH][TILES] = {};
 #pragma unroll
@@ -246,11 +259,14 @@ constexpr i32 TILE_SUMS = 8 * COLUMN; // of 16 outputs and 8 rows
 constexpr i32 MAX_AT_ONCE = 8;        // tiles whose ranges' sums pass through shared memory at once
 
 template <i32 TILES, i32 ROW_TILES, i32 DEPTH> DEVICE void decode(const GemmArgs& args, f32* shared) {
+    RowGroup rows = group_of(args, block_y(), ROW_TILES * 8);
+    if (rows.count == 0) return;
     Place place = place_of(args, block_x(), TILES);
     const Product& product = args.products[place.product];
     const Matrix& w = product.w;
     i32 first = range_start(warp_index(), w.num_super) * 2, last = range_start(warp_index() + 1, w.num_super) * 2;
-    RangeWork<TILES, ROW_TILES, DEPTH> work{w, lane_rows(rows_of(args.activations, product)), place.tile, first, last, {}};
+    LaneRows of_lane = lane_rows(rows_of(args.activations, product, rows));
+    RangeWork<TILES, ROW_TILES, DEPTH> work{w, of_lane, rows.expert, place.tile, first, last, {}};
     if (w.records) with_form(w.layout, work);
     constexpr i32 ALL = TILES * ROW_TILES, AT_ONCE = ALL < MAX_AT_ONCE ? ALL : MAX_AT_ONCE;
     i32 group = lane_index() / 4, quad = lane_index() % 4;
@@ -272,7 +288,7 @@ template <i32 TILES, i32 ROW_TILES, i32 DEPTH> DEVICE void decode(const GemmArgs
             for (i32 range = 0; range < RANGES; range++)
                 total += shared[(range * AT_ONCE + tile) * TILE_SUMS + column * COLUMN + output % TILE];
             i32 first_row = (begin / TILES + row_tile) * 8, row = minimum(first_row, work.rows.last_start) + column;
-            if (row >= first_row) finish(args, place.product, row, place.tile * TILE + output, total);
+            if (row >= first_row) finish(args, place.product, rows, row, place.tile * TILE + output, total);
         }
     }
 }
@@ -326,17 +342,17 @@ DEVICE PairOfBlocks load_pair(const StagedRows& from, i32 row_tile, i32 pair) {
 }
 
 // Sends superblock `super` of the block's rows on its way.
-DEVICE void stage_rows(Stage* stages, const MemoryRows& from, i32 first_row, i32 super) {
+DEVICE void stage_rows(Stage* stages, const MemoryRows& from, i32 super) {
     Stage& stage = stages[super % STAGES];
 #pragma unroll
     for (i32 i = 0; i < PREFILL_ROWS * 8 / GEMM_THREADS; i++) {
         i32 at = i * GEMM_THREADS + thread_index(), row = at / 8, vector = at % 8;
-        const i8* values = from.values + (i64)minimum(first_row + row, from.num_rows - 1) * from.stride;
+        const i8* values = from.values + (i64)minimum(row, from.num_rows - 1) * from.stride;
         copy_async(&stage.values[row][vector ^ (row % 2 * 4)], values + super * SUPER + vector * 16);
     }
     if (thread_index() < PREFILL_ROWS * 2) {
         i32 row = thread_index() / 2, vector = thread_index() % 2;
-        const BlockMeta* meta = from.meta + (i64)minimum(first_row + row, from.num_rows - 1) * (from.stride / 32);
+        const BlockMeta* meta = from.meta + (i64)minimum(row, from.num_rows - 1) * (from.stride / 32);
         copy_async(&stage.meta[row][vector], meta + super * 4 + vector * 2);
     }
 }
@@ -346,18 +362,20 @@ struct BlockWork {
     const Matrix& w;
     MemoryRows rows;
     Stage* stages;
-    i32 first_row;  // of the block
-    i32 warp_row;   // of the warp, from there
+    i32 warp_row; // of the warp, the first
+    i32 expert;
     i32 first_tile; // of the warp
     bool is_idle;   // all its outputs or rows are beyond the last: the activations are staged by all
     f32 totals[2][4][4];
 };
 template <typename F> DEVICE void multiply(F, BlockWork& work) {
     i32 num_super = work.w.num_super;
-    const u8* tiles[2] = {first_record<F>(work.w, work.first_tile), first_record<F>(work.w, work.first_tile + 1)};
+    const u8* tiles[2];
+#pragma unroll
+    for (i32 i = 0; i < 2; i++) tiles[i] = first_record<F>(work.w, work.expert, work.first_tile + i);
     StagedRows staged{work.stages, work.warp_row};
     for (i32 s = 0; s < STAGES - 1; s++) {
-        if (s < num_super) stage_rows(work.stages, work.rows, work.first_row, s);
+        if (s < num_super) stage_rows(work.stages, work.rows, s);
         copies_commit();
     }
     LaneRecord<F> ahead[2];
@@ -372,7 +390,7 @@ template <typename F> DEVICE void multiply(F, BlockWork& work) {
                 copies_wait<STAGES - 2>();
                 sync_block();
                 i32 next = pair / 2 + STAGES - 1;
-                if (next < num_super) stage_rows(work.stages, work.rows, work.first_row, next);
+                if (next < num_super) stage_rows(work.stages, work.rows, next);
                 copies_commit();
             }
             if (work.is_idle) continue;
@@ -389,19 +407,20 @@ template <typename F> DEVICE void multiply(F, BlockWork& work) {
     }
 }
 
-// Blocks: row tiles, then outputs, so that those that run together read the same weights.
+// Blocks: groups of rows, then outputs, so that those that run together read the same weights.
 KERNEL(gemm_prefill, GemmArgs, GEMM_THREADS) {
     SHARED Stage stages[STAGES];
+    RowGroup group = group_of(args, block_x(), PREFILL_ROWS);
+    if (group.count == 0) return;
     Place place = place_of(args, block_y(), PREFILL_TILES);
     const Product& product = args.products[place.product];
     const Matrix& w = product.w;
-    i32 first_row = block_x() * PREFILL_ROWS;
     i32 tile = warp_index() % 4 * 2, warp_row = warp_index() / 4 * 32;
     f32* results = (f32*)stages;
     if (w.records) {
-        bool is_idle = (place.tile + tile) * TILE >= w.out_features || first_row + warp_row >= args.activations.num_rows;
-        MemoryRows rows = rows_of(args.activations, product);
-        BlockWork work{w, rows, stages, first_row, warp_row, place.tile + tile, is_idle, {}};
+        bool is_idle = (place.tile + tile) * TILE >= w.out_features || warp_row >= group.count;
+        MemoryRows rows = rows_of(args.activations, product, group);
+        BlockWork work{w, rows, stages, warp_row, group.expert, place.tile + tile, is_idle, {}};
         with_form(w.layout, work);
         sync_block();
         i32 group = lane_index() / 4, quad = lane_index() % 4;
@@ -414,6 +433,6 @@ KERNEL(gemm_prefill, GemmArgs, GEMM_THREADS) {
     sync_block();
     for (i32 e = thread_index(); e < PREFILL_ROWS * PREFILL_TILES * TILE; e += GEMM_THREADS) {
         i32 row = e / (PREFILL_TILES * TILE), output = e % (PREFILL_TILES * TILE);
-        finish(args, place.product, first_row + row, place.tile * TILE + output, results[row * RESULT_STRIDE + output]);
+        finish(args, place.product, group, row, place.tile * TILE + output, results[row * RESULT_STRIDE + output]);
     }
 }

@@ -8,6 +8,7 @@
 #include "blocks.cuh"
 #include "dense.cuh"
 #include "embed.cuh"
+#include "experts.cuh"
 #include "gemm.cuh"
 #include "head.cuh"
 #include "kv.cuh"

@@ -19,8 +19,8 @@ constexpr i32 TILE = 16; // outputs of a tile
 constexpr i32 PAIR = 64; // inputs of a record
 
 struct Matrix {
-    const u8* records; // null: not here
-    i32 out_features;
+    const u8* records; // of all experts, if there are such, one behind the other; null: not here
+    i32 out_features;  // of one, a multiple of TILE where there are more
     i32 in_features;
     i32 num_super; // superblocks of a row
     i32 layout;    // Form::ID

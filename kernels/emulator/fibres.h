@@ -150,6 +150,14 @@ __attribute__((noinline)) static i32 warp_sum(i32 v) {
         for (int i = 0; i < 32; i++) std::memcpy(w.out[i], &sum, sizeof sum);
     });
 }
+__attribute__((noinline)) static u32 ballot(bool v) {
+    return emulator::meet_warp<bool, u32>((void*)ballot, v, [](emulator::Warp& w) {
+        u32 bits = 0;
+        for (int i = 0; i < 32; i++) bits |= (u32)*(const bool*)w.in[i] << i;
+        for (int i = 0; i < 32; i++) std::memcpy(w.out[i], &bits, sizeof bits);
+    });
+}
+DEVICE i32 count_bits(u32 v) { return __builtin_popcount(v); }
 
 DEVICE f32 as_f32(u32 bits) { f32 f; std::memcpy(&f, &bits, 4); return f; }
 DEVICE u32 as_u32(f32 f) { u32 bits; std::memcpy(&bits, &f, 4); return bits; }

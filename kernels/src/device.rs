@@ -180,6 +180,8 @@ impl<F: FnMut(usize, &mut dyn Logits) -> Result<(), DeviceError>> Caller for F {
 pub trait Device: fmt::Debug + Send + Sized + 'static {
     /// The weights and the bias of a linear layer.
     type Linear: fmt::Debug + Send;
+    /// The weights of one linear layer of every expert of a block, all of one shape, without biases.
+    type Stack: fmt::Debug + Send;
     /// The weights of a norm.
     type Norm: fmt::Debug + Send;
     /// The table of token embeddings.
@@ -203,6 +205,12 @@ pub trait Device: fmt::Debug + Send + Sized + 'static {
     /// When the matrix cannot be taken over.
     fn load_linear(&mut self, source: &MatrixSource<'_>, bias: Option<Vec<f32>>) -> Result<Self::Linear, DeviceError>;
 
+    /// `source` are the matrices of `count` experts, one below the other.
+    ///
+    /// # Errors
+    /// When they cannot be taken over.
+    fn load_stack(&mut self, source: &MatrixSource<'_>, count: usize) -> Result<Self::Stack, DeviceError>;
+
     /// The bias is there where the shape's norms center.
     fn load_norm(&mut self, weight: Vec<f32>, bias: Option<Vec<f32>>) -> Result<Self::Norm, DeviceError>;
 
@@ -210,6 +218,9 @@ pub trait Device: fmt::Debug + Send + Sized + 'static {
 
     /// Bytes of a layer's weights on the device.
     fn linear_bytes(linear: &Self::Linear) -> usize;
+
+    /// The same of all experts.
+    fn stack_bytes(stack: &Self::Stack) -> usize;
 
     /// Makes room for steps, and for `num_blocks` KV blocks; what was in the KV store is lost.
     ///
@@ -291,20 +302,20 @@ pub trait Device: fmt::Debug + Send + Sized + 'static {
     fn attend(&mut self, step: &Step<'_>, block: usize) -> Result<(), DeviceError>;
 
     /// The feed-forward of decoder block `block` by experts: `residual` = the sum of what those that `router` chooses for a row make
-    /// of its input, each times its share, with what the adapters of the rows do to router and experts. `experts` are gate, up
-    /// and down of each.
+    /// of its input, each times its share, with what the adapters of the rows do to router and experts. `experts` are their
+    /// gates, ups and downs.
     ///
     /// The experts of a row are those of the greatest scores; of equal ones, that of the lower number. They are added up in the
     /// order of their scores.
     ///
     /// # Errors
-    /// When the device has no kernels for it.
+    /// When the device fails.
     fn run_experts(
         &mut self,
         step: &Step<'_>,
         block: usize,
         router: &Self::Linear,
-        experts: &[[Self::Linear; 3]],
+        experts: &[Self::Stack; 3],
     ) -> Result<(), DeviceError>;
 
     /// `input` = what the shape's activation makes of `gate` and `up`.

@@ -1,6 +1,7 @@
 //! What a decoder is to a device: its dimensions, and the arithmetic between its matrix products, as data.
 
 use crate::attention::{KvStore, KvType};
+use crate::canonical::{LAYERS_PER_BLOCK, expert_layer};
 
 /// Dimensions of a decoder, named as in Hugging Face configs, and what its layers have in common.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -110,6 +111,16 @@ impl DecoderShape {
     /// Bytes of one block of [`crate::attention::BLOCK_SIZE`] positions in a KV store.
     pub fn kv_block_bytes(&self, kv_type: KvType) -> usize {
         KvStore::block_bytes(kv_type, self.num_layers, self.num_kv_heads, self.head_dim)
+    }
+
+    /// Linear layers of a decoder block, each of whose experts has its own.
+    pub fn layers_per_block(&self) -> usize {
+        self.experts.map_or(LAYERS_PER_BLOCK, |experts| expert_layer(experts.count, 0))
+    }
+
+    /// Rows at experts, of so many rows; each goes to one feed-forward where there are no experts.
+    pub fn num_slots(&self, num_rows: usize) -> usize {
+        num_rows * self.experts.map_or(1, |experts| experts.used)
     }
 
     /// Floats of a row of queries, and of keys or values.

@@ -51,8 +51,8 @@ enum FeedForward<D: Device> {
     },
     Experts {
         router: D::Linear,
-        /// Gate, up and down of each.
-        experts: Vec<[D::Linear; 3]>,
+        /// Their gates, ups and downs.
+        experts: [D::Stack; 3],
     },
 }
 
@@ -145,6 +145,22 @@ fn load_linear<D: Device>(
     device.load_linear(&source, bias).map_err(in_tensor(name))
 }
 
+/// A linear layer of all experts of a block.
+fn load_stack<D: Device>(
+    file: &impl Tensors,
+    device: &mut D,
+    spec: &ModelSpec,
+    (layer, projection): (usize, Projection),
+    count: usize,
+) -> Result<D::Stack, GgufError> {
+    let module = Module::Expert(0, projection);
+    let (rows, (in_features, out_features)) = (spec.file_rows(module), spec.module_shape(module));
+    let name = format!("blk.{layer}.{}.weight", rows.part);
+    let RawTensor { weight_type, bytes, .. } = file.matrix(&name, &rows.shape(in_features))?;
+    let source = MatrixSource { weight_type, shape: (count * out_features, in_features), bytes, row_order: None };
+    device.load_stack(&source, count).map_err(in_tensor(&name))
+}
+
 impl<D: Device> Block<D> {
     fn load(file: &impl Tensors, device: &mut D, spec: &ModelSpec, layer: usize) -> Result<Self, GgufError> {
         let features = &spec.features;
@@ -177,12 +193,9 @@ impl<D: Device> Block<D> {
             },
             Some(experts) => {
                 let router = linear(Module::Router)?;
-                let mut expert = |expert| {
-                    let [gate, up, down] = Projection::ALL.map(|projection| Module::Expert(expert, projection));
-                    Ok::<_, GgufError>([linear(gate)?, linear(up)?, linear(down)?])
-                };
-                let experts = (0..experts.count).map(&mut expert).collect::<Result<_, _>>()?;
-                FeedForward::Experts { router, experts }
+                let mut stack = |projection| load_stack(file, device, spec, (layer, projection), experts.count);
+                let [gate, up, down] = Projection::ALL;
+                FeedForward::Experts { router, experts: [stack(gate)?, stack(up)?, stack(down)?] }
             }
         };
         let scales_residuals = features.residual_scale != 1.0;
@@ -197,12 +210,16 @@ impl<D: Device> Block<D> {
         })
     }
 
-    fn linears(&self) -> impl Iterator<Item = &D::Linear> {
-        let feed_forward: Vec<&D::Linear> = match &self.feed_forward {
-            FeedForward::Plain { gate, up, down } => gate.iter().chain([up, down]).collect(),
-            FeedForward::Experts { router, experts } => [router].into_iter().chain(experts.iter().flatten()).collect(),
-        };
-        self.attention.iter().chain(feed_forward)
+    /// Of all linear layers.
+    fn weight_bytes(&self) -> usize {
+        let attention: usize = self.attention.iter().map(D::linear_bytes).sum();
+        attention
+            + match &self.feed_forward {
+                FeedForward::Plain { gate, up, down } => gate.iter().chain([up, down]).map(D::linear_bytes).sum(),
+                FeedForward::Experts { router, experts } => {
+                    D::linear_bytes(router) + experts.iter().map(D::stack_bytes).sum::<usize>()
+                }
+            }
     }
 
     fn forward(&self, device: &mut D, step: &Step<'_>, number: usize) -> Result<(), DeviceError> {
@@ -287,7 +304,7 @@ impl<D: Device> Model for Decoder<D> {
     }
 
     fn weight_bytes(&self) -> usize {
-        self.blocks.iter().flat_map(Block::linears).chain([&self.head]).map(D::linear_bytes).sum()
+        self.blocks.iter().map(Block::weight_bytes).sum::<usize>() + D::linear_bytes(&self.head)
     }
 
     fn measure_peaks(&self) -> Result<Option<Peaks>, DeviceError> {

@@ -263,9 +263,8 @@ mod tests {
 
     #[test]
     fn a_model_that_the_card_has_no_kernels_for_runs_on_the_host() {
-        let mut shape = "30b-a3b".parse::<Shape>().unwrap();
-        (shape.spec.num_layers, shape.spec.vocab_size) = (1, 512);
-        shape.spec.features.experts.as_mut().unwrap().count = 16;
+        let mut shape = "0.5b".parse::<Shape>().unwrap();
+        (shape.spec.num_layers, shape.spec.vocab_size, shape.spec.head_dim) = (1, 512, 48);
         let config = Config::load(None, &Overrides::default()).unwrap().engine;
         let on_card = load_onto(
             Source::Random(&shape),
@@ -273,7 +272,7 @@ mod tests {
             &config,
             GPU_ROWS,
         );
-        assert!(on_card.err().unwrap().to_string().contains("--device cpu"));
+        assert!(on_card.err().unwrap().to_string().contains("head_dim of 48"));
         let loaded = load_onto_first(
             Source::Random(&shape),
             Cuda::new(Emulator::new(1 << 30), 1 << 20, config.kv_cache_type),

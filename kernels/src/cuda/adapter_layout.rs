@@ -5,7 +5,7 @@
 
 use half::f16;
 
-use crate::canonical::{AdapterWeights, HeadDelta, LAYERS_PER_BLOCK, Prelude, SiteDelta};
+use crate::canonical::{AdapterWeights, HeadDelta, Prelude, SiteDelta};
 use crate::half_matrix::HalfMatrix;
 use crate::low_rank::LowRank;
 
@@ -66,13 +66,13 @@ impl Part<'_> {
 }
 
 impl<'a> AdapterLayout<'a> {
-    /// For a decoder of `num_layers` blocks. Takes no time to speak of.
-    pub fn of(weights: &'a AdapterWeights, num_layers: usize) -> Self {
-        let num_sites = num_layers * LAYERS_PER_BLOCK + 1;
+    /// For a decoder of `num_layers` blocks of so many linear layers. Takes no time to speak of.
+    pub fn of(weights: &'a AdapterWeights, (num_layers, layers_per_block): (usize, usize)) -> Self {
+        let num_sites = num_layers * layers_per_block + 1;
         let len = size_of::<AdapterTable>() + num_sites * size_of::<Site>();
         let mut this = Self { len, ..Self::default() };
         for layer in 0..num_layers {
-            for module in 0..LAYERS_PER_BLOCK {
+            for module in 0..layers_per_block {
                 let site = weights.site(layer, module).map(|site| this.site(site));
                 this.sites.push(site.unwrap_or_default());
             }

@@ -22,13 +22,14 @@ use super::step_data::Needs;
 use super::worker::{Pending, Worker};
 
 pub(super) struct Adapters<D: Driver> {
-    num_layers: usize,
+    /// Blocks of the decoder, and the linear layers of each.
+    sites: (usize, usize),
     budget: usize,
     used: usize,
     entries: HashMap<String, Entry<D>>,
     /// Counts the uses: the smaller, the longer ago.
     clock: u64,
-    layouts: Worker<(Arc<AdapterWeights>, usize), AdapterBytes>,
+    layouts: Worker<(Arc<AdapterWeights>, (usize, usize)), AdapterBytes>,
     /// By generation, in the order they were asked for, which is that of the thread.
     laid_out: VecDeque<(String, Pending<AdapterBytes>)>,
     /// Of adapters that have gone; given back before memory is taken.
@@ -79,17 +80,20 @@ impl<D: Driver> fmt::Debug for Adapters<D> {
 }
 
 impl<D: Driver> Adapters<D> {
-    /// `budget` in bytes.
-    pub fn new(num_layers: usize, budget: usize) -> Self {
+    /// For a decoder of `sites.0` blocks of `sites.1` linear layers; `budget` in bytes.
+    pub fn new(sites: (usize, usize), budget: usize) -> Self {
         Self {
-            num_layers,
+            sites,
             budget,
             used: 0,
             entries: HashMap::new(),
             clock: 0,
-            layouts: Worker::start("lorry-device-adapters", |(weights, num_layers): (Arc<AdapterWeights>, usize)| {
-                Ok(AdapterLayout::of(&weights, num_layers).into_bytes())
-            }),
+            layouts: Worker::start(
+                "lorry-device-adapters",
+                |(weights, sites): (Arc<AdapterWeights>, (usize, usize))| {
+                    Ok(AdapterLayout::of(&weights, sites).into_bytes())
+                },
+            ),
             laid_out: VecDeque::new(),
             evicted: Vec::new(),
             loads: 0,
@@ -143,14 +147,14 @@ impl<D: Driver> Adapters<D> {
                 }
             }
         }
-        let bytes = AdapterLayout::of(weights, self.num_layers).len();
+        let bytes = AdapterLayout::of(weights, self.sites).len();
         if bytes > self.budget {
             return Err(DeviceError::AdapterTooLarge { wanted: bytes, budget: self.budget });
         }
         if !self.make_room(bytes) {
             return Ok(Placement::Full);
         }
-        let pending = self.layouts.ask((weights.clone(), self.num_layers));
+        let pending = self.layouts.ask((weights.clone(), self.sites));
         self.laid_out.push_back((generation.to_owned(), pending));
         self.used += bytes;
         let sites = || weights.sites().chain(weights.head_delta());

@@ -56,7 +56,17 @@ pub struct AttendTile {
     pub block_table: i32,
 }
 
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct RowGroup {
+    pub expert: i32,
+    pub first: i32,
+    pub count: i32,
+    pub unused: i32,
+}
+
 const _: () = {
+    assert!(size_of::<RowGroup>() == 16);
     assert!(size_of::<BlockMeta>() == 8);
     assert!(size_of::<Activations>() == 24);
     assert!(size_of::<Site>() == 64);

@@ -81,21 +81,25 @@ impl Buffer {
     }
 
     fn bytes(self, shape: &DecoderShape, attention: &AttentionShape, rows: usize, rank_stride: usize) -> usize {
-        let hidden = shape.hidden_size;
-        let widest = shape.intermediate_size.max(shape.q_width()).max(hidden);
-        let stride = widest.next_multiple_of(SUPER);
-        // Products that share an input read the hidden state; there are three at most.
-        let scaled = stride.max(3 * hidden.next_multiple_of(SUPER));
-        let meta = |stride: usize| stride / 32 * size_of::<BlockMeta>();
+        let (hidden, intermediate) = (shape.hidden_size, shape.intermediate_size);
+        let widest = intermediate.max(shape.q_width()).max(hidden);
+        let slots = shape.num_slots(rows);
+        let stride = |width: usize| width.next_multiple_of(SUPER);
+        // Of rows as attention reads them, and of slots as what follows the activation does.
+        let all = |width: &dyn Fn(usize) -> usize| (rows * width(widest)).max(slots * width(intermediate));
+        // Products that share an input read the hidden state; there are three at most, and two of experts.
+        let scaled =
+            |width: &dyn Fn(usize) -> usize| all(width).max(3 * rows * width(hidden)).max(2 * slots * width(hidden));
+        let meta = size_of::<BlockMeta>();
         match self {
             Self::Hidden | Self::Residual => rows * hidden * 4,
-            Self::Exact => rows * widest * 4,
-            Self::Values => rows * stride,
-            Self::Meta => rows * meta(stride),
-            Self::ScaledValues => rows * scaled,
-            Self::ScaledMeta => rows * meta(scaled),
-            Self::ScaledExact => rows * widest.max(3 * hidden) * 4,
-            Self::Shrunk => 3 * rows * rank_stride * 4,
+            Self::Exact => all(&|width| width) * 4,
+            Self::Values => all(&stride),
+            Self::Meta => all(&stride) / 32 * meta,
+            Self::ScaledValues => scaled(&stride),
+            Self::ScaledMeta => scaled(&stride) / 32 * meta,
+            Self::ScaledExact => scaled(&|width| width) * 4,
+            Self::Shrunk => (3 * rows).max(2 * slots) * rank_stride * 4,
             Self::Queries => rows * shape.q_width() * 2,
             Self::Partials => attention.workspace_bytes(rows),
             Self::Logits => LOGITS_ROWS * shape.vocab_size * 4,
@@ -103,7 +107,7 @@ impl Buffer {
             Self::Summaries => LOGITS_ROWS * RowSummary::BYTES,
             Self::Q => rows * shape.q_width() * 4,
             Self::K | Self::V => rows * shape.kv_width() * 4,
-            Self::Gate | Self::Up => rows * shape.intermediate_size * 4,
+            Self::Gate | Self::Up => slots * intermediate * 4,
         }
     }
 }

@@ -65,6 +65,7 @@ pub struct DenseArgs {
     pub x: u64,
     pub y: u64,
     pub adapters: u64,
+    pub experts: u64,
     pub x_stride: i32,
     pub stride: i32,
     pub num_rows: i32,
@@ -73,7 +74,7 @@ pub struct DenseArgs {
     pub unused: i32,
 }
 
-const _: () = assert!(size_of::<DenseArgs>() == 64);
+const _: () = assert!(size_of::<DenseArgs>() == 72);
 
 // SAFETY: no padding; whoever fills it in vouches for the addresses.
 unsafe impl KernelArgs for DenseArgs {}
@@ -138,13 +139,31 @@ impl<M: DeviceMemory> DenseMatrix<M> {
         bias: u64,
         y: u64,
     ) -> Result<(), DriverError> {
-        let warps = self.out_features.div_ceil(OUTS_AT_ONCE);
-        let warps = if x.num_rows == 1 && self.out_features <= MANY_WARPS { self.out_features } else { warps };
+        self.multiply_by_expert(driver, x, (1, 0), bias, y)
+    }
+
+    /// The same where the matrix is those of `count` experts, one below the other, of which each row takes one: `experts` i32
+    /// `[rows]`, or 0 for the first.
+    ///
+    /// # Errors
+    /// When the driver fails.
+    pub fn multiply_by_expert<D: Driver<Memory = M>>(
+        &self,
+        driver: &D,
+        x: DeviceRows,
+        (count, experts): (usize, u64),
+        bias: u64,
+        y: u64,
+    ) -> Result<(), DriverError> {
+        let out_features = self.out_features / count;
+        let warps = out_features.div_ceil(OUTS_AT_ONCE);
+        let warps = if x.num_rows == 1 && out_features <= MANY_WARPS { out_features } else { warps };
         let args = DenseArgs {
             weights: self.weights.address(),
             bias,
+            experts,
             stride: self.stride as i32,
-            ..arguments(x, (self.out_features, self.in_features), y)
+            ..arguments(x, (out_features, self.in_features), y)
         };
         launch(driver, self.element.kernel(), warps.div_ceil(WARPS), &args)
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::attention::{KvStore, Scoring};
-use crate::canonical::{AdapterWeights, LAYERS_PER_BLOCK};
+use crate::canonical::{AdapterWeights, ROUTER, expert_layer};
 use crate::device::{AdapterTier, Caller, Device, DeviceError, Layer, MatrixSource, Peaks, Placement, StepLimits};
 use crate::mapped_file::MappedRows;
 use crate::shape::{AttentionPlan, DecoderShape};
@@ -17,17 +17,22 @@ use super::attention::{AttendMemory, AttentionShape};
 use super::buffers::{Buffer, Buffers, LOGITS_ROWS};
 use super::driver::{DeviceMemory, Driver, DriverError};
 use super::embed::{EmbedArgs, embed};
+use super::experts::{MAX_EXPERTS, MAX_USED, Slots};
 use super::graphs::{GraphKey, Graphs};
 use super::kv::{RotateArgs, rotate_and_store};
-use super::linear::CudaLinear;
+use super::linear::{CudaLinear, Input};
 use super::step_data::{self, StepData};
 use super::{
     Cuda, CudaEmbedding, CudaNorm, FIRST_RANK_STRIDE, HEADROOM_BYTES, Kv, PEAK_BYTES, PEAK_ROUNDS, PreparedDecoder,
     StepMemory, Turning, Way, attention_of, head, not_reserved, peak,
 };
 
+/// Blocks of a launch along all but its first dimension.
+const MAX_GRID: usize = 65535;
+
 impl<D: Driver> Device for Cuda<D> {
     type Linear = CudaLinear<D>;
+    type Stack = CudaLinear<D>;
     type Norm = CudaNorm<D>;
     type Embedding = CudaEmbedding<D>;
 
@@ -39,8 +44,11 @@ impl<D: Driver> Device for Cuda<D> {
 
     fn prepare(&mut self, shape: &DecoderShape, plan: &AttentionPlan) -> Result<(), DeviceError> {
         let DecoderShape { num_layers, num_heads, num_kv_heads, head_dim, context_length, vocab_size, .. } = *shape;
-        if shape.experts.is_some() {
-            return Err(no_experts());
+        if let Some(experts) = shape.experts.filter(|it| it.count > MAX_EXPERTS || it.used > MAX_USED) {
+            return Err(DeviceError::Unsupported(format!(
+                "the CUDA device takes up to {MAX_EXPERTS} experts, of which a row uses up to {MAX_USED}, not {} of {}",
+                experts.used, experts.count
+            )));
         }
         if vocab_size > head::MAX_VOCAB {
             let most = head::MAX_VOCAB;
@@ -52,12 +60,16 @@ impl<D: Driver> Device for Cuda<D> {
         let rotaries = plan.rotaries.iter().map(|rotary| Turning::new(&self.driver, rotary, context_length, head_dim));
         let rotaries = rotaries.collect::<Result<_, _>>()?;
         self.decoder = Some(PreparedDecoder { shape: *shape, attention, layers: plan.layers.clone(), rotaries });
-        self.adapters = Adapters::new(num_layers, self.adapter_budget);
+        self.adapters = Adapters::new((num_layers, shape.layers_per_block()), self.adapter_budget);
         Ok(())
     }
 
     fn load_linear(&mut self, source: &MatrixSource<'_>, bias: Option<Vec<f32>>) -> Result<CudaLinear<D>, DeviceError> {
         CudaLinear::load(&self.driver, &self.cpu, source, bias)
+    }
+
+    fn load_stack(&mut self, source: &MatrixSource<'_>, count: usize) -> Result<CudaLinear<D>, DeviceError> {
+        CudaLinear::load_stack(&self.driver, &self.cpu, source, None, count)
     }
 
     fn load_norm(&mut self, weight: Vec<f32>, bias: Option<Vec<f32>>) -> Result<CudaNorm<D>, DeviceError> {
@@ -75,15 +87,28 @@ impl<D: Driver> Device for Cuda<D> {
         linear.bytes()
     }
 
+    fn stack_bytes(stack: &CudaLinear<D>) -> usize {
+        stack.bytes()
+    }
+
     fn reserve(&mut self, limits: StepLimits, num_blocks: usize) -> Result<(), DeviceError> {
         let shape = self.shape();
+        if shape.num_slots(limits.max_rows) > MAX_GRID {
+            return Err(DeviceError::Unsupported(format!(
+                "engine.max_batch_rows is {}, and a step on a CUDA device has up to {} rows of this model",
+                limits.max_rows,
+                MAX_GRID / shape.num_slots(1)
+            )));
+        }
         // What was recorded points to what is given back here.
         self.graphs.clear();
         self.step = None;
         let driver = &self.driver;
+        let buffers = Buffers::new(driver, &shape, &self.decoder().attention, limits.max_rows, FIRST_RANK_STRIDE)?;
         self.step = Some(StepMemory {
             limits,
-            buffers: Buffers::new(driver, &shape, &self.decoder().attention, limits.max_rows, FIRST_RANK_STRIDE)?,
+            slots: Slots::new(driver, &shape, buffers.rows)?,
+            buffers,
             data: StepData::new(driver, limits, shape.context_length)?,
             kv: Kv::new(driver, &shape, self.kv_type, num_blocks)?,
             rows: 0,
@@ -104,6 +129,7 @@ impl<D: Driver> Device for Cuda<D> {
         let shape = self.shape();
         let memory = self.driver.memory_size()?;
         let step = Buffers::<D>::bytes(&shape, &self.decoder().attention, limits.max_rows, FIRST_RANK_STRIDE)
+            + Slots::<D>::bytes(&shape, limits.max_rows.max(LOGITS_ROWS))
             + step_data::step_bytes(limits, shape.context_length);
         let taken = step + adapter_bytes + HEADROOM_BYTES;
         let num_blocks = memory.free.saturating_sub(taken) / shape.kv_block_bytes(self.kv_type);
@@ -241,11 +267,12 @@ impl<D: Driver> Device for Cuda<D> {
             return Ok(());
         }
         let StepMemory { buffers, rows, input_width, .. } = self.step();
+        let first_site = block * self.shape().layers_per_block();
         let layers = layers.map(|layer| {
             let out = buffers.address(Buffer::of(layer.output));
-            (layer.linear, block * LAYERS_PER_BLOCK + layer.module, out)
+            (layer.linear, first_site + layer.module, out)
         });
-        self.run_linears(&layers, *rows, *input_width, self.addresses().adapters)
+        self.run_linears(&layers, self.input(*rows, *input_width, self.addresses().adapters))
     }
 
     fn rotate_and_store(&mut self, _step: &Step<'_>, block: usize, keys: &CudaLinear<D>) -> Result<(), DeviceError> {
@@ -312,29 +339,34 @@ impl<D: Driver> Device for Cuda<D> {
     fn run_experts(
         &mut self,
         _step: &Step<'_>,
-        _block: usize,
-        _router: &CudaLinear<D>,
-        _experts: &[[CudaLinear<D>; 3]],
+        block: usize,
+        router: &CudaLinear<D>,
+        experts: &[CudaLinear<D>; 3],
     ) -> Result<(), DeviceError> {
-        Err(no_experts())
-    }
-
-    fn activate(&mut self, _step: &Step<'_>) -> Result<(), DeviceError> {
-        let DecoderShape { intermediate_size: width, activation, .. } = self.shape();
-        self.set_input_width(width);
         if self.is_replaying() {
             return Ok(());
         }
-        let StepMemory { buffers, rows, .. } = self.step();
-        let args = ActivateArgs {
-            gate: buffers.address(Buffer::Gate),
-            up: buffers.address(Buffer::Up),
-            activated: buffers.address(Buffer::Exact),
-            activations: self.activations(*rows, width),
-            width: width as i32,
-            activation: activation.into(),
-        };
-        Ok(activate_quantize(&self.driver, &args)?)
+        let DecoderShape { hidden_size, intermediate_size, .. } = self.shape();
+        let StepMemory { buffers, slots: Some(slots), rows, .. } = self.step() else { return Err(not_reserved()) };
+        let first_site = block * self.shape().layers_per_block();
+        let site = |part: usize| first_site + expert_layer(0, part);
+        let [gate, up, down] = experts;
+        let input = self.input(*rows, hidden_size, self.addresses().adapters);
+        self.run_linears(&[(router, first_site + ROUTER, slots.scores())], input)?;
+        let input = slots.deal(&self.driver, &input)?;
+        let [to_gate, to_up] = [Buffer::Gate, Buffer::Up].map(|buffer| buffers.address(buffer));
+        self.run_linears(&[(gate, site(0), to_gate), (up, site(1), to_up)], input)?;
+        let num_slots = input.activations.num_rows as usize;
+        self.activate_rows(num_slots)?;
+        let activated = self.input(num_slots, intermediate_size, input.adapters);
+        let activated = Input { by_expert: input.by_expert, ..activated };
+        self.run_linears(&[(down, site(2), slots.down())], activated)?;
+        slots.sum(&self.driver, *rows, buffers.address(Buffer::Residual))
+    }
+
+    fn activate(&mut self, _step: &Step<'_>) -> Result<(), DeviceError> {
+        self.set_input_width(self.shape().intermediate_size);
+        if self.is_replaying() { Ok(()) } else { self.activate_rows(self.step().rows) }
     }
 
     fn logits(
@@ -385,8 +417,19 @@ impl<D: Driver> Device for Cuda<D> {
     }
 }
 
-fn no_experts() -> DeviceError {
-    DeviceError::Unsupported(
-        "the CUDA device has no kernels for models of experts: run them with --device cpu".to_owned(),
-    )
+impl<D: Driver> Cuda<D> {
+    /// What the activation makes of gate and up, of rows or slots.
+    fn activate_rows(&self, rows: usize) -> Result<(), DeviceError> {
+        let DecoderShape { intermediate_size: width, activation, .. } = self.shape();
+        let buffers = &self.step().buffers;
+        let args = ActivateArgs {
+            gate: buffers.address(Buffer::Gate),
+            up: buffers.address(Buffer::Up),
+            activated: buffers.address(Buffer::Exact),
+            activations: self.activations(rows, width),
+            width: width as i32,
+            activation: activation.into(),
+        };
+        Ok(activate_quantize(&self.driver, &args)?)
+    }
 }

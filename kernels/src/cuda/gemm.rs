@@ -7,8 +7,6 @@ use crate::quantized::ROWS_PER_TILE;
 
 /// Products of one launch.
 pub const MAX_PRODUCTS: usize = 3;
-/// Rows that a block of `gemm_prefill` takes.
-const PREFILL_ROWS: usize = 64;
 
 /// One product: `out = W x + bias`, and for rows with an adapter what it does at `site`.
 #[repr(C)]
@@ -37,11 +35,16 @@ pub struct GemmArgs {
     pub shrunk: u64,
     pub shrunk_stride: i32,
     pub num_products: i32,
+    /// [`RowGroup`](super::args::RowGroup) `[num_groups]`, none of more than [`GemmKernel::group_rows`], that have all rows; or 0
+    /// where all are multiplied by one matrix.
+    pub groups: u64,
+    pub num_groups: i32,
+    pub unused: i32,
 }
 
 const _: () = {
     assert!(size_of::<Product>() == 56);
-    assert!(size_of::<GemmArgs>() == 216);
+    assert!(size_of::<GemmArgs>() == 232);
 };
 
 // SAFETY: structures whose 4-byte fields come in pairs: no padding. That the addresses are valid is promised by who fills them
@@ -85,14 +88,13 @@ impl GemmKernel {
         }
     }
 
-    /// The most rows of a launch.
-    fn max_rows(self) -> usize {
+    /// Rows that a block takes at most.
+    pub fn group_rows(self) -> usize {
         match self {
             Self::Decode1 => 8,
             Self::Decode2 => 16,
             Self::Decode4 => 32,
-            Self::Decode8 => 64,
-            Self::Prefill => i32::MAX as usize,
+            Self::Decode8 | Self::Prefill => 64,
         }
     }
 
@@ -114,7 +116,8 @@ impl GemmKernel {
     /// When there are more rows than the kernel takes.
     pub fn launch<D: Driver>(self, driver: &D, args: &GemmArgs) -> Result<(), DriverError> {
         let num_rows = args.activations.num_rows as usize;
-        assert!(num_rows <= self.max_rows(), "{num_rows} rows for {}", self.name());
+        let num_groups = if args.groups == 0 { num_rows.div_ceil(self.group_rows()) } else { args.num_groups as usize };
+        assert!(args.groups != 0 || num_groups <= 1 || self == Self::Prefill, "{num_rows} rows for {}", self.name());
         let outputs = ROWS_PER_TILE * self.tiles_per_block();
         let products = &args.products[..args.num_products as usize];
         let num_blocks: usize = products.iter().map(|p| (p.w.out_features as usize).div_ceil(outputs)).sum();
@@ -122,8 +125,8 @@ impl GemmKernel {
             return Ok(());
         }
         let grid = match self {
-            Self::Prefill => [num_rows.div_ceil(PREFILL_ROWS) as u32, num_blocks as u32, 1],
-            _ => [num_blocks as u32, 1, 1],
+            Self::Prefill => [num_groups as u32, num_blocks as u32, 1],
+            _ => [num_blocks as u32, num_groups as u32, 1],
         };
         // SAFETY: the arguments are this kernel's, the promise of `KernelArgs` covers the addresses, and the blocks are those of
         // the products.

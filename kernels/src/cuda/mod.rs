@@ -13,6 +13,7 @@ pub mod dense;
 mod device;
 pub mod driver;
 pub mod embed;
+pub mod experts;
 pub mod gemm;
 mod graphs;
 pub mod head;
@@ -30,7 +31,6 @@ mod worker;
 use std::thread;
 
 use crate::attention::{KvType, RotaryTable};
-use crate::canonical::LAYERS_PER_BLOCK;
 use crate::device::{DeviceError, StepLimits};
 use crate::shape::{DecoderShape, LayerAttention, Rotary};
 use crate::step::Step;
@@ -43,6 +43,7 @@ use attention::AttentionShape;
 use buffers::{Buffer, Buffers};
 use driver::{DeviceMemory, Driver, DriverError};
 use embed::RowType;
+use experts::Slots;
 use graphs::{GraphKey, Graphs};
 use head::{HeadRows, summarize};
 use kv::{CopyArgs, copy_blocks};
@@ -141,6 +142,7 @@ impl<D: Driver> CudaNorm<D> {
 struct StepMemory<D: Driver> {
     limits: StepLimits,
     buffers: Buffers<D>,
+    slots: Option<Slots<D>>,
     data: StepData<D>,
     kv: Kv<D>,
     /// Rows of the launches, and the width of the input that linear layers read next.
@@ -181,7 +183,7 @@ impl<D: Driver> Cuda<D> {
             way: Way::Eager,
             decoder: None,
             step: None,
-            adapters: Adapters::new(0, adapter_budget),
+            adapters: Adapters::new((0, 0), adapter_budget),
             cpu: Cpu::new(Isa::detect(), cores),
             host_logits: Vec::new(),
             adapter_budget,
@@ -252,6 +254,7 @@ impl<D: Driver> Cuda<D> {
         if rows > memory.buffers.rows {
             graphs.clear();
             memory.buffers = Buffers::new(driver, &shape, &attention_of(decoder), rows, memory.buffers.rank_stride)?;
+            memory.slots = Slots::new(driver, &shape, memory.buffers.rows)?;
         }
         if max_rank > memory.buffers.rank_stride {
             graphs.clear();
@@ -313,9 +316,9 @@ impl<D: Driver> Cuda<D> {
             eps: shape.norm_eps,
         };
         add_norm_quantize(&self.driver, &args)?;
-        let site = shape.num_layers * LAYERS_PER_BLOCK;
+        let site = shape.num_layers * shape.layers_per_block();
         let logits = buffers.address(Buffer::Logits);
-        self.run_linears(&[(head, site, logits)], num, shape.hidden_size, adapters)?;
+        self.run_linears(&[(head, site, logits)], self.input(num, shape.hidden_size, adapters))?;
         if self.step().data.needs.replaces_head {
             self.replace_heads(num, adapters)?;
         }

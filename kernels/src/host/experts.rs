@@ -14,8 +14,7 @@ use crate::elementwise::sum_rows;
 use crate::shape::{DecoderShape, Experts};
 use crate::step::{Group, Step};
 
-const GATE: usize = 0;
-const UP: usize = 1;
+/// The part of an expert that reads what the other two give.
 const DOWN: usize = 2;
 
 /// What lies between router and sum, `[slots, ...]` but for the scores; reused from call to call.
@@ -37,8 +36,8 @@ pub(super) struct ExpertLayers<'a> {
     /// Number of the block.
     pub block: usize,
     pub router: &'a HostLinear,
-    /// Gate, up and down of each.
-    pub experts: &'a [[HostLinear; 3]],
+    /// Their gates, ups and downs.
+    pub experts: &'a [Vec<HostLinear>; 3],
 }
 
 impl ExpertLayers<'_> {
@@ -76,7 +75,7 @@ impl ExpertLayers<'_> {
         slots.quantized.fill(cpu, num_slots, hidden_size, &mut slots.exact, &|slot, x| {
             x.copy_from_slice(&input.exact[routing.slots[slot].row * hidden_size..][..hidden_size]);
         });
-        let [gates, ups, downs] = [GATE, UP, DOWN].map(|part| PartOfExperts { experts, part, routing });
+        let [gates, ups, downs] = experts.each_ref().map(|experts| PartOfExperts { experts, routing });
         let delta_of_expert = |run: usize, part: usize| {
             let Run { expert, group, slots } = &routing.runs[run];
             let weights = (step.groups.get)(*group).weights;
@@ -96,8 +95,7 @@ impl ExpertLayers<'_> {
 /// Gate, up or down of the experts that have rows. They are of one shape and one type, and have no bias.
 #[derive(Debug)]
 pub(super) struct PartOfExperts<'a> {
-    experts: &'a [[HostLinear; 3]],
-    part: usize,
+    experts: &'a [HostLinear],
     routing: &'a Routing,
 }
 
@@ -110,7 +108,7 @@ impl<'a> PartOfExperts<'a> {
     /// The slots of one of them, which follow those of the one before, and the layer.
     pub fn active(&self, number: usize) -> (Range<usize>, &'a HostLinear) {
         let (expert, slots) = &self.routing.active[number];
-        (slots.clone(), &self.experts[*expert][self.part])
+        (slots.clone(), &self.experts[*expert])
     }
 }
 

@@ -162,6 +162,7 @@ impl Host {
 
 impl Device for Host {
     type Linear = HostLinear;
+    type Stack = Vec<HostLinear>;
     type Norm = HostNorm;
     type Embedding = MappedRows;
 
@@ -187,6 +188,12 @@ impl Device for Host {
         HostLinear::load(&self.cpu, self.unquantized, source, bias)
     }
 
+    fn load_stack(&mut self, source: &MatrixSource<'_>, count: usize) -> Result<Vec<HostLinear>, DeviceError> {
+        let (shape, len) = ((source.shape.0 / count, source.shape.1), source.bytes.len() / count);
+        let of_expert = |expert: usize| MatrixSource { shape, bytes: &source.bytes[expert * len..][..len], ..*source };
+        (0..count).map(|expert| self.load_linear(&of_expert(expert), None)).collect()
+    }
+
     fn load_norm(&mut self, weight: Vec<f32>, bias: Option<Vec<f32>>) -> Result<HostNorm, DeviceError> {
         Ok(HostNorm { weight, bias })
     }
@@ -198,6 +205,10 @@ impl Device for Host {
 
     fn linear_bytes(linear: &HostLinear) -> usize {
         linear.bytes()
+    }
+
+    fn stack_bytes(stack: &Vec<HostLinear>) -> usize {
+        stack.iter().map(HostLinear::bytes).sum()
     }
 
     /// Buffers of a step grow with the largest one.
@@ -358,7 +369,7 @@ impl Device for Host {
         step: &Step<'_>,
         block: usize,
         router: &HostLinear,
-        experts: &[[HostLinear; 3]],
+        experts: &[Vec<HostLinear>; 3],
     ) -> Result<(), DeviceError> {
         let shape = self.shape();
         let Buffers { input, outputs, linear, experts: buffers, .. } = &mut self.buffers;
