@@ -40,6 +40,8 @@ from tasks import Example, encoded_splits
 
 CHECKPOINT_SECONDS = 120
 IGNORED = -100
+# Of one pass through the model, padding included: a batch of long examples would take more memory than a job has.
+PASS_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 def file_digest(file: Path) -> str:
@@ -62,6 +64,18 @@ def epoch_batches(rows: list[Ids], batch_size: int, seed: str) -> list[list[Ids]
         batches += [piece[index : index + batch_size] for index in range(0, len(piece), batch_size)]
     order.shuffle(batches)
     return batches
+
+
+def passes(rows: list[Ids], num_tokens: int) -> Iterator[list[Ids]]:
+    """The rows by length, in pieces of at most so many tokens with their padding; one that is longer is alone."""
+    piece: list[Ids] = []
+    for row in sorted(rows, key=lambda row: len(row[0]) + len(row[1])):
+        if piece and (len(piece) + 1) * (len(row[0]) + len(row[1])) > num_tokens:
+            yield piece
+            piece = []
+        piece.append(row)
+    if piece:
+        yield piece
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -124,8 +138,20 @@ class Trainee:
             cache = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=True).past_key_values
         initialize_kv_prefix_from_past_key_values(self.model, past_key_values=cache)
 
-    def loss(self, batch: list[Ids]) -> tuple[torch.Tensor, int]:
-        """The sum of the loss over the answers' tokens, in nats, and how many they are."""
+    def loss(self, batch: list[Ids], backward: bool = False) -> float:
+        """The mean loss over the answers' tokens, in nats; with its gradients, if that is asked for."""
+        # The first token of a text is not foretold.
+        num_tokens = max(1, sum(len(target) - (not prompt) for prompt, target in batch))
+        mean = 0.0
+        for piece in passes(batch, PASS_TOKENS[self.device.type]):
+            loss = self._total_loss(piece) / num_tokens
+            if backward:
+                loss.backward()
+            mean += loss.item()
+        return mean
+
+    def _total_loss(self, batch: list[Ids]) -> torch.Tensor:
+        """Over the answers' tokens, in one pass."""
         length = max(len(prompt) + len(target) for prompt, target in batch)
         ids = torch.zeros((len(batch), length), dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -141,21 +167,15 @@ class Trainee:
             hidden = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -length:]
             predicts = labels[:, 1:] != IGNORED
             logits = self.head(hidden[:, :-1][predicts]).float()
-        wanted = labels[:, 1:][predicts]
-        return cross_entropy(logits, wanted, reduction="sum"), wanted.numel()
+        return cross_entropy(logits, labels[:, 1:][predicts], reduction="sum")
 
     @torch.no_grad()
-    def mean_loss(self, rows: list[Ids], batch_size: int) -> float:
-        """Over all target tokens of `rows`, without dropout."""
+    def validation_loss(self, rows: list[Ids]) -> float:
+        """The mean loss, without dropout."""
         self.model.eval()
-        rows = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
-        total, count = 0.0, 0
-        for start in range(0, len(rows), batch_size):
-            loss, num_tokens = self.loss(rows[start : start + batch_size])
-            total += loss.item()
-            count += num_tokens
+        loss = self.loss(rows)
         self.model.train()
-        return total / count
+        return loss
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().cpu().clone() for name, parameter in self.trained.items()}
@@ -272,7 +292,7 @@ class Run:
 
     def validate(self, averaged_epochs: int = 1) -> None:
         """Keeps the weights if none before them had as low a loss on the dev split."""
-        loss = self.trainee.mean_loss(self.dev, self.recipe.training.batch_size)
+        loss = self.trainee.validation_loss(self.dev)
         self.report(type="validation", step=self.state["step"], loss=loss)
         of = f", of the mean of {averaged_epochs} epochs' weights" if averaged_epochs > 1 else ""
         tqdm.write(f"step {self.state['step']}: loss on the dev split {loss:.4f}{of}")
@@ -292,18 +312,16 @@ class Run:
         rate = training.learning_rate * min(1.0, rising) * min(1.0, (1 - progress) / (1 - training.warmup))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        total, num_tokens = self.trainee.loss(batch)
-        loss = total / num_tokens
-        if not torch.isfinite(loss):
+        loss = self.trainee.loss(batch, backward=True)
+        if not math.isfinite(loss):
             raise TrainingError(f"the loss of step {self.state['step']} is not finite: lower the learning rate")
-        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trainee.trained.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.state["step"] += 1
         self.state["tokens"] += sum(len(prompt) + len(target) for prompt, target in batch)
-        self.state["losses"].append(loss.item())
-        return loss.item()
+        self.state["losses"].append(loss)
+        return loss
 
     def train(self) -> None:
         """To the last step; leaves the weights with the lowest loss on the dev split."""
@@ -315,7 +333,7 @@ class Run:
         )  # fmt: skip
         if self.state["base_loss"] is None:
             with trainee.model.disable_adapter():
-                self.state["base_loss"] = trainee.mean_loss(self.dev, training.batch_size)
+                self.state["base_loss"] = trainee.validation_loss(self.dev)
             self.report(type="validation", step=0, loss=self.state["base_loss"])
             tqdm.write(f"loss of the base on the dev split {self.state['base_loss']:.4f}")
         trainee.model.train()
@@ -348,7 +366,7 @@ class Run:
         validation_loss = state["best_loss"]
         if self.recipe.export_rank is not None:
             cut_rank(trainee.model, self.recipe.export_rank)
-            validation_loss = trainee.mean_loss(self.dev, training.batch_size)
+            validation_loss = trainee.validation_loss(self.dev)
         if trainee.device.type == "cuda":
             peak_bytes, device = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
         else:

@@ -20,7 +20,7 @@ from encoding import encode
 from nearest import Nearest
 from recipe import RecipeError, load_recipe
 from tasks import INSTRUCTION_PROMPT
-from train import Run, Trainee, TrainingError
+from train import Run, Trainee, TrainingError, passes
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "clients"))
 
@@ -58,6 +58,32 @@ def test_a_product_of_low_rank_survives_the_cut_to_it():
     torch.testing.assert_close(b[:, :2] @ a[:2], product)
     assert not a[2:].any()
     assert not b[:, 2:].any()
+
+
+def test_rows_pass_by_length_in_pieces_that_fit():
+    rows = [([1] * prompt, [2] * target) for prompt, target in [(30, 10), (3, 1), (90, 30), (0, 5), (3, 2)]]
+    for num_tokens, expected in [(1, [1] * 5), (12, [2, 1, 1, 1]), (15, [3, 1, 1]), (160, [4, 1]), (600, [5])]:
+        pieces = list(passes(rows, num_tokens))
+        assert [len(piece) for piece in pieces] == expected
+        assert [row for piece in pieces for row in piece] == sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
+    assert list(passes([], 10)) == []
+
+
+def test_a_batch_has_the_same_gradients_in_any_number_of_passes(
+    tmp_path: Path, smoke_base: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("train.has_fast_bf16", lambda _: False)
+    run = Run(load_recipe(_written(tmp_path, SMOKE_RECIPE.read_text(encoding="utf-8"))), tmp_path, torch.device("cpu"))
+    batch = [*sorted(run.rows, key=lambda row: len(row[1]))[::10], ([], run.rows[0][0])]
+    gradients = []
+    for num_tokens in (100_000, 60, 1):
+        monkeypatch.setattr("train.PASS_TOKENS", {"cpu": num_tokens})
+        loss = run.trainee.loss(batch, backward=True)
+        gradients.append([torch.tensor(loss), *(p.grad.clone() for p in run.trainee.trained.values())])
+        run.optimizer.zero_grad()
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients[0][1:])
+    for others in gradients[1:]:
+        torch.testing.assert_close(others, gradients[0], rtol=1e-3, atol=1e-5)
 
 
 def test_a_resumed_training_ends_as_one_that_was_not_interrupted(tmp_path: Path, smoke_base: Path):
@@ -114,11 +140,11 @@ def test_the_mean_of_the_last_epochs_is_kept_where_it_is_better(
     run = Run(recipe, tmp_path / "out", torch.device("cpu"))
     measured, after_epochs = iter([3.0, 2.0, 1.8, 1.0, of_mean]), []
 
-    def mean_loss(*_: Any) -> float:
+    def validation_loss(*_: Any) -> float:
         after_epochs.append(run.trainee.weights())
         return next(measured)
 
-    monkeypatch.setattr(run.trainee, "mean_loss", mean_loss)
+    monkeypatch.setattr(run.trainee, "validation_loss", validation_loss)
     run.train()
     base, first, second, third, mean = after_epochs
     for name, weights in mean.items():
@@ -221,10 +247,10 @@ def test_a_prefix_begins_with_a_text_as_often_as_it_takes(
     assert 2 < len(ids) < 12
     # What follows is read as behind the text itself.
     row = ([9, 8, 7], [6, 5])
-    behind, _ = trainee.loss([row])
+    behind = trainee.loss([row])
     with trainee.model.disable_adapter():
         text = (ids * num_virtual_tokens)[:num_virtual_tokens]
-        expected, _ = trainee.loss([(text + row[0], row[1])])
+        expected = trainee.loss([(text + row[0], row[1])])
     torch.testing.assert_close(behind, expected, rtol=1e-3, atol=1e-3)
 
 
