@@ -38,7 +38,7 @@ pub struct Scheduler {
     /// By all that is computed, of sequences in any state.
     fairness: Fairness,
     /// By the rows of the running sequences whose prompts are computed: what a prompt has taken does not hold the streams of its
-    /// flow up. Guesses are not counted: they have rows that nobody else would have had.
+    /// flow up.
     streams: Fairness,
     step_rows: StepRows,
     /// Oldest first.
@@ -286,6 +286,7 @@ impl Scheduler {
         if let Some(index) = self.running_index(id) {
             self.running[index].accept(&mut self.pool);
             self.fairness.serve(self.running[index].flow(), 1, 0);
+            self.streams.serve(self.running[index].flow(), 1, 0);
         }
     }
 
@@ -413,20 +414,21 @@ impl Scheduler {
         streams.settle(short().filter(|sequence| sequence.is_streaming()).map(Sequence::flow));
     }
 
-    /// Adds rows for guessed tokens while they are cheap: with every sequence decoding and none left out, and as long as the
-    /// step is small enough for reading the weights, and not the arithmetic of its rows, to take most of its time.
+    /// Adds rows for guessed tokens while they are cheap: with every sequence decoding, and as long as the step is small enough
+    /// for reading the weights, and not the arithmetic of its rows, to take most of its time. Those that pause do so for a
+    /// step or few, for which nobody else's guesses are held back.
     fn speculate(&mut self) {
-        let is_decoding = |(sequence, share): (&Sequence, &usize)| sequence.num_uncomputed_tokens() == 1 && *share == 1;
-        if self.max_draft_tokens == 0 || !self.running.iter().zip(&self.shares).all(is_decoding) {
+        if self.max_draft_tokens == 0 || self.running.iter().any(|sequence| sequence.num_uncomputed_tokens() != 1) {
             return;
         }
-        let num_decoding = self.running.len();
-        let mut num_rows = num_decoding;
+        let num_decoding = self.shares.iter().sum();
+        let (num_running, mut num_rows) = (self.running.len(), num_decoding);
         let as_base = self.step_rows.as_base;
         let max_rows =
-            if num_decoding == 1 { MAX_COPIED_ROWS } else { as_base.clamp(MAX_SPECULATED_ROWS, MAX_COPIED_ROWS) };
+            if num_running == 1 { MAX_COPIED_ROWS } else { as_base.clamp(MAX_SPECULATED_ROWS, MAX_COPIED_ROWS) };
         let max_rows = max_rows.min(self.max_batch_rows);
-        for (index, (sequence, share)) in self.running.iter_mut().zip(&mut self.shares).enumerate() {
+        let decoding = self.running.iter_mut().zip(&mut self.shares).filter(|(_, share)| **share == 1);
+        for (index, (sequence, share)) in decoding.enumerate() {
             let rows_left = max_rows.saturating_sub(num_rows);
             let most =
                 self.max_draft_tokens.min(rows_left / (num_decoding - index)).min(sequence.worth_guessing(as_base));
@@ -436,7 +438,7 @@ impl Scheduler {
             sequence.speculate(self.past_replies.of(sequence.flow()), most);
             // Guesses take a block only if that leaves one for the next token of every sequence.
             while !sequence.is_covered()
-                && self.pool.blocks_available() > num_decoding
+                && self.pool.blocks_available() > num_running
                 && let Some(block) = self.pool.allocate()
             {
                 sequence.push_block(block);
