@@ -145,8 +145,7 @@ impl EngineHandle {
     }
 
     /// Hands a request to the engine. Its events end with [`Event::Finished`], [`Event::OutOfTime`], [`Event::Failed`] or
-    /// [`Event::Stopped`],
-    /// except that the channel closes without any of them when the engine stops at this very moment.
+    /// [`Event::Stopped`], except that the channel closes without any of them when the engine stops at this very moment.
     pub fn submit(&self, request: Request) -> Result<(), EngineStopped> {
         self.submit_together(vec![request])
     }

@@ -256,29 +256,32 @@ impl Engine {
 
     /// Ends the sequences nobody listens to.
     fn drop_cancelled(&mut self) {
-        let mut cancelled = mem::take(&mut self.buffers.ended);
-        cancelled.extend(self.clients.iter().filter(|(_, client)| client.events.is_closed()).map(|(id, _)| *id));
-        for id in cancelled.drain(..) {
-            self.scheduler.remove(id);
-            if let Some(disk) = &mut self.prefix_disk {
-                disk.remove(id);
-            }
-            self.clients.remove(&id);
-        }
-        self.buffers.ended = cancelled;
+        self.end_where(
+            |client| client.events.is_closed(),
+            |engine, id| {
+                engine.scheduler.remove(id);
+                engine.clients.remove(&id);
+            },
+        );
     }
 
     /// Ends the sequences whose time is over. Who reads them may not see that: a client that has stalled reads nothing.
     fn end_late(&mut self) {
-        let (mut late, now) = (mem::take(&mut self.buffers.ended), Instant::now());
-        late.extend(self.clients.iter().filter(|(_, client)| is_over(client.deadline, now)).map(|(id, _)| *id));
-        for id in late.drain(..) {
+        let now = Instant::now();
+        self.end_where(|client| is_over(client.deadline, now), |engine, id| engine.end(id, Event::OutOfTime));
+    }
+
+    /// Ends by `end` the sequences of these clients, those too that wait for what is read for them.
+    fn end_where(&mut self, is_ended: impl Fn(&Client) -> bool, end: impl Fn(&mut Self, SequenceId)) {
+        let mut ended = mem::take(&mut self.buffers.ended);
+        ended.extend(self.clients.iter().filter(|(_, client)| is_ended(client)).map(|(id, _)| *id));
+        for id in ended.drain(..) {
             if let Some(disk) = &mut self.prefix_disk {
                 disk.remove(id);
             }
-            self.end(id, Event::OutOfTime);
+            end(self, id);
         }
-        self.buffers.ended = late;
+        self.buffers.ended = ended;
     }
 
     /// Runs the planned rows. Clients are told meanwhile what came of the step before.
