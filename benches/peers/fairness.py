@@ -36,7 +36,8 @@ class Clients:
 
     async def run(self, session: aiohttp.ClientSession, url: str, number: int, seeds, is_over) -> None:
         pauses = random.Random(number)
-        def see():
+
+        def see() -> None:
             # Those of a reply too that is cut off: counted whole alone, who has fewer would lose more.
             self.num_tokens += not is_over()
 
