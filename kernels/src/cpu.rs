@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::arena::Arena;
 use crate::threads::ThreadPool;
 
 /// The instruction sets the kernels are written for, weakest first.
@@ -87,18 +88,19 @@ impl FromStr for Isa {
     }
 }
 
-/// Where the kernels run: an instruction set and the threads that share its work.
+/// Where the kernels run: an instruction set, the threads that share its work, and memory for weights.
 #[derive(Debug)]
 pub struct Cpu {
     isa: Isa,
     pool: ThreadPool,
+    arena: Arena,
 }
 
 impl Cpu {
     /// `num_threads` counts the calling thread; at least 1. An instruction set the processor lacks is lowered to the best
     /// it has, so that a [`Cpu`] can always run.
     pub fn new(isa: Isa, num_threads: usize) -> Self {
-        Self { isa: isa.or_less(), pool: ThreadPool::new(num_threads) }
+        Self { isa: isa.or_less(), pool: ThreadPool::new(num_threads), arena: Arena::default() }
     }
 
     pub fn isa(&self) -> Isa {
@@ -107,5 +109,10 @@ impl Cpu {
 
     pub fn pool(&self) -> &ThreadPool {
         &self.pool
+    }
+
+    /// Where weights lie.
+    pub(crate) fn arena(&self) -> &Arena {
+        &self.arena
     }
 }

@@ -5,6 +5,7 @@
 //! depend on its neighbours.
 
 pub mod activations;
+mod arena;
 pub mod attention;
 pub mod canonical;
 pub mod cpu;

@@ -12,10 +12,13 @@
 //! minima    f16 [groups][16 rows], where the format has them
 //! ```
 
+use std::io;
+
 use half::f16;
 
 use super::blocks::{Block32, BlockFormat};
 use crate::Cpu;
+use crate::arena::Memory;
 use crate::threads::DisjointMut;
 
 pub(crate) const ROWS_PER_TILE: usize = 16;
@@ -69,15 +72,9 @@ pub struct PackedMatrix {
     in_features: usize,
     layout: Layout,
     offset: i32,
-    /// `[out_features / 16, rounded up][in_features / 32]` records, as whole vectors so that every record is 32-byte
-    /// aligned.
-    records: Vec<Aligned>,
+    /// `[out_features / 16, rounded up][in_features / 32]` records; each is a multiple of 32 bytes, and so aligned.
+    records: Memory,
 }
-
-/// 32 bytes, aligned: the size every part of a record is a multiple of.
-#[derive(Debug, Clone, Copy)]
-#[repr(align(32))]
-struct Aligned(#[allow(dead_code)] [u8; 32]); // read through `PackedMatrix::bytes`
 
 /// Why a tensor cannot be packed.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -86,6 +83,8 @@ pub enum PackError {
     Width { width: usize, block_len: usize, format: BlockFormat },
     #[error("{got} bytes for a {format:?} matrix of {expected} bytes")]
     Length { got: usize, expected: usize, format: BlockFormat },
+    #[error("no memory for {bytes} bytes of weights: {reason}")]
+    Memory { bytes: usize, reason: String },
 }
 
 /// Bytes of a row of the file, whose matrix `[out_features, in_features]` is `bytes`.
@@ -120,12 +119,14 @@ impl PackedMatrix {
         let layout = Layout::of(format);
         let num_tiles = out_features.div_ceil(ROWS_PER_TILE);
         let num_blocks = in_features / 32;
-        let per_tile = num_blocks * layout.record_bytes() / 32;
-        let mut records = vec![Aligned([0; 32]); Self::bytes_of(format, (out_features, in_features)) / 32];
+        let per_tile = num_blocks * layout.record_bytes();
+        let needed = Self::bytes_of(format, (out_features, in_features));
+        let no_memory = |e: io::Error| PackError::Memory { bytes: needed, reason: e.to_string() };
+        let mut records = cpu.arena().take(needed).map_err(no_memory)?;
         let target = DisjointMut::new(&mut records);
         cpu.pool().run(num_tiles, &|tile| {
             // SAFETY: each task takes its own tile.
-            let tile_records = bytes_of_mut(unsafe { target.slice(tile * per_tile, per_tile) });
+            let tile_records = unsafe { target.slice(tile * per_tile, per_tile) };
             let mut row = vec![Block32::default(); num_blocks];
             for r in 0..ROWS_PER_TILE.min(out_features - tile * ROWS_PER_TILE) {
                 let out_row = tile * ROWS_PER_TILE + r;
@@ -154,7 +155,7 @@ impl PackedMatrix {
 
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
-        size_of_val(self.records.as_slice())
+        self.records.len()
     }
 
     pub(crate) fn layout(&self) -> Layout {
@@ -172,7 +173,7 @@ impl PackedMatrix {
     /// The records of one tile, in input order.
     pub(crate) fn tile(&self, tile: usize) -> &[u8] {
         let per_tile = self.in_features / 32 * self.layout.record_bytes();
-        &bytes_of(&self.records)[tile * per_tile..][..per_tile]
+        &self.records[tile * per_tile..][..per_tile]
     }
 }
 
@@ -201,14 +202,4 @@ fn write_row(layout: Layout, record: &mut [u8], r: usize, block: &Block32) {
             put(at + layout.scales_bytes(), block.min[g]);
         }
     }
-}
-
-fn bytes_of(records: &[Aligned]) -> &[u8] {
-    // SAFETY: `Aligned` is 32 bytes without padding or invalid values, and a byte has no alignment.
-    unsafe { std::slice::from_raw_parts(records.as_ptr().cast(), size_of_val(records)) }
-}
-
-fn bytes_of_mut(records: &mut [Aligned]) -> &mut [u8] {
-    // SAFETY: as in `bytes_of`, and every byte value is a valid `Aligned`.
-    unsafe { std::slice::from_raw_parts_mut(records.as_mut_ptr().cast(), size_of_val(records)) }
 }
