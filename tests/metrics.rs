@@ -225,6 +225,18 @@ async fn a_scrape_names_the_adapters_that_its_key_opens_and_without_one_none() {
     assert_eq!(wrong.0, StatusCode::UNAUTHORIZED);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_asks_for_text_with_a_wrong_key_is_counted_and_what_asks_for_none_is_not() {
+    let server = Server::start(&format!("{ADMIN}[[server.keys]]\nname = 'c'\nkey = 'client'\nadapters = ['*']")).await;
+    let asked = ["/v1/completions", "/chat/completions", "/v1/messages", "/infill", "/api/generate"];
+    for path in asked.into_iter().chain(["/v1/tokenize", "/v1/adapters/a/load"]) {
+        let request = server.request(Method::POST, path).bearer_auth("wrong").body("{}");
+        assert_eq!(server.send(request).await.0, StatusCode::UNAUTHORIZED, "{path}");
+    }
+    let scrape = Scrape::of(&server, "admin").await;
+    assert_eq!(scrape.value(r#"lorry_rejected_total{reason="unauthorized"}"#), asked.len() as f64);
+}
+
 /// It parses, and the linter has nothing to say but that the names of vLLM have colons.
 fn check_with_promtool(text: &str) {
     let mut promtool = Command::new("promtool");

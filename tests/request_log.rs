@@ -48,7 +48,7 @@ async fn each_request_has_one_line_that_says_what_came_of_it_and_not_its_prompt(
     assert!((1..u64::from(CONTEXT_LENGTH) / 2).contains(&line["completion_tokens"].as_u64().unwrap()), "{line}");
 
     for (model, key, status, refusal) in
-        [("nothing", "secret", 404, json!("not_found")), ("a", "wrong", 401, json!("invalid"))]
+        [("nothing", "secret", 404, json!("not_found")), ("a", "wrong", 401, json!("unauthorized"))]
     {
         let request = server.completion(json!({"model": model})).header("x-request-id", "two words");
         let mut request = request.build().unwrap();

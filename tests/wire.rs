@@ -234,6 +234,8 @@ async fn probes_are_answered_when_every_connection_is_taken_and_others_are_told(
         assert!(refused.contains("access-control-allow-origin: *"), "{path}: {refused}");
         assert!(is_worded(&body_of(&refused)), "{path}: {refused}");
     }
+    let metrics = self::metrics(&server).await;
+    assert!(metrics.contains(r#"lorry_rejected_total{reason="connections"} 4"#), "{metrics}");
     // A place that is given back is one for the next.
     drop(held);
     let served = async {
@@ -370,6 +372,9 @@ async fn a_body_that_the_budget_has_no_room_for_is_503_until_the_others_are_gone
     let error = &body_of(&refused)["error"];
     assert_eq!(error["code"], "overloaded");
     assert!(error["message"].as_str().unwrap().contains("server.max_body_bytes_in_flight"), "{error}");
+    let metrics = metrics(&server).await;
+    assert!(metrics.contains(r#"lorry_rejected_total{reason="bodies"}"#), "{metrics}");
+    assert!(!metrics.contains(r#"reason="overloaded""#), "the queue was not full: {metrics}");
     // What was refused holds nothing, and what is finished or left no longer does.
     let (status, reply) = server.post("/v1/completions", json!({"prompt": "def f(x):", "max_tokens": 1})).await;
     assert_eq!(status, StatusCode::OK, "{reply}");

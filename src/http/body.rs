@@ -107,6 +107,7 @@ fn num_values(json: &[u8]) -> usize {
 
 fn spent() -> ApiError {
     ApiError::unavailable(
+        "bodies",
         "the bodies of other requests hold all that server.max_body_bytes_in_flight allows: try again",
     )
 }

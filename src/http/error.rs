@@ -70,15 +70,22 @@ impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: String) -> Self {
         let body = Box::new(ErrorBody { message, kind, param: None, code, n_prompt_tokens: None, n_ctx: None });
         let rejection = Some(Rejection(match status {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => "unauthorized",
             StatusCode::NOT_FOUND => "not_found",
             StatusCode::SERVICE_UNAVAILABLE => "overloaded",
             StatusCode::NOT_IMPLEMENTED => "invalid",
             StatusCode::TOO_MANY_REQUESTS => "rate_limited",
             StatusCode::GATEWAY_TIMEOUT => "deadline",
+            StatusCode::INSUFFICIENT_STORAGE => "storage",
             status if status.is_server_error() => "internal",
             _ => "invalid",
         }));
         Self { status, body, rejection }
+    }
+
+    /// What people who look at the metrics have to do about it, where the status does not say that.
+    fn because(self, reason: &'static str) -> Self {
+        Self { rejection: Some(Rejection(reason)), ..self }
     }
 
     /// 400 that names the field at fault.
@@ -207,15 +214,16 @@ impl ApiError {
         Self::new(StatusCode::NOT_IMPLEMENTED, "not_supported_error", None, message.into())
     }
 
-    /// 503 that asks to come back.
-    pub fn unavailable(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded_error", Some("overloaded"), message.into())
+    /// 503 that asks to come back; `reason` is that of the metric.
+    pub fn unavailable(reason: &'static str, message: impl Into<String>) -> Self {
+        let status = StatusCode::SERVICE_UNAVAILABLE;
+        Self::new(status, "overloaded_error", Some("overloaded"), message.into()).because(reason)
     }
 
     /// 503 that says what is wrong with files: the experiments' database, or those of an adapter.
     pub fn storage_unavailable(message: impl Into<String>) -> Self {
         let (status, code) = (StatusCode::SERVICE_UNAVAILABLE, "storage_unavailable");
-        Self::new(status, "server_error", Some(code), message.into())
+        Self::new(status, "server_error", Some(code), message.into()).because("storage")
     }
 
     /// 507 for files that cannot be changed.
@@ -280,17 +288,15 @@ impl From<GenerationError> for ApiError {
                 api.body.n_ctx = Some(context_length);
                 api
             }
-            GenerationError::Overloaded | GenerationError::ShuttingDown | GenerationError::OutOfMemory(_) => {
-                Self::unavailable(message)
-            }
+            GenerationError::Overloaded => Self::unavailable("overloaded", message),
+            GenerationError::ShuttingDown => Self::unavailable("stopping", message),
+            GenerationError::OutOfMemory(_) => Self::unavailable("adapter_memory", message),
             GenerationError::UnreadableAdapter(_) => Self::storage_unavailable(message),
             // Not 503: a proxy that sends it elsewhere at once would have the client wait as long again.
             GenerationError::DeadlineExceeded { .. } => {
                 Self::new(StatusCode::GATEWAY_TIMEOUT, "server_error", Some("deadline_exceeded"), message)
             }
-            GenerationError::EngineStopped => {
-                Self { rejection: Some(Rejection("internal")), ..Self::unavailable(message) }
-            }
+            GenerationError::EngineStopped => Self::unavailable("internal", message),
             GenerationError::Failed(_) => {
                 let api = Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, message);
                 Self { rejection: None, ..api }
@@ -339,7 +345,7 @@ impl From<AcquireError> for ApiError {
             AcquireError::Unknown(_) => Self::unknown_adapter(message),
             AcquireError::Refused { .. } => Self::refused(message),
             AcquireError::Composition(_) => Self::malformed(message),
-            AcquireError::OutOfMemory(_) => Self::unavailable(message),
+            AcquireError::OutOfMemory(_) => Self::unavailable("adapter_memory", message),
             AcquireError::Unreadable { .. } => Self::storage_unavailable(message),
         }
     }
@@ -355,8 +361,8 @@ impl From<IclError> for ApiError {
         match error {
             IclError::UnknownStore { .. } => {
                 api.status = StatusCode::NOT_FOUND;
-                api.rejection = Some(Rejection("not_found"));
                 api.body.code = Some("store_not_found");
+                return api.because("not_found");
             }
             IclError::PromptTooLong { num_prompt_tokens, max_prompt_tokens, .. } => {
                 api.body.code = Some("context_length_exceeded");
@@ -450,6 +456,27 @@ mod tests {
     }
 
     #[test]
+    fn each_refusal_is_counted_by_what_is_to_be_done_about_it() {
+        let text = String::new;
+        for (reason, error) in [
+            ("unauthorized", ApiError::unauthorized("no")),
+            ("unauthorized", ApiError::forbidden("changes_off", "no")),
+            ("overloaded", GenerationError::Overloaded.into()),
+            ("stopping", GenerationError::ShuttingDown.into()),
+            ("adapter_memory", GenerationError::OutOfMemory(text()).into()),
+            ("adapter_memory", AcquireError::OutOfMemory(text()).into()),
+            ("storage", GenerationError::UnreadableAdapter(text()).into()),
+            ("storage", ApiError::not_writable(text())),
+            ("internal", GenerationError::EngineStopped.into()),
+            ("deadline", GenerationError::DeadlineExceeded { max_seconds: 1 }.into()),
+            ("not_found", GenerationError::unknown_model("model", "x").into()),
+            ("invalid", ApiError::body_too_large(1)),
+        ] {
+            assert_eq!(error.rejection, Some(Rejection(reason)), "{error:?}");
+        }
+    }
+
+    #[test]
     fn an_overloaded_server_says_when_to_come_back() {
         let response = ApiError::from(GenerationError::Overloaded).into_response();
         assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
@@ -469,7 +496,7 @@ mod tests {
             let response = error.into_response();
             assert_eq!(response.headers()[SHOULD_RETRY], "false", "{}", response.status());
         }
-        for error in [ApiError::unavailable("no"), ApiError::internal(), ApiError::body_too_slow(1)] {
+        for error in [ApiError::unavailable("overloaded", "no"), ApiError::internal(), ApiError::body_too_slow(1)] {
             assert!(!error.into_response().headers().contains_key(SHOULD_RETRY));
         }
     }

@@ -52,13 +52,20 @@ const BUFFER_BYTES: usize = 64 << 10;
 /// Before the next try, when the system refuses a connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// Where requests go.
+#[derive(Debug, Clone)]
+pub struct Routers {
+    pub admitted: Router,
+    /// Those of connections beyond the limit that are no probes.
+    pub beyond: Router,
+}
+
 /// Serves until `shutdown` resolves, and returns when every connection has ended. A request goes to the router that
-/// there is when it comes, but to `full` where all connections are taken and it is no probe. With `tls`, connections are encrypted.
+/// there is when it comes. With `tls`, connections are encrypted.
 pub async fn serve(
     listener: TcpListener,
     tls: Option<TlsAcceptor>,
-    router: watch::Receiver<Router>,
-    full: Router,
+    routers: watch::Receiver<Routers>,
     config: ServerConfig,
     shutdown: impl Future<Output = ()>,
 ) -> io::Result<()> {
@@ -92,9 +99,8 @@ pub async fn serve(
         let _ = stream.set_nodelay(true);
         let place = places.clone().try_acquire_owned().ok();
         let is_admitted = place.is_some();
-        let (router, full) = (router.clone(), full.clone());
         let (watcher, stopping) = (connections.watcher(), stopping.clone());
-        let connection = Connection { router, full, place, patience, watcher };
+        let connection = Connection { routers: routers.clone(), place, patience, watcher };
         let task = match tls.clone() {
             None => tokio::spawn(connection.run(stream)),
             Some(tls) => tokio::spawn(connection.run_encrypted(stream, tls, stopping)),
@@ -153,8 +159,7 @@ fn allow_open_files(max_connections: usize) {
 fn allow_open_files(_: usize) {}
 
 struct Connection {
-    router: watch::Receiver<Router>,
-    full: Router,
+    routers: watch::Receiver<Routers>,
     /// `None` where all are taken.
     place: Option<OwnedSemaphorePermit>,
     patience: Patience,
@@ -191,12 +196,15 @@ impl Connection {
     }
 
     async fn serve(self, stream: impl AsyncRead + AsyncWrite + Unpin + 'static, clock: Clock) {
-        let Self { router, full, place, watcher, .. } = self;
+        let Self { routers, place, watcher, .. } = self;
         let is_admitted = place.is_some();
         let service = service_fn(move |request: hyper::Request<Incoming>| {
             let answering = clock.answer();
             let is_served = is_admitted || PROBES.contains(&tidy(request.uri().path()).as_str());
-            let router = if is_served { router.borrow().clone() } else { full.clone() };
+            let router = {
+                let routers = routers.borrow();
+                if is_served { routers.admitted.clone() } else { routers.beyond.clone() }
+            };
             let reply = TowerToHyperService::new(router).call(request);
             async move { Ok::<_, Infallible>(answering.with(reply.await?)) }
         });

@@ -82,6 +82,7 @@ use auth::{Keys, authenticate};
 use body::BodyBudget;
 use dialect::word_errors;
 use error::{ApiError, Rejection};
+use listener::Routers;
 use responses::KeptResponses;
 
 pub use listener::TlsError;
@@ -128,7 +129,7 @@ impl AppState {
 pub struct Server {
     /// Of its address.
     pub scheme: &'static str,
-    router: watch::Sender<Router>,
+    routers: watch::Sender<Routers>,
     stop: oneshot::Sender<()>,
     served: JoinHandle<std::io::Result<()>>,
 }
@@ -141,13 +142,15 @@ impl Server {
     pub fn start(listener: TcpListener, config: &ServerConfig) -> Result<Self, TlsError> {
         let tls = listener::tls(config)?;
         let scheme = if tls.is_some() { "https" } else { "http" };
-        let (router, routers) = watch::channel(behind_shared_layers(Router::new().fallback(loading), config));
-        let full = behind_shared_layers(Router::new().fallback(full), config);
+        let (routers, current) = watch::channel(Routers {
+            admitted: behind_shared_layers(Router::new().fallback(loading), config),
+            beyond: behind_shared_layers(Router::new().fallback(full), config),
+        });
         let (stop, stopped) = oneshot::channel();
         // Who drops the server has stopped it too.
         let stopped = async move { stopped.await.unwrap_or_default() };
-        let served = tokio::spawn(listener::serve(listener, tls, routers, full, config.clone(), stopped));
-        Ok(Self { scheme, router, stop, served })
+        let served = tokio::spawn(listener::serve(listener, tls, current, config.clone(), stopped));
+        Ok(Self { scheme, routers, stop, served })
     }
 
     /// Serves `state` from now on. The result, when it is polled, waits until `shutdown` resolves, then refuses new
@@ -157,9 +160,11 @@ impl Server {
         state: AppState,
         shutdown: impl Future<Output = ()>,
     ) -> impl Future<Output = std::io::Result<()>> {
-        let Self { router: routers, stop, served, .. } = self;
+        let Self { routers, stop, served, .. } = self;
         let (generation, experiments) = (state.generation.clone(), state.experiments.clone());
-        drop(routers.send_replace(router(state)));
+        let full = Router::new().fallback(full).layer(from_fn_with_state(state.clone(), count_rejection));
+        let beyond = behind_shared_layers(full, &state.config.server);
+        drop(routers.send_replace(Routers { admitted: router(state), beyond }));
         async move {
             let drained = async {
                 shutdown.await;
@@ -192,7 +197,7 @@ fn routes(state: &AppState) -> Router {
         .route("/compare", post(compare::compare))
         .route("/messages", post(anthropic::messages));
     let adapter = get(adapters::get).put(adapters::put).delete(adapters::delete);
-    let api = generating(generation, state)
+    let api = Router::new()
         .route("/messages/count_tokens", post(anthropic::count_tokens))
         .route("/models", get(models::list))
         .route("/responses/{id}", get(responses::get).delete(responses::delete))
@@ -214,8 +219,9 @@ fn routes(state: &AppState) -> Router {
         .route("/load_lora_adapter", post(vllm::load_lora_adapter))
         .route("/unload_lora_adapter", post(vllm::unload_lora_adapter))
         .merge(fine_tuning::routes())
-        .merge(llama_cpp::routes(state))
-        .route_layer(from_fn_with_state(state.clone(), authenticate));
+        .merge(llama_cpp::routes())
+        .route_layer(from_fn_with_state(state.clone(), authenticate))
+        .merge(generating(generation.merge(llama_cpp::generation()), state));
     Router::new()
         .nest("/v1", api.clone())
         .merge(api)
@@ -261,9 +267,12 @@ async fn drop_strange_id(mut request: Request) -> Request {
     request
 }
 
-/// `routes` that generate, which is what keys may do only so much of; behind the layer that authenticates.
+/// `routes` that generate, for whom they know and as much as that key may; what is refused is counted.
 fn generating(routes: Router<AppState>, state: &AppState) -> Router<AppState> {
-    routes.route_layer(from_fn(key_limits::limit)).route_layer(from_fn_with_state(state.clone(), count_rejection))
+    routes
+        .route_layer(from_fn(key_limits::limit))
+        .route_layer(from_fn_with_state(state.clone(), authenticate))
+        .route_layer(from_fn_with_state(state.clone(), count_rejection))
 }
 
 /// Mirrors the headers that are asked for: `*` does not stand for `authorization`.
@@ -307,11 +316,11 @@ async fn count_rejection(State(state): State<AppState>, request: Request, next: 
 
 /// In the words that clients of llama.cpp look for.
 async fn loading() -> ApiError {
-    ApiError::unavailable("Loading model")
+    ApiError::unavailable("loading", "Loading model")
 }
 
 async fn full() -> ApiError {
-    ApiError::unavailable("every connection of the server is taken")
+    ApiError::unavailable("connections", "every connection of the server is taken")
 }
 
 async fn unknown_route(OriginalUri(uri): OriginalUri) -> ApiError {

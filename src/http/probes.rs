@@ -23,7 +23,7 @@ pub fn check_accepting(state: &AppState) -> Result<(), ApiError> {
     if state.generation.is_accepting() {
         return Ok(());
     }
-    Err(ApiError::unavailable("the server is shutting down, or its engine has stopped"))
+    Err(ApiError::unavailable("stopping", "the server is shutting down, or its engine has stopped"))
 }
 
 /// Of the adapters, those that the key opens; who sends none where clients need one gets the metrics that name no adapter.

@@ -36,7 +36,7 @@ pub struct Metrics {
     registry: Mutex<Option<AskRegistry>>,
     device_adapters: OnceLock<DeviceAdapters>,
     disk_blocks: OnceLock<Arc<DiskBlocks>>,
-    /// `reason`: `overloaded`, `invalid`, `not_found`, `rate_limited`, `deadline`, `internal`.
+    /// `reason`: as `http::error` words them.
     pub rejected_total: IntCounterVec,
     /// `phase`: `queue`, `prefill`, `decode`, what the request was in.
     pub cancelled_total: IntCounterVec,

@@ -14,13 +14,16 @@ pub use reply::{Part, Reply};
 use axum::Router;
 use axum::routing::{get, post};
 
-use super::{AppState, generating, tokenize};
+use super::{AppState, tokenize};
 
-/// Behind the layer that authenticates.
-pub fn routes(state: &AppState) -> Router<AppState> {
-    let generation =
-        Router::new().route("/infill", post(generate::infill)).route("/completion", post(generate::completion));
-    generating(generation, state)
+/// Those that generate.
+pub fn generation() -> Router<AppState> {
+    Router::new().route("/infill", post(generate::infill)).route("/completion", post(generate::completion))
+}
+
+/// The others, behind the layer that authenticates.
+pub fn routes() -> Router<AppState> {
+    Router::new()
         .route("/lora-adapters", get(lora_adapters::list).post(lora_adapters::set))
         .route("/props", get(props::props))
         .route("/tokenize", post(tokenize::tokenize))

@@ -34,7 +34,7 @@ pub struct Version {
 /// Below `/api`.
 pub fn routes(state: &AppState) -> Router<AppState> {
     let generation = Router::new().route("/generate", post(generate::generate)).route("/chat", post(generate::chat));
-    let api = generating(generation, state)
+    let api = Router::new()
         .route("/tags", get(models::tags))
         .route("/show", post(models::show))
         .route("/ps", get(models::resident))
@@ -46,7 +46,8 @@ pub fn routes(state: &AppState) -> Router<AppState> {
         .route("/blobs/{digest}", head(no_changes).post(no_changes))
         .route("/embed", post(no_embeddings))
         .route("/embeddings", post(no_embeddings))
-        .route_layer(from_fn_with_state(state.clone(), authenticate));
+        .route_layer(from_fn_with_state(state.clone(), authenticate))
+        .merge(generating(generation, state));
     // Clients look whether it is there before they have a key.
     Router::new().route("/version", get(version)).merge(api)
 }

@@ -43,7 +43,7 @@ async fn only_what_went_wrong_in_the_server_is_logged_as_an_error() {
         .route("/wrong", get(async || ApiError::malformed("wrong")))
         .route("/not-served", get(async || ApiError::not_served("embeddings")))
         .route("/not-supported", get(async || ApiError::not_supported("infill")))
-        .route("/full", get(async || ApiError::unavailable("full")))
+        .route("/full", get(async || ApiError::unavailable("overloaded", "full")))
         .route("/broken", get(async || ApiError::internal()))
         .route("/health", get(loading));
     let router = behind_shared_layers(routes, &Config::load(None, &Overrides::default()).unwrap().server);
