@@ -88,6 +88,7 @@ async fn what_vllm_has_too_has_its_name_its_type_its_labels_and_its_meaning() {
         ("num_requests_waiting", "gauge"),
         ("kv_cache_usage_perc", "gauge"),
         ("cache_config_info", "gauge"),
+        ("engine_sleep_state", "gauge"),
         ("num_preemptions_total", "counter"),
         ("prompt_tokens_total", "counter"),
         ("generation_tokens_total", "counter"),
@@ -135,6 +136,21 @@ async fn what_vllm_has_too_has_its_name_its_type_its_labels_and_its_meaning() {
             .value(&format!(r#"vllm:request_success_total{{engine="0",finished_reason="{reason}",model_name="tiny"}}"#))
     };
     assert_eq!(["length", "stop", "abort", "error"].map(ended), [3.0, 0.0, 0.0, 0.0]);
+    let awake = r#"vllm:engine_sleep_state{engine="0",model_name="tiny",sleep_state="awake"}"#;
+    assert_eq!(after.value(awake), 1.0, "or vLLM's status board says that it is down");
+    // Bounds that vLLM's dashboards offer for the share of requests within an objective.
+    for (name, bounds) in [
+        ("time_to_first_token", ["0.02", "0.75", "7.5", "2560"]),
+        ("inter_token_latency", ["0.075", "0.15", "0.4", "80"]),
+        ("request_time_per_output_token", ["0.075", "0.15", "0.4", "80"]),
+        ("e2e_request_latency", ["0.3", "15", "480", "7680"]),
+        ("request_queue_time", ["0.3", "15", "480", "7680"]),
+    ] {
+        for bound in bounds {
+            let bucket = format!(r#"vllm:{name}_seconds_bucket{{engine="0",model_name="tiny",le="{bound}"}}"#);
+            assert!(after.value(&bucket) <= after.vllm(&format!("{name}_seconds_count")));
+        }
+    }
     let grown = |name| after.vllm(name) - before.vllm(name);
     assert!(grown("prefix_cache_hits_total") > 0.0, "the same prompt again is found");
     assert!(grown("prefix_cache_queries_total") > grown("prefix_cache_hits_total"), "another adapter's is not");

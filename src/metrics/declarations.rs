@@ -13,12 +13,6 @@ use prometheus::{
 const LATENCY_BUCKETS: &[f64] =
     &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
 
-/// Tokens of a request.
-const TOKEN_BUCKETS: &[f64] = &[
-    1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0, 20_000.0, 50_000.0,
-    100_000.0,
-];
-
 /// Metrics that have some labels in common.
 ///
 /// # Panics
@@ -69,26 +63,25 @@ impl Declarations {
     }
 
     pub fn latency(&self, name: &str, help: &str) -> Histogram {
-        self.registered(Histogram::with_opts(self.latency_opts(name, help)))
+        self.histogram(name, help, LATENCY_BUCKETS)
     }
 
     /// As [`Declarations::latency`], with a label that has always the same value.
     pub fn latency_of(&self, name: &str, help: &str, label: (&str, &str)) -> Histogram {
-        self.registered(Histogram::with_opts(self.latency_opts(name, help).const_label(label.0, label.1)))
+        let opts = self.histogram_opts(name, help, LATENCY_BUCKETS).const_label(label.0, label.1);
+        self.registered(Histogram::with_opts(opts))
     }
 
-    pub fn token_counts(&self, name: &str, help: &str) -> Histogram {
-        self.registered(Histogram::with_opts(
-            HistogramOpts::from(self.opts(name, help)).buckets(TOKEN_BUCKETS.to_vec()),
-        ))
+    pub fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Histogram {
+        self.registered(Histogram::with_opts(self.histogram_opts(name, help, buckets)))
     }
 
     fn opts(&self, name: &str, help: &str) -> Opts {
         Opts::new(name, help).const_labels(self.labels.clone())
     }
 
-    fn latency_opts(&self, name: &str, help: &str) -> HistogramOpts {
-        HistogramOpts::from(self.opts(name, help)).buckets(LATENCY_BUCKETS.to_vec())
+    fn histogram_opts(&self, name: &str, help: &str, buckets: &[f64]) -> HistogramOpts {
+        HistogramOpts::from(self.opts(name, help)).buckets(buckets.to_vec())
     }
 
     fn registered<C: Collector + Clone + 'static>(&self, metric: prometheus::Result<C>) -> C {

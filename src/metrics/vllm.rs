@@ -9,6 +9,25 @@ use super::declarations::Declarations;
 /// `finished_reason` as vLLM's `FinishReason` words it.
 const FINISHED_REASONS: [&str; 4] = ["stop", "length", "abort", "error"];
 
+// Its buckets are among these: dashboards ask for the share below one of their bounds. Those below its first are not its own:
+// within a bucket a quantile is a guess.
+const FIRST_TOKEN_BUCKETS: &[f64] = &[
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+];
+const NEXT_TOKEN_BUCKETS: &[f64] = &[
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0,
+];
+const REQUEST_BUCKETS: &[f64] = &[
+    0.001, 0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0,
+    240.0, 480.0, 960.0, 1920.0, 7680.0,
+];
+const TOKEN_BUCKETS: &[f64] = &[
+    1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0, 20_000.0, 50_000.0,
+    100_000.0,
+];
+
 #[derive(Debug)]
 pub struct Vllm {
     declarations: Declarations,
@@ -57,6 +76,10 @@ impl Vllm {
         for reason in FINISHED_REASONS {
             request_success_total.with_label_values(&[reason]);
         }
+        let sleep_state = d.gauges("vllm:engine_sleep_state", "It never sleeps: awake = 1.", &["sleep_state"]);
+        for (state, value) in [("awake", 1), ("weights_offloaded", 0), ("discard_all", 0)] {
+            sleep_state.with_label_values(&[state]).set(value);
+        }
         Self {
             num_requests_running: d.gauge("vllm:num_requests_running", "Sequences in the running batch."),
             num_requests_waiting: d.gauge("vllm:num_requests_waiting", "Sequences accepted and not yet planned."),
@@ -85,24 +108,56 @@ impl Vllm {
             accepted_tokens_total: d
                 .counter("vllm:spec_decode_num_accepted_tokens_total", "Guessed tokens that came true."),
             request_success_total,
-            request_queue_time: d.latency("vllm:request_queue_time_seconds", "From accepted to first planned."),
-            time_to_first_token: d
-                .latency("vllm:time_to_first_token_seconds", "From accepted by HTTP to the first token."),
-            inter_token_latency: d.latency("vllm:inter_token_latency_seconds", "Gap between two tokens."),
-            time_per_output_token: d.latency(
+            request_queue_time: d.histogram(
+                "vllm:request_queue_time_seconds",
+                "From accepted to first planned.",
+                REQUEST_BUCKETS,
+            ),
+            time_to_first_token: d.histogram(
+                "vllm:time_to_first_token_seconds",
+                "From accepted by HTTP to the first token.",
+                FIRST_TOKEN_BUCKETS,
+            ),
+            inter_token_latency: d.histogram(
+                "vllm:inter_token_latency_seconds",
+                "Gap between two tokens.",
+                NEXT_TOKEN_BUCKETS,
+            ),
+            time_per_output_token: d.histogram(
                 "vllm:request_time_per_output_token_seconds",
                 "Per request: (last token - first token) / (output tokens - 1).",
+                NEXT_TOKEN_BUCKETS,
             ),
-            e2e_request_latency: d.latency("vllm:e2e_request_latency_seconds", "From accepted by HTTP to the end."),
-            request_prefill_time: d
-                .latency("vllm:request_prefill_time_seconds", "Per request: from first planned to the first token."),
-            request_decode_time: d
-                .latency("vllm:request_decode_time_seconds", "Per request: from the first token to the last."),
-            request_inference_time: d
-                .latency("vllm:request_inference_time_seconds", "Per request: from first planned to the last token."),
-            request_prompt_tokens: d.token_counts("vllm:request_prompt_tokens", "Per request: tokens of its prompt."),
-            request_generation_tokens: d
-                .token_counts("vllm:request_generation_tokens", "Per request: tokens generated."),
+            e2e_request_latency: d.histogram(
+                "vllm:e2e_request_latency_seconds",
+                "From accepted by HTTP to the end.",
+                REQUEST_BUCKETS,
+            ),
+            request_prefill_time: d.histogram(
+                "vllm:request_prefill_time_seconds",
+                "Per request: from first planned to the first token.",
+                REQUEST_BUCKETS,
+            ),
+            request_decode_time: d.histogram(
+                "vllm:request_decode_time_seconds",
+                "Per request: from the first token to the last.",
+                REQUEST_BUCKETS,
+            ),
+            request_inference_time: d.histogram(
+                "vllm:request_inference_time_seconds",
+                "Per request: from first planned to the last token.",
+                REQUEST_BUCKETS,
+            ),
+            request_prompt_tokens: d.histogram(
+                "vllm:request_prompt_tokens",
+                "Per request: tokens of its prompt.",
+                TOKEN_BUCKETS,
+            ),
+            request_generation_tokens: d.histogram(
+                "vllm:request_generation_tokens",
+                "Per request: tokens generated.",
+                TOKEN_BUCKETS,
+            ),
             adapter_load: d.latency_of(
                 "vllm:lora_adapter_load_seconds",
                 "From opening an adapter's files to ready, or refused.",
