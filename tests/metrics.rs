@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::io::{ErrorKind, Write};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use futures::future::join_all;
 use reqwest::{Method, StatusCode};
@@ -158,6 +159,11 @@ async fn what_vllm_has_too_has_its_name_its_type_its_labels_and_its_meaning() {
     assert_eq!(after.value(r#"lorry_tokens_total{adapter="a",kind="output"}"#), 6.0);
     assert_eq!(after.value(r#"lorry_requests_total{adapter="base",finish_reason="length"}"#), 2.0);
     assert_eq!(after.value(&format!(r#"lorry_build_info{{version="{}"}}"#, env!("CARGO_PKG_VERSION"))), 1.0);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+    assert!((now - after.value("process_start_time_seconds")).abs() < 600.0);
+    assert_eq!(before.value("process_start_time_seconds"), after.value("process_start_time_seconds"));
+    assert!(after.value("process_resident_memory_bytes") > (1 << 20) as f64);
+    assert!(after.value("process_open_fds") > 3.0);
     check_with_promtool(&after.text);
 }
 

@@ -10,6 +10,7 @@ mod vllm;
 
 use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::SystemTime;
 
 use kernels::device::AdapterTier;
 use prometheus::{Counter, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, TextEncoder};
@@ -29,6 +30,7 @@ type AskRegistry = Box<dyn Fn() -> (Usage, Vec<AdapterUsage>) + Send + Sync>;
 pub struct Metrics {
     /// Of the base.
     model_name: String,
+    started: SystemTime,
     declarations: Declarations,
     pub vllm: Vllm,
     adapters: Adapters,
@@ -120,6 +122,7 @@ impl Metrics {
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Self {
             model_name: model_name.to_owned(),
+            started: SystemTime::now(),
             vllm: Vllm::new(model_name),
             adapters: Adapters::default(),
             arms: Arms::default(),

@@ -1,6 +1,8 @@
-//! What is asked at a scrape, because nobody tells when it changes: the folder of adapters and what of it is in memory.
+//! What is asked at a scrape, because nobody tells when it changes: the folder of adapters, what of it is in memory, and what the
+//! process has.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use prometheus::proto::MetricFamily;
@@ -32,6 +34,7 @@ impl Metrics {
             requests_info(self.vllm.max_adapters.get(), &running, &waiting),
             self.residency(&registered, num_in_memory),
             memory(usage, &registered),
+            process(self.started),
             self.arms.gather(&may_see),
         ];
         merged(families.into_iter().chain(series.iter().map(|(_, series)| series.gather())).flatten())
@@ -94,6 +97,28 @@ fn memory(usage: Usage, adapters: &[AdapterUsage]) -> Vec<MetricFamily> {
         bytes.with_label_values(&[adapter.name.as_str(), adapter.tier.as_str()]).set(as_i64(adapter.bytes));
     }
     d.gather()
+}
+
+/// Under the names that Prometheus' own libraries have for it; what the system does not say is not there.
+fn process(started: SystemTime) -> Vec<MetricFamily> {
+    let d = Declarations::default();
+    let since_epoch = started.duration_since(UNIX_EPOCH).unwrap_or_default();
+    d.gauge("process_start_time_seconds", "When the server started, in Unix seconds.")
+        .set(as_i64(since_epoch.as_secs()));
+    if let Some(bytes) = resident_bytes() {
+        d.gauge("process_resident_memory_bytes", "Memory of the server, mapped files in it too.").set(as_i64(bytes));
+    }
+    if let Ok(files) = fs::read_dir("/proc/self/fd") {
+        d.gauge("process_open_fds", "Open files, connections among them.").set(as_i64(files.count() as u64));
+    }
+    d.gather()
+}
+
+fn resident_bytes() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib << 10)
 }
 
 /// One family for each name, in their order.
