@@ -383,7 +383,7 @@ def test_the_service_manager_is_told_how_the_server_is(tmp_path):
             assert last[0] == "STOPPING=1" and last[1].startswith("STATUS=stopping"), last
 
 
-@pytest.mark.parametrize("manifest", ["base/deployment.yaml", "base/service.yaml", "adapters/volume.yaml"])
+@pytest.mark.parametrize("manifest", ["base/deployment.yaml", "base/poddisruptionbudget.yaml", "base/service.yaml", "adapters/volume.yaml"])
 def test_the_manifests_are_what_kubernetes_takes(manifest):
     resource = yaml.safe_load((DEPLOY / "kubernetes" / manifest).read_text())
     # Fails where a field is missing, wrong or unknown.
