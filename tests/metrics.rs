@@ -248,6 +248,45 @@ async fn a_scrape_names_the_adapters_that_its_key_opens_and_without_one_none() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn every_request_but_probes_is_counted_by_its_route_and_status() {
+    let server = Server::start(ADMIN).await;
+    complete(&server, "a", "def f(x):", 2).await;
+    for (method, path) in [
+        (Method::POST, "//v1/completions/"),
+        (Method::GET, "/v1/adapters/none"),
+        (Method::GET, "/v1/adapters/a"),
+        (Method::GET, "/adapters/b"),
+        (Method::GET, "/nowhere/1"),
+        (Method::from_bytes(b"BREW").unwrap(), "/nowhere/2"),
+        (Method::GET, "/health"),
+    ] {
+        server.send(server.request(method, path).body("[]")).await;
+    }
+    let expected = [
+        (r#"handler="/v1/completions",method="POST",status="2xx""#, 1.0),
+        (r#"handler="/v1/completions",method="POST",status="4xx""#, 1.0),
+        (r#"handler="/v1/adapters/{name}",method="GET",status="4xx""#, 1.0),
+        (r#"handler="/v1/adapters/{name}",method="GET",status="2xx""#, 1.0),
+        (r#"handler="/adapters/{name}",method="GET",status="2xx""#, 1.0),
+        (r#"handler="none",method="GET",status="4xx""#, 1.0),
+        (r#"handler="none",method="_OTHER",status="4xx""#, 1.0),
+    ];
+    let expected = expected.map(|(labels, count)| (format!("http_requests_total{{{labels}}}"), count));
+    // A reply is counted when it is over, which its client may know before.
+    loop {
+        let scrape = Scrape::of(&server, "").await;
+        let counted = scrape.samples.iter().filter(|(series, _)| series.starts_with("http_requests_total{"));
+        let counted: BTreeMap<_, _> = counted.map(|(series, count)| (series.clone(), *count)).collect();
+        if counted.values().sum::<f64>() < expected.len() as f64 {
+            continue;
+        }
+        assert_eq!(counted, BTreeMap::from(expected));
+        let durations = r#"http_request_duration_seconds_count{handler="/v1/completions",method="POST"}"#;
+        return assert_eq!(scrape.value(durations), 2.0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_asks_for_text_with_a_wrong_key_is_counted_and_what_asks_for_none_is_not() {
     let server = Server::start(&format!("{ADMIN}[[server.keys]]\nname = 'c'\nkey = 'client'\nadapters = ['*']")).await;
     let asked = ["/v1/completions", "/chat/completions", "/v1/messages", "/infill", "/api/generate"];

@@ -143,8 +143,8 @@ impl Server {
         let tls = listener::tls(config)?;
         let scheme = if tls.is_some() { "https" } else { "http" };
         let (routers, current) = watch::channel(Routers {
-            admitted: behind_shared_layers(Router::new().fallback(loading), config),
-            beyond: behind_shared_layers(Router::new().fallback(full), config),
+            admitted: behind_shared_layers(Router::new().fallback(loading), config, None),
+            beyond: behind_shared_layers(Router::new().fallback(full), config, None),
         });
         let (stop, stopped) = oneshot::channel();
         // Who drops the server has stopped it too.
@@ -163,7 +163,7 @@ impl Server {
         let Self { routers, stop, served, .. } = self;
         let (generation, experiments) = (state.generation.clone(), state.experiments.clone());
         let full = Router::new().fallback(full).layer(from_fn_with_state(state.clone(), count_rejection));
-        let beyond = behind_shared_layers(full, &state.config.server);
+        let beyond = behind_shared_layers(full, &state.config.server, Some(&state.metrics));
         drop(routers.send_replace(Routers { admitted: router(state), beyond }));
         async move {
             let drained = async {
@@ -184,7 +184,7 @@ impl Server {
 
 /// Every route behind the layers that all of them share.
 pub fn router(state: AppState) -> Router {
-    behind_shared_layers(routes(&state), &state.config.server)
+    behind_shared_layers(routes(&state), &state.config.server, Some(&state.metrics))
 }
 
 /// Every route, with and without `/v1`.
@@ -240,7 +240,7 @@ fn routes(state: &AppState) -> Router {
 }
 
 /// Paths must be tidied before they are routed, and layers run after routing: so all is behind one fallback.
-fn behind_shared_layers(routes: Router, config: &ServerConfig) -> Router {
+fn behind_shared_layers(routes: Router, config: &ServerConfig, metrics: Option<&Arc<Metrics>>) -> Router {
     let mut router = Router::new()
         .fallback_service(routes)
         .layer(CatchPanicLayer::custom(panicked))
@@ -250,7 +250,7 @@ fn behind_shared_layers(routes: Router, config: &ServerConfig) -> Router {
         router = router.layer(any_origin());
     }
     router
-        .layer(from_fn(request_log::write_line))
+        .layer(from_fn_with_state(metrics.cloned(), request_log::write_line))
         .layer(PropagateRequestIdLayer::new(REQUEST_ID))
         .layer(SetRequestIdLayer::new(REQUEST_ID, MakeRequestUuid))
         .layer(map_request(drop_strange_id))

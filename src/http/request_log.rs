@@ -1,12 +1,12 @@
 //! One line of the log for each request, when its reply has ended in any way: who asked for what, what answered, and what
-//! came of it. Its trace is made at the same time, of the same.
+//! came of it. Its trace is made, and it is counted, at the same time.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use axum::Extension;
 use axum::body::Body;
-use axum::extract::{MatchedPath, Request};
+use axum::extract::{MatchedPath, Request, State};
 use axum::http::{Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
@@ -19,6 +19,7 @@ use super::held_body::HeldBody;
 use super::spans::{self, EndedRequest};
 use super::{AppState, PROBES, REQUEST_ID, tidy};
 use crate::generation::{Prompt, RequestReport, ResolvedModel, SequenceReport};
+use crate::metrics::Metrics;
 
 /// What of a request is known only further in, in the extensions of each; clones are of the same request.
 #[derive(Debug, Clone, Default)]
@@ -68,11 +69,13 @@ impl RequestLog {
     }
 }
 
-/// Writes the line when the reply's body is over, or the client has left before. What is logged meanwhile has the id.
-pub async fn write_line(mut request: Request, next: Next) -> Response {
+/// Writes the line when the reply's body is over, or the client has left before. What is logged meanwhile has the id. Without
+/// `metrics` nothing is counted: there are none while the model is loading.
+pub async fn write_line(State(metrics): State<Option<Arc<Metrics>>>, mut request: Request, next: Next) -> Response {
     let id = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok()).unwrap_or_default().to_owned();
     let span = info_span!("request", id);
     let mut line = Line {
+        metrics,
         parent: spans::parent(request.headers()),
         id,
         method: request.method().clone(),
@@ -102,6 +105,7 @@ pub async fn note_route(
 
 /// Written when it is dropped.
 struct Line {
+    metrics: Option<Arc<Metrics>>,
     /// The caller's span.
     parent: Context,
     id: String,
@@ -157,6 +161,12 @@ impl Drop for Line {
             request_id: &self.id,
             sequences: &sequences,
         };
+        if let (Some(metrics), Some(status)) = (&self.metrics, ended.status)
+            && level != Level::DEBUG
+        {
+            let method = spans::known_method(&self.method).unwrap_or(spans::OTHER_METHOD);
+            metrics.http_request_ended(ended.route, method, status, self.begun.elapsed().as_secs_f64());
+        }
         let trace_id = if level == Level::DEBUG { None } else { ended.record() };
         // An absent field is not written.
         macro_rules! write_at {

@@ -12,6 +12,8 @@ use opentelemetry_sdk::propagation::TraceContextPropagator;
 
 use crate::generation::SequenceReport;
 
+/// For those that are not known.
+pub const OTHER_METHOD: &str = "_OTHER";
 /// Those that a span is named by. Clients may send any other, and names of spans must be few.
 const KNOWN_METHODS: [Method; 9] = [
     Method::GET,
@@ -24,6 +26,11 @@ const KNOWN_METHODS: [Method; 9] = [
     Method::CONNECT,
     Method::TRACE,
 ];
+
+/// `None` for any other.
+pub fn known_method(method: &Method) -> Option<&str> {
+    KNOWN_METHODS.contains(method).then(|| method.as_str())
+}
 
 /// What the caller says of its own span.
 pub fn parent(headers: &HeaderMap) -> Context {
@@ -53,10 +60,8 @@ impl EndedRequest<'_> {
     pub fn record(self) -> Option<String> {
         let clock = Clock::now();
         let tracer = global::tracer("lorry");
-        let (method, other_method) = match self.method {
-            known if KNOWN_METHODS.contains(known) => (known.as_str(), None),
-            other => ("HTTP", Some(other)),
-        };
+        let known = known_method(self.method);
+        let method = known.unwrap_or("HTTP");
         let name = self.route.map_or_else(|| method.to_owned(), |route| format!("{method} {route}"));
         let builder = SpanBuilder::from_name(name).with_kind(SpanKind::Server).with_start_time(clock.time(self.begun));
         let mut request = tracer.build_with_context(builder, self.parent);
@@ -66,13 +71,13 @@ impl EndedRequest<'_> {
             return trace_id;
         }
         request.set_attributes([
-            KeyValue::new("http.request.method", if other_method.is_some() { "_OTHER" } else { method }.to_owned()),
+            KeyValue::new("http.request.method", known.unwrap_or(OTHER_METHOD).to_owned()),
             KeyValue::new("url.path", self.path.to_owned()),
             KeyValue::new("lorry.request_id", self.request_id.to_owned()),
         ]);
-        request.set_attributes(
-            other_method.map(|method| KeyValue::new("http.request.method_original", method.to_string())),
-        );
+        if known.is_none() {
+            request.set_attribute(KeyValue::new("http.request.method_original", self.method.to_string()));
+        }
         request.set_attributes(self.route.map(|route| KeyValue::new("http.route", route.to_owned())));
         request.set_attributes(self.status.map(|status| KeyValue::new("http.response.status_code", i64::from(status))));
         request.set_attributes(self.model());

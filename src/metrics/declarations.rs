@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
 use prometheus::{
-    Counter, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry,
+    Counter, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts, Registry,
 };
 
 /// Seconds, from a fast first token to a long batch job.
@@ -70,6 +70,10 @@ impl Declarations {
     pub fn latency_of(&self, name: &str, help: &str, label: (&str, &str)) -> Histogram {
         let opts = self.histogram_opts(name, help, LATENCY_BUCKETS).const_label(label.0, label.1);
         self.registered(Histogram::with_opts(opts))
+    }
+
+    pub fn histograms(&self, name: &str, help: &str, buckets: &[f64], labels: &[&str]) -> HistogramVec {
+        self.registered(HistogramVec::new(self.histogram_opts(name, help, buckets), labels))
     }
 
     pub fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Histogram {

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use kernels::device::AdapterTier;
-use prometheus::{Counter, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, TextEncoder};
+use prometheus::{Counter, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, TextEncoder};
 
 pub use adapters::{AdapterSeries, BASE, COMPOSITION, RequestSeries};
 pub use arms::ArmSeries;
@@ -38,6 +38,7 @@ pub struct Metrics {
     registry: Mutex<Option<AskRegistry>>,
     device_adapters: OnceLock<DeviceAdapters>,
     disk_blocks: OnceLock<Arc<DiskBlocks>>,
+    http: Http,
     /// `reason`: as `http::error` words them.
     pub rejected_total: IntCounterVec,
     /// `phase`: `queue`, `prefill`, `decode`, what the request was in.
@@ -114,6 +115,33 @@ impl DiskBlocks {
     }
 }
 
+/// Requests of any kind, as vLLM's web server counts its own; labels are as its are.
+#[derive(Debug)]
+struct Http {
+    /// `handler`, `method`, `status`.
+    requests_total: IntCounterVec,
+    /// `handler`, `method`.
+    request_duration: HistogramVec,
+}
+
+impl Http {
+    fn new(d: &Declarations) -> Self {
+        Self {
+            requests_total: d.counters(
+                "http_requests_total",
+                "Requests that were answered, probes left out.",
+                &["handler", "method", "status"],
+            ),
+            request_duration: d.histograms(
+                "http_request_duration_seconds",
+                "From a request's header to the end of its reply, probes left out.",
+                &[0.1, 0.5, 1.0],
+                &["handler", "method"],
+            ),
+        }
+    }
+}
+
 impl Metrics {
     /// Of a server of this base.
     pub fn new(model_name: &str) -> Self {
@@ -130,6 +158,7 @@ impl Metrics {
             device_adapters: OnceLock::new(),
             rejected_total: d.counters("lorry_rejected_total", "Requests refused before any output.", &["reason"]),
             disk_blocks: OnceLock::new(),
+            http: Http::new(&d),
             cancelled_total: d.counters("lorry_cancelled_total", "Requests whose clients left.", &["phase"]),
             grammars_compiled_total: d.counter(
                 "lorry_grammars_compiled_total",
@@ -167,6 +196,13 @@ impl Metrics {
     /// The sum of a counter over all adapters that are registered.
     pub fn sum_over_adapters(&self, counter: impl Fn(&AdapterSeries) -> &IntCounter) -> u64 {
         self.adapters.all().iter().map(|(_, series)| counter(series).get()).sum()
+    }
+
+    /// `route` as it is declared, `None` where there is none; `method` is one of a few.
+    pub fn http_request_ended(&self, route: Option<&str>, method: &str, status: u16, seconds: f64) {
+        let (handler, class) = (route.unwrap_or("none"), format!("{}xx", status / 100));
+        self.http.requests_total.with_label_values(&[handler, method, &class]).inc();
+        self.http.request_duration.with_label_values(&[handler, method]).observe(seconds);
     }
 
     /// `None` where the base runs on the host.

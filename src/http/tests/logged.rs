@@ -46,7 +46,7 @@ async fn only_what_went_wrong_in_the_server_is_logged_as_an_error() {
         .route("/full", get(async || ApiError::unavailable("overloaded", "full")))
         .route("/broken", get(async || ApiError::internal()))
         .route("/health", get(loading));
-    let router = behind_shared_layers(routes, &Config::load(None, &Overrides::default()).unwrap().server);
+    let router = behind_shared_layers(routes, &Config::load(None, &Overrides::default()).unwrap().server, None);
     for (path, expected) in [
         ("/done", Some(Level::INFO)),
         ("/wrong", Some(Level::INFO)),
