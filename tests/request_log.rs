@@ -24,8 +24,9 @@ async fn each_request_has_one_line_that_says_what_came_of_it_and_not_its_prompt(
     assert_eq!(id(&response), "mine-1");
     let reply: Value = response.json().await.unwrap();
     let line = server.request_line();
-    let expected = json!({"level": "INFO", "id": "mine-1", "key": "team", "method": "POST", "route": "/v1/completions",
-        "model": "tiny-a", "generation": reply["adapter"]["generation"], "status": 200, "finish_reason": "length",
+    let expected = json!({"level": "INFO", "id": "mine-1", "reply_id": reply["id"], "key": "team",
+        "method": "POST", "route": "/v1/completions", "model": "tiny-a",
+        "generation": reply["adapter"]["generation"], "status": 200, "finish_reason": "length",
         "prompt_tokens": reply["usage"]["prompt_tokens"], "completion_tokens": 8,
         "cached_tokens": reply["usage"]["prompt_tokens_details"]["cached_tokens"]});
     for (field, value) in expected.as_object().unwrap() {
@@ -59,7 +60,10 @@ async fn each_request_has_one_line_that_says_what_came_of_it_and_not_its_prompt(
         assert_eq!((&line["id"], &line["status"], &line["refusal"]), (&json!(id(&response)), &json!(status), &refusal));
         assert_ne!(line["id"], "two words");
         assert_eq!(line.get("key").is_some(), status == 404, "{line}");
-        assert!(line.get("model").is_none() && line.get("prompt_tokens").is_none(), "{line}");
+        assert!(
+            line.get("reply_id").is_none() && line.get("model").is_none() && line.get("prompt_tokens").is_none(),
+            "{line}"
+        );
     }
 }
 

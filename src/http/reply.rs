@@ -85,6 +85,7 @@ pub async fn begin(
                 generated.charge_to(tokens);
             }
             generated.report_to(caller.log.report());
+            caller.log.replied_as(id);
             caller.log.answered_by(&generated.model);
             trial.started(&generated.model, generated.icl.as_ref());
             if let Ok(Err(error)) = timeout(header_patience(state), generated.begun()).await {

@@ -36,6 +36,8 @@ struct Facts {
     key: Option<Arc<str>>,
     /// As it is declared: with the names of what stands in the path. `None` where there is none.
     route: Option<MatchedPath>,
+    /// That of the reply's body, which clients and votes name.
+    reply_id: Option<String>,
     /// Names and generations of what answers; several in a comparison.
     models: Vec<(String, Option<String>)>,
     /// Empty unless they are to be in the log.
@@ -56,6 +58,10 @@ impl RequestLog {
         if state.config.log.prompts {
             self.facts().prompts.extend(prompts.iter().map(|prompt| json!(prompt)));
         }
+    }
+
+    pub fn replied_as(&self, id: &str) {
+        self.facts().reply_id = Some(id.to_owned());
     }
 
     pub fn answered_by(&self, model: &ResolvedModel) {
@@ -175,6 +181,7 @@ impl Drop for Line {
                     target: "lorry::request",
                     $level,
                     id = self.id,
+                    reply_id = facts.reply_id.as_deref(),
                     key = facts.key.as_deref(),
                     method = self.method.as_str(),
                     route = self.path,

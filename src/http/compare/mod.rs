@@ -54,6 +54,7 @@ pub async fn compare(
     let comparison = Comparison::start(&state.generation, ready, fails_whole, limit, caller.log.report())?;
     comparison.arms().flatten().for_each(|arm| caller.log.answered_by(&arm.model));
     let id = random_id("cmp");
+    caller.log.replied_as(&id);
     let heads = comparison.arms().map(|arm| arm.map(ArmHead::of)).collect();
     let trials = comparison.arms().zip(&arms).map(|(started, arm)| match (started, &arm.request) {
         (Some(started), Ok(request)) => {
