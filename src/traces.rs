@@ -3,10 +3,11 @@
 
 use std::time::Duration;
 
-use opentelemetry::global;
+use opentelemetry::{Key, KeyValue, Value, global};
 use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response};
 use opentelemetry_otlp::{ExporterBuildError, Protocol, SpanExporter, WithExportConfig, WithHttpConfig};
 use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::resource::{ResourceDetector, SdkProvidedResourceDetector};
 use opentelemetry_sdk::trace::SdkTracerProvider;
 
 use crate::config::TracesConfig;
@@ -34,12 +35,20 @@ pub fn start(config: &TracesConfig) -> Result<Option<Traces>, ExporterBuildError
         .with_endpoint(&config.url)
         .build()?;
     let resource = Resource::builder()
-        .with_service_name("lorry")
-        .with_attribute(opentelemetry::KeyValue::new("service.version", env!("CARGO_PKG_VERSION")))
+        .with_service_name(service_name())
+        .with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")))
         .build();
     let provider = SdkTracerProvider::builder().with_resource(resource).with_batch_exporter(exporter).build();
     global::set_tracer_provider(provider.clone());
     Ok(Some(Traces(provider)))
+}
+
+/// As the environment says, in `OTEL_SERVICE_NAME` or in `OTEL_RESOURCE_ATTRIBUTES`.
+fn service_name() -> Value {
+    let detected = SdkProvidedResourceDetector.detect().get(&Key::from_static_str("service.name"));
+    // What it is called there if nothing says so.
+    let said = detected.filter(|name| !name.as_str().starts_with("unknown_service"));
+    said.unwrap_or_else(|| "lorry".into())
 }
 
 impl Drop for Traces {

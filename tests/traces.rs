@@ -7,9 +7,10 @@ mod tiny;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use axum::Router;
 use axum::body::Bytes;
+use axum::http::HeaderMap;
 use axum::routing::post;
+use axum::Router;
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use opentelemetry_proto::tonic::common::v1::{KeyValue, any_value};
 use opentelemetry_proto::tonic::trace::v1::Span;
@@ -23,14 +24,27 @@ const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const CALLER: &str = "00f067aa0ba902b7";
 const LONG: Duration = Duration::from_secs(120);
 
-/// Takes what is exported to `/v1/traces` of the URL that it gives.
+/// Takes what `lorry` exports to `/v1/traces` of the URL that it gives.
 async fn collector() -> (String, Receiver<Span>) {
+    collector_of(&[("service.name", "lorry")], None).await
+}
+
+/// As [`collector`], of what has these attributes, with a header that the collector asks for.
+async fn collector_of(
+    expected: &'static [(&'static str, &'static str)],
+    header: Option<(&'static str, &'static str)>,
+) -> (String, Receiver<Span>) {
     let (sender, spans) = channel();
-    let collect = async move |body: Bytes| {
+    let collect = async move |headers: HeaderMap, body: Bytes| {
+        if let Some((name, value)) = header {
+            assert_eq!(headers[name], value);
+        }
         let request = ExportTraceServiceRequest::decode(body).unwrap();
         for resource in request.resource_spans {
             let attributes = resource.resource.unwrap().attributes;
-            assert_eq!(text(&attributes, "service.name").as_deref(), Some("lorry"));
+            for (key, value) in expected {
+                assert_eq!(text(&attributes, key).as_deref(), Some(*value));
+            }
             let exported = resource.scope_spans.into_iter().flat_map(|scope| scope.spans);
             exported.for_each(|span| sender.send(span).unwrap());
         }
@@ -150,6 +164,22 @@ async fn a_caller_that_is_not_sampled_and_a_server_without_a_collector_send_noth
     let request = off.completion(json!({})).header("traceparent", format!("00-{TRACE}-{CALLER}-01"));
     request.send().await.unwrap();
     assert_eq!(off.request_line()["trace_id"], TRACE, "the log has it all the same");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_opentelemetry_calls_a_service_in_the_environment_it_is_called() {
+    let attributes = "service.name=south,deployment.environment=test";
+    for (environment, expected) in [
+        (("OTEL_SERVICE_NAME", "north"), &[("service.name", "north")][..]),
+        (("OTEL_RESOURCE_ATTRIBUTES", attributes), &[("service.name", "south"), ("deployment.environment", "test")]),
+    ] {
+        let (url, spans) = collector_of(expected, Some(("x-tenant", "one"))).await;
+        let environment =
+            [environment, ("OTEL_BSP_SCHEDULE_DELAY", "50"), ("OTEL_EXPORTER_OTLP_HEADERS", "x-tenant=one")];
+        let server = Running::start(&format!("[traces]\nurl = '{url}'"), &environment);
+        assert!(server.completion(json!({})).send().await.unwrap().status().is_success());
+        spans.recv_timeout(LONG).unwrap_or_else(|_| panic!("nothing comes that is called {expected:?}"));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
