@@ -15,9 +15,10 @@ from recipe import Recipe
 @dataclass(frozen=True)
 class Figures:
     """training.json. Losses are in nats a target token: `train_loss` as the last epoch's batches were trained on, with
-    dropout, the others over `validation_examples` of the dev split. The weights are the mean of those after the last
-    `averaged_epochs`; of 1, those with the lowest loss. Minutes are of training alone, and on a CPU of its
-    cores' time, not of the clock."""
+    dropout, the others over `validation_examples` of the dev split, of which exact matches are the answers that greedy
+    decoding would give to the token. The weights are the mean of those after the last `averaged_epochs`; of 1, the best by
+    the recipe's `metric_for_best_model`. Minutes are of training alone, and on a CPU of its cores' time, not of the clock.
+    `end_reason` is `last_step` or `early_stopping`."""
 
     recipe: str
     base: str
@@ -31,7 +32,10 @@ class Figures:
     train_loss: float
     validation_loss: float
     base_validation_loss: float
+    validation_exact_matches: int
+    base_validation_exact_matches: int
     averaged_epochs: int
+    end_reason: str
     device: str
 
 
@@ -128,6 +132,7 @@ def _card(recipe: Recipe, figures: Figures, num_bytes: int) -> str:
     if figures.averaged_epochs > 1:
         averaged = f"The weights are the mean of those after the last {figures.averaged_epochs} epochs.\n"
     steps = f" or {training.max_steps} steps" if training.max_steps is not None else ""
+    early = ", ended early as the dev split got no better" if figures.end_reason == "early_stopping" else ""
     return f"""---
 base_model: {recipe.base}
 library_name: peft
@@ -147,13 +152,15 @@ license: {task.licence}
 | training | Adafactor, learning rate {training.learning_rate:g}, batches of {training.batch_size}, \
 at most {training.epochs} epoch{"s" if training.epochs > 1 else ""}{steps}, seed {training.seed} |
 | done | {figures.steps} steps, {figures.train_tokens:,} tokens, {figures.minutes:.1f} minutes of computing \
-on {figures.device} |
+on {figures.device}{early} |
 | peak memory | {figures.peak_memory_mib:,} MiB |
 | trainable parameters | {figures.trainable_parameters:,} |
 | size | {num_bytes / 1e6:.2f} MB |
 | loss while training | {figures.train_loss:.3f} nats a token, the mean of the last epoch's steps |
 | loss on {figures.validation_examples} examples of the dev split | {figures.validation_loss:.3f}; the base without it \
 {figures.base_validation_loss:.3f} |
+| of these exact matches, greedy and to the token | {figures.validation_exact_matches}; the base without it \
+{figures.base_validation_exact_matches} |
 
 {averaged}Trained against the dequantised GGUF with `lab/train.py`; the loss is over the answer's tokens only.
 """

@@ -10,6 +10,8 @@ from tasks import OWN_DATA_SUFFIX, Task, task_named
 
 # In a prompt, as the server has them.
 MAX_EXAMPLES = 256
+# `exact_match` counts the answers that greedy decoding would give to the token; of equally many, the lower loss is better.
+METRICS = ("loss", "exact_match")
 
 
 class RecipeError(Exception):
@@ -29,17 +31,26 @@ class Training:
     """As many are drawn from the train split; all if there is none."""
     validation_examples: int = 64
     """As many are drawn from the dev split."""
+    metric_for_best_model: str = "loss"
+    """Of the dev split: which weights are kept, and with which the training may end early; one of `METRICS`."""
+    early_stopping_patience: int | None = None
+    """The training ends when so many validations one after the other have brought nothing better; there is one an epoch."""
     average_last: int | None = None
-    """The mean of the weights after so many of the last epochs is measured too, and kept if its loss is the lowest."""
+    """The mean of the weights after so many of the last epochs is measured too, and kept if it is the best."""
     warmup: float = 0.05
     """Part of the training in which the learning rate rises."""
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_steps", "max_tokens", "max_examples", "validation_examples"):
+        for name in (
+            "epochs", "batch_size", "max_steps", "max_tokens", "max_examples", "validation_examples",
+            "early_stopping_patience",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
+        if self.metric_for_best_model not in METRICS:
+            raise ValueError(f"metric_for_best_model must be one of {', '.join(METRICS)}, not {self.metric_for_best_model!r}")
         if self.average_last is not None and (not isinstance(self.average_last, int) or self.average_last < 2):
             raise ValueError(f"average_last must be a whole number from 2 on, not {self.average_last!r}")
         for name, most in (("learning_rate", float("inf")), ("warmup", 1.0)):

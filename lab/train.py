@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,21 @@ class ComputeClock:
         return self.last - before
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What an adapter is worth on the dev split."""
+
+    loss: float
+    """The mean over the answers' tokens, in nats."""
+    exact_matches: int
+    """Answers that greedy decoding would give to the token: each of their tokens is the likeliest after those before it."""
+
+
+def num_foretold(rows: list[Ids]) -> int:
+    """Tokens of answers; the first token of a text is not foretold."""
+    return max(1, sum(len(target) - (not prompt) for prompt, target in rows))
+
+
 class Trainee:
     """The base with its adapter, and the loss of a batch."""
 
@@ -140,18 +156,17 @@ class Trainee:
 
     def loss(self, batch: list[Ids], backward: bool = False) -> float:
         """The mean loss over the answers' tokens, in nats; with its gradients, if that is asked for."""
-        # The first token of a text is not foretold.
-        num_tokens = max(1, sum(len(target) - (not prompt) for prompt, target in batch))
-        mean = 0.0
+        mean, num_tokens = 0.0, num_foretold(batch)
         for piece in passes(batch, PASS_TOKENS[self.device.type]):
-            loss = self._total_loss(piece) / num_tokens
+            # The logits have no name here, by which they would be there still while the next piece has its own.
+            loss = cross_entropy(*self._foretell(piece)[:2], reduction="sum") / num_tokens
             if backward:
                 loss.backward()
             mean += loss.item()
         return mean
 
-    def _total_loss(self, batch: list[Ids]) -> torch.Tensor:
-        """Over the answers' tokens, in one pass."""
+    def _foretell(self, batch: list[Ids]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the answers' tokens, in one pass: their logits, they themselves, and which row each is of."""
         length = max(len(prompt) + len(target) for prompt, target in batch)
         ids = torch.zeros((len(batch), length), dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -167,15 +182,19 @@ class Trainee:
             hidden = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -length:]
             predicts = labels[:, 1:] != IGNORED
             logits = self.head(hidden[:, :-1][predicts]).float()
-        return cross_entropy(logits, labels[:, 1:][predicts], reduction="sum")
+        return logits, labels[:, 1:][predicts], predicts.nonzero()[:, 0]
 
     @torch.no_grad()
-    def validation_loss(self, rows: list[Ids]) -> float:
-        """The mean loss, without dropout."""
+    def measure(self, rows: list[Ids]) -> Measured:
+        """Without dropout."""
         self.model.eval()
-        loss = self.loss(rows)
+        total, exact_matches = 0.0, 0
+        for piece in passes(rows, PASS_TOKENS[self.device.type]):
+            logits, tokens, of_rows = self._foretell(piece)
+            total += cross_entropy(logits, tokens, reduction="sum").item()
+            exact_matches += len(piece) - of_rows[logits.argmax(-1) != tokens].unique().numel()
         self.model.train()
-        return loss
+        return Measured(total / num_foretold(rows), exact_matches)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().cpu().clone() for name, parameter in self.trained.items()}
@@ -240,7 +259,8 @@ class Run:
             raise RecipeError(f"{recipe.name}: average_last: there are {num_epochs} epochs")
         self.state: dict[str, Any] = {
             "step": 0, "seconds": 0.0, "tokens": 0, "losses": [], "best": None, "best_loss": float("inf"),
-            "base_loss": None, "averaged_epochs": 1, "last": [],
+            "best_exact_matches": -1, "base_loss": None, "base_exact_matches": 0, "validations_since_best": 0,
+            "averaged_epochs": 1, "last": [],
         }  # fmt: skip
 
     def resume(self) -> None:
@@ -281,7 +301,7 @@ class Run:
     def batches(self) -> Iterator[list[Ids]]:
         """From where the run is, to the end."""
         training = self.recipe.training
-        while self.state["step"] < self.num_steps:
+        while self.state["step"] < self.num_steps and not self.stops_early():
             epoch, index = divmod(self.state["step"], self.steps_per_epoch)
             yield epoch_batches(self.rows, training.batch_size, f"{training.seed} {epoch}")[index]
 
@@ -290,14 +310,35 @@ class Run:
         if (num_averaged := self.recipe.training.average_last) is not None:
             self.state["last"] = [*self.state["last"], self.trainee.weights()][-num_averaged:]
 
+    def stops_early(self) -> bool:
+        """By what a checkpoint holds: a training that was cut off ends where it would have ended."""
+        patience = self.recipe.training.early_stopping_patience
+        return patience is not None and self.state["validations_since_best"] >= patience
+
     def validate(self, averaged_epochs: int = 1) -> None:
-        """Keeps the weights if none before them had as low a loss on the dev split."""
-        loss = self.trainee.validation_loss(self.dev)
-        self.report(type="validation", step=self.state["step"], loss=loss)
+        """Keeps the weights if none before them were as good on the dev split."""
+        measured = self.trainee.measure(self.dev)
+        self.report(type="validation", step=self.state["step"], loss=measured.loss)
         of = f", of the mean of {averaged_epochs} epochs' weights" if averaged_epochs > 1 else ""
-        tqdm.write(f"step {self.state['step']}: loss on the dev split {loss:.4f}{of}")
-        if loss < self.state["best_loss"]:
-            self.state |= {"best_loss": loss, "best": self.trainee.weights(), "averaged_epochs": averaged_epochs}
+        tqdm.write(f"step {self.state['step']}: {self.on_dev(measured)}{of}")
+        if self.is_best(measured):
+            self.state |= {
+                "best": self.trainee.weights(), "best_loss": measured.loss, "best_exact_matches": measured.exact_matches,
+                "averaged_epochs": averaged_epochs, "validations_since_best": 0,
+            }  # fmt: skip
+        else:
+            self.state["validations_since_best"] += 1
+
+    def is_best(self, measured: Measured) -> bool:
+        if not math.isfinite(measured.loss):
+            return False
+        more_exact = measured.exact_matches - self.state["best_exact_matches"]
+        if self.recipe.training.metric_for_best_model == "exact_match" and more_exact != 0:
+            return more_exact > 0
+        return measured.loss < self.state["best_loss"]
+
+    def on_dev(self, measured: Measured) -> str:
+        return f"loss on the dev split {measured.loss:.4f}, {measured.exact_matches} of {len(self.dev)} exact matches"
 
     def average(self) -> None:
         last = self.state["last"]
@@ -324,7 +365,7 @@ class Run:
         return loss
 
     def train(self) -> None:
-        """To the last step; leaves the weights with the lowest loss on the dev split."""
+        """To the last step, or until it `stops_early`; leaves the weights that were the best on the dev split."""
         training, trainee = self.recipe.training, self.trainee
         self.resume()
         self.report(
@@ -333,9 +374,10 @@ class Run:
         )  # fmt: skip
         if self.state["base_loss"] is None:
             with trainee.model.disable_adapter():
-                self.state["base_loss"] = trainee.validation_loss(self.dev)
-            self.report(type="validation", step=0, loss=self.state["base_loss"])
-            tqdm.write(f"loss of the base on the dev split {self.state['base_loss']:.4f}")
+                measured = trainee.measure(self.dev)
+            self.state |= {"base_loss": measured.loss, "base_exact_matches": measured.exact_matches}
+            self.report(type="validation", step=0, loss=measured.loss)
+            tqdm.write(f"the base: {self.on_dev(measured)}")
         trainee.model.train()
         last_saved, clock = time.monotonic(), ComputeClock(trainee.device)
         with tqdm(total=self.num_steps, initial=self.state["step"], unit="step", mininterval=5) as bar:
@@ -360,18 +402,24 @@ class Run:
         if self.state["best"] is None:
             raise TrainingError("the loss on the dev split was never finite: lower the learning rate")
         trainee.set_weights(self.state["best"])
+        self.report(type="end", step=self.state["step"], reason=self.end_reason())
+
+    def end_reason(self) -> str:
+        return "last_step" if self.state["step"] == self.num_steps else "early_stopping"
 
     def write(self) -> None:
         training, trainee, state = self.recipe.training, self.trainee, self.state
-        validation_loss = state["best_loss"]
+        measured = Measured(state["best_loss"], state["best_exact_matches"])
         if self.recipe.export_rank is not None:
             cut_rank(trainee.model, self.recipe.export_rank)
-            validation_loss = trainee.validation_loss(self.dev)
+            measured = trainee.measure(self.dev)
         if trainee.device.type == "cuda":
             peak_bytes, device = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
         else:
             peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             device = f"{torch.get_num_threads()} CPU cores, {'bf16' if trainee.bf16 else 'f32'}"
+        if arguments.progress and (out / "training.json").is_file():
+            return 0
         last_losses = state["losses"][-self.steps_per_epoch :]
         figures = Figures(
             recipe=f"lab/recipes/{self.recipe.name}.toml",
@@ -384,15 +432,19 @@ class Run:
             train_tokens=state["tokens"],
             validation_examples=len(self.dev),
             train_loss=round(sum(last_losses) / len(last_losses), 4),
-            validation_loss=round(validation_loss, 4),
+            validation_loss=round(measured.loss, 4),
             base_validation_loss=round(state["base_loss"], 4),
+            validation_exact_matches=measured.exact_matches,
+            base_validation_exact_matches=state["base_exact_matches"],
             averaged_epochs=state["averaged_epochs"],
+            end_reason=self.end_reason(),
             device=device,
         )
         self.out.mkdir(parents=True, exist_ok=True)
         write_adapter(trainee.model, self.recipe, figures, self.out)
         self.checkpoint.unlink(missing_ok=True)
-        print(f"{self.out}: loss on the dev split {figures.validation_loss}, the base's {figures.base_validation_loss}")
+        ended = f", ended early at step {state['step']} of {self.num_steps}" if state["step"] < self.num_steps else ""
+        print(f"{self.out}: {self.on_dev(measured)}; the base's loss {figures.base_validation_loss}{ended}")
 
 
 def print_line(**line: Any) -> None:
@@ -419,8 +471,6 @@ def main() -> int:
     try:
         recipe = load_recipe(arguments.recipe)
         out = arguments.out or REPOSITORY / "lab" / "runs" / recipe.name
-        if arguments.progress and (out / "training.json").is_file():
-            return 0
         supervised = {"report": print_line, "begins_anew": True} if arguments.progress else {}
         run = Run(recipe, out, torch.device(arguments.device), **supervised)
         run.train()

@@ -204,6 +204,27 @@ async fn a_job_becomes_an_adapter_that_is_served_without_a_restart() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_training_that_ends_early_has_succeeded_and_says_at_which_step_and_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&dir);
+    for (reason, said) in [("early_stopping", "the validation loss falls no more"), ("last_step", "all steps are done")] {
+        let end = format!(r#"echo '{{"type": "end", "step": 2, "reason": "{reason}"}}'"#);
+        let script = TRAINER.replace("\"steps\": 2", "\"steps\": 5").replace("cp -r", &format!("{end}\ncp -r"));
+        fs::write(server.dir.join("trainer.sh"), script).unwrap();
+        let id = server.job().await;
+        let job = server.until(&id, "succeeded").await;
+        assert!(job["fine_tuned_model"].is_string() && job["error"].is_null(), "{job}");
+        let messages = server.messages(&id).await;
+        let expected = format!("Training ended at step 2/5: {said}");
+        assert_eq!(messages.iter().filter(|message| **message == expected).count(), 1, "{messages:#?}");
+        let checkpoints = server.running.admin_get(&format!("/fine_tuning/jobs/{id}/checkpoints")).await;
+        assert_eq!(checkpoints["data"][0]["step_number"], json!(2));
+    }
+    let recipe: toml::Table = fs::read_to_string(server.dir.join("recipe.toml")).unwrap().parse().unwrap();
+    assert_eq!(recipe["training"]["early_stopping_patience"].as_integer(), Some(2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_file_is_kept_shown_and_deleted_and_its_job_has_it_still() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(&dir);

@@ -24,6 +24,14 @@ def test_every_recipe_is_valid_and_named_as_its_file():
         ("name = ", "Invalid value"),
         ("training = 3", "must be a table"),
         ("[training]\nlearning_rate = 1\nepochs = 0", "epochs must be a whole number from 1 on"),
+        (
+            "[training]\nlearning_rate = 1\nearly_stopping_patience = 0",
+            "early_stopping_patience must be a whole number from 1 on",
+        ),
+        (
+            '[training]\nlearning_rate = 1\nmetric_for_best_model = "em"',
+            "metric_for_best_model must be one of loss, exact_match, not 'em'",
+        ),
         ("[training]\nlearning_rate = 1\naverage_last = 1", "average_last must be a whole number from 2 on"),
         ("[training]\nlearning_rate = 1\nwarmup = 1", "warmup must be above 0 and below 1"),
         (

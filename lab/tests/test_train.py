@@ -18,9 +18,9 @@ from base import MissingModel, gguf_file
 from data_files import REPOSITORY
 from encoding import encode
 from nearest import Nearest
-from recipe import RecipeError, load_recipe
+from recipe import Recipe, RecipeError, load_recipe
 from tasks import INSTRUCTION_PROMPT
-from train import Run, Trainee, TrainingError, passes
+from train import Measured, Run, Trainee, TrainingError, passes
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "clients"))
 
@@ -140,11 +140,11 @@ def test_the_mean_of_the_last_epochs_is_kept_where_it_is_better(
     run = Run(recipe, tmp_path / "out", torch.device("cpu"))
     measured, after_epochs = iter([3.0, 2.0, 1.8, 1.0, of_mean]), []
 
-    def validation_loss(*_: Any) -> float:
+    def measure(*_: Any) -> Measured:
         after_epochs.append(run.trainee.weights())
-        return next(measured)
+        return Measured(next(measured), 0)
 
-    monkeypatch.setattr(run.trainee, "validation_loss", validation_loss)
+    monkeypatch.setattr(run.trainee, "measure", measure)
     run.train()
     base, first, second, third, mean = after_epochs
     for name, weights in mean.items():
@@ -160,6 +160,128 @@ def test_the_mean_of_the_last_epochs_is_kept_where_it_is_better(
     too_many = replace(recipe, training=replace(recipe.training, average_last=4))
     with pytest.raises(RecipeError, match="average_last: there are 3 epochs"):
         Run(too_many, tmp_path, torch.device("cpu"))
+
+
+def _epochs_of_one_step(folder: Path, *training: str) -> Recipe:
+    """Six of them, with further keys of `[training]`."""
+    text = SMOKE_RECIPE.read_text(encoding="utf-8")
+    for old, new in [
+        ("epochs = 3", "\n".join(["epochs = 6", *training])),
+        ("batch_size = 8", "batch_size = 2"),
+        ("max_examples = 64", "max_examples = 2"),
+    ]:
+        assert old in text
+        text = text.replace(old, new)
+    return load_recipe(_written(folder, text))
+
+
+class Killed(Exception):
+    pass
+
+
+def _run(
+    recipe: Recipe, out: Path, measured: list[Measured], killed_at: tuple[str, int] | None = None
+) -> tuple[Run, list[dict[str, Any]]]:
+    """A run that has ended, or was killed when it told of that, and what it told; `measured` has the base's and then that of
+    each step."""
+    told = []
+
+    def report(**line: Any) -> None:
+        told.append(line)
+        if (line["type"], line["step"]) == killed_at:
+            raise Killed
+
+    run = Run(recipe, out, torch.device("cpu"), report)
+    run.trainee.measure = lambda _: measured[run.state["step"]]
+    try:
+        run.train()
+    except Killed:
+        assert killed_at is not None
+    else:
+        assert killed_at is None
+    return run, told
+
+
+def _losses(*losses: float) -> list[Measured]:
+    return [Measured(loss, 0) for loss in losses]
+
+
+@pytest.mark.parametrize(
+    ("patience", "metric", "measured", "last_step", "best_step"),
+    [
+        (None, "loss", _losses(3.0, 2.0, 1.5, 1.6, 1.7, 1.8, 1.9), 6, 2),
+        (1, "loss", _losses(3.0, 2.0, 1.5, 1.5, 1.0, 1.0, 1.0), 3, 2),
+        (2, "loss", _losses(3.0, 2.0, 1.5, 1.6, 1.4, 1.5, 1.6), 6, 4),
+        (2, "loss", _losses(3.0, 4.0, 5.0, 6.0, 1.0, 1.0, 1.0), 3, 1),
+        (2, "loss", _losses(3.0, float("nan"), 2.0, float("nan"), 2.1, 1.0, 1.0), 4, 2),
+        # What answers are worth, told by two: more of them exact, or as many and a lower loss.
+        (2, "exact_match", [Measured(3 + n, n // 2) for n in range(7)], 6, 6),
+        (1, "exact_match", [*_losses(3.0), *(Measured(loss, 1) for loss in (2.0, 1.5, 1.6)), *_losses(0, 0, 0)], 3, 2),
+        (2, "exact_match", [*_losses(3.0), Measured(2.0, 1), *_losses(1.0, 0.5, 0.2, 0.1, 0.1)], 3, 1),
+    ],
+    ids=["unasked", "at-once", "patient", "never-below-the-base", "not-finite", "exact", "as-exact", "less-exact"],
+)
+def test_a_training_ends_when_validations_bring_nothing_better(
+    tmp_path: Path, smoke_base: Path, patience: int | None, metric: str, measured: list[Measured], last_step: int,
+    best_step: int,
+):  # fmt: skip
+    asked = [] if patience is None else [f"early_stopping_patience = {patience}"]
+    recipe = _epochs_of_one_step(tmp_path, f'metric_for_best_model = "{metric}"', *asked)
+    run, told = _run(recipe, tmp_path / "out", measured)
+    reason = "early_stopping" if last_step < 6 else "last_step"
+    assert told[-1] == {"type": "end", "step": last_step, "reason": reason}
+    assert [line["step"] for line in told if line["type"] == "validation"] == list(range(last_step + 1))
+    run.write()
+    figures = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
+    assert (figures["steps"], figures["end_reason"]) == (last_step, reason)
+    kept = measured[best_step]
+    assert (figures["validation_loss"], figures["validation_exact_matches"]) == (kept.loss, kept.exact_matches)
+    assert figures["base_validation_loss"] == measured[0].loss
+    assert ("ended early" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")) == (last_step < 6)
+
+
+@pytest.mark.parametrize(
+    "killed_at", [("step", 4), ("validation", 4), ("step", 5), ("end", 5)], ids=lambda at: f"at-{at[0]}-{at[1]}"
+)
+def test_a_training_that_was_killed_ends_early_at_the_same_step(
+    tmp_path: Path, smoke_base: Path, monkeypatch: pytest.MonkeyPatch, killed_at: tuple[str, int]
+):
+    monkeypatch.setattr("train.CHECKPOINT_SECONDS", -1)
+    recipe = _epochs_of_one_step(tmp_path, "early_stopping_patience = 3", "average_last = 3")
+    # The last is that of the mean, after step 5.
+    measured = _losses(3.0, 2.0, 1.5, 1.6, 1.7, 1.8)
+    whole, _ = _run(recipe, tmp_path / "whole", measured)
+    killed, _ = _run(recipe, tmp_path / "parts", measured, killed_at)
+    resumed, told = _run(recipe, tmp_path / "parts", measured)
+    assert told[0]["step"] == killed.state["step"] - (killed_at[0] != "end")
+    assert told[-1] == {"type": "end", "step": 5, "reason": "early_stopping"}
+    assert resumed.state["step"] == whole.state["step"] == 5
+    assert resumed.state["losses"] == pytest.approx(whole.state["losses"], rel=1e-4)
+    for name, weights in whole.trainee.weights().items():
+        torch.testing.assert_close(resumed.trainee.weights()[name], weights, rtol=1e-3, atol=1e-5)
+
+
+def test_exact_matches_are_what_greedy_decoding_gives(smoke_base: Path, monkeypatch: pytest.MonkeyPatch):
+    # The one row alone and the padded batch are rounded alike.
+    monkeypatch.setattr("train.has_fast_bf16", lambda _: False)
+    trainee = Trainee(load_recipe(SMOKE_RECIPE), torch.device("cpu"))
+    rows = []
+    for prompt, num_tokens in [("def add(a, b):\n", 6), ("The capital of France is", 3), ("1, 2, 3,", 9)]:
+        ids = trainee.tokenizer(prompt).input_ids
+        answer: list[int] = []
+        for _ in range(num_tokens):
+            with torch.no_grad():
+                hidden = trainee.model(input_ids=torch.tensor([ids + answer])).logits[0, -1]
+            answer.append(int(trainee.head(hidden).argmax()))
+        rows.append((ids, answer))
+    assert trainee.measure(rows).exact_matches == 3
+    (ids, answer), *others = rows
+    for wrong in ([*answer[:-1], answer[-1] + 1], [answer[0] + 1, *answer[1:]], [token + 1 for token in answer]):
+        for num_tokens in (1000, 1):
+            monkeypatch.setattr("train.PASS_TOKENS", {"cpu": num_tokens})
+            measured = trainee.measure([others[0], (ids, wrong), others[1]])
+            assert measured.exact_matches == 2
+            assert measured.loss == pytest.approx(trainee.loss([*others, (ids, wrong)]), rel=1e-4)
 
 
 def test_a_checkpoint_of_other_data_another_recipe_or_another_base_is_not_gone_on_from(

@@ -182,4 +182,17 @@ pub enum Progress {
         step: u64,
         loss: f64,
     },
+    /// The training is done; the adapter is yet to be written.
+    End {
+        step: u64,
+        reason: EndReason,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EndReason {
+    LastStep,
+    /// Further steps had brought nothing better.
+    EarlyStopping,
 }

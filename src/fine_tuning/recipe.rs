@@ -14,6 +14,8 @@ pub const VALIDATION_FILE: &str = "validation.jsonl";
 
 /// Longer examples, prompt and answer together, are left out.
 const MAX_TOKENS: u32 = 1024;
+/// Validations, of which each epoch has one: one higher loss on a few examples may be chance, two are seldom.
+const EARLY_STOPPING_PATIENCE: u32 = 2;
 pub const DEFAULT_RANK: u32 = 16;
 pub const DEFAULT_VIRTUAL_TOKENS: u32 = 20;
 /// Of every family that is served: no base has all of these names, and PEFT passes over those it has not.
@@ -74,6 +76,7 @@ struct Training {
     learning_rate: f64,
     epochs: u32,
     batch_size: u32,
+    early_stopping_patience: u32,
     max_tokens: u32,
     /// As many as there are: what is left out there would be left out in silence.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -105,6 +108,7 @@ pub fn recipe(job: &Job, base: &Base) -> Result<String, toml::ser::Error> {
             learning_rate: learning_rate * hyperparameters.learning_rate_multiplier,
             epochs: hyperparameters.n_epochs,
             batch_size: hyperparameters.batch_size,
+            early_stopping_patience: EARLY_STOPPING_PATIENCE,
             max_tokens: MAX_TOKENS,
             validation_examples: job.max_validation,
             seed: job.seed,

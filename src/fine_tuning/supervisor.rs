@@ -17,7 +17,7 @@ use rustix::process::Pid;
 
 use super::files::Files;
 use super::ids::next_id;
-use super::job::{Checkpoint, Event, Job, Level, Metrics, NewJob, Progress, Status};
+use super::job::{Checkpoint, EndReason, Event, Job, Level, Metrics, NewJob, Progress, Status};
 use super::recipe::{self, TRAINING_FILE, VALIDATION_FILE};
 use super::settings::FineTuningConfig;
 use super::store::{ID_PREFIX, Store};
@@ -370,6 +370,15 @@ impl Shared {
                 let of = if step == 0 { "the base" } else { "the adapter" };
                 let message = format!("Step {step}/{total_steps}: validation loss={loss:.4} of {of}");
                 (message, metrics(step, None, Some(loss)))
+            }
+            Progress::End { step, reason } => {
+                let why = match reason {
+                    EndReason::LastStep => "all steps are done",
+                    EndReason::EarlyStopping => "the validation loss falls no more",
+                };
+                let message = format!("Training ended at step {step}/{total_steps}: {why}");
+                tracing::info!("fine-tuning job {id}: {message}");
+                (message, None)
             }
         };
         self.append(id, Event { created_at: now(), level: Level::Info, message, metrics });

@@ -226,6 +226,7 @@ def test_the_lab_trains_what_is_served_by_every_method(lab_client, kind, own, se
     losses = [event.data["train_loss"] for event in events if event.data and "train_loss" in event.data]
     # The latest first.
     assert len(losses) == 4 and losses[0] < losses[-1]
+    assert "Training ended at step 4/4: all steps are done" in [event.message for event in events]
     [checkpoint] = client.fine_tuning.jobs.checkpoints.list(job.id)
     of_base = [event.data["valid_loss"] for event in events if event.data and "valid_loss" in event.data][-1]
     assert checkpoint.metrics.valid_loss < of_base

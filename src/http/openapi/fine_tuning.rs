@@ -75,7 +75,7 @@ fn hyperparameters() -> Value {
     let whole = |max: u32| json!({"type": "integer", "minimum": 1, "maximum": max});
     let multiplier = json!({"type": "number", "minimum": MIN_MULTIPLIER, "maximum": MAX_MULTIPLIER});
     let fields = json!({
-        "n_epochs": auto_or(whole(MAX_EPOCHS), "How often all examples are learned from."),
+        "n_epochs": auto_or(whole(MAX_EPOCHS), "How often all examples are learned from, at most: less often where the validation loss falls no more."),
         "batch_size": auto_or(whole(MAX_BATCH_SIZE), "Examples of a step."),
         "learning_rate_multiplier": auto_or(multiplier, "Of the method's own rate."),
     });
