@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from recipe import Recipe
 
+FIGURES_FILE = "training.json"
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -18,7 +20,7 @@ class Figures:
     dropout, the others over `validation_examples` of the dev split, of which exact matches are the answers that greedy
     decoding would give to the token. The weights are the mean of those after the last `averaged_epochs`; of 1, the best by
     the recipe's `metric_for_best_model`. Minutes are of training alone, and on a CPU of its cores' time, not of the clock.
-    `end_reason` is `last_step` or `early_stopping`."""
+    `end_reason` is `last_step` or `early_stopping`. `origin` has the digests of what the adapter was made of."""
 
     recipe: str
     base: str
@@ -37,6 +39,7 @@ class Figures:
     averaged_epochs: int
     end_reason: str
     device: str
+    origin: dict[str, str]
 
 
 def _lora_pairs(model: PeftModel) -> Iterator[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
@@ -84,7 +87,7 @@ def write_adapter(model: PeftModel, recipe: Recipe, figures: Figures, out: Path)
     (out / "adapter.toml").write_text(_manifest(recipe), encoding="utf-8")
     (out / "README.md").write_text(_card(recipe, figures, weights_file.stat().st_size), encoding="utf-8")
     # Last: with it the folder is whole.
-    (out / "training.json").write_text(json.dumps(asdict(figures), indent=1) + "\n", encoding="utf-8")
+    (out / FIGURES_FILE).write_text(json.dumps(asdict(figures), indent=1) + "\n", encoding="utf-8")
 
 
 def _manifest(recipe: Recipe) -> str:

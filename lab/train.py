@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import Adafactor, AutoModelForCausalLM, AutoTokenizer
 
-from adapter_folder import Figures, cut_rank, write_adapter
+from adapter_folder import FIGURES_FILE, Figures, cut_rank, write_adapter
 from base import MissingModel, dequantised, gguf_file
 from data_files import REPOSITORY, BadData, MissingData
 from encoding import Ids, TrainingError, encode
@@ -48,6 +49,14 @@ PASS_TOKENS = {"cpu": 1024, "cuda": 8192}
 def file_digest(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def trainer_digest() -> str:
+    """Of what makes something else of the same recipe, data and base: this file, the recipes' defaults, what computes."""
+    lab = Path(__file__).parent
+    files = [file_digest(lab / name) for name in ("train.py", "recipe.py")]
+    versions = [version(package) for package in ("torch", "peft", "transformers")]
+    return hashlib.sha256(" ".join(files + versions).encode()).hexdigest()
 
 
 def drawn(rows: list[Ids], count: int | None, seed: int) -> list[Ids]:
@@ -244,11 +253,13 @@ class Run:
             if not rows:
                 most = f"has at most {training.max_tokens} tokens: max_tokens"
                 raise TrainingError(f"no example of the {split} split of task {recipe.task} {most}")
-        # What a checkpoint is of. Files are known by their content: what has their name may be something else tomorrow.
+        # What a checkpoint or an adapter is of. Files are known by their content: what has their name may be something
+        # else tomorrow.
         self.origin = {
             "recipe": recipe.sha256,
             "data": hashlib.sha256(json.dumps(splits).encode()).hexdigest(),
             "base": file_digest(gguf_file(recipe.weights)),
+            "trainer": trainer_digest(),
         }
         self.rows = drawn(splits["train"], training.max_examples, training.seed)
         self.dev = drawn(splits["dev"], training.validation_examples, training.seed)
@@ -263,18 +274,38 @@ class Run:
             "averaged_epochs": 1, "last": [],
         }  # fmt: skip
 
-    def resume(self) -> None:
-        if (self.out / "training.json").is_file():
+    def has_ended(self) -> bool:
+        """Whether the adapter of this very training is there. Any other that is there gives way where it `begins_anew`."""
+        file = self.out / FIGURES_FILE
+        if not file.is_file():
+            return False
+        if not self.begins_anew:
             raise TrainingError(f"{self.out} holds a trained adapter: remove it, or give another --out")
-        if not self.checkpoint.is_file():
-            return
-        saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        known = saved.get("origin", {})
-        if changed := [what for what, digest in self.origin.items() if known.get(what) != digest]:
-            of = f"{self.checkpoint} is of another {' and another '.join(changed)}"
+        try:
+            origin = json.loads(file.read_text(encoding="utf-8"))["origin"]
+        # Of before it was written, or cut off while it was.
+        except (ValueError, KeyError):
+            origin = {}
+        if self.is_of(file, origin):
+            return True
+        file.unlink()
+        return False
+
+    def is_of(self, file: Path, origin: dict[str, str]) -> bool:
+        """Whether a file of this origin is of this training; refuses any other, unless this one `begins_anew`."""
+        changed = [what for what, digest in self.origin.items() if origin.get(what) != digest]
+        if changed:
+            of = f"{file} is of another {' and another '.join(changed)}"
             if not self.begins_anew:
                 raise TrainingError(f"{of}: remove it, or give another --out")
             print(f"{of}: training begins anew", flush=True)
+        return not changed
+
+    def resume(self) -> None:
+        if not self.checkpoint.is_file():
+            return
+        saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        if not self.is_of(self.checkpoint, saved.get("origin", {})):
             return
         self.state = saved["state"]
         self.trainee.set_weights(saved["weights"])
@@ -418,8 +449,6 @@ class Run:
         else:
             peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             device = f"{torch.get_num_threads()} CPU cores, {'bf16' if trainee.bf16 else 'f32'}"
-        if arguments.progress and (out / "training.json").is_file():
-            return 0
         last_losses = state["losses"][-self.steps_per_epoch :]
         figures = Figures(
             recipe=f"lab/recipes/{self.recipe.name}.toml",
@@ -439,6 +468,7 @@ class Run:
             averaged_epochs=state["averaged_epochs"],
             end_reason=self.end_reason(),
             device=device,
+            origin=self.origin,
         )
         self.out.mkdir(parents=True, exist_ok=True)
         write_adapter(trainee.model, self.recipe, figures, self.out)
@@ -461,8 +491,8 @@ def main() -> int:
     parser.add_argument(
         "--progress",
         action="store_true",
-        help="print the progress as lines of JSON; let a training that has ended be one that has gone well, and one whose "
-        "checkpoint is of something else begin anew",
+        help="print the progress as lines of JSON; let a training that has ended be one that has gone well, and begin anew "
+        "where what is there is of something else",
     )
     parser.add_argument("--threads", type=int, help="CPU threads; default: every core")
     arguments = parser.parse_args()
@@ -473,8 +503,9 @@ def main() -> int:
         out = arguments.out or REPOSITORY / "lab" / "runs" / recipe.name
         supervised = {"report": print_line, "begins_anew": True} if arguments.progress else {}
         run = Run(recipe, out, torch.device(arguments.device), **supervised)
-        run.train()
-        run.write()
+        if not run.has_ended():
+            run.train()
+            run.write()
     except (BadData, MissingData, MissingModel, RecipeError, TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

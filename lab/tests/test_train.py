@@ -20,7 +20,7 @@ from encoding import encode
 from nearest import Nearest
 from recipe import Recipe, RecipeError, load_recipe
 from tasks import INSTRUCTION_PROMPT
-from train import Measured, Run, Trainee, TrainingError, passes
+from train import Measured, Run, Trainee, TrainingError, main, passes
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "clients"))
 
@@ -119,7 +119,7 @@ def test_a_resumed_training_ends_as_one_that_was_not_interrupted(tmp_path: Path,
 
     second.write()
     with pytest.raises(TrainingError, match="holds a trained adapter"):
-        second.train()
+        second.has_ended()
 
 
 @pytest.mark.parametrize(("of_mean", "averaged_epochs"), [(0.5, 2), (1.5, 1)], ids=["better", "worse"])
@@ -319,9 +319,59 @@ def test_a_checkpoint_of_other_data_another_recipe_or_another_base_is_not_gone_o
     same = run()
     same.resume()
     assert same.state["step"] == 2
-    monkeypatch.setattr("train.gguf_file", lambda _: other_base)
-    with pytest.raises(TrainingError, match="checkpoint.pt is of another base: remove it"):
+    with monkeypatch.context() as patched:
+        patched.setattr("train.gguf_file", lambda _: other_base)
+        with pytest.raises(TrainingError, match="checkpoint.pt is of another base: remove it"):
+            run().resume()
+    monkeypatch.setattr("train.version", lambda package: f"another {package}")
+    with pytest.raises(TrainingError, match="checkpoint.pt is of another trainer: remove it"):
         run().resume()
+
+
+def test_a_supervised_training_takes_no_adapter_for_its_own_that_is_of_something_else(
+    tmp_path: Path, smoke_base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    text = SMOKE_RECIPE.read_text(encoding="utf-8")
+    for old, new in [
+        ("../../config/icl/python.jsonl", "mine.jsonl"),
+        ("max_steps = 8", "max_steps = 1"),
+        ("batch_size = 8", "batch_size = 1"),
+        ("validation_examples = 8", "validation_examples = 1"),
+    ]:
+        assert old in text
+        text = text.replace(old, new)
+    pairs = OWN_EXAMPLES.read_text(encoding="utf-8").splitlines(keepends=True)
+    other_base = tmp_path / "other.gguf"
+    other_base.write_bytes(b"GGUF")
+    figures = tmp_path / "out" / "training.json"
+
+    def trains(recipe: str = text, lines: list[str] = pairs) -> str:
+        """What it says, of a training that has gone well."""
+        (tmp_path / "mine.jsonl").write_text("".join(lines), encoding="utf-8")
+        path = _written(tmp_path, recipe)
+        monkeypatch.setattr("sys.argv", ["train.py", str(path), "--out", str(tmp_path / "out"), "--progress"])
+        capfd.readouterr()
+        assert main() == 0
+        out = capfd.readouterr().out
+        assert figures.is_file() and ('"type": "end"' in out) == ("training begins anew" in out or is_first)
+        return out
+
+    is_first = True
+    trains()
+    is_first = False
+    assert trains() == ""
+    assert "training.json is of another data: training begins anew" in trains(lines=pairs[1:])
+    assert "is of another recipe and another data:" in trains(recipe=text.replace("epochs = 3", "epochs = 4"))
+    # As a power cut leaves it, and as it was written before it said of what it is.
+    for cut_off in ("", '{"steps": 1}'):
+        figures.write_text(cut_off, encoding="utf-8")
+        assert "is of another recipe and another data and another base and another trainer:" in trains()
+    assert trains() == ""
+    monkeypatch.setattr("train.version", lambda package: f"another {package}")
+    assert "is of another trainer:" in trains()
+    monkeypatch.setattr("train.gguf_file", lambda _: other_base)
+    assert "is of another base:" in trains()
+    assert trains() == ""
 
 
 @pytest.mark.parametrize(
