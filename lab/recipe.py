@@ -18,6 +18,11 @@ class RecipeError(Exception):
     """A recipe is not written as it should be."""
 
 
+def _is_whole(value: Any) -> bool:
+    """To Python `true` is a number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class Training:
     learning_rate: float
@@ -47,15 +52,15 @@ class Training:
             "early_stopping_patience",
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not _is_whole(value) or value < 1):
                 raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
         if self.metric_for_best_model not in METRICS:
             raise ValueError(f"metric_for_best_model must be one of {', '.join(METRICS)}, not {self.metric_for_best_model!r}")
-        if self.average_last is not None and (not isinstance(self.average_last, int) or self.average_last < 2):
+        if self.average_last is not None and (not _is_whole(self.average_last) or self.average_last < 2):
             raise ValueError(f"average_last must be a whole number from 2 on, not {self.average_last!r}")
         for name, most in (("learning_rate", float("inf")), ("warmup", 1.0)):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < most:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < most:
                 raise ValueError(f"{name} must be above 0" + (f" and below {most:g}" if name == "warmup" else ""))
 
 
@@ -90,7 +95,7 @@ class Recipe:
         except ValueError as error:
             raise ValueError(f"task: {error}") from error
         if self.nearest_examples is not None:
-            if not isinstance(self.nearest_examples, int) or not 1 <= self.nearest_examples <= MAX_EXAMPLES:
+            if not _is_whole(self.nearest_examples) or not 1 <= self.nearest_examples <= MAX_EXAMPLES:
                 raise ValueError(f"nearest_examples must be a whole number from 1 to {MAX_EXAMPLES}")
             if self.data().pairs is None:
                 raise ValueError(f"nearest_examples: {self.task} has no pairs of instruction and answer to take them from")
@@ -107,7 +112,7 @@ class Recipe:
             return
         # rsLoRA's scale goes with the root of the rank, DoRA's magnitudes belong to the rank they were trained with.
         plain_lora = self.peft["peft_type"] == "LORA" and not (self.peft.get("use_dora") or self.peft.get("use_rslora"))
-        if not plain_lora or not 1 <= self.export_rank <= self.peft.get("r", 8):
+        if not plain_lora or not _is_whole(self.export_rank) or not 1 <= self.export_rank <= self.peft.get("r", 8):
             raise ValueError("export_rank: only LoRA that is neither rsLoRA nor DoRA can be cut, and to at most its r")
 
     @property

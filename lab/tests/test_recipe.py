@@ -24,6 +24,8 @@ def test_every_recipe_is_valid_and_named_as_its_file():
         ("name = ", "Invalid value"),
         ("training = 3", "must be a table"),
         ("[training]\nlearning_rate = 1\nepochs = 0", "epochs must be a whole number from 1 on"),
+        ("[training]\nlearning_rate = 1\nepochs = true", "epochs must be a whole number from 1 on, not True"),
+        ("[training]\nlearning_rate = true", "learning_rate must be above 0"),
         (
             "[training]\nlearning_rate = 1\nearly_stopping_patience = 0",
             "early_stopping_patience must be a whole number from 1 on",
@@ -32,6 +34,7 @@ def test_every_recipe_is_valid_and_named_as_its_file():
             '[training]\nlearning_rate = 1\nmetric_for_best_model = "em"',
             "metric_for_best_model must be one of loss, exact_match, not 'em'",
         ),
+        ("[training]\nlearning_rate = 1\naverage_last = true", "average_last must be a whole number from 2 on"),
         ("[training]\nlearning_rate = 1\naverage_last = 1", "average_last must be a whole number from 2 on"),
         ("[training]\nlearning_rate = 1\nwarmup = 1", "warmup must be above 0 and below 1"),
         (
@@ -54,6 +57,10 @@ def test_every_recipe_is_valid_and_named_as_its_file():
         (
             'name = "a"\ntask = "bash"\nexport_rank = 4\npeft = {peft_type = "IA3"}\ntraining = {learning_rate = 1}',
             "can be cut",
+        ),
+        (
+            'name = "a"\ntask = "bash"\nexport_rank = true\npeft = {peft_type = "LORA"}\ntraining = {learning_rate = 1}',
+            "at most its r",
         ),
         (
             'name = "a"\ntask = "bash"\nexport_rank = 9\npeft = {peft_type = "LORA"}\ntraining = {learning_rate = 1}',
