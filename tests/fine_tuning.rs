@@ -207,7 +207,8 @@ async fn a_job_becomes_an_adapter_that_is_served_without_a_restart() {
 async fn a_training_that_ends_early_has_succeeded_and_says_at_which_step_and_why() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(&dir);
-    for (reason, said) in [("early_stopping", "the validation loss falls no more"), ("last_step", "all steps are done")] {
+    for (reason, said) in [("early_stopping", "the validation loss falls no more"), ("last_step", "all steps are done")]
+    {
         let end = format!(r#"echo '{{"type": "end", "step": 2, "reason": "{reason}"}}'"#);
         let script = TRAINER.replace("\"steps\": 2", "\"steps\": 5").replace("cp -r", &format!("{end}\ncp -r"));
         fs::write(server.dir.join("trainer.sh"), script).unwrap();
