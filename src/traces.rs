@@ -1,12 +1,15 @@
 //! Traces for a collector of OpenTelemetry's, in OTLP over HTTP. Nothing is collected unless a collector is configured; which spans
 //! there are, `http/spans.rs` says.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
+use opentelemetry::propagation::TextMapPropagator;
 use opentelemetry::{Key, KeyValue, Value, global};
 use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response};
 use opentelemetry_otlp::{ExporterBuildError, Protocol, SpanExporter, WithExportConfig, WithHttpConfig};
 use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::resource::{ResourceDetector, SdkProvidedResourceDetector};
 use opentelemetry_sdk::trace::SdkTracerProvider;
 
@@ -49,6 +52,13 @@ fn service_name() -> Value {
     // What it is called there if nothing says so.
     let said = detected.filter(|name| !name.as_str().starts_with("unknown_service"));
     said.unwrap_or_else(|| "lorry".into())
+}
+
+/// What a request to another server says of the trace that it is asked for in: nothing, if the caller has said nothing.
+pub fn headers() -> HashMap<String, String> {
+    let mut headers = HashMap::new();
+    TraceContextPropagator::new().inject(&mut headers);
+    headers
 }
 
 impl Drop for Traces {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use axum::body::Bytes;
 use axum::http::HeaderMap;
 use axum::routing::post;
-use axum::Router;
+use axum::{Json, Router};
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use opentelemetry_proto::tonic::common::v1::{KeyValue, any_value};
 use opentelemetry_proto::tonic::trace::v1::Span;
@@ -180,6 +180,42 @@ async fn what_opentelemetry_calls_a_service_in_the_environment_it_is_called() {
         assert!(server.completion(json!({})).send().await.unwrap().status().is_success());
         spans.recv_timeout(LONG).unwrap_or_else(|_| panic!("nothing comes that is called {expected:?}"));
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_embedding_endpoint_is_asked_in_the_trace_of_the_request() {
+    let (sender, traceparents) = channel();
+    let embed = async move |headers: HeaderMap, Json(request): Json<Value>| {
+        let header = |name: &str| headers.get(name).map(|value| value.to_str().unwrap().to_owned());
+        sender.send((header("traceparent"), header("tracestate"))).unwrap();
+        let texts = request["input"].as_array().unwrap().iter().enumerate();
+        Json(json!({"data": texts.map(|(index, _)| json!({"index": index, "embedding": [1.0]})).collect::<Vec<_>>()}))
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/v1/embeddings", listener.local_addr().unwrap());
+    tokio::spawn(async { axum::serve(listener, Router::new().route("/v1/embeddings", post(embed))).await });
+    let stores = tempfile::tempdir().unwrap();
+    std::fs::write(stores.path().join("s.jsonl"), "{\"instruction\": \"a\", \"code\": \"b\"}\n").unwrap();
+    // Whether traces are sent from here or not.
+    let server = Running::start(&format!("[icl]\ndir = {:?}\nembedding_url = '{url}'", stores.path()), &[]);
+    let ask = async |traceparent: Option<&str>| {
+        let request = server.completion(json!({"icl": {"store": "s", "k": 1, "select": "hybrid"}}));
+        let request = match traceparent {
+            Some(traceparent) => request.header("traceparent", traceparent).header("tracestate", "a=b"),
+            None => request,
+        };
+        let reply = request.send().await.unwrap();
+        assert!(reply.status().is_success(), "{}", reply.text().await.unwrap());
+    };
+    let traceparent = format!("00-{TRACE}-{CALLER}-01");
+    ask(Some(&traceparent)).await;
+    // That of the store's examples, and that of the request.
+    for _ in 0..2 {
+        let told = traceparents.recv_timeout(LONG).unwrap();
+        assert_eq!(told, (Some(traceparent.clone()), Some("a=b".to_owned())));
+    }
+    ask(None).await;
+    assert_eq!(traceparents.recv_timeout(LONG).unwrap().0, None);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use opentelemetry::Context;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 
 use super::beam_search::{BeamOptions, BeamSearch};
@@ -176,7 +177,9 @@ impl Generation {
         let (base, adapter, stores) = (self.base.clone(), model.adapter.clone(), self.icl.clone());
         let (config, context_length) = (self.config.clone(), self.context_length());
         let (grammars, constraint) = (self.grammars.clone(), self.constraint(&options)?);
+        let trace = Context::current();
         let encode = move || {
+            let _trace = trace.attach();
             let encoder = Encoder {
                 base: &base,
                 adapter: adapter.as_deref(),

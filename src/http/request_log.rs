@@ -11,6 +11,7 @@ use axum::http::{Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
 use opentelemetry::Context;
+use opentelemetry::trace::FutureExt;
 use serde_json::{Value, json};
 use tracing::{Instrument, Level, info_span};
 
@@ -92,7 +93,8 @@ pub async fn write_line(State(metrics): State<Option<Arc<Metrics>>>, mut request
         log: RequestLog::default(),
     };
     request.extensions_mut().insert(line.log.clone());
-    let response = next.run(request).instrument(span).await;
+    // What is asked of others on the way is asked in the caller's trace.
+    let response = next.run(request).instrument(span).with_context(line.parent.clone()).await;
     line.status = Some(response.status());
     line.refusal = response.extensions().get().map(|Rejection(reason)| *reason);
     response.map(|body| Body::new(HeldBody::new(body, line)))

@@ -9,6 +9,7 @@ use tracing::warn;
 use super::bm25::rank_by;
 use super::error::EmbeddingError;
 use crate::config::IclConfig;
+use crate::traces;
 
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// Texts of one call.
@@ -63,7 +64,11 @@ impl EmbeddingEndpoint {
 
     fn embed_batch(&self, texts: &[&str]) -> Result<Vec<UnitVector>, EmbeddingError> {
         let request = serde_json::json!({"model": self.model, "input": texts, "encoding_format": "float"});
-        let response = self.agent.post(&self.url).send_json(request).map_err(|error| {
+        let mut asked = self.agent.post(&self.url);
+        for (name, value) in traces::headers() {
+            asked = asked.set(&name, &value);
+        }
+        let response = asked.send_json(request).map_err(|error| {
             warn!(url = self.url, %error, "the embedding endpoint failed");
             EmbeddingError(match error {
                 ureq::Error::Status(status, _) => format!("it answered with status {status}"),
