@@ -120,7 +120,12 @@ def judge_memory(samples, window, faults):
     change = max(abs(mib / reference - 1) for mib in later)
     if change > MAX_MEMORY_CHANGE:
         faults.append(f"resident memory went from {reference:.0f} MiB to between {min(later):.0f} and {max(later):.0f} MiB")
-    return {"settled_mib": reference, "min_mib": min(later), "max_mib": max(later), "max_change": change}
+    windows = {}
+    for seconds, mib in samples:
+        windows.setdefault(int(seconds // window), []).append(mib)
+    # Memory that is lost shows in the medians; their distance to the least and the most is what requests hold for a while.
+    by_window = [{"min_mib": min(w), "median_mib": statistics.median(w), "max_mib": max(w)} for _, w in sorted(windows.items())]
+    return {"settled_mib": reference, "min_mib": min(later), "max_mib": max(later), "max_change": change, "windows": by_window}
 
 
 def percentile(values, share):
