@@ -199,7 +199,8 @@ async fn an_embedding_endpoint_is_asked_in_the_trace_of_the_request() {
     // Whether traces are sent from here or not.
     let server = Running::start(&format!("[icl]\ndir = {:?}\nembedding_url = '{url}'", stores.path()), &[]);
     let ask = async |traceparent: Option<&str>| {
-        let request = server.completion(json!({"icl": {"store": "s", "k": 1, "select": "hybrid"}}));
+        let request =
+            server.completion(json!({"prompt_format": "paper-rev", "icl": {"store": "s", "k": 1, "select": "hybrid"}}));
         let request = match traceparent {
             Some(traceparent) => request.header("traceparent", traceparent).header("tracestate", "a=b"),
             None => request,
