@@ -15,6 +15,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote
 
 import pytest
@@ -59,8 +60,9 @@ def status_of(url):
         return None
 
 
-def post(url, path, body):
-    request = urllib.request.Request(f"{url}{path}", json.dumps(body).encode(), {"Authorization": f"Bearer {ADMIN_KEY}"})
+def post(url, path, body, headers={}):
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}", **headers}
+    request = urllib.request.Request(f"{url}{path}", json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=300) as reply:
             return reply.status, json.load(reply)
@@ -151,6 +153,50 @@ def two(tmp_path_factory):
         yield two
 
 
+class SaysItsPort(BaseHTTPRequestHandler):
+    """In the place of a replica: all it replies to anything is which one it is."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(str(self.server.server_port).encode())
+
+    do_GET = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Two such behind HAProxy."""
+
+    url: str
+
+    def home_of(self, fields, headers={}):
+        """Which of them a request with these comes to."""
+        status, port = post(self.url, "/v1/completions", fields, headers)
+        assert status == 200, (fields, port)
+        return port
+
+    def are_spread(self, fields, headers={}):
+        return len({self.home_of(fields, headers) for _ in range(32)}) == 2
+
+
+@pytest.fixture(scope="module")
+def ports(tmp_path_factory):
+    with ExitStack() as stack:
+        replicas = [stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), SaysItsPort)) for _ in range(2)]
+        for replica in replicas:
+            threading.Thread(target=replica.serve_forever).start()
+            stack.callback(replica.shutdown)
+        addresses = [f"127.0.0.1:{replica.server_port}" for replica in replicas]
+        url = stack.enter_context(haproxy(tmp_path_factory.mktemp("ports"), addresses))
+        wait_until(lambda: status_of(f"{url}/health") == 200, "HAProxy finds no replica")
+        yield Ports(url)
+
+
 class Load:
     """One client for each adapter, each of which asks again as soon as it has its reply."""
 
@@ -238,6 +284,16 @@ def test_requests_for_the_base_are_spread(two):
         assert ask(two.url, **fields)[0] == 200
     ended = [requests_ended(replica) for replica in two.replicas]
     assert all(replica.get("base") for replica in ended), ended
+
+
+@needs("haproxy")
+def test_an_empty_name_is_passed_over(ports):
+    for adapter in ADAPTERS:
+        home = ports.home_of({"model": adapter})
+        for field in ["adapter", "adapter_id", "lora_path", "lora_name"]:
+            assert ports.home_of({field: "", "model": adapter}) == home, (field, adapter)
+            assert ports.home_of({field: adapter, "model": ""}) == home, (field, adapter)
+    assert ports.are_spread({"model": ""})
 
 
 @needs("haproxy")
