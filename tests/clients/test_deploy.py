@@ -297,6 +297,25 @@ def test_an_empty_name_is_passed_over(ports):
 
 
 @needs("haproxy")
+def test_a_gateway_says_what_the_model_of_a_longer_body_is(ports):
+    # The name comes behind what fits into a buffer.
+    longer = lambda model: {"prompt": "print " * 40_000, "model": model}
+    says = lambda model: {"X-Gateway-Model-Name": model}
+    homes = {adapter: ports.home_of({"model": adapter}) for adapter in ADAPTERS}
+    for adapter, home in homes.items():
+        for model in [adapter, f"{BASE}-{adapter}", f"{BASE.upper().replace(':', '-')}-{adapter}", f"{adapter}+icl:python@1"]:
+            assert ports.home_of(longer(model), says(model)) == home, model
+    for model in [BASE, ""]:
+        assert ports.are_spread(longer(model), says(model)), model
+    assert ports.are_spread(longer("conala"))
+    # What the body says is what lorry goes by.
+    [other, *_] = [adapter for adapter in ADAPTERS if homes[adapter] != homes["conala"]]
+    for fields in [{"model": "conala"}, {"adapter": "conala"}, {"model": BASE, "lora": [{"name": "conala"}]}]:
+        assert ports.home_of(fields, says(other)) == homes["conala"], fields
+    assert ports.are_spread({"model": BASE}, says(other))
+
+
+@needs("haproxy")
 def test_a_stored_response_is_found_whether_the_base_is_named_or_not(two):
     for fields in [{"model": BASE}, {}, {"adapter": "__base_model__"}]:
         status, first = post(two.url, "/v1/responses", {"input": "print", "max_output_tokens": 16, **fields})
