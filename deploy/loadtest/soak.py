@@ -109,10 +109,23 @@ def watch_memory(pid, is_over, samples):
         samples.append((time.monotonic() - start, resident_mib(pid)))
 
 
+def by_window(timed, window):
+    """Of `(seconds, value)` the values of each window that has any, by its number."""
+    windows = {}
+    for seconds, value in sorted(timed, key=lambda one: one[0]):
+        windows.setdefault(int(seconds // window), []).append(value)
+    return windows
+
+
+def after_first(windows):
+    return [value for number, values in windows.items() if number > 0 for value in values]
+
+
 def judge_memory(samples, window, faults):
     """Against the median of the last fifth of the first window."""
     settled = [mib for seconds, mib in samples if 0.8 * window <= seconds < window]
-    later = [mib for seconds, mib in samples if seconds >= window]
+    windows = by_window(samples, window)
+    later = after_first(windows)
     if not settled or not later:
         faults.append("the soak was too short to judge the memory")
         return None
@@ -120,12 +133,9 @@ def judge_memory(samples, window, faults):
     change = max(abs(mib / reference - 1) for mib in later)
     if change > MAX_MEMORY_CHANGE:
         faults.append(f"resident memory went from {reference:.0f} MiB to between {min(later):.0f} and {max(later):.0f} MiB")
-    windows = {}
-    for seconds, mib in samples:
-        windows.setdefault(int(seconds // window), []).append(mib)
     # Memory that is lost shows in the medians; their distance to the least and the most is what requests hold for a while.
-    by_window = [{"min_mib": min(w), "median_mib": statistics.median(w), "max_mib": max(w)} for _, w in sorted(windows.items())]
-    return {"settled_mib": reference, "min_mib": min(later), "max_mib": max(later), "max_change": change, "windows": by_window}
+    report = [{"min_mib": min(w), "median_mib": statistics.median(w), "max_mib": max(w)} for w in windows.values()]
+    return {"settled_mib": reference, "min_mib": min(later), "max_mib": max(later), "max_change": change, "windows": report}
 
 
 def percentile(values, share):
@@ -135,20 +145,17 @@ def percentile(values, share):
 
 def judge_latency(lines, window, faults):
     """`lines` are those of the log of `lorry loadgen`."""
-    whole = [line for line in lines if line["error"] is None]
-    windows = {}
-    for line in whole:
-        windows.setdefault(int(line["at_s"] // window), []).append(line)
+    windows = by_window([(line["at_s"], line) for line in lines if line["error"] is None], window)
     p99 = {key: lambda lines, key=key: percentile([line[key] for line in lines], 0.99) for key in ("ttft_ms", "e2e_ms")}
-    first, rest = windows.get(0, []), [line for line in whole if line["at_s"] >= window]
+    first, rest = windows.get(0, []), after_first(windows)
     if not first or not rest:
         faults.append("the soak was too short to judge the latency")
         return None
     ratio = p99["e2e_ms"](rest) / p99["e2e_ms"](first)
     if ratio > MAX_P99_RATIO:
         faults.append(f"the p99 after the first window is {ratio:.2f} times that of the first")
-    by_window = [{"requests": len(lines), **{f"{key}_p99": of(lines) for key, of in p99.items()}} for _, lines in sorted(windows.items())]
-    return {"e2e_p99_ratio": ratio, "windows": by_window}
+    report = [{"requests": len(w), **{f"{key}_p99": of(w) for key, of in p99.items()}} for w in windows.values()]
+    return {"e2e_p99_ratio": ratio, "windows": report}
 
 
 def warm_up(url, kinds, models, max_tokens):
