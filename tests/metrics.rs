@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::io::{ErrorKind, Write};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures::future::join_all;
 use reqwest::{Method, StatusCode};
@@ -273,17 +273,21 @@ async fn every_request_but_probes_is_counted_by_its_route_and_status() {
     ];
     let expected = expected.map(|(labels, count)| (format!("http_requests_total{{{labels}}}"), count));
     // A reply is counted when it is over, which its client may know before.
-    loop {
-        let scrape = Scrape::of(&server, "").await;
-        let counted = scrape.samples.iter().filter(|(series, _)| series.starts_with("http_requests_total{"));
-        let counted: BTreeMap<_, _> = counted.map(|(series, count)| (series.clone(), *count)).collect();
-        if counted.values().sum::<f64>() < expected.len() as f64 {
-            continue;
+    let whole = async {
+        loop {
+            let scrape = Scrape::of(&server, "").await;
+            let counted = scrape.samples.iter().filter(|(series, _)| series.starts_with("http_requests_total{"));
+            let counted: BTreeMap<_, _> = counted.map(|(series, count)| (series.clone(), *count)).collect();
+            if counted.values().sum::<f64>() >= expected.len() as f64 {
+                return (counted, scrape);
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        assert_eq!(counted, BTreeMap::from(expected));
-        let durations = r#"http_request_duration_seconds_count{handler="/v1/completions",method="POST"}"#;
-        return assert_eq!(scrape.value(durations), 2.0);
-    }
+    };
+    let (counted, scrape) = tokio::time::timeout(Duration::from_secs(60), whole).await.expect("all are counted");
+    assert_eq!(counted, BTreeMap::from(expected));
+    let durations = r#"http_request_duration_seconds_count{handler="/v1/completions",method="POST"}"#;
+    assert_eq!(scrape.value(durations), 2.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
