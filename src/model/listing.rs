@@ -5,7 +5,8 @@ use std::path::Path;
 
 use super::catalogue::{CatalogueModel, Chat, models};
 use super::gguf::GgufFile;
-use super::memory::{ADAPTER_RANK, Memory, available_bytes, kv_token_bytes, readable};
+use super::host_memory::available_bytes;
+use super::memory::{ADAPTER_RANK, Memory, kv_token_bytes, readable};
 use crate::columns::columns;
 use crate::config::EngineConfig;
 

@@ -1,8 +1,6 @@
 //! What a model takes of the host's memory, by its shape and the types of its weights.
 
 use std::convert::Infallible;
-use std::fs;
-use std::path::Path;
 
 use kernels::attention::BLOCK_SIZE;
 use kernels::host;
@@ -149,33 +147,6 @@ pub fn max_kv_blocks(spec: &ModelSpec, config: &EngineConfig) -> usize {
     config.max_sequences.saturating_mul(spec.context_length.div_ceil(BLOCK_SIZE))
 }
 
-/// Memory that this process can have without pushing others out: what the system has, or the process's control group and those
-/// around it leave. `None` where the system does not say.
-pub fn available_bytes() -> Option<usize> {
-    let info = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let system = line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok()? << 10;
-    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    // That of version 2.
-    let group = groups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default();
-    Some(left_by_groups(Path::new("/sys/fs/cgroup"), group).map_or(system, |left| system.min(left)))
-}
-
-/// What the bounds of a control group, and of all that it is in, leave; `None` where there are none.
-fn left_by_groups(root: &Path, group: &str) -> Option<usize> {
-    let group = root.join(group.trim_start_matches('/'));
-    group.ancestors().take_while(|group| group.starts_with(root)).filter_map(left_by_group).min()
-}
-
-fn left_by_group(group: &Path) -> Option<usize> {
-    let number = |file: &str| fs::read_to_string(group.join(file)).ok()?.trim().parse::<usize>().ok();
-    let (max, current) = number("memory.max").zip(number("memory.current"))?;
-    // Pages of files that nobody has used for a while make room for others.
-    let stat = fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
-    let cached = stat.lines().find_map(|line| line.strip_prefix("inactive_file ")?.trim().parse::<usize>().ok());
-    Some(max.saturating_sub(current.saturating_sub(cached.unwrap_or(0))))
-}
-
 /// A size for people: `1.9 GiB`, `730 MiB`, `12 KiB`.
 pub fn readable(bytes: usize) -> String {
     match bytes as f64 / 1024.0 {
@@ -249,26 +220,6 @@ mod tests {
         let num_positions = (6 << 20) / (16 * token) * 16;
         let needed = memory.needed_bytes(&spec, &config) - memory.weight_bytes;
         assert_eq!((num_positions, needed), (512, 512 * (token + turns)));
-    }
-
-    #[test]
-    fn a_group_has_what_the_groups_around_it_leave() {
-        let root = tempfile::tempdir().unwrap();
-        let group = |path: &str, files: &[(&str, &str)]| {
-            fs::create_dir_all(root.path().join(path)).unwrap();
-            files.iter().for_each(|(file, text)| fs::write(root.path().join(path).join(file), text).unwrap());
-        };
-        let left = |group: &str| left_by_groups(root.path(), group);
-        group("slice/service", &[("memory.max", "max\n"), ("memory.current", "500\n")]);
-        assert_eq!([left("/slice/service"), left("/"), left("/elsewhere")], [None; 3]);
-        group("slice", &[("memory.max", "1000\n"), ("memory.current", "900\n")]);
-        assert_eq!([left("/slice/service"), left("/slice"), left("")], [Some(100), Some(100), None]);
-        group("slice", &[("memory.stat", "anon 500\ninactive_file 350\nactive_file 20\n")]);
-        assert_eq!(left("/slice/service"), Some(450));
-        group("slice/service", &[("memory.max", "600\n"), ("memory.stat", "")]);
-        assert_eq!([left("/slice/service"), left("/slice")], [Some(100), Some(450)]);
-        group("", &[("memory.max", "70"), ("memory.current", "80")]);
-        assert_eq!(left("/slice/service/not/seen/here"), Some(0));
     }
 
     #[test]

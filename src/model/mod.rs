@@ -8,6 +8,7 @@ pub mod decoder;
 pub mod family;
 pub mod file;
 pub mod gguf;
+pub mod host_memory;
 pub mod listing;
 pub mod memory;
 pub mod metadata;

@@ -16,6 +16,7 @@ use tracing::{info, warn};
 
 use super::decoder::Decoder;
 use super::gguf::{GgufError, GgufFile};
+use super::host_memory;
 use super::memory::{self, Memory};
 use super::random::{RandomTensors, Shape};
 use super::spec::ModelSpec;
@@ -34,6 +35,11 @@ const GPU_ROWS: usize = 1024;
 pub enum ResidentError {
     #[error("model {path}: {source}")]
     Load { path: PathBuf, source: GgufError },
+    #[error(
+        "{path} takes about {needed}, {weights} of it weights, and the control group of this process leaves {left}: lower \
+         engine.kv_cache_mib, set engine.kv_cache_type = \"q8_0\", take a smaller model, or raise the group's limit"
+    )]
+    ControlGroup { path: PathBuf, needed: String, weights: String, left: String },
     #[error("random weights: {0}")]
     Build(GgufError),
     #[error("the model does not run on {device}: {source}")]
@@ -128,7 +134,7 @@ impl Resident {
 pub fn load(source: Source<'_>, config: &EngineConfig) -> Result<Resident, ResidentError> {
     match config.device {
         DeviceChoice::Cpu => {
-            warn_of_little_memory(source, config);
+            check_memory(source, config)?;
             load_onto(source, host(config), config, HOST_ROWS)
         }
         DeviceChoice::Cuda(number) => load_onto(source, cuda(Nvidia::open(number)?, config), config, GPU_ROWS),
@@ -156,18 +162,29 @@ fn load_onto_first<D: Device>(source: Source<'_>, device: D, config: &EngineConf
 fn load_onto_host(source: Source<'_>, config: &EngineConfig, why_not: &str) -> Result<Resident, ResidentError> {
     let device = host(config);
     info!("device: {}; {why_not}", device.name());
-    warn_of_little_memory(source, config);
+    check_memory(source, config)?;
     load_onto(source, device, config, HOST_ROWS)
 }
 
-/// Before the system ends the process without a word.
-fn warn_of_little_memory(source: Source<'_>, config: &EngineConfig) {
-    let (Source::File(path), Some(available)) = (source, memory::available_bytes()) else { return };
+/// Before the kernel ends the process without a word.
+fn check_memory(source: Source<'_>, config: &EngineConfig) -> Result<(), ResidentError> {
+    let Source::File(path) = source else { return Ok(()) };
+    let sizes = |file: GgufFile| {
+        let (memory, spec) = (Memory::of_file(&file)?, file.spec()?);
+        Ok::<_, GgufError>((memory.needed_bytes(&spec, config), memory.weight_bytes))
+    };
     // A file that cannot be read is refused by who loads it.
-    let needed = GgufFile::open(path)
-        .and_then(|file| Ok(Memory::of_file(&file)?.needed_bytes(&file.spec()?, config)))
-        .unwrap_or_default();
-    if needed > available {
+    let Ok((needed, weights)) = GgufFile::open(path).and_then(sizes) else { return Ok(()) };
+    // What a control group does not leave is had nowhere; what the system does not have free, others may give up.
+    if let Some(left) = host_memory::left_by_control_groups().filter(|left| needed > *left) {
+        return Err(ResidentError::ControlGroup {
+            path: path.to_path_buf(),
+            needed: memory::readable(needed),
+            weights: memory::readable(weights),
+            left: memory::readable(left),
+        });
+    }
+    if let Some(available) = host_memory::available_bytes().filter(|available| needed > *available) {
         warn!(
             "{} takes about {}, and {} of memory are available: see engine.kv_cache_mib and kv_cache_type, or take a smaller model",
             path.display(),
@@ -175,6 +192,7 @@ fn warn_of_little_memory(source: Source<'_>, config: &EngineConfig) {
             memory::readable(available)
         );
     }
+    Ok(())
 }
 
 fn host(config: &EngineConfig) -> Host {

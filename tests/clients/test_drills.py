@@ -464,6 +464,16 @@ class Group:
         (self.parent / "cgroup.procs").write_text(str(os.getpid()))
 
 
+def test_a_kv_store_that_the_control_group_does_not_hold_is_refused_at_the_start(tmp_path):
+    with limited_memory() as (group, limit), ExitStack() as stack:
+        limit.write_text(str(320 * MIB))
+        with group, pytest.raises(RuntimeError, match="(?s)ended with 1 .*control group .* lower engine.kv_cache_mib"), running(tmp_path):
+            pass
+        with group:
+            server, http = stack.enter_context(running(tmp_path, environment={"LORRY__ENGINE__KV_CACHE_MIB": "64"}))
+        assert complete(http).status_code == 200
+
+
 def test_pressure_on_memory_is_answered_by_refusals(tmp_path):
     in_flight = 32 * MIB
     environment = {"LORRY__SERVER__MAX_BODY_BYTES_IN_FLIGHT": str(in_flight)}
