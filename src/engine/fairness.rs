@@ -13,6 +13,10 @@ use crate::adapter::canonical::Adapter;
 /// Tokens above its share that one may be ahead of the least served before the prompts of others go first: a few steps' worth.
 const MAX_LEAD: f64 = 16.0;
 
+/// Tokens above its share that one may be ahead of another beside which it runs more than its share: about a request's worth, so that those
+/// who ask for as much as each other do not make way for each other in turn.
+const MAX_FLOOD: f64 = 128.0;
+
 /// Most accounts that are kept for the sake of those who are away.
 const MAX_REMEMBERED: usize = 1024;
 
@@ -414,6 +418,29 @@ impl Fairness {
         };
         is_ahead(self.keys.all.get(key), floors.of_keys)
             || is_ahead(self.flows.all.get(flow), floors.of_flows.get(key).copied())
+    }
+
+    /// Those of `flows` that have had far more than one of `others` and run more than their share beside it: they would fill its steps.
+    pub fn floods_among<'a>(
+        &self,
+        flows: impl Iterator<Item = &'a Flow>,
+        others: impl Iterator<Item = &'a Flow>,
+    ) -> HashSet<&'a Flow> {
+        let others: HashSet<&Flow> = others.collect();
+        let mut flows: HashSet<&Flow> = flows.collect();
+        flows.retain(|flow| others.iter().any(|other| self.floods(flow, other)));
+        flows
+    }
+
+    fn floods(&self, flow: &Flow, other: &Flow) -> bool {
+        let leads = |own: Option<&Served>, other: Option<&Served>| {
+            own.zip(other).is_some_and(|(own, other)| (own.served - other.served) * own.weight >= MAX_FLOOD)
+        };
+        let is_far_ahead = || match flow.account.key == other.account.key {
+            true => leads(self.flows.all.get(flow), self.flows.all.get(other)),
+            false => leads(self.keys.all.get(&flow.account.key), self.keys.all.get(&other.account.key)),
+        };
+        self.excess(flow, other).is_some() && is_far_ahead()
     }
 
     /// By how much more than `flow` with one sequence more `other` runs than its share; `None` where it does not.

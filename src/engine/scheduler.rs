@@ -343,9 +343,10 @@ impl Scheduler {
     }
 
     /// A row for each sequence that decodes; where those are many, only for as many as are nearly free, and beyond them for
-    /// whoever is within its share. Of one flow, whoever has waited longest comes first. How many rows that makes.
+    /// whoever is within its share. Of a flood, beside the prompt of another, no more than a few: its streams would fill the steps
+    /// that the prompt needs. Of one flow, whoever has waited longest comes first. How many rows that makes.
     fn share_among_streams(&mut self) -> usize {
-        let Self { running, shares, turns, streams, .. } = self;
+        let Self { running, shares, turns, streams, fairness, .. } = self;
         let uncontested = self.step_rows.uncontested();
         shares.clear();
         shares.extend(running.iter().map(|sequence| usize::from(sequence.num_uncomputed_tokens() == 1)));
@@ -358,19 +359,24 @@ impl Scheduler {
         turns.extend((0..running.len()).filter(|&index| shares[index] == 1 && running[index].is_streaming()));
         turns.sort_by_key(|&index| running[index].last_step());
         let flows: Vec<_> = turns.iter().map(|&index| running[index].flow()).collect();
+        let prefilling = running.iter().filter(|sequence| sequence.num_uncomputed_tokens() > 1);
+        let floods = fairness.floods_among(flows.iter().copied(), prefilling.map(Sequence::flow));
+        let most_of_floods = uncontested.max(MIN_CHUNK_ROWS);
         let mut num_rows = num_decoding - flows.len();
         for turn in streams.turns(&flows) {
-            let has_row = num_rows < uncontested || turn.is_within_share;
+            let makes_way = num_rows >= most_of_floods && floods.contains(flows[turn.index]);
+            let has_row = num_rows < uncontested || turn.is_within_share && !makes_way;
             shares[turns[turn.index]] = usize::from(has_row);
             num_rows += usize::from(has_row);
         }
         num_rows
     }
 
-    /// Of the rows beside those of streams, each prefilling sequence in turn gets up to half as long as others wait behind it, so
-    /// that a short prompt gets past a long one. What is left goes to the first. In a step with rows enough, those get none
-    /// before whom others should be served that have none either: who has its row, and who cannot start, would not have
-    /// what is held back. Where all of those pause as streams, prefilling goes on with the least.
+    /// Prefilling sequences have the rows beside those of streams, as far as these may wait for them. In a step with rows enough, those
+    /// get none before whom others should be served that have none either: who has its row, and who cannot start, would not have
+    /// what is held back. Where all of those pause as streams, prefilling goes on with the least. A flood gets a few beside the
+    /// stream of another, with which the step takes about twice as long: its prompts would make every step of the other as long as
+    /// steps may be.
     fn share_among_prompts(&mut self, num_decoding: usize) {
         let Self { running, shares, turns, fairness, .. } = self;
         let without = (0..running.len()).filter(|index| shares[*index] == 0).map(|index| running[index].flow());
@@ -392,17 +398,16 @@ impl Scheduler {
             (_, None) => self.step_rows.beside_decoding.max(least),
         };
         let mut rows_left = most.min(self.max_batch_rows) - num_decoding;
-        for (turn, &index) in turns.iter().enumerate() {
-            let is_last = turn + 1 == turns.len();
-            let cap = if is_last { rows_left } else { rows_left.div_ceil(2) };
-            shares[index] = running[index].num_uncomputed_tokens().min(cap);
-            rows_left -= shares[index];
-        }
-        for &index in &*turns {
-            let extra = rows_left.min(running[index].num_uncomputed_tokens() - shares[index]);
-            shares[index] += extra;
-            rows_left -= extra;
-        }
+        let streaming =
+            running.iter().zip(&*shares).filter(|(sequence, share)| **share == 1 && sequence.is_streaming());
+        let streaming = streaming.map(|(sequence, _)| sequence.flow());
+        let floods = fairness.floods_among(turns.iter().map(|&index| running[index].flow()), streaming);
+        turns.sort_by_key(|&index| floods.contains(running[index].flow()));
+        let num_others = turns.partition_point(|&index| !floods.contains(running[index].flow()));
+        let (others, of_floods) = turns.split_at(num_others);
+        hand_out(running, shares, others, &mut rows_left);
+        let mut rows_of_floods = rows_left.min(MIN_CHUNK_ROWS.max(self.step_rows.as_base + num_decoding));
+        hand_out(running, shares, of_floods, &mut rows_of_floods);
     }
 
     /// Of all that is asked for, and of the streams alone.
@@ -463,6 +468,22 @@ impl Scheduler {
         for &index in &*row_order {
             plan.push(index, &running[index], shares[index]);
         }
+    }
+}
+
+/// Of so many rows, each of these in turn gets up to half as long as others wait behind it, so that a short prompt gets past a long
+/// one. What is left goes to the first.
+fn hand_out(running: &[Sequence], shares: &mut [usize], turns: &[usize], rows_left: &mut usize) {
+    for (turn, &index) in turns.iter().enumerate() {
+        let is_last = turn + 1 == turns.len();
+        let cap = if is_last { *rows_left } else { rows_left.div_ceil(2) };
+        shares[index] = running[index].num_uncomputed_tokens().min(cap);
+        *rows_left -= shares[index];
+    }
+    for &index in turns {
+        let extra = (*rows_left).min(running[index].num_uncomputed_tokens() - shares[index]);
+        shares[index] += extra;
+        *rows_left -= extra;
     }
 }
 

@@ -318,6 +318,51 @@ fn a_long_prompt_goes_on_with_the_least_beside_streams_that_pause() {
 }
 
 #[test]
+fn the_streams_of_a_flood_make_way_for_the_prompt_of_another() {
+    let mut scheduler = scheduler_with_streams(40, &[30]);
+    let flood = |scheduler: &Scheduler| -> HashSet<_> {
+        let planned = scheduler.plan().sequences.iter().filter(|planned| planned.id.0 < LONG_ID);
+        planned.map(|planned| planned.id).collect()
+    };
+    // The other one has been there, and comes back before what it is owed is too old.
+    let mut next_id = LONG_ID;
+    Clients::new(Account::default(), Some("b"), 1, 1).send(&mut scheduler, &mut next_id);
+    for _ in 0..8 {
+        scheduler.schedule();
+        assert_eq!(flood(&scheduler).len(), 30);
+        finish_step(&mut scheduler);
+    }
+    Clients::new(Account::default(), Some("b"), 96, 1).send(&mut scheduler, &mut next_id);
+    let mut seen = HashSet::new();
+    for _ in 0..2 {
+        scheduler.schedule();
+        let streams = flood(&scheduler);
+        assert_eq!((streams.len(), scheduler.plan().tokens.len()), (16, 64));
+        seen.extend(streams);
+        finish_step(&mut scheduler);
+    }
+    assert_eq!(seen.len(), 30, "they take turns");
+}
+
+#[test]
+fn the_prompts_of_a_flood_leave_the_steps_of_other_streams_short() {
+    let mut scheduler = scheduler_with_streams(40, &[4, 1]);
+    let mut next_id = LONG_ID;
+    let rows_of_flood = |scheduler: &mut Scheduler, next_id: &mut u64| {
+        let mut flood = Clients::new(Account::default(), Some("a"), 200, 1);
+        (0..8).for_each(|_| flood.send(scheduler, next_id));
+        scheduler.schedule();
+        let planned = scheduler.plan().sequences.iter().filter(|planned| flood.ids.contains(&planned.id));
+        let num_rows: usize = planned.map(|planned| planned.rows.len()).sum();
+        finish_step(scheduler);
+        flood.ids.iter().for_each(|id| scheduler.remove(*id));
+        num_rows
+    };
+    let rows: Vec<_> = (0..8).map(|_| rows_of_flood(&mut scheduler, &mut next_id)).collect();
+    assert_eq!((rows[0], rows[7]), (59, MIN_CHUNK_ROWS), "{rows:?}");
+}
+
+#[test]
 fn nobody_is_stopped_where_that_makes_no_room() {
     for (num_blocks, expected) in [(11, 0), (13, 1), (17, 2), (18, 0)] {
         let mut scheduler = Scheduler::new(512, 8, 20);
