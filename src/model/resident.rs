@@ -275,6 +275,7 @@ pub fn load_onto<D: Device>(
 #[cfg(test)]
 mod tests {
     use emulator::Emulator;
+    use kernels::shape::Experts;
 
     use super::*;
     use crate::config::{Config, Overrides};
@@ -297,6 +298,29 @@ mod tests {
             &config,
         );
         assert!(loaded.unwrap().device.starts_with("CPU"));
+    }
+
+    #[test]
+    fn what_the_launches_of_a_card_have_no_room_for_is_refused_by_name() {
+        let config = Config::load(None, &Overrides::default()).unwrap().engine;
+        let refusal = |count, used, max_batch_rows| {
+            let mut shape = "30b-a3b".parse::<Shape>().unwrap();
+            (shape.spec.num_layers, shape.spec.vocab_size, shape.spec.intermediate_size) = (1, 512, 64);
+            shape.spec.features.experts = Some(Experts { count, used, normalizes_shares: true });
+            let config = EngineConfig { max_batch_rows, ..config.clone() };
+            let card = Cuda::new(Emulator::new(1 << 40), 1 << 20, config.kv_cache_type);
+            load_onto(Source::Random(&shape), card, &config, GPU_ROWS).err().unwrap().to_string()
+        };
+        for (count, used) in [(513, 8), (512, 33)] {
+            let refusal = refusal(count, used, 16);
+            assert!(
+                refusal.ends_with(&format!("up to 512 experts, of which a row uses up to 32, not {used} of {count}"))
+            );
+        }
+        let refusal = refusal(4, 2, 40_000);
+        assert!(refusal.ends_with(
+            "engine.max_batch_rows is 40000, and a step on a CUDA device has up to 32767 rows of this model"
+        ));
     }
 
     #[test]
