@@ -433,29 +433,29 @@ impl Fairness {
     }
 
     fn floods(&self, flow: &Flow, other: &Flow) -> bool {
-        let leads = |own: Option<&Served>, other: Option<&Served>| {
-            own.zip(other).is_some_and(|(own, other)| (own.served - other.served) * own.weight >= MAX_FLOOD)
-        };
-        let is_far_ahead = || match flow.account.key == other.account.key {
-            true => leads(self.flows.all.get(flow), self.flows.all.get(other)),
-            false => leads(self.keys.all.get(&flow.account.key), self.keys.all.get(&other.account.key)),
-        };
-        self.excess(flow, other).is_some() && is_far_ahead()
+        let is_far_ahead = |(own, other): (&Served, &Served)| (own.served - other.served) * own.weight >= MAX_FLOOD;
+        self.excess(flow, other).is_some() && self.rivals(flow, other).is_some_and(is_far_ahead)
     }
 
     /// By how much more than `flow` with one sequence more `other` runs than its share; `None` where it does not.
     pub fn excess(&self, other: &Flow, flow: &Flow) -> Option<Excess> {
-        let excess = |other: Option<&Served>, own: Option<&Served>| {
-            let (other, own) = other.zip(own)?;
-            let excess = other.num_running as f64 / other.weight - (own.num_running + 1) as f64 / own.weight;
-            (excess > 0.0 && other.num_running > 1).then_some(excess)
-        };
-        let of_peer = match other.account.key == flow.account.key {
-            true => excess(self.flows.all.get(other), self.flows.all.get(flow)),
-            false => excess(self.keys.all.get(&other.account.key), self.keys.all.get(&flow.account.key)),
-        }?;
+        let (rival, own) = self.rivals(other, flow)?;
+        let of_peer = rival.num_running as f64 / rival.weight - (own.num_running + 1) as f64 / own.weight;
+        if of_peer <= 0.0 || rival.num_running <= 1 {
+            return None;
+        }
         let within_key = self.flows.all.get(other).filter(|served| served.num_running > 1);
         Some(Excess { of_peer, within_key: within_key.map_or(0.0, |served| served.num_running as f64 / served.weight) })
+    }
+
+    /// Those that share what two flows want: their keys, or the flows themselves where they are of one key.
+    fn rivals(&self, one: &Flow, other: &Flow) -> Option<(&Served, &Served)> {
+        let (key, other_key) = (&one.account.key, &other.account.key);
+        if key == other_key {
+            self.flows.all.get(one).zip(self.flows.all.get(other))
+        } else {
+            self.keys.all.get(key).zip(self.keys.all.get(other_key))
+        }
     }
 
     fn of(&self, flow: &Flow, read: impl Fn(&Served) -> f64) -> Standing {
