@@ -118,17 +118,13 @@ def by_window(timed, window):
     return windows
 
 
-def after_first(windows):
-    return [value for number, values in windows.items() if number > 0 for value in values]
-
-
 def judge_memory(samples, window, faults):
     """Against the last fifth of the first window."""
-    fifths = [statistics.median(fifth) for fifth in by_window(samples, window / 5).values()]
-    if len(fifths) <= 5:
+    fifths = {number: statistics.median(fifth) for number, fifth in by_window(samples, window / 5).items()}
+    reference, later = fifths.get(4), [mib for number, mib in fifths.items() if number > 4]
+    if reference is None or not later:
         faults.append("the soak was too short to judge the memory")
         return None
-    reference, later = fifths[4], fifths[5:]
     change = max(abs(mib / reference - 1) for mib in later)
     if change > MAX_MEMORY_CHANGE:
         faults.append(f"resident memory went from {reference:.0f} MiB to between {min(later):.0f} and {max(later):.0f} MiB")
@@ -145,7 +141,7 @@ def judge_latency(lines, window, faults):
     """`lines` are those of the log of `lorry loadgen`."""
     windows = by_window([(line["at_s"], line) for line in lines if line["error"] is None], window)
     p99 = {key: lambda lines, key=key: percentile([line[key] for line in lines], 0.99) for key in ("ttft_ms", "e2e_ms")}
-    first, rest = windows.get(0, []), after_first(windows)
+    first, rest = windows.get(0, []), [line for number, lines in windows.items() if number > 0 for line in lines]
     if not first or not rest:
         faults.append("the soak was too short to judge the latency")
         return None
