@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from recipe import Recipe
 
 FIGURES_FILE = "training.json"
+OPTIMIZER_NAMES = {"adafactor": "Adafactor", "adamw_torch": "AdamW"}
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ def _card(recipe: Recipe, figures: Figures, num_bytes: int) -> str:
     averaged = ""
     if figures.averaged_epochs > 1:
         averaged = f"The weights are the mean of those after the last {figures.averaged_epochs} epochs.\n"
+    falling = " falling as a cosine" if training.lr_scheduler_type == "cosine" else ""
     steps = f" or {training.max_steps} steps" if training.max_steps is not None else ""
     early = ", ended early as the dev split got no better" if figures.end_reason == "early_stopping" else ""
     return f"""---
@@ -152,7 +154,7 @@ license: {task.licence}
 | licence | {task.licence}; the base has its own |
 | recipe | `{figures.recipe}`: {settings} |
 {examples}\
-| training | Adafactor, learning rate {training.learning_rate:g}, batches of {training.batch_size}, \
+| training | {OPTIMIZER_NAMES[training.optim]}, learning rate {training.learning_rate:g}{falling}, batches of {training.batch_size}, \
 at most {training.epochs} epoch{"s" if training.epochs > 1 else ""}{steps}, seed {training.seed} |
 | done | {figures.steps} steps, {figures.train_tokens:,} tokens, {figures.minutes:.1f} minutes of computing \
 on {figures.device}{early} |

@@ -34,8 +34,9 @@ def gguf_file(base: str) -> Path:
     return file
 
 
-def _digest(*parts: object) -> str:
-    return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape")).hexdigest()[:12]
+def file_digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 @contextmanager
@@ -50,10 +51,9 @@ def _alone_in(folder: Path) -> Iterator[None]:
 def dequantised(base: str) -> Path:
     """The folder with model and tokenizer of `base` in f32, made at the first call (2.5 GB for 0.5 billion weights)."""
     gguf = gguf_file(base).resolve()
-    file = gguf.stat()
-    # Two files of one name are two models, and so is one that was replaced by another.
-    place = f"{gguf.stem}-{_digest(gguf)}"
-    folder = lorry_home() / "dequantised" / f"{place}-{_digest(file.st_size, file.st_mtime_ns)}"
+    # Two files of one name are two models, and so is one that was replaced by another, whatever its size and time.
+    place = f"{gguf.stem}-{hashlib.sha256(os.fsencode(gguf)).hexdigest()[:12]}"
+    folder = lorry_home() / "dequantised" / f"{place}-{file_digest(gguf)[:12]}"
     if not folder.is_dir():
         with _alone_in(folder.parent):
             if not folder.is_dir():

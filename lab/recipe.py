@@ -12,6 +12,9 @@ from tasks import OWN_DATA_SUFFIX, Task, task_named
 MAX_EXAMPLES = 256
 # `exact_match` counts the answers that greedy decoding would give to the token; of equally many, the lower loss is better.
 METRICS = ("loss", "exact_match")
+# As in Hugging Face's TrainingArguments.
+OPTIMIZERS = ("adafactor", "adamw_torch")
+SCHEDULES = ("linear", "cosine")
 
 
 class RecipeError(Exception):
@@ -42,8 +45,12 @@ class Training:
     """The training ends when so many validations one after the other have brought nothing better; there is one an epoch."""
     average_last: int | None = None
     """The mean of the weights after so many of the last epochs is measured too, and kept if it is the best."""
+    optim: str = "adafactor"
+    """One of `OPTIMIZERS`; AdamW without weight decay."""
     warmup: float = 0.05
     """Part of the training in which the learning rate rises."""
+    lr_scheduler_type: str = "linear"
+    """How it falls to 0 after that; one of `SCHEDULES`."""
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -54,8 +61,12 @@ class Training:
             value = getattr(self, name)
             if value is not None and (not _is_whole(value) or value < 1):
                 raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
-        if self.metric_for_best_model not in METRICS:
-            raise ValueError(f"metric_for_best_model must be one of {', '.join(METRICS)}, not {self.metric_for_best_model!r}")
+        for name, known in (
+            ("metric_for_best_model", METRICS), ("optim", OPTIMIZERS), ("lr_scheduler_type", SCHEDULES),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         if self.average_last is not None and (not _is_whole(self.average_last) or self.average_last < 2):
             raise ValueError(f"average_last must be a whole number from 2 on, not {self.average_last!r}")
         for name, most in (("learning_rate", float("inf")), ("warmup", 1.0)):

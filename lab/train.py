@@ -13,7 +13,7 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,11 +32,11 @@ from tqdm import tqdm
 from transformers import Adafactor, AutoModelForCausalLM, AutoTokenizer
 
 from adapter_folder import FIGURES_FILE, Figures, cut_rank, write_adapter
-from base import MissingModel, dequantised, gguf_file
+from base import MissingModel, dequantised, file_digest, gguf_file
 from data_files import REPOSITORY, BadData, MissingData
 from encoding import Ids, TrainingError, encode
 from nearest import Nearest
-from recipe import Recipe, RecipeError, load_recipe
+from recipe import Recipe, RecipeError, Training, load_recipe
 from stores import store
 from tasks import Example, encoded_splits
 
@@ -44,11 +44,6 @@ CHECKPOINT_SECONDS = 120
 IGNORED = -100
 # Of one pass through the model, padding included: a batch of long examples would take more memory than a job has.
 PASS_TOKENS = {"cpu": 1024, "cuda": 8192}
-
-
-def file_digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def trainer_digest() -> str:
@@ -94,6 +89,13 @@ def has_fast_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported()
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def optimizer(training: Training, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """As Hugging Face's trainer sets it: with a learning rate from outside, and without weight decay."""
+    if training.optim == "adamw_torch":
+        return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0)
+    return Adafactor(parameters, lr=training.learning_rate, scale_parameter=False, relative_step=False)
 
 
 class ComputeClock:
@@ -233,10 +235,7 @@ class Run:
         random.seed(training.seed)
         torch.manual_seed(training.seed)
         self.trainee = Trainee(recipe, device)
-        # As Hugging Face's trainer sets it: with a learning rate from outside.
-        self.optimizer = Adafactor(
-            self.trainee.trained.values(), lr=training.learning_rate, scale_parameter=False, relative_step=False
-        )
+        self.optimizer = optimizer(training, self.trainee.trained.values())
         task, tokenizer = recipe.data(), self.trainee.tokenizer
         nearest = None
         if recipe.nearest_examples is not None:
@@ -377,11 +376,18 @@ class Run:
         self.trainee.set_weights(mean)
         self.validate(len(last))
 
-    def step(self, batch: list[Ids]) -> float:
+    def learning_rate(self) -> float:
         training, progress = self.recipe.training, self.state["step"] / self.num_steps
-        # The first step's rate is that at its end, or it would be 0.
-        rising = max(progress, 1 / self.num_steps) / training.warmup
-        rate = training.learning_rate * min(1.0, rising) * min(1.0, (1 - progress) / (1 - training.warmup))
+        if progress < training.warmup:
+            # The first step's rate is that at its end, or it would be 0.
+            return training.learning_rate * min(1.0, max(progress, 1 / self.num_steps) / training.warmup)
+        left = (1 - progress) / (1 - training.warmup)
+        if training.lr_scheduler_type == "cosine":
+            left = (1 - math.cos(math.pi * left)) / 2
+        return training.learning_rate * left
+
+    def step(self, batch: list[Ids]) -> float:
+        rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = self.trainee.loss(batch, backward=True)

@@ -34,6 +34,11 @@ def test_every_recipe_is_valid_and_named_as_its_file():
             '[training]\nlearning_rate = 1\nmetric_for_best_model = "em"',
             "metric_for_best_model must be one of loss, exact_match, not 'em'",
         ),
+        ('[training]\nlearning_rate = 1\noptim = "sgd"', "optim must be one of adafactor, adamw_torch, not 'sgd'"),
+        (
+            "[training]\nlearning_rate = 1\nlr_scheduler_type = true",
+            "lr_scheduler_type must be one of linear, cosine, not True",
+        ),
         ("[training]\nlearning_rate = 1\naverage_last = true", "average_last must be a whole number from 2 on"),
         ("[training]\nlearning_rate = 1\naverage_last = 1", "average_last must be a whole number from 2 on"),
         ("[training]\nlearning_rate = 1\nwarmup = 1", "warmup must be above 0 and below 1"),

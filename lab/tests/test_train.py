@@ -175,6 +175,27 @@ def _epochs_of_one_step(folder: Path, *training: str) -> Recipe:
     return load_recipe(_written(folder, text))
 
 
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [("linear", [2, 2, 4, 6, 4, 2]), ("cosine", [2, 2, 4, 6, 4.5, 1.5])],
+    ids=["linear", "cosine"],
+)
+def test_the_learning_rate_rises_and_falls_as_the_recipe_says(
+    tmp_path: Path, smoke_base: Path, schedule: str, rates: list[float]
+):
+    recipe = _epochs_of_one_step(tmp_path, "warmup = 0.5", 'optim = "adamw_torch"', f'lr_scheduler_type = "{schedule}"')
+    recipe = replace(recipe, training=replace(recipe.training, learning_rate=6e-3))
+    applied = []
+    run = Run(recipe, tmp_path / "out", torch.device("cpu"))
+    run.trainee.measure = lambda _: Measured(1.0, 0)
+    run.report = lambda **line: applied.append(run.optimizer.param_groups[0]["lr"]) if line["type"] == "step" else None
+    run.train()
+    assert applied == pytest.approx([rate * 1e-3 for rate in rates])
+    run.write()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert ("AdamW, learning rate 0.006 falling as a cosine" in card) == (schedule == "cosine")
+
+
 class Killed(Exception):
     pass
 
@@ -241,13 +262,21 @@ def test_a_training_ends_when_validations_bring_nothing_better(
 
 
 @pytest.mark.parametrize(
-    "killed_at", [("step", 4), ("validation", 4), ("step", 5), ("end", 5)], ids=lambda at: f"at-{at[0]}-{at[1]}"
+    ("optim", "killed_at"),
+    [
+        ("adafactor", ("step", 4)),
+        ("adafactor", ("validation", 4)),
+        ("adafactor", ("step", 5)),
+        ("adafactor", ("end", 5)),
+        ("adamw_torch", ("step", 4)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"at-{value[0]}-{value[1]}",
 )
 def test_a_training_that_was_killed_ends_early_at_the_same_step(
-    tmp_path: Path, smoke_base: Path, monkeypatch: pytest.MonkeyPatch, killed_at: tuple[str, int]
+    tmp_path: Path, smoke_base: Path, monkeypatch: pytest.MonkeyPatch, optim: str, killed_at: tuple[str, int]
 ):
     monkeypatch.setattr("train.CHECKPOINT_SECONDS", -1)
-    recipe = _epochs_of_one_step(tmp_path, "early_stopping_patience = 3", "average_last = 3")
+    recipe = _epochs_of_one_step(tmp_path, "early_stopping_patience = 3", "average_last = 3", f'optim = "{optim}"')
     # The last is that of the mean, after step 5.
     measured = _losses(3.0, 2.0, 1.5, 1.6, 1.7, 1.8)
     whole, _ = _run(recipe, tmp_path / "whole", measured)
