@@ -25,7 +25,7 @@ const UNPACKED_BLOCK: usize = 8;
 
 /// Where a pass takes weights from.
 mod source {
-    /// The records. They are used once.
+    /// The records. They are used once, or are bytes already.
     pub const RECORDS: u8 = 0;
     /// The records. They are kept as bytes for the passes to come.
     pub const TO_KEEP: u8 = 1;
@@ -87,13 +87,17 @@ fn all_rows<const BITS: usize, const GROUPS: usize, const MIN: bool, const TILES
     };
     UNPACKED.with_borrow_mut(|unpacked| {
         for pass in passes(extent, ROWS_PER_PASS) {
+            // Eight bits are bytes as they are.
+            let is_kept = BITS < 8 && pass.num_turns > 1;
             let needed = pass.blocks.len() * TILES * UNPACKED_BLOCK;
-            if pass.num_turns > 1 && unpacked.len() < needed {
+            if is_kept && unpacked.len() < needed {
                 unpacked.resize(needed, _mm512_setzero_si512());
             }
             let outs = outs.each_mut().map(|out| &mut out[pass.rows.clone()]);
-            match (pass.num_turns, pass.turn) {
-                (1, _) => run::<BITS, GROUPS, MIN, { source::RECORDS }, TILES>(tiles, unpacked, first_row, &pass, outs),
+            match (is_kept, pass.turn) {
+                (false, _) => {
+                    run::<BITS, GROUPS, MIN, { source::RECORDS }, TILES>(tiles, unpacked, first_row, &pass, outs)
+                }
                 (_, 0) => run::<BITS, GROUPS, MIN, { source::TO_KEEP }, TILES>(tiles, unpacked, first_row, &pass, outs),
                 _ => run::<BITS, GROUPS, MIN, { source::KEPT }, TILES>(tiles, unpacked, first_row, &pass, outs),
             }

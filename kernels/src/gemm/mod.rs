@@ -11,10 +11,12 @@ mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod passes;
 mod portable;
+mod portions;
 
 use std::fmt;
 use std::ops::Range;
 
+use self::portions::Portions;
 use crate::activations::{BLOCK, QuantizedRows};
 use crate::quantized::{Layout, PackedMatrix, ROWS_PER_TILE};
 use crate::threads::DisjointMut;
@@ -60,7 +62,8 @@ struct Work<'a> {
     weights: Weights<'a>,
     bias: Option<&'a [f32]>,
     out: DisjointMut<'a, f32>,
-    tiles_per_task: usize,
+    /// Of the tiles of a group, each a task.
+    portions: Portions,
     tasks_per_group: usize,
     num_tasks: usize,
 }
@@ -68,7 +71,7 @@ struct Work<'a> {
 impl<'a> Work<'a> {
     /// # Panics
     /// When shapes do not match the activations.
-    fn of(product: &'a mut Product<'_>, activations: &QuantizedRows) -> Option<Self> {
+    fn of(product: &'a mut Product<'_>, activations: &QuantizedRows, num_threads: usize) -> Option<Self> {
         let weights = product.weights?;
         let num_rows = activations.num_rows();
         let num_groups = weights.num_groups();
@@ -88,12 +91,17 @@ impl<'a> Work<'a> {
         let tile_bytes = matrix.in_features() / BLOCK * matrix.layout().record_bytes();
         // Six rows take about as long as reading the weights.
         let rows_per_group = num_rows.div_ceil(num_groups);
-        let tiles_per_task =
-            (6 * TASK_BYTES / (tile_bytes * (6 + rows_per_group))).max(1).next_multiple_of(TILES_PER_CALL);
-        let tasks_per_group = matrix.num_tiles().div_ceil(tiles_per_task);
+        let tiles_per_task = (6 * TASK_BYTES / (tile_bytes * (6 + rows_per_group))).max(1);
+        let portions = Portions {
+            total: matrix.num_tiles(),
+            num_threads: num_threads.div_ceil(num_groups),
+            unit: TILES_PER_CALL,
+            least: tiles_per_task.next_multiple_of(TILES_PER_CALL),
+        };
+        let tasks_per_group = portions.count();
         let num_tasks = num_groups * tasks_per_group;
         let out = DisjointMut::new(&mut *product.out);
-        Some(Self { weights, bias: product.bias, out, tiles_per_task, tasks_per_group, num_tasks })
+        Some(Self { weights, bias: product.bias, out, portions, tasks_per_group, num_tasks })
     }
 }
 
@@ -127,7 +135,7 @@ pub(crate) struct Tile<'a> {
 /// Results of one tile: `[activation row][16]`.
 pub(crate) type TileOut = [[f32; ROWS_PER_TILE]];
 
-/// Work of one task in bytes of packed weights, about 50 µs for one row of activations.
+/// Least work of a task in bytes of packed weights, for one row of activations.
 const TASK_BYTES: usize = 128 * 1024;
 
 /// Activation rows handed to a tile kernel at once; bounds its result buffer.
@@ -153,7 +161,7 @@ pub fn run(
     let isa = cpu.isa();
     let work: [Option<Work<'_>>; MAX_PRODUCTS] = {
         let mut products = products.iter_mut();
-        std::array::from_fn(|_| Work::of(products.next()?, activations))
+        std::array::from_fn(|_| Work::of(products.next()?, activations, cpu.pool().num_threads()))
     };
     let num_tasks = work.iter().flatten().map(|work| work.num_tasks).sum::<usize>();
     // Tasks of all products in one region, and those of others behind them.
@@ -173,8 +181,7 @@ impl Work<'_> {
     /// Some tiles of a group.
     fn run(&self, isa: Isa, activations: &QuantizedRows, task: usize) {
         let (rows, matrix) = self.weights.group(task / self.tasks_per_group, activations.num_rows());
-        let first_tile = task % self.tasks_per_group * self.tiles_per_task;
-        let last_tile = (first_tile + self.tiles_per_task).min(matrix.num_tiles());
+        let Range { start: first_tile, end: last_tile } = self.portions.get(task % self.tasks_per_group);
         let out_features = matrix.out_features();
         let mut buffers = [[[0.0; ROWS_PER_TILE]; ROWS_PER_CALL]; TILES_PER_CALL];
         let (layout, offset) = (matrix.layout(), matrix.offset());
