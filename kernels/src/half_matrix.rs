@@ -1,10 +1,15 @@
 //! f16 matrices packed for products with f32 rows: eight matrix rows side by side, which are the lanes of a vector.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::f16;
 
 use crate::Cpu;
+#[cfg(target_arch = "x86_64")]
+use crate::simd::LINE;
 use crate::simd::{Simd, dispatch};
 use crate::threads::DisjointMut;
 
@@ -118,8 +123,23 @@ impl HalfMatrix {
 
     /// Rows `8 * index..8 * index + 8`, `[columns][8 rows]`.
     pub(crate) fn group(&self, index: usize) -> &[f16] {
+        self.groups(index..index + 1)
+    }
+
+    pub(crate) fn groups(&self, groups: Range<usize>) -> &[f16] {
         let len = self.num_columns * LANES;
-        &self.weights[index * len..][..len]
+        &self.weights[groups.start * len..groups.end * len]
+    }
+
+    /// Asks memory for some groups that are read next: of one adapter they are too short a stream for the processor to foresee.
+    pub(crate) fn prefetch(&self, groups: Range<usize>) {
+        #[cfg(target_arch = "x86_64")]
+        for line in self.groups(groups).chunks(LINE / size_of::<f16>()) {
+            // SAFETY: every x86-64 has the instruction, which reads nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = groups;
     }
 
     /// Group `index` and all after it.

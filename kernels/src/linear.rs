@@ -10,6 +10,7 @@ use std::ops::Range;
 use crate::Cpu;
 use crate::activations::QuantizedRows;
 use crate::gemm::{self, Product};
+use crate::half_matrix::LANES;
 use crate::low_rank::LowRank;
 use crate::threads::DisjointMut;
 
@@ -45,8 +46,8 @@ pub struct Shrunk(Vec<f32>);
 
 /// Tasks per delta and region.
 const PARTS: usize = 4;
-/// Rows that an expanding task takes at once.
-const EXPAND_ROWS: usize = 8;
+/// Rows that a task takes at once.
+const ROWS_AT_ONCE: usize = 8;
 
 /// Runs the layers. `x` `[rows, in_features]` are the activations before rounding, which the deltas read.
 ///
@@ -75,14 +76,29 @@ pub fn run(
     gemm::run(cpu, activations, products, deltas.count * PARTS, &|task| {
         let Some(delta) = (deltas.get)(task / PARTS) else { return };
         let Some(low_rank) = delta.low_rank else { return };
-        let rows = part(&delta.rows, task % PARTS);
-        if rows.is_empty() {
+        assert_eq!(low_rank.in_features(), width, "adapter does not fit the activations");
+        // Few rows are split by ranks, so that A is read once, many by rows.
+        let (part, whole) = (task % PARTS, 0..low_rank.a().num_groups());
+        let (rows, ranks) = if delta.rows.len() < ROWS_AT_ONCE {
+            (delta.rows.clone(), portion(&whole, part))
+        } else {
+            (portion(&delta.rows, part), whole)
+        };
+        if rows.is_empty() || ranks.is_empty() {
             return;
         }
-        assert_eq!(low_rank.in_features(), width, "adapter does not fit the activations");
-        // SAFETY: the deltas of one product have disjoint rows, and tasks of one delta take disjoint parts of them.
-        let t = unsafe { target.slice(slot(delta.product, rows.start), rows.len() * stride) };
-        low_rank.shrink(isa, &x[rows.start * width..rows.end * width], t, stride);
+        low_rank.a().prefetch(ranks.clone());
+        for first in rows.clone().step_by(ROWS_AT_ONCE) {
+            let num = ROWS_AT_ONCE.min(rows.end - first);
+            let mut targets: [&mut [f32]; ROWS_AT_ONCE] = std::array::from_fn(|m| {
+                let row = first + m.min(num - 1);
+                let len = if m < num { ranks.len() * LANES } else { 0 };
+                // SAFETY: the deltas of one product have disjoint rows, and tasks of one delta take disjoint parts of them, or
+                // of their ranks; places past `num` are empty.
+                unsafe { target.slice(slot(delta.product, row) + ranks.start * LANES, len) }
+            });
+            low_rank.shrink(isa, ranks.clone(), &x[first * width..], &mut targets[..num]);
+        }
     });
     let shrunk = &shrunk.0;
     let mut products = products.iter_mut();
@@ -92,18 +108,22 @@ pub fn run(
         let Some(delta) = (deltas.get)(task / PARTS) else { return };
         let Some((out_features, out)) = &outs[delta.product] else { return };
         // Few rows are split by outputs, many by rows; a multiple of 8 outputs either way.
-        let (rows, columns) = if delta.rows.len() < PARTS * EXPAND_ROWS {
-            let whole = part(&(0..out_features.div_ceil(8)), task % PARTS);
-            (delta.rows.clone(), whole.start * 8..(whole.end * 8).min(*out_features))
+        let (rows, columns) = if delta.rows.len() < PARTS * ROWS_AT_ONCE {
+            let whole = portion(&(0..out_features.div_ceil(LANES)), task % PARTS);
+            (delta.rows.clone(), whole.start * LANES..(whole.end * LANES).min(*out_features))
         } else {
-            (part(&delta.rows, task % PARTS), 0..*out_features)
+            (portion(&delta.rows, task % PARTS), 0..*out_features)
         };
-        if columns.is_empty() {
+        if rows.is_empty() || columns.is_empty() {
             return;
         }
-        for first in rows.clone().step_by(EXPAND_ROWS) {
-            let num = EXPAND_ROWS.min(rows.end - first);
-            let mut targets: [&mut [f32]; EXPAND_ROWS] = std::array::from_fn(|m| {
+        if let Some(low_rank) = delta.low_rank {
+            assert_eq!(low_rank.out_features(), *out_features, "adapter does not fit the layer");
+            low_rank.b().prefetch(columns.start / LANES..columns.end.div_ceil(LANES));
+        }
+        for first in rows.clone().step_by(ROWS_AT_ONCE) {
+            let num = ROWS_AT_ONCE.min(rows.end - first);
+            let mut targets: [&mut [f32]; ROWS_AT_ONCE] = std::array::from_fn(|m| {
                 let row = first + m.min(num - 1);
                 let len = if m < num { columns.len() } else { 0 };
                 // SAFETY: this task alone has these rows and columns of this product; places past `num` are empty.
@@ -111,7 +131,6 @@ pub fn run(
             });
             let targets = &mut targets[..num];
             if let Some(low_rank) = delta.low_rank {
-                assert_eq!(low_rank.out_features(), *out_features, "adapter does not fit the layer");
                 low_rank.expand(isa, &shrunk[slot(delta.product, first)..], stride, columns.start, targets);
             }
             for target in targets {
@@ -127,7 +146,7 @@ pub fn run(
 }
 
 /// Part `i` of [`PARTS`] nearly equal ones.
-fn part(range: &Range<usize>, i: usize) -> Range<usize> {
+fn portion(range: &Range<usize>, i: usize) -> Range<usize> {
     let cut = |i: usize| range.start + range.len() * i / PARTS;
     cut(i)..cut(i + 1)
 }

@@ -3,6 +3,8 @@
 //! `shrink` is `t = s ∘ A x`, `expand` is `y += B t`. Both are vectorised over the weights' outer dimension (ranks in
 //! `shrink`, outputs in `expand`), and sum in one fixed order for any number of rows taken together.
 
+use std::ops::Range;
+
 use half::f16;
 
 use crate::Isa;
@@ -103,10 +105,10 @@ impl LowRank {
         self.a.bytes() + self.b.bytes() + size_of_val(self.scales.as_slice())
     }
 
-    /// `t = s ∘ A x` for rows of `x` `[n, in_features]`; row i of the result starts at `t[i * stride]`.
-    pub(crate) fn shrink(&self, isa: Isa, x: &[f32], t: &mut [f32], stride: usize) {
+    /// `t = s ∘ A x` for rows of `x` `[n, in_features]` and the ranks of some groups of eight: `t[i]` is that part of row i.
+    pub(crate) fn shrink(&self, isa: Isa, groups: Range<usize>, x: &[f32], t: &mut [&mut [f32]]) {
         let pair = self;
-        dispatch!(isa, shrink(pair: &LowRank, x: &[f32], t: &mut [f32], stride: usize));
+        dispatch!(isa, shrink(pair: &LowRank, groups: Range<usize>, x: &[f32], t: &mut [&mut [f32]]));
     }
 
     /// `y += B t` for the outputs `first_out..first_out + width` of each row: `y[i]` is that part of row i.
@@ -119,17 +121,15 @@ impl LowRank {
 }
 
 #[inline(always)]
-fn shrink<S: Simd>(pair: &LowRank, x: &[f32], t: &mut [f32], stride: usize) {
-    let n = pair.in_features();
-    let num_rows = x.len() / n;
+fn shrink<S: Simd>(pair: &LowRank, groups: Range<usize>, x: &[f32], t: &mut [&mut [f32]]) {
     let mut row = 0;
-    while row < num_rows {
-        let (x, t) = (&x[row * n..], &mut t[row * stride..]);
-        row += match num_rows - row {
-            1 => shrink_rows::<S, 1, 4>(pair, x, t, stride),
-            2 | 3 => shrink_rows::<S, 2, 4>(pair, x, t, stride),
-            4..8 => shrink_rows::<S, 4, 2>(pair, x, t, stride),
-            _ => shrink_rows::<S, 8, 1>(pair, x, t, stride),
+    while row < t.len() {
+        let (x, groups, t) = (&x[row * pair.in_features()..], groups.clone(), &mut t[row..]);
+        row += match t.len() {
+            1 => shrink_rows::<S, 1, 4>(pair, groups, x, t),
+            2 | 3 => shrink_rows::<S, 2, 4>(pair, groups, x, t),
+            4..8 => shrink_rows::<S, 4, 2>(pair, groups, x, t),
+            _ => shrink_rows::<S, 8, 1>(pair, groups, x, t),
         };
     }
 }
@@ -138,15 +138,16 @@ fn shrink<S: Simd>(pair: &LowRank, x: &[f32], t: &mut [f32], stride: usize) {
 #[inline(always)]
 fn shrink_rows<S: Simd, const ROWS: usize, const AT_ONCE: usize>(
     pair: &LowRank,
+    groups: Range<usize>,
     x: &[f32],
-    t: &mut [f32],
-    stride: usize,
+    t: &mut [&mut [f32]],
 ) -> usize {
-    for group in 0..pair.a.num_groups() {
+    let first = groups.start;
+    for group in groups {
         let totals = products::<S, ROWS, AT_ONCE>(pair.a.group(group), pair.in_features(), x);
         let scales = S::load(&pair.scales[group * LANES..]);
         for (m, total) in totals.into_iter().enumerate() {
-            total.mul(scales).store(&mut t[m * stride + group * LANES..]);
+            total.mul(scales).store(&mut t[m][(group - first) * LANES..]);
         }
     }
     ROWS
@@ -248,7 +249,11 @@ mod tests {
         let stride = pair.padded_rank() + 3;
         let num_rows = x.len() / pair.in_features();
         let mut t = vec![0.0; num_rows * stride];
-        pair.shrink(isa, x, &mut t, stride);
+        let mut rows: Vec<&mut [f32]> = t.chunks_exact_mut(stride).collect();
+        let ranks = pair.a().num_groups() / 2;
+        pair.shrink(isa, 0..ranks, x, &mut rows);
+        rows.iter_mut().for_each(|row| *row = &mut std::mem::take(row)[ranks * LANES..]);
+        pair.shrink(isa, ranks..pair.a().num_groups(), x, &mut rows);
         let (out, split) = (pair.out_features(), split.min(pair.out_features()) / LANES * LANES);
         for (first, end) in [(0, split), (split, out)] {
             if first < end {

@@ -12,6 +12,10 @@ use half::f16;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
 
+/// Bytes that memory gives at once.
+#[cfg(target_arch = "x86_64")]
+pub(crate) const LINE: usize = 64;
+
 /// Some f32 lanes.
 pub(crate) trait Lanes: Copy {
     const COUNT: usize;

@@ -14,10 +14,11 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
-use super::passes::{Extent, LINE, Pass, passes};
+use super::passes::{Extent, Pass, passes};
 use super::{BLOCK, Tile, TileOut};
 use crate::activations::QuantizedBlock;
 use crate::quantized::{Layout, ROWS_PER_TILE};
+use crate::simd::LINE;
 
 /// Rows of activations that share one pass over a tile: twelve running sums, two vectors of weights, one of activations
 /// and one of products are the 16 registers.

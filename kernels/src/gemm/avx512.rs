@@ -9,10 +9,11 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
-use super::passes::{Extent, LINE, Pass, passes};
+use super::passes::{Extent, Pass, passes};
 use super::{BLOCK, Tile, TileOut};
 use crate::activations::QuantizedBlock;
 use crate::quantized::{Layout, ROWS_PER_TILE};
+use crate::simd::LINE;
 
 /// Rows of activations that share one pass over two tiles: their sums and totals fill 24 of the 32 registers.
 const ROWS_PER_PASS: usize = 6;

@@ -6,9 +6,6 @@ use std::ops::Range;
 /// Blocks of which all passes share the unpacked weights: 16 KiB for two tiles.
 const BLOCKS_PER_CHUNK: usize = 16;
 
-/// Bytes that memory gives at once.
-pub(super) const LINE: usize = 64;
-
 /// Bytes ahead of the record at hand that are asked for from memory where each block is taken once.
 const AHEAD: usize = 4096;
 
