@@ -65,7 +65,7 @@ mod tests {
             for index in 0..portions.count() {
                 let portion = portions.get(index);
                 prop_assert_eq!(portion.start, end);
-                prop_assert!(portion.end > end && portion.start % unit == 0);
+                prop_assert!(portion.end > end && portion.start.is_multiple_of(unit));
                 left -= 1;
                 prop_assert!(portion.len() >= least || left == 0);
                 prop_assert!(portion.len() <= least.max(total / (2 * num_threads)));
