@@ -10,6 +10,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use cap_std::fs::Dir;
@@ -30,6 +31,8 @@ use crate::model::BaseWeights;
 
 /// Until the folder is looked at again where something in it could not be.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
+/// More than lies between the two renames by which a folder is exchanged for another.
+const EXCHANGE: Duration = Duration::from_millis(20);
 
 pub struct Worker {
     pub(super) shared: Arc<Shared>,
@@ -216,12 +219,24 @@ impl Worker {
         Glance::at(folder, self.options.max_adapter_bytes).map_err(Refusal::from)
     }
 
+    /// The root and an adapter's folder; a folder that is being exchanged by two renames is not there for a moment.
+    fn open_settled(&self, name: &str) -> Result<(Root, Dir), AdapterError> {
+        let open = || {
+            let root = Root::open(&self.path).map_err(AdapterError::Folder)?;
+            root.folder(Path::new(name)).map(|folder| (root, folder))
+        };
+        match open() {
+            Err(AdapterError::Folder(e)) if e.kind() == io::ErrorKind::NotFound => {
+                thread::sleep(EXCHANGE);
+                open()
+            }
+            opened => opened,
+        }
+    }
+
     fn load(&mut self, name: &str) {
         let started = Instant::now();
-        let folder = Root::open(&self.path)
-            .map_err(AdapterError::Folder)
-            .and_then(|root| root.folder(Path::new(name)).map(|folder| (root, folder)));
-        let (root, folder) = match folder {
+        let (root, folder) = match self.open_settled(name) {
             Ok(opened) => opened,
             Err(e) => {
                 let adapter = Err(Refusal::from(e));
