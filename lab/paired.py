@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_files import BadData, MissingData
 from predictions import EvaluationError, Prediction, read_predictions
 from suites import Suite, suite_named
 from summary import NOTHING, markdown_table
@@ -94,5 +95,5 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except EvaluationError as error:
-        sys.exit(str(error))
+    except (BadData, EvaluationError, MissingData, OSError) as error:
+        sys.exit(f"error: {error}")
